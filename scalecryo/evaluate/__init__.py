@@ -1,0 +1,1 @@
+"""Alignment to a known truth, error measures and pictures."""

@@ -1,0 +1,1 @@
+"""The trainable parts: encoder, volume, auto-encoder, loss."""

@@ -1,0 +1,1 @@
+"""Image formation as pure tensor functions: transforms, rotations, slices, CTF, masks, FSC."""

@@ -1,0 +1,1 @@
+"""The posterior over poses, given a map."""
