@@ -8,6 +8,10 @@ class ScalecryoError(Exception):
     """Base of every error that scalecryo raises on purpose; the command line prints it as one line."""
 
 
+class UsageError(ScalecryoError):
+    """A command was called without what it needs; the command line exits with 2."""
+
+
 class ConfigError(ScalecryoError, ValueError):
     """A configuration file or an override holds something that cannot be used."""
 

@@ -1,0 +1,235 @@
+"""The command line: parse, import the verb, report errors in one line.
+
+Exit codes: 0 done; 1 failed, with one line that says what, where and what to do; 2 wrong usage.
+Nothing here imports torch: a verb's module is imported only when it runs.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from types import TracebackType
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from scalecryo import __version__
+from scalecryo.config import describe
+from scalecryo.errors import ScalecryoError, UsageError
+
+app = App(
+    name="scalecryo",
+    version=__version__,
+    help="Cryo-EM ab initio reconstruction, streamed and distributed: particle stacks to map and poses.",
+    help_epilogue="Every verb takes --debug to show the full traceback of an error.",
+)
+
+_SETTINGS = "Settings, as --section.key value (over the TOML file, over these defaults):\n\n" + "\n\n".join(
+    f"`--{name}` {help_text} [{default}]" for name, default, help_text in describe()
+)
+
+
+def _run(verb: str, *args: Any, **kwargs: Any) -> None:
+    import_module(f"scalecryo.commands.{verb}").run(*args, **kwargs)
+
+
+@app.command
+def simulate(
+    structure: str,
+    out_dir: str,
+    /,
+    *,
+    n: int = 10_000,
+    box: int = 128,
+    pixel_size: float = 0.8,
+    snr_db: float | None = None,
+    defocus_um: tuple[float, float] | None = None,
+    astigmatism_um: float = 0.0,
+    shift_a: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Simulate particles of a structure (PDB, mmCIF) or map (MRC), with known truth.
+
+    Args:
+        structure: .pdb, .cif (also .gz), or a map .mrc
+        out_dir: folder for particles.mrcs, particles.star (no poses), truth.star, truth.mrc
+        n: number of particles
+        box: box size, px, even
+        pixel_size: Angstrom per pixel
+        snr_db: signal-to-noise ratio of variances, dB; noise-free when absent
+        defocus_um: smallest and largest defocus, micrometres; no CTF when absent
+        astigmatism_um: largest difference between defocus U and V, micrometres
+        shift_a: standard deviation of the shift along x and along y, Angstrom
+        seed: of poses, defocus, shifts and noise
+    """
+    _run("simulate", structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db,
+         defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed)  # fmt: skip
+
+
+@app.command
+def convert(
+    source: str,
+    store: str,
+    /,
+    *,
+    data_dir: str | None = None,
+    box: int | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
+    workers: int = 2,
+    overwrite: Annotated[bool, Parameter(negative="")] = False,
+    uninvert: Annotated[bool, Parameter(negative="")] = False,
+    invert: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Convert a particle stack into a chunked Zarr store that training streams from.
+
+    Args:
+        source: RELION .star, or a stack .mrcs/.mrc
+        store: where to write, any fsspec URL
+        data_dir: folder that the stacks' paths are relative to
+        box: Fourier-crop the particles to this box, px
+        dtype: of the stored images
+        workers: threads that write shards side by side
+        overwrite: replace an existing store
+        uninvert: the images are protein-bright: keep their sign
+        invert: the images are protein-dark: turn their sign
+    """
+    _run("convert", source, store, data_dir=data_dir, box=box, dtype=dtype, workers=workers,
+         overwrite=overwrite, invert=invert, uninvert=uninvert)  # fmt: skip
+
+
+@app.command
+def info(path: str, /) -> None:
+    """Describe a store, a run, a table (.star) or a stack or map (.mrc, .mrcs)."""
+    _run("info", path)
+
+
+@app.command
+def verify(store: str, /, *, full: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Check a store against its manifest, and sampled rows against the source.
+
+    Args:
+        store: the store to check
+        full: also decode every chunk and compare every row
+    """
+    _run("verify", store, full=full)
+
+
+@app.command(help_epilogue=_SETTINGS)
+def train(
+    config: str | None = None,
+    /,
+    *,
+    data: str | None = None,
+    out: str | None = None,
+    workers: str | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    resume: Annotated[bool, Parameter(negative="")] = False,
+    override: Annotated[tuple[str, ...], Parameter(show=False, negative="")] = (),
+) -> None:
+    """Train on a store, from nothing to a map and a pose for every particle.
+
+    Args:
+        config: TOML file of settings
+        data: the particle store
+        out: folder of the run, must not exist (or --resume)
+        workers: 0: this process, no Ray; N or MIN:MAX: Ray Train workers [0]
+        device: cpu or cuda [cpu]
+        resume: go on from the newest checkpoint in the run's folder
+    """
+    _run("train", config, data=data, out=out, workers=workers, device=device, resume=resume,
+         overrides=dict(pair.split("=", 1) for pair in override))  # fmt: skip
+
+
+@app.command
+def assign(run: str, /, *, data: str | None = None, out: str | None = None) -> None:
+    """Give every particle a pose, and write half-maps, FSC and the final map.
+
+    Args:
+        run: folder of a trained run
+        data: another store than the one it was trained on
+        out: where to write; the run's folder when absent
+    """
+    _run("assign", run, data=data, out=out)
+
+
+@app.command
+def evaluate(path: str, /, *, truth: str) -> None:
+    """Compare a run, a table or a map with a known truth: one JSON line and pictures.
+
+    Args:
+        path: a run's folder, a .star with poses, or a map .mrc
+        truth: folder with truth.star and truth.mrc, as simulate writes them
+    """
+    _run("evaluate", path, truth=truth)
+
+
+@app.command
+def export(run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], out: str) -> None:
+    """Write a run's map and poses as another package reads them.
+
+    Args:
+        run: folder of a finished run
+        format: the package to write for
+        out: folder to write into
+    """
+    _run("export", run, format=format, out=out)
+
+
+@app.command
+def demo(*, out: str = "demo") -> None:
+    """Simulate adenylate kinase, convert, train, evaluate: a few minutes on two cores.
+
+    Args:
+        out: folder to write into
+    """
+    _run("demo", out=out)
+
+
+def split_tokens(tokens: Sequence[str]) -> tuple[list[str], bool]:
+    """Turn `--section.key value` into `--override section.key=value` and take out `--debug`.
+
+    A setting that is followed by another option, or by nothing, means `true`.
+    """
+    plain: list[str] = []
+    debug = False
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token[2:].partition("=")
+        if token == "--debug":
+            debug = True
+        elif token.startswith("--") and "." in name:
+            if not equals:
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            plain.append(f"--override={name}={value}")
+        else:
+            plain.append(token)
+    return plain, debug
+
+
+def _one_line(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
+    """Report an error that nobody foresaw (a full disk, a bug) in one line as well."""
+    text = " ".join(str(error).split()) or "no message"
+    sys.stderr.write(f"scalecryo: {kind.__name__}: {text} (--debug shows where)\n")
+
+
+def main(tokens: Sequence[str] | None = None) -> None:
+    """Entry point of the `scalecryo` command: runs a verb and exits with its code."""
+    plain, debug = split_tokens(sys.argv[1:] if tokens is None else tokens)
+    if not plain:
+        plain = ["--help"]
+    if not debug:
+        sys.excepthook = _one_line
+    try:
+        app(plain, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        sys.stderr.write(f"scalecryo: {' '.join(str(error).split())} (see scalecryo --help)\n")
+        sys.exit(2)
+    except ScalecryoError as error:
+        if debug:
+            traceback.print_exc()
+        sys.stderr.write(f"scalecryo: {' '.join(str(error).split())}\n")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except KeyboardInterrupt:
+        sys.stderr.write("scalecryo: stopped by the keyboard; train goes on with --resume\n")
+        sys.exit(1)

@@ -1,0 +1,33 @@
+"""`scalecryo assign`: a pose for every particle, half-maps, FSC and the final map of a trained run."""
+
+import dataclasses
+
+import torch
+
+from scalecryo.commands.console import log_to_stderr, say
+from scalecryo.config import config_from_dict
+from scalecryo.data import files
+from scalecryo.data.store import ParticleStore
+from scalecryo.train.loop import load_trained
+from scalecryo.train.assign import assign_particles
+from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.world import World
+
+
+def run(run: str, *, data: str | None, out: str | None) -> None:
+    """Load the run's newest checkpoint, stream the store once, and write the results."""
+    log_to_stderr()
+    trained = RunFolder(files.absolute(run))
+    values = dataclasses.asdict(trained.config())
+    if data is not None:
+        values["run"]["data"] = files.absolute(data)
+    config = config_from_dict(values)
+    store = ParticleStore.open(config.run.data)
+    device = torch.device(config.run.device if torch.cuda.is_available() else "cpu")
+    model = load_trained(config, store, trained, same_store=data is None).to(device)
+    target = trained if out is None else RunFolder(files.absolute(out))
+    if out is not None:
+        target.create(config, resume=False)
+    assign_particles(config, store, model, target, World(), device)
+    target.close()
+    say(f"assigned {store.count} particles: {target.path('particles.star')}")

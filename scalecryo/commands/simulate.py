@@ -1,0 +1,89 @@
+"""`scalecryo simulate`: particles of a structure or a map, with the truth beside them."""
+
+import math
+import time
+
+import torch
+
+from scalecryo.commands.console import note, say
+from scalecryo.data import files
+from scalecryo.data.mrc import StackWriter, read_map, write_map
+from scalecryo.data.simulation import Imaging, Projector, draw_particles, fit_map, noise_sigma
+from scalecryo.data.star import write_particles
+from scalecryo.data.structure import potential_map, read_structure
+from scalecryo.errors import InputError, OutputExistsError
+
+_CHUNK = 64
+_SAMPLE = 512
+_MAPS = (".mrc", ".map", ".ccp4")
+_OUTPUTS = ("particles.mrcs", "particles.star", "truth.star", "truth.mrc")
+
+
+def run(
+    structure: str,
+    out_dir: str,
+    *,
+    n: int,
+    box: int,
+    pixel_size: float,
+    snr_db: float | None,
+    defocus_um: tuple[float, float] | None,
+    astigmatism_um: float,
+    shift_a: float,
+    seed: int,
+) -> None:
+    """Write particles.mrcs, particles.star (no poses), truth.star (the same rows with poses) and truth.mrc.
+
+    The noise is white, of one variance for the whole stack: the variance of the pixels of the first 512 noise-free
+    images over 10^(snr_db / 10). truth.mrc has its ORIGIN set so that it lies on the structure's own coordinates.
+    """
+    existing = [name for name in _OUTPUTS if files.exists(files.join(out_dir, name))]
+    if existing:
+        raise OutputExistsError(
+            f"{files.shown(out_dir)} already holds {existing[0]}: remove it, or name another folder"
+        )
+    if snr_db is not None and not math.isfinite(snr_db):
+        raise InputError(f"a signal-to-noise ratio of {snr_db} dB means nothing: give a number, or leave it out")
+    generator = torch.Generator().manual_seed(seed)
+    imaging = Imaging(pixel_size, defocus_um, astigmatism_um, shift_a)
+    table = draw_particles(n, imaging, "particles.mrcs", generator)
+    volume, origin = _density(structure, box, pixel_size)
+    projector = Projector(volume, pixel_size)
+    sigma = 0.0
+    if snr_db is not None:
+        chunks = range(0, min(n, _SAMPLE), _CHUNK)
+        sample = torch.cat([projector.images(table, slice(i, min(i + _CHUNK, _SAMPLE))) for i in chunks])
+        sigma = noise_sigma(sample, snr_db)
+
+    start = told = time.monotonic()
+    with StackWriter(files.join(out_dir, "particles.mrcs"), n, box, pixel_size) as stack:
+        for i in range(0, n, _CHUNK):
+            images = projector.images(table, slice(i, i + _CHUNK))
+            if snr_db is not None:
+                images = images + sigma * torch.randn(images.shape, generator=generator)
+            stack.append(images.numpy())
+            if time.monotonic() - told > 5:
+                told = time.monotonic()
+                rate = (i + len(images)) / (told - start)
+                note(f"{i + len(images):,} of {n:,} images, {rate:,.0f} a second, {(n - i) / rate:,.0f} s left")
+    write_map(files.join(out_dir, "truth.mrc"), volume.numpy(), pixel_size, origin)
+    names = table.image_names()
+    write_particles(files.join(out_dir, "truth.star"), names, table, with_poses=True)
+    write_particles(files.join(out_dir, "particles.star"), names, table, with_poses=False)
+    noise = "without noise" if snr_db is None else f"{snr_db:g} dB"
+    say(f"{files.shown(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
+
+
+def _density(structure: str, box: int, pixel_size: float) -> tuple[torch.Tensor, tuple[float, float, float]]:
+    """The map to project, its centre at index N//2, and the position of its first voxel in Å (x, y, z)."""
+    if structure.lower().removesuffix(".gz").removesuffix(".bz2").endswith(_MAPS):
+        volume, own_pixel_size, _ = read_map(structure)
+        if own_pixel_size <= 0 or len(set(volume.shape)) != 1:
+            raise InputError(
+                f"{files.shown(structure)}: {volume.shape} voxels of {own_pixel_size:g} Å: "
+                "a cubic map with a pixel size in its header is needed"
+            )
+        return fit_map(torch.from_numpy(volume), own_pixel_size, box, pixel_size), (0.0, 0.0, 0.0)
+    atoms = read_structure(structure)
+    x, y, z = (atoms.centre_of_mass - (box // 2) * pixel_size).tolist()
+    return torch.from_numpy(potential_map(atoms, box, pixel_size)), (x, y, z)

@@ -1,0 +1,328 @@
+"""Configuration: a TOML file, then `--section.key value`, into frozen dataclasses that check themselves.
+
+Each field is its own documentation: `describe()` makes the help text of `scalecryo train` from them.
+Imports no torch, so help texts answer at once.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from scalecryo.errors import ConfigError
+
+Device = Literal["cpu", "cuda"]
+PoseSourceName = Literal["encoder", "known", "table"]
+Parameterisation = Literal["s2s2", "quaternion", "euler"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A configuration field with its default and one line of help."""
+    return field(default=default, metadata={"help": help})
+
+
+def _require(ok: bool, key: str, value: object, repair: str) -> None:
+    if not ok:
+        raise ConfigError(f"config: {key} = {value!r}: {repair}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run reads, where it writes and on what it runs: --data, --out, --workers, --device."""
+
+    data: str = option("", "particle store, any fsspec URL")
+    out: str = option("", "folder of the run, any fsspec URL")
+    workers: str = option("0", "0: this process, no Ray; N or MIN:MAX: Ray Train workers")
+    device: Device = option("cpu", "cpu or cuda")
+
+    def __post_init__(self) -> None:
+        low, high = self.worker_range
+        _require(0 <= low <= high and (low > 0 or high == 0), "run.workers", self.workers,
+                 "use 0, N >= 1, or MIN:MAX with 1 <= MIN <= MAX")  # fmt: skip
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Smallest and largest number of workers; (0, 0) is this process alone."""
+        low, _, high = self.workers.partition(":")
+        try:
+            return int(low), int(high or low)
+        except ValueError:
+            raise ConfigError(
+                f"config: run.workers = {self.workers!r}: use 0, N, or MIN:MAX, all whole numbers"
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and on what to train."""
+
+    steps: int = option(10_000, "number of optimiser steps")
+    batch_size: int = option(32, "particles in a global batch, over all workers")
+    box: int = option(0, "level of the store to train on, px; 0: the full box")
+    rows: int = option(0, "train on the first ROWS particles and hold out the others; 0: all")
+    seed: int = option(0, "seed of the start, the sample order and the noise")
+    checkpoint_every: int = option(500, "steps between checkpoints")
+    keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep")
+    assign: bool = option(True, "end by assigning a pose to every particle and writing the maps")
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "must be at least 1")
+        for key in ("box", "rows", "seed"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "must not be negative")
+        _require(self.box % 2 == 0, "train.box", self.box, "boxes are even: choose a level of the store")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoseConfig:
+    """Where poses come from and how they are written."""
+
+    source: PoseSourceName = option(
+        "encoder", "encoder: from the image; known: from the store; table: one free pose a particle"
+    )
+    parameterisation: Parameterisation = option("s2s2", "how encoder and table write a rotation")
+    heads: int = option(1, "encoder heads; the best one a particle learns (winner takes all)")
+    symmetric_loss: bool = option(False, "also try the image turned by 180 degrees, keep the better")
+    centred: bool = option(True, "particles sit at the centre; false: encoder and table also find shifts")
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.heads <= 64, "pose.heads", self.heads, "must lie between 1 and 64")
+        if self.source != "encoder":
+            _require(self.heads == 1, "pose.heads", self.heads, f"pose.source = {self.source!r} has one head")
+            _require(not self.symmetric_loss, "pose.symmetric_loss", True, "only with pose.source = 'encoder'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The network from image to pose."""
+
+    channels: tuple[int, ...] = option((32, 64, 128), "filters of the conv-conv-maxpool blocks")
+    hidden: int = option(512, "units in each of the two fully connected layers")
+    input_box: int = option(0, "Fourier-crop the images to this box before the network, px; 0: as trained")
+    precision: Literal["float32", "bfloat16"] = option("float32", "arithmetic of the convolutions")
+
+    def __post_init__(self) -> None:
+        _require(all(c >= 1 for c in self.channels) and len(self.channels) >= 1, "encoder.channels",
+                 self.channels, "name at least one block, each with 1 filter or more")  # fmt: skip
+        _require(self.hidden >= 1, "encoder.hidden", self.hidden, "must be at least 1")
+        _require(self.input_box >= 0 and self.input_box % 2 == 0, "encoder.input_box", self.input_box,
+                 "must be even, or 0 for the training box")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeConfig:
+    """The shared map inside the decoder."""
+
+    padding: float = option(2.0, "oversampling of the transform that is sliced: 1, 1.5 or 2")
+    gridding_correction: bool = option(True, "divide by the sinc squared of trilinear interpolation")
+    initial_scale: float = option(1.0, "uniform random start in [0, SCALE / box)")
+
+    def __post_init__(self) -> None:
+        _require(1.0 <= self.padding <= 4.0, "volume.padding", self.padding, "must lie between 1 and 4")
+        _require(self.initial_scale > 0, "volume.initial_scale", self.initial_scale, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Adam's learning rates, one for each kind of parameter."""
+
+    encoder_rate: float = option(1e-3, "learning rate of the encoder")
+    volume_rate: float = option(1e-2, "learning rate of the voxels, as a share of their starting scale")
+    table_rate: float = option(1e-2, "learning rate of the pose table")
+    clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip")
+
+    def __post_init__(self) -> None:
+        for key in ("encoder_rate", "volume_rate", "table_rate"):
+            value = getattr(self, key)
+            _require(0 < value < 10, f"optim.{key}", value, "a learning rate lies between 0 and 10")
+        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How particles stream from the store; memory is about 2 x lanes x window_blocks x one block."""
+
+    lanes: int = option(32, "independent reading lanes; at least the largest number of workers")
+    window_blocks: int = option(4, "blocks that a lane shuffles together")
+    threads: int = option(2, "reading threads in each worker")
+
+    def __post_init__(self) -> None:
+        for key in ("lanes", "window_blocks", "threads"):
+            _require(getattr(self, key) >= 1, f"stream.{key}", getattr(self, key), "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """What a run reports while it trains."""
+
+    every: int = option(20, "steps between scalars")
+    pictures_every: int = option(200, "steps between pictures, FSC and pose errors")
+    truth: str = option("", "folder with truth.star and truth.mrc, to follow errors of a simulation")
+
+    def __post_init__(self) -> None:
+        for key in ("every", "pictures_every"):
+            _require(getattr(self, key) >= 1, f"monitor.{key}", getattr(self, key), "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that determines a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    pose: PoseConfig = field(default_factory=PoseConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    volume: VolumeConfig = field(default_factory=VolumeConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        _, high = self.run.worker_range
+        lanes = self.stream.lanes
+        _require(high <= lanes, "stream.lanes", lanes, f"must be at least the number of workers ({high})")
+        _require(self.train.batch_size >= max(high, 1), "train.batch_size", self.train.batch_size,
+                 f"must be at least the number of workers ({high})")  # fmt: skip
+        if self.train.box and self.encoder.input_box:
+            _require(self.encoder.input_box <= self.train.box, "encoder.input_box", self.encoder.input_box,
+                     f"must not exceed train.box ({self.train.box})")  # fmt: skip
+
+
+def load_config(path: str | None, overrides: Mapping[str, str], *, base: Mapping[str, Any] | None = None) -> Config:
+    """Read a TOML file (or none), apply `section.key` overrides given as text, and check everything.
+
+    Args:
+        path: the TOML file, or None to start from `base`, or from the defaults.
+        overrides: by `section.key`, each value as text.
+        base: nested values to start from where there is no file.
+
+    Raises:
+        ConfigError: unreadable TOML, unknown section or key (with the nearest name), wrong type or value.
+    """
+    values: dict[str, Any] = dict(base or {})
+    if path is not None:
+        try:
+            with open(path, "rb") as handle:
+                values = tomllib.load(handle)
+        except FileNotFoundError:
+            raise ConfigError(f"config file {path} does not exist: check the path") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ConfigError(f"config file {path} cannot be read as TOML: {error}") from None
+    merged = {section: dict(table) if isinstance(table, Mapping) else table for section, table in values.items()}
+    for dotted, text in overrides.items():
+        section, _, key = dotted.replace("-", "_").partition(".")
+        kind = _field_type(section, key)
+        table = merged.setdefault(section, {})
+        if isinstance(table, dict):
+            table[key] = _parse_text(text, kind, f"{section}.{key}")
+    return config_from_dict(merged)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """Build a Config from nested mappings, refusing unknown names and wrong types.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    sections = {f.name: f.type for f in fields(Config)}
+    built = {}
+    for section, table in values.items():
+        if section not in sections:
+            raise ConfigError(f"config: unknown section [{section}]{_nearest(section, sections)}")
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"config: {section} = {table!r}: write it as a section, [{section}]")
+        kind = typing.get_type_hints(Config)[section]
+        built[section] = kind(**{k: _convert(v, _field_type(section, k), f"{section}.{k}") for k, v in table.items()})
+    return Config(**built)
+
+
+def config_to_toml(config: Config) -> str:
+    """The whole configuration as TOML text; `load_config` reads back the same Config."""
+    lines = []
+    for section, table in dataclasses.asdict(config).items():
+        lines.append(f"[{section}]")
+        lines.extend(f"{key} = {_toml_value(value)}" for key, value in table.items())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every setting as (section.key, default, help), for help texts."""
+    rows = []
+    for section in fields(Config):
+        kind = typing.get_type_hints(Config)[section.name]
+        rows.extend(
+            (f"{section.name}.{f.name}", _toml_value(f.default), f.metadata["help"])
+            for f in fields(kind)
+            if section.name != "run"
+        )
+    return rows
+
+
+def describe_run(config: Config) -> str:
+    """The configuration as a Markdown code block, for TensorBoard's text page."""
+    return "".join(f"    {line}\n" for line in config_to_toml(config).splitlines())
+
+
+def _field_type(section: str, key: str) -> Any:
+    hints = typing.get_type_hints(Config)
+    if section not in hints:
+        raise ConfigError(f"config: unknown section [{section}]{_nearest(section, hints)}")
+    keys = typing.get_type_hints(hints[section])
+    if key not in keys:
+        dotted = {f"{s}.{f.name}" for s, kind in hints.items() for f in fields(kind)}
+        raise ConfigError(f"config: unknown key {section}.{key}{_nearest(f'{section}.{key}', dotted)}")
+    return keys[key]
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f": did you mean {close[0]}?" if close else f": known are {', '.join(sorted(known))}"
+
+
+def _convert(value: Any, kind: Any, key: str) -> Any:
+    """Check a TOML value against the field's type; whole numbers may stand for floats, lists for tuples."""
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        _require(value in choices, key, value, f"choose one of {', '.join(map(str, choices))}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        _require(isinstance(value, list | tuple) and all(type(v) is int for v in value), key, value,
+                 "must be a list of whole numbers")  # fmt: skip
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    _require(type(value) is kind, key, value, f"must be of type {kind.__name__}")
+    return value
+
+
+def _parse_text(text: str, kind: Any, key: str) -> Any:
+    """Turn an override's text into the field's type."""
+    if kind is bool:
+        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        _require(text.lower() in known, key, text, "write true or false")
+        return known[text.lower()]
+    try:
+        if kind in (int, float):
+            return kind(text)
+        if typing.get_origin(kind) is tuple:
+            return tuple(int(part) for part in text.strip("[]()").split(","))
+    except ValueError:
+        name = "whole numbers, separated by commas" if isinstance(kind, types.GenericAlias) else kind.__name__
+        raise ConfigError(f"config: {key} = {text!r}: must be of type {name}") from None
+    return text
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    return repr(value)

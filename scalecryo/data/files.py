@@ -1,0 +1,245 @@
+"""Files by path or URL: every path is a local path, `file://…` or any fsspec URL (`s3://…`, `gs://…`, `memory://…`).
+
+Writes are all-or-nothing: a local file appears by rename, an object by a single PUT. Messages never carry
+credentials or query strings.
+"""
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit, urlunsplit
+
+import fsspec
+
+from scalecryo.errors import InputError, MissingInputError
+
+
+def shown(url: str) -> str:
+    """The URL as it may appear in a message: without user, password and query."""
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL names a file of this machine."""
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def local_path(url: str) -> Path:
+    """The path behind a local URL.
+
+    Raises:
+        InputError: the URL is not local.
+    """
+    if not is_local(url):
+        raise InputError(f"{shown(url)}: a local path is needed here")
+    return Path(url.split("://", 1)[1] if "://" in url else url)
+
+
+def join(url: str, *parts: str) -> str:
+    """The URL of something below another; an absolute path or a URL in `parts` starts anew."""
+    for part in parts:
+        if "://" in part or part.startswith("/"):
+            url = part
+        else:
+            url = f"{url.rstrip('/') or '/'}/{part}" if url != "/" else f"/{part}"
+    return url
+
+
+def parent(url: str) -> str:
+    """The folder that holds the file or folder named."""
+    if is_local(url):
+        return str(local_path(url).parent)
+    return url.rstrip("/").rpartition("/")[0]
+
+
+def name(url: str) -> str:
+    """The last part of the path."""
+    return url.rstrip("/").rpartition("/")[2]
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path inside it.
+
+    Raises:
+        InputError: no such protocol, or the package that speaks it is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{shown(url)}: cannot reach this kind of address ({error})") from error
+    return fs, path
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there."""
+    if is_local(url):
+        return local_path(url).exists()
+    fs, path = filesystem(url)
+    return bool(fs.exists(path))
+
+
+def is_folder(url: str) -> bool:
+    """Whether a folder (or a common prefix of objects) is there."""
+    if is_local(url):
+        return local_path(url).is_dir()
+    fs, path = filesystem(url)
+    return bool(fs.isdir(path))
+
+
+def open_read(url: str) -> BinaryIO:
+    """A binary stream that can seek.
+
+    Raises:
+        MissingInputError: there is no such file.
+    """
+    try:
+        if is_local(url):
+            return open(local_path(url), "rb")
+        fs, path = filesystem(url)
+        stream: BinaryIO = fs.open(path, "rb")
+        return stream
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{shown(url)}: no such file") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{shown(url)}: cannot be read ({error.strerror or error})") from error
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file.
+
+    Raises:
+        MissingInputError: there is no such file.
+    """
+    with open_read(url) as stream:
+        return stream.read()
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes start…stop−1 of a file; fewer when the file ends before.
+
+    Raises:
+        MissingInputError: there is no such file.
+    """
+    if is_local(url):
+        with open_read(url) as stream:
+            return os.pread(stream.fileno(), stop - start, start)
+    fs, path = filesystem(url)
+    try:
+        data: bytes = fs.cat_file(path, start=start, end=stop)
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{shown(url)}: no such file") from error
+    return data
+
+
+def read_text(url: str) -> str:
+    """The whole file as UTF-8 text.
+
+    Raises:
+        MissingInputError: there is no such file.
+        InputError: it is not text.
+    """
+    try:
+        return read_bytes(url).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown(url)}: not a text file (byte {error.start} is not UTF-8)") from error
+
+
+def size(url: str) -> int:
+    """Length of a file in bytes.
+
+    Raises:
+        MissingInputError: there is no such file.
+    """
+    return fingerprint(url)[0]
+
+
+def fingerprint(url: str) -> tuple[int, str]:
+    """Length of a file and what tells one version of it from another: its time of change, or its entity tag.
+
+    Raises:
+        MissingInputError: there is no such file.
+    """
+    try:
+        if is_local(url):
+            status = local_path(url).stat()
+            return status.st_size, str(status.st_mtime_ns)
+        fs, path = filesystem(url)
+        info = fs.info(path)
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{shown(url)}: no such file") from error
+    version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if key in info), "")
+    return int(info["size"]), str(version)
+
+
+@contextmanager
+def atomic_path(url: str) -> Iterator[Path]:
+    """A temporary local path to write; on leaving without an error it becomes the file at `url`.
+
+    Missing folders are made. After an error the temporary file is removed and nothing appears at `url`.
+    """
+    local = is_local(url)
+    folder = local_path(url).parent if local else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name(url)}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        if local:
+            os.replace(temporary, local_path(url))
+        else:
+            fs, path = filesystem(url)
+            make_folder(parent(url))
+            fs.put_file(str(temporary), path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(url: str, data: bytes | bytearray | memoryview) -> None:
+    """Write a whole file so that it is never seen half-written; missing folders are made."""
+    if is_local(url):
+        with atomic_path(url) as temporary, open(temporary, "wb") as stream:
+            stream.write(data)
+    else:
+        fs, path = filesystem(url)
+        make_folder(parent(url))
+        fs.pipe_file(path, bytes(data))
+
+
+def make_folder(url: str) -> None:
+    """Make a folder and those above it; object stores have none and need none."""
+    if is_local(url):
+        local_path(url).mkdir(parents=True, exist_ok=True)
+    elif not url.startswith(("s3://", "gs://", "gcs://", "az://", "abfs://")):
+        fs, path = filesystem(url)
+        fs.makedirs(path, exist_ok=True)
+
+
+def list_folder(url: str) -> list[str]:
+    """Names in a folder, sorted; empty when there is no such folder."""
+    if is_local(url):
+        path = local_path(url)
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    fs, remote = filesystem(url)
+    try:
+        entries = fs.ls(remote, detail=False)
+    except FileNotFoundError:
+        return []
+    return sorted({name(entry) for entry in entries} - {""})
+
+
+def remove_tree(url: str) -> None:
+    """Remove a file or a folder with all it holds; nothing happens when there is none."""
+    fs, path = filesystem(url)
+    with suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
+
+
+def absolute(url: str) -> str:
+    """The URL itself, or the absolute form of a local path, which another working folder does not change."""
+    return url if "://" in url else str(Path(url).absolute())

@@ -1,0 +1,136 @@
+"""From source pixels to stored pixels: protein-bright, background of mean 0 and σ 1.
+
+The background is what lies outside a circle of 0.375 box around the centre (the rule of RELION's particle extraction).
+Stacks without noise, simulations mostly, have no background σ worth dividing by: they share one scale.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from scalecryo.physics.fft import fourier_crop_2d
+
+Array = npt.NDArray[np.float32]
+
+BACKGROUND_RADIUS = 0.375  # of the box
+_CENTRE_RADIUS = 0.25
+# Noise below −30 dB of the variance inside the circle: no real micrograph comes near.
+_NOISE_FREE = 1e-3
+_DARK_SIGMAS = 4.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an image is stored.
+
+    Args:
+        box_size: box of the full level, px; the source is Fourier-cropped to it first.
+        sign: −1 where the source is protein-dark.
+        normalisation: divide by each image's background σ, or by one common scale.
+        common_scale: that scale.
+    """
+
+    box_size: int
+    sign: int = 1
+    normalisation: Literal["background", "common"] = "background"
+    common_scale: float = 1.0
+
+
+@lru_cache(maxsize=8)
+def _radius(box_size: int) -> npt.NDArray[np.float64]:
+    axis = np.arange(box_size) - box_size // 2
+    radius: npt.NDArray[np.float64] = np.hypot(axis[:, None], axis[None, :]).reshape(-1)
+    return radius
+
+
+@lru_cache(maxsize=8)
+def _background_pixels(box_size: int) -> npt.NDArray[np.int64]:
+    return np.flatnonzero(_radius(box_size) > BACKGROUND_RADIUS * box_size)
+
+
+def crop(images: Array, box_size: int) -> Array:
+    """Fourier-crop images (n, N, N) to a smaller box, noise preserving."""
+    if images.shape[-1] == box_size:
+        return images
+    cropped: Array = fourier_crop_2d(torch.from_numpy(images), box_size).numpy()
+    return cropped
+
+
+def background(images: Array) -> tuple[Array, Array]:
+    """Mean and σ of every image's background."""
+    pixels = images.reshape(len(images), -1)[:, _background_pixels(images.shape[-1])]
+    mean = pixels.mean(axis=1, dtype=np.float64).astype(np.float32)
+    pixels -= mean[:, None]
+    variance = np.einsum("ij,ij->i", pixels, pixels) / pixels.shape[1]
+    return mean, np.sqrt(variance)
+
+
+def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
+    """Stored pixels of source images, and the mean and scale with which source = sign · (stored · scale + mean).
+
+    Images that are constant, or have pixels that are not finite, come out as not finite: the caller names them.
+
+    Args:
+        images: source (n, N, N); overwritten where no cropping is needed.
+        recipe: how.
+    """
+    images = crop(images, recipe.box_size)
+    mean, sigma = background(images)
+    flat = images.reshape(len(images), -1)
+    if recipe.normalisation == "background":
+        # A constant image leaves only the rounding of its mean.
+        scale = np.where(sigma > 1e-6 * np.abs(mean), sigma, np.float32(np.nan))
+    else:
+        constant = flat.max(axis=1) == flat.min(axis=1)
+        scale = np.where(constant, np.float32(np.nan), np.float32(recipe.common_scale))
+    flat -= mean[:, None]
+    flat *= (np.float32(recipe.sign) / scale)[:, None]
+    return images, np.float32(recipe.sign) * mean, scale
+
+
+def choose_recipe(sample: Array, box_size: int, sign: int | None) -> tuple[Recipe, str]:
+    """The recipe for a stack, decided once from a sample of its images, and a line that says why.
+
+    Args:
+        sample: source images (n, N, N), finite and not constant.
+        box_size: box of the full level, px.
+        sign: the sign asked for; None to judge by whether the centre is darker than the background.
+    """
+    images = crop(sample, box_size)
+    mean, sigma = background(images)
+    flat = images.reshape(len(images), -1)
+    radius = _radius(box_size)
+    inside = flat[:, radius <= BACKGROUND_RADIUS * box_size].std(axis=1)
+    power = np.square(np.abs(np.fft.fft2(images - mean[:, None, None])))
+    corner = np.fft.ifftshift(radius.reshape(box_size, box_size)) > box_size / 2
+    # White noise has the same power at every frequency: the corners, where no projection reaches, measure it.
+    noise = np.minimum(power[:, corner].mean(axis=1) / box_size**2, np.square(sigma))
+    free = float(np.median(noise / np.maximum(np.square(inside), np.finfo(np.float32).tiny))) < _NOISE_FREE
+    scale = float(inside.mean()) if free else 1.0
+    judged, reason = _judge_sign(flat, mean, inside if free else sigma, radius)
+    if sign is not None:
+        judged, reason = sign, "as asked"
+    return Recipe(box_size, judged, "common" if free else "background", scale), reason
+
+
+def _judge_sign(flat: Array, mean: Array, sigma: Array, radius: npt.NDArray[np.float64]) -> tuple[int, str]:
+    """−1 when the centre is darker than the background by more than its error allows."""
+    box_size = int(round(len(radius) ** 0.5))
+    centre = flat[:, radius < _CENTRE_RADIUS * box_size]
+    usable = sigma > 0
+    contrast = (centre.mean(axis=1, dtype=np.float64) - mean)[usable] / sigma[usable]
+    if not len(contrast):
+        return 1, "no contrast to judge by"
+    # The error by scatter, but not below that of white noise: few images scatter little by chance.
+    floor = np.sqrt(1 / centre.shape[1] + 1 / len(_background_pixels(box_size)))
+    error = max(float(contrast.std()), float(floor)) / np.sqrt(len(contrast))
+    average = float(contrast.mean())
+    sigmas = average / error
+    shown = f"centre {average:+.3f} σ from the background, {abs(sigmas):.0f} times its error"
+    if sigmas < -_DARK_SIGMAS:
+        return -1, f"protein is dark: {shown}"
+    return 1, f"protein is bright: {shown}" if sigmas > _DARK_SIGMAS else f"contrast unclear, kept: {shown}"

@@ -1,0 +1,159 @@
+"""Bringing an estimate onto the truth: an ab initio result is known only up to a rotation, an origin, and its hand.
+
+With V' the estimated map, or its mirror image V_est(x, y, −z), and R' the estimated rotations, or F R F (`flip_hand`):
+
+    V_true(y) = V'(Qᵀ (y − u))        R_true = Q R'        shift_est = shift_true + (R_trueᵀ u)_xy
+
+Q is `Alignment.rotation` and u `Alignment.shift_px`. The hand cannot be known from projections, so both are tried.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalecryo.errors import InputError
+from scalecryo.physics.fft import fourier_pixels, irfft3_centred, rfft3_centred
+from scalecryo.physics.fourier_slice import extract_slices, gridding_correction, padded_box
+from scalecryo.physics.rotation import flip_hand, geodesic_angle, rotation_from_vector
+from scalecryo.physics.so3_grid import so3_grid
+
+_PADDING = 2.0
+_NEAR_DEG = 30.0
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How an estimate lies on the truth (see the module).
+
+    Attributes:
+        rotation: Q, from the estimate's volume frame to the true one.
+        mirrored: whether the estimate has the opposite hand.
+        shift_px: u, (x, y, z) in px of the maps.
+        score: how well it fits, at most 1: mean closeness of rotations, or mean shell correlation of maps.
+    """
+
+    rotation: Float[Tensor, "3 3"]
+    mirrored: bool
+    shift_px: Float[Tensor, "3"]
+    score: float
+
+    def rotations(self, rotation_est: Float[Tensor, "n 3 3"]) -> Float[Tensor, "n 3 3"]:
+        """Estimated rotations in the true frame, to be compared with R_true."""
+        own = flip_hand(rotation_est) if self.mirrored else rotation_est
+        return self.rotation.to(own) @ own
+
+
+def align_poses(rotation_est: Float[Tensor, "n 3 3"], rotation_true: Float[Tensor, "n 3 3"]) -> Alignment:
+    """The rotation and hand that bring the most estimated rotations near the true ones.
+
+    Every image proposes Q = R_true R'ᵀ; the proposal with the highest mean of max(0, 1 − θ / 30°) over the images
+    wins, and is refined as the L1 mean (reweighted Procrustes) of the proposals within 30° of it. A result in which
+    only a part of the particles is right is therefore aligned on that part.
+    """
+    if len(rotation_est) != len(rotation_true) or len(rotation_est) == 0:
+        raise InputError(f"cannot align {len(rotation_est)} rotations with {len(rotation_true)}: give equal numbers")
+    best: Alignment | None = None
+    for mirrored in (False, True):
+        own = (flip_hand(rotation_est) if mirrored else rotation_est).double()
+        proposals = rotation_true.double() @ own.mT
+        # A thousand proposals judged by some thousands of images are as good as all, and quadratic in neither.
+        every = max(1, len(proposals) // 1000)
+        judges = proposals[:: max(1, len(proposals) // 4000)]
+        candidates = proposals[::every][:1000]
+        trace = candidates.flatten(1) @ judges.flatten(1).mT
+        angle = torch.rad2deg(torch.arccos(((trace - 1) / 2).clamp(-1, 1)))
+        rotation = candidates[_closeness(angle).argmax()]
+        for _ in range(20):
+            angle = geodesic_angle(proposals, rotation.expand_as(proposals))
+            weight = (angle < _NEAR_DEG) / angle.clamp_min(1e-3)
+            rotation = _nearest_rotation((weight[:, None, None] * proposals).sum(0))
+        angle = geodesic_angle(proposals, rotation.expand_as(proposals))
+        score = float(_closeness(angle))
+        if best is None or score > best.score:
+            best = Alignment(rotation, mirrored, torch.zeros(3, dtype=rotation.dtype), score)
+    assert best is not None
+    return best
+
+
+def _closeness(angle_deg: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:
+    """Mean of max(0, 1 − θ / 30°)."""
+    return (1 - angle_deg / _NEAR_DEG).clamp_min(0).mean(-1)
+
+
+def _nearest_rotation(matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
+    """The rotation nearest to a matrix (orthogonal Procrustes, Kabsch 1976)."""
+    left, _, right = torch.linalg.svd(matrix)
+    sign = torch.linalg.det(left @ right)
+    return left @ torch.diag(torch.stack([torch.ones_like(sign), torch.ones_like(sign), sign])) @ right
+
+
+def origin_offset(
+    shift_est: Float[Tensor, "n 2"], shift_true: Float[Tensor, "n 2"], rotation_true: Float[Tensor, "n 3 3"]
+) -> Float[Tensor, "3"]:
+    """The least-squares u with shift_est − shift_true = (R_trueᵀ u)_xy, in the units of the shifts.
+
+    Two rounds: the second leaves out particles whose residual is above three times the median, so that particles with
+    a wrong pose do not move the origin.
+    """
+    seen = rotation_true.double().mT[:, :2]
+    difference = (shift_est - shift_true).double()
+    keep = torch.ones(len(seen), dtype=torch.bool)
+    offset = torch.zeros(3, dtype=torch.float64)
+    for _ in range(2):
+        offset = torch.linalg.lstsq(seen[keep].reshape(-1, 3), difference[keep].reshape(-1, 1)).solution[:, 0]
+        residual = (difference - seen @ offset).norm(dim=-1)
+        keep = residual <= 3 * residual.median() + 1e-9
+    return offset
+
+
+def mirror(volume: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
+    """V(x, y, −z) about the centre at index n//2 of an even box."""
+    return volume.flip(0).roll(1, 0)
+
+
+class _Probe:
+    """Two maps compared on central slices of the truth, from low to high resolution.
+
+    Args:
+        volume_est: the estimate (already mirrored where it should be).
+        volume_true: the truth, same box.
+    """
+
+    def __init__(self, volume_est: Float[Tensor, "n n n"], volume_true: Float[Tensor, "n n n"]) -> None:
+        self.box_size = volume_true.shape[-1]
+        self.scale = padded_box(self.box_size, _PADDING) / self.box_size
+        self.pixels = fourier_pixels(self.box_size)
+        correction = gridding_correction(self.box_size, _PADDING)
+        box = padded_box(self.box_size, _PADDING)
+        self.estimate = rfft3_centred(volume_est.float() * correction, box)
+        self.truth = rfft3_centred(volume_true.float() * correction, box)
+
+    def planes(self, count: int, radius: float) -> "_Planes":
+        """`count` central slices of the truth, evenly turned, up to a radius in cycles per box."""
+        pixels = self.pixels.prefix(min(radius, self.box_size / 2 - 1))
+        turn = so3_grid(count)
+        truth = extract_slices(self.truth, turn, pixels.kx, pixels.ky, self.scale)
+        place = torch.stack([pixels.kx, pixels.ky], dim=-1) @ turn[:, :, :2].mT
+        return _Planes(turn, truth, place, pixels.shell, int(pixels.shell.max()))
+
+    def slices(self, rotation: Float[Tensor, "b 3 3"], planes: "_Planes") -> Tensor:
+        """Slices (b, count, p) of the estimate where those of the truth are, for candidate rotations Q."""
+        pixels = self.pixels.prefix(planes.shells + 0.499)
+        count = planes.truth.shape[-1]
+        turned = (rotation.mT[:, None] @ planes.turn).flatten(0, 1)
+        values = extract_slices(self.estimate, turned, pixels.kx[:count], pixels.ky[:count], self.scale)
+        return values.unflatten(0, (len(rotation), -1))
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """Slices of the truth: how they are turned (c, 3, 3), their values (c, p), where they lie (c, p, 3), and shells (p,)."""
+
+    turn: Tensor
+    truth: Tensor
+    place: Tensor
+    shell: Tensor
+    shells: int

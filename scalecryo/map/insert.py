@@ -1,0 +1,70 @@
+"""From images and poses to a map: weighted insertion of slices and its Wiener-like solution."""
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from scalecryo.physics.fft import FourierPixels, irfft3_centred
+from scalecryo.physics.fourier_slice import add_plane_mates, gridding_correction, insert_slices, padded_box
+from scalecryo.physics.fsc import shell_index_3d
+from scalecryo.physics.image_formation import shift_ramp
+
+
+class MapAccumulator:
+    """Numerator Σ w·CTF·Y and denominator Σ w·CTF² of the least-squares map, on a padded Fourier grid.
+
+    Both are sums over images, so accumulators of several workers simply add. Y is brought back to the centre by
+    the conjugate shift ramp. Method: Scheres 2012 (RELION), equation for the M-step, without its gridding iterations.
+    """
+
+    def __init__(self, box_size: int, padding: float = 2.0, device: torch.device | str = "cpu") -> None:
+        self.box_size = box_size
+        self.padded_box = padded_box(box_size, padding)
+        shape = (self.padded_box, self.padded_box, self.padded_box // 2 + 1)
+        self.numerator = torch.zeros(shape, dtype=torch.complex64, device=device)
+        self.denominator = torch.zeros(shape, dtype=torch.float32, device=device)
+
+    def add(
+        self,
+        observed: Complex[Tensor, "b p"],
+        rotation: Float[Tensor, "b 3 3"],
+        shift_px: Float[Tensor, "b 2"],
+        ctf: Float[Tensor, "b p"] | None,
+        weight: Float[Tensor, " b"],
+        pixels: FourierPixels,
+    ) -> None:
+        """Insert images (packed Fourier pixels) at their poses, each with a weight."""
+        scale = self.padded_box / self.box_size
+        centring = shift_ramp(-shift_px, pixels.kx, pixels.ky, pixels.box_size)
+        # Half the Hermitian weight, and `add_plane_mates` when solving: every pixel and its mate count once.
+        share = weight[:, None] * (pixels.weight / 2)
+        values = observed * centring * share
+        power = share
+        if ctf is not None:
+            values = values * ctf
+            power = power * ctf.square()
+        insert_slices(values, rotation, pixels.kx, pixels.ky, scale, self.padded_box, out=self.numerator)
+        insert_slices(power, rotation, pixels.kx, pixels.ky, scale, self.padded_box, out=self.denominator)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The two sums, to be reduced over workers."""
+        return self.numerator, self.denominator
+
+    def solve(self, regularisation: float = 1e-3) -> Float[Tensor, "n n n"]:
+        """The map: numerator over denominator plus a share of the shell's mean weight, gridding-corrected.
+
+        Args:
+            regularisation: share of the mean denominator of each shell that is added to it; keeps voxels that
+                hardly any image covers from blowing up.
+        """
+        shells = shell_index_3d(self.padded_box, self.numerator.device).flatten()
+        numerator = add_plane_mates(self.numerator.clone())
+        weight = add_plane_mates(self.denominator.clone()).flatten()
+        count = torch.zeros(int(shells.max()) + 1, device=weight.device)  # host sync: once per map
+        total = count.clone().index_add_(0, shells, weight)
+        count.index_add_(0, shells, torch.ones_like(weight))
+        floor = regularisation * total / count.clamp_min(1)
+        floor = floor + 1e-6 * total.max() / count.sum()
+        solved = numerator / (weight + floor[shells]).clamp_min(1e-20).reshape(self.denominator.shape)
+        density = irfft3_centred(solved, self.box_size)
+        return density * gridding_correction(self.box_size, self.padded_box / self.box_size, density.device)

@@ -1,0 +1,135 @@
+"""Encoder and physics decoder in one forward pass: image → candidate poses → predicted image → loss."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor, nn
+
+from scalecryo.config import Config
+from scalecryo.errors import ConfigError
+from scalecryo.model.encoder import PoseEncoder
+from scalecryo.model.inputs import ParticleInputs
+from scalecryo.model.loss import residual_loss
+from scalecryo.model.pose_source import ROTATION_PARAMETERS, EncoderPoses, KnownPoses, PoseTable
+from scalecryo.model.volume import Volume
+from scalecryo.physics.ctf import contrast_transfer
+from scalecryo.physics.fft import FourierPixels, fourier_pixels, rfft2_centred
+from scalecryo.physics.fourier_slice import extract_slices
+from scalecryo.physics.image_formation import form_images
+
+
+class AutoEncoderOutput(NamedTuple):
+    """What a forward pass returns, all per particle.
+
+    Attributes:
+        loss: mean squared residual per pixel of the winning candidate.
+        rotation: its rotation, image frame to volume frame.
+        shift_px: its shift, pixels.
+        predicted: its predicted image, packed Fourier pixels.
+        observed: the image itself, packed Fourier pixels.
+    """
+
+    loss: Float[Tensor, " b"]
+    rotation: Float[Tensor, "b 3 3"]
+    shift_px: Float[Tensor, "b 2"]
+    predicted: Complex[Tensor, "b p"]
+    observed: Complex[Tensor, "b p"]
+
+
+class AutoEncoder(nn.Module):
+    """A pose source and the shared volume, compared with the images through the imaging model."""
+
+    def __init__(self, pose_source: nn.Module, volume: Volume, pixel_size: float) -> None:
+        super().__init__()
+        self.pose_source = pose_source
+        self.volume = volume
+        self.pixel_size = pixel_size
+        self._pixels = fourier_pixels(volume.box_size)
+
+    def pixels(self, device: torch.device) -> FourierPixels:
+        """The Fourier pixels that are compared, on a device."""
+        if self._pixels.kx.device != device:
+            self._pixels = self._pixels.to(device)
+        return self._pixels
+
+    def predict(
+        self,
+        transform: Complex[Tensor, "d d h"],
+        rotation: Float[Tensor, "b 3 3"],
+        shift_px: Float[Tensor, "b 2"],
+        ctf: Float[Tensor, "b p"] | None,
+        pixels: FourierPixels,
+    ) -> Complex[Tensor, "b p"]:
+        """Predicted images: central slice, CTF, shift (equation 1 of Nashed et al. 2021)."""
+        slices = extract_slices(transform, rotation, pixels.kx, pixels.ky, self.volume.scale)
+        return form_images(slices, ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
+
+    def forward(self, inputs: ParticleInputs) -> AutoEncoderOutput:
+        """Score every candidate without gradient, then the best one with it (winner takes all)."""
+        pixels = self.pixels(inputs.images.device)
+        observed = pixels.pack(rfft2_centred(inputs.images))
+        ctf = None
+        if inputs.ctf is not None:
+            ctf = contrast_transfer(inputs.ctf, pixels.kx, pixels.ky, pixels.box_size, self.pixel_size)
+        candidates = self.pose_source(inputs)
+        transform = self.volume()
+        best = torch.zeros(len(observed), dtype=torch.long, device=observed.device)
+        if candidates.rotation.shape[1] > 1:
+            with torch.no_grad():
+                scores = [
+                    residual_loss(
+                        observed,
+                        self.predict(transform, rotation, shift, ctf, pixels),
+                        pixels.weight,
+                        pixels.box_size,
+                    )
+                    for rotation, shift in zip(
+                        candidates.rotation.unbind(1), candidates.shift_px.unbind(1), strict=True
+                    )
+                ]
+                best = torch.stack(scores, 1).argmin(1)
+        rotation, shift_px = candidates.select(best)
+        predicted = self.predict(transform, rotation, shift_px, ctf, pixels)
+        loss = residual_loss(observed, predicted, pixels.weight, pixels.box_size)
+        return AutoEncoderOutput(loss, rotation, shift_px, predicted, observed)
+
+
+def build_autoencoder(config: Config, box_size: int, pixel_size: float, rows: int) -> AutoEncoder:
+    """The model that a configuration names, for images of a box; its start depends on train.seed alone.
+
+    Raises:
+        ConfigError: the encoder's input box does not suit the image box or its pooling.
+    """
+    generator = torch.Generator().manual_seed(config.train.seed)
+    pose = config.pose
+    outputs = ROTATION_PARAMETERS[pose.parameterisation] + (0 if pose.centred else 2)
+    volume = Volume(
+        box_size,
+        config.volume.padding,
+        config.volume.gridding_correction,
+        config.volume.initial_scale,
+        generator,
+    )
+    if pose.source == "known":
+        return AutoEncoder(KnownPoses(), volume, pixel_size)
+    if pose.source == "table":
+        return AutoEncoder(PoseTable(rows, pose.parameterisation, pose.centred, generator), volume, pixel_size)
+    encoder = _build_encoder(config, box_size, outputs)
+    source = EncoderPoses(encoder, pose.parameterisation, pose.centred, pose.symmetric_loss)
+    return AutoEncoder(source, volume, pixel_size)
+
+
+def _build_encoder(config: Config, box_size: int, outputs: int) -> PoseEncoder:
+    settings = config.encoder
+    input_box = settings.input_box or box_size
+    if input_box > box_size or input_box < 2 ** len(settings.channels):
+        raise ConfigError(
+            f"config: encoder.input_box = {input_box}: must lie between {2 ** len(settings.channels)} px "
+            f"(for {len(settings.channels)} poolings) and the training box of {box_size} px"
+        )
+    precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    # The layers draw their start from torch's global generator: fork it so that nothing else depends on it.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return PoseEncoder(input_box, settings.channels, settings.hidden, config.pose.heads, outputs, precision)

@@ -1,0 +1,27 @@
+"""Candidate poses: what every pose source yields and the decoder scores."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PoseCandidates:
+    """K candidate poses for each of B particles.
+
+    Attributes:
+        rotation: image frame to volume frame.
+        shift_px: where the content sits from the centre, (x, y) in pixels.
+        log_weight: natural logarithm of each candidate's weight, up to a constant per particle.
+    """
+
+    rotation: Float[Tensor, "b k 3 3"]
+    shift_px: Float[Tensor, "b k 2"]
+    log_weight: Float[Tensor, "b k"]
+
+    def select(self, best: Int[Tensor, " b"]) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
+        """Rotation and shift of one candidate a particle, differentiable in both."""
+        row = torch.arange(len(best), device=best.device)
+        return self.rotation[row, best], self.shift_px[row, best]

@@ -1,0 +1,90 @@
+"""The contrast transfer function in RELION's units, with its sign and its astigmatism axis fixed here.
+
+CTF(k) = sin(pi lambda D(k) s^2 - pi/2 Cs lambda^3 s^4 + phase_shift + atan(w / sqrt(1 - w^2))), s = |k| / (N px)
+
+with px the pixel size in Å. Positive defocus D is underfocus; with no phase plate CTF(0) = +w, the amplitude contrast. RELION and torch-ctf
+agree; cryoDRGN and ASPIRE use the opposite sign.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch_ctf
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+_UM_PER_ANGSTROM = 1e-4
+
+
+@dataclass(frozen=True)
+class CtfParameters:
+    """CTF parameters of b images."""
+
+    defocus_u: Float[Tensor, "b"]
+    """Å, positive underfocus, along `astigmatism_angle`."""
+    defocus_v: Float[Tensor, "b"]
+    """Å, across it."""
+    astigmatism_angle: Float[Tensor, "b"]
+    """Degrees from the image's +x axis, towards +y, to the axis of `defocus_u`."""
+    voltage: Float[Tensor, "b"]
+    """kV."""
+    spherical_aberration: Float[Tensor, "b"]
+    """mm."""
+    amplitude_contrast: Float[Tensor, "b"]
+    """Fraction in [0, 1)."""
+    phase_shift: Float[Tensor, "b"]
+    """Degrees, of a phase plate."""
+
+    def __len__(self) -> int:
+        return self.defocus_u.shape[0]
+
+    def to(self, device: torch.device | str) -> "CtfParameters":
+        """The same parameters on another device."""
+        return CtfParameters(*(getattr(self, column.name).to(device) for column in fields(self)))
+
+    def select(self, index: Shaped[Tensor, "m"] | slice) -> "CtfParameters":
+        """The parameters of some of the images: an index tensor or a slice."""
+        return CtfParameters(*(getattr(self, column.name)[index] for column in fields(self)))
+
+
+def contrast_transfer(
+    parameters: CtfParameters,
+    kx: Float[Tensor, "p"],
+    ky: Float[Tensor, "p"],
+    box_size: int,
+    pixel_size: float,
+) -> Float[Tensor, "b p"]:
+    """CTF of every image at the given Fourier pixels.
+
+    Args:
+        parameters: of b images; U < V is as good as the two swapped and the angle turned by 90 degrees.
+        kx: cycles per box.
+        ky: cycles per box.
+        box_size: px, of the box that kx and ky refer to (twice the image's for a padded CTF).
+        pixel_size: Å.
+
+    Source: phase by torch-ctf; astigmatism as in RELION's and CTFFIND's
+    D(k) = (U + V)/2 + (U - V)/2 cos 2(theta - angle), without computing theta.
+    """
+    step = 1.0 / (box_size * pixel_size)
+    x, y = kx * step, ky * step
+    squared = x * x + y * y
+    # cos 2 theta and sin 2 theta; at the origin, where theta means nothing, both become 0 and s^2 = 0 takes the rest.
+    inverse = 1.0 / squared.clamp_min(torch.finfo(squared.dtype).tiny)
+    cos2, sin2 = (x * x - y * y) * inverse, 2 * x * y * inverse
+
+    mean = 0.5 * _UM_PER_ANGSTROM * (parameters.defocus_u + parameters.defocus_v)
+    half = 0.5 * _UM_PER_ANGSTROM * (parameters.defocus_u - parameters.defocus_v)
+    twice = torch.deg2rad(2 * parameters.astigmatism_angle)
+    along, across = half * twice.cos(), half * twice.sin()
+    defocus_um = mean[:, None] + along[:, None] * cos2 + across[:, None] * sin2
+    phase = torch_ctf.calculate_total_phase_shift(
+        defocus_um,
+        parameters.voltage[:, None],
+        parameters.spherical_aberration[:, None],
+        parameters.phase_shift[:, None],
+        parameters.amplitude_contrast[:, None],
+        squared,
+    )
+    # torch-ctf counts the phase with the opposite sign.
+    return -torch.sin(phase)

@@ -1,0 +1,182 @@
+"""The training loop: the same for one process and for many, with or without Ray."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from scalecryo.config import Config
+from scalecryo.data.order import BatchOrder
+from scalecryo.data.store import ParticleStore
+from scalecryo.data.stream import Batch, ParticleStream
+from scalecryo.errors import CheckpointError, TrainingError
+from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput, build_autoencoder
+from scalecryo.model.inputs import ParticleInputs
+from scalecryo.train.assign import assign_particles
+from scalecryo.train.batches import particle_inputs, stream_columns, training_level
+from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
+from scalecryo.train.monitor import Monitor
+from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.world import World
+
+
+def train(
+    config: Config,
+    world: World,
+    device: torch.device,
+    *,
+    at_checkpoint: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train a run from its newest checkpoint, or from its start where it has none; then assign every particle.
+
+    Args:
+        config: everything that determines the run.
+        world: this worker's place; with more than one, a process group is already up.
+        device: where the tensors live.
+        at_checkpoint: called by every worker with the step, after each checkpoint.
+
+    Raises:
+        TrainingError: the particles lack what the configuration needs, or the loss stops being a number.
+        CheckpointError: see `load_checkpoint`.
+    """
+    store = ParticleStore.open(config.run.data)
+    _check_particles(config, store)
+    level = training_level(store, config.train.box)
+    rows = min(config.train.rows or store.count, store.count)
+    model = build_autoencoder(config, level, store.level_pixel_size(level), rows).to(device)
+    optimiser = build_optimiser(config, model)
+    run = RunFolder(config.run.out)
+    start = _restore(run, store, model, optimiser)
+    order = batch_order(config, store, level, rows)
+    replica: nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+
+    stream = ParticleStream(
+        store, level, order, rank=world.rank, world_size=world.size, start_step=start,
+        columns=stream_columns(store), threads=config.stream.threads,
+    )  # fmt: skip
+    monitor = Monitor(config, store, run, model, start_step=start) if world.leads else None
+    try:
+        for step in range(start + 1, config.train.steps + 1):
+            batch = next(stream).to(device)
+            loss, output = train_step(replica, optimiser, batch, particle_inputs(batch, store, level), world, config)
+            if monitor is not None:
+                monitor.after_step(step, loss, batch, output, stream.wait_seconds)
+            if step % config.train.checkpoint_every == 0 or step == config.train.steps:
+                if not bool(torch.isfinite(loss)):  # host sync
+                    raise TrainingError(
+                        f"loss is {float(loss)} at step {step}: lower optim.encoder_rate or optim.volume_rate, "
+                        "then --resume from the last checkpoint"
+                    )
+                if world.leads:
+                    state = {"store_hash": store.content_hash, "model": model.state_dict(),
+                             "optimiser": optimiser.state_dict()}  # fmt: skip
+                    save_checkpoint(run, step, state, config.train.keep_checkpoints)
+                    run.sync()
+                at_checkpoint(step)
+    finally:
+        stream.close()
+        if monitor is not None:
+            monitor.close()
+    if config.train.assign:
+        assign_particles(config, store, model, run, world, device)
+    if world.leads:
+        run.close()
+
+
+def train_step(
+    replica: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    batch: Batch,
+    inputs: ParticleInputs,
+    world: World,
+    config: Config,
+) -> tuple[Tensor, AutoEncoderOutput]:
+    """One optimiser step; returns the global batch's mean loss and this worker's output.
+
+    The global loss is Σ weight·loss / Σ weight over all workers. DDP averages gradients over workers, so each
+    worker's share is scaled by their number: any split of the batch gives the same step.
+    """
+    output = cast(AutoEncoderOutput, replica(inputs))
+    total = torch.stack([(batch.weight * output.loss.detach()).sum(), batch.weight.sum()])
+    world.sum_(total)
+    share = (batch.weight * output.loss).sum() * (world.size / total[1])
+    optimiser.zero_grad(set_to_none=True)
+    share.backward()
+    if config.optim.clip_norm > 0:
+        encoder = [p for g in optimiser.param_groups if g["name"] == "encoder" for p in g["params"]]
+        nn.utils.clip_grad_norm_(encoder, config.optim.clip_norm)
+    optimiser.step()
+    return total[0] / total[1], output
+
+
+def build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Adam:
+    """Adam with one learning rate a kind of parameter."""
+    rates = {
+        "volume": (list(model.volume.parameters()), config.optim.volume_rate),
+        "encoder": (list(model.pose_source.parameters()), config.optim.encoder_rate),
+    }
+    if config.pose.source == "table":
+        rates["table"] = (rates.pop("encoder")[0], config.optim.table_rate)
+    groups = [{"name": name, "params": params, "lr": rate} for name, (params, rate) in rates.items() if params]
+    return torch.optim.Adam(groups, fused=True)
+
+
+def batch_order(config: Config, store: ParticleStore, level: int, rows: int) -> BatchOrder:
+    """The order in which the run sees its particles: a pure function of the configuration and the store."""
+    return BatchOrder(
+        count=rows,
+        block_rows=store.block_rows(level),
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        max_lanes=config.stream.lanes,
+        window_blocks=config.stream.window_blocks,
+    )
+
+
+def _check_particles(config: Config, store: ParticleStore) -> None:
+    if config.pose.source == "known" and not store.has_pose:
+        raise TrainingError(
+            f"{config.run.data}: pose.source = 'known' needs poses, and the store has none: convert a table with "
+            "rotation angles, or choose pose.source = 'encoder'"
+        )
+    low, _ = config.run.worker_range
+    if store.count < max(low, 1):
+        raise TrainingError(f"{config.run.data}: {store.count} particles for {low} workers: use fewer workers")
+
+
+def _restore(run: RunFolder, store: ParticleStore, model: AutoEncoder, optimiser: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint into model and optimiser; returns the number of finished steps."""
+    state = load_checkpoint(run, store_hash=store.content_hash)
+    if state is None:
+        return 0
+    _load_model(run, model, state)
+    optimiser.load_state_dict(state["optimiser"])
+    return int(state["step"])
+
+
+def load_trained(config: Config, store: ParticleStore, run: RunFolder, *, same_store: bool) -> AutoEncoder:
+    """The model of a run's newest checkpoint.
+
+    Raises:
+        CheckpointError: there is none that can be read, or (with `same_store`) it saw another store.
+    """
+    level = training_level(store, config.train.box)
+    rows = min(config.train.rows or store.count, store.count)
+    model = build_autoencoder(config, level, store.level_pixel_size(level), rows)
+    state = load_checkpoint(run, store_hash=store.content_hash if same_store else None)
+    if state is None:
+        raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
+    _load_model(run, model, state)
+    return model
+
+
+def _load_model(run: RunFolder, model: AutoEncoder, state: dict[str, Any]) -> None:
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{run.url}: the checkpoint does not fit the configuration ({' '.join(str(error).split())[:200]}): "
+            "use the settings that it was trained with"
+        ) from None

@@ -1,0 +1,132 @@
+"""What a finished run leaves behind: maps, curves, the particle table and the report. Worker 0 only."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scalecryo.config import Config
+from scalecryo.data import mrc, star
+from scalecryo.data.store import ParticleStore
+from scalecryo.evaluate.report import (
+    Section,
+    confidence_figure,
+    fsc_figure,
+    orientation_figure,
+    projections_figure,
+    report_html,
+    slices_figure,
+    training_figure,
+)
+from scalecryo.map.halfmaps import HalfMapResult
+from scalecryo.model.autoencoder import AutoEncoder
+from scalecryo.physics.fsc import resolution
+from scalecryo.train.assignment import Assignment
+from scalecryo.train.run_folder import RunFolder
+
+PANELS = {
+    "loss": "loss",
+    "images_per_second": "images / s",
+    "pose_spread": "pose spread",
+    "truth/rotation_error_median_deg": "rotation error, median (°)",
+    "truth/fsc_0.5_shell": "FSC 0.5 to truth (shell)",
+}
+
+
+def write_results(
+    config: Config,
+    store: ParticleStore,
+    run: RunFolder,
+    model: AutoEncoder,
+    assignment: Assignment,
+    maps: HalfMapResult,
+) -> None:
+    """Write map.mrc, half-maps, mask, volume.mrc (as learned), particles.star, fsc.csv, pictures and report.html."""
+    volumes = {
+        "map": maps.map,
+        "half1": maps.half_maps[0],
+        "half2": maps.half_maps[1],
+        "mask": maps.mask,
+    }
+    for name, volume in volumes.items():
+        mrc.write_map(run.path(f"{name}.mrc"), _numpy(volume), store.pixel_size)
+    learned = model.volume.density()
+    mrc.write_map(run.path("volume.mrc"), _numpy(learned), store.level_pixel_size(learned.shape[-1]))
+    star.write_with_poses(
+        run.path("particles.star"),
+        store.source_star(),
+        store.table(),
+        rotation=_numpy(assignment.rotation),
+        shift=_numpy(assignment.shift),
+        confidence=_numpy(assignment.confidence),
+        half=_numpy(assignment.half),
+    )
+    run.write("fsc.csv", _fsc_table(maps, store).encode())
+    sections = _sections(config, store, run, assignment, maps)
+    for section, name in sections:
+        if section.png is not None:
+            run.write(f"{name}.png", section.png)
+    title = f"scalecryo: {store.count} particles, {store.box_size} px, {store.pixel_size:g} Å/px"
+    run.write("report.html", report_html(title, [section for section, _ in sections]).encode())
+
+
+def _fsc_table(maps: HalfMapResult, store: ParticleStore) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["shell", "resolution_angstrom", "fsc_unmasked", "fsc_masked"])
+    for shell, (plain, masked) in enumerate(zip(maps.fsc.tolist(), maps.fsc_masked.tolist(), strict=True)):
+        angstrom = store.box_size * store.pixel_size / shell if shell else float("inf")
+        writer.writerow([shell, f"{angstrom:.4f}", f"{plain:.5f}", f"{masked:.5f}"])
+    return text.getvalue()
+
+
+def _sections(
+    config: Config, store: ParticleStore, run: RunFolder, assignment: Assignment, maps: HalfMapResult
+) -> list[tuple[Section, str]]:
+    """The report's parts, each with the name of its picture."""
+    box, pixel_size = store.box_size, store.pixel_size
+    curves = {"half-maps": _numpy(maps.fsc), "half-maps, masked": _numpy(maps.fsc_masked)}
+    shell, angstrom = resolution(maps.fsc_masked, box, pixel_size, 0.143)
+    summary = (
+        f"pose source: {config.pose.source}, {config.train.steps} steps of {config.train.batch_size} particles\n"
+        f"half-maps agree (FSC 0.143, masked) to shell {shell:.1f} of {box // 2}, {angstrom:.2f} Å\n"
+        "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
+    )
+    steps, panels = _training_curves(run)
+    parts = [
+        (Section("Summary", summary), ""),
+        (Section("Fourier shell correlation", png=fsc_figure(curves, box, pixel_size)), "fsc"),
+        (Section("Map", png=slices_figure({"map": _numpy(maps.map), "mask": _numpy(maps.mask)}, pixel_size)), "slices"),
+        (
+            Section(
+                "Particles and predictions",
+                png=projections_figure(_numpy(assignment.observed), _numpy(assignment.predicted)),
+            ),
+            "projections",
+        ),
+        (Section("Orientations", png=orientation_figure(_numpy(assignment.rotation))), "orientations"),
+        (Section("Confidence", png=confidence_figure(_numpy(assignment.confidence))), "confidence"),
+    ]
+    if panels:
+        parts.append((Section("Training", png=training_figure(steps, panels)), "training"))
+    return parts
+
+
+def _training_curves(run: RunFolder) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
+    """Steps and curves out of metrics.jsonl; empty where the run has none (an assignment written elsewhere)."""
+    path = run.local / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    steps = np.array(sorted({row["step"] for row in rows}), dtype=np.int64)
+    panels = {}
+    for key, label in PANELS.items():
+        values = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+        if values:
+            panels[label] = np.array([values.get(int(step), np.nan) for step in steps], dtype=np.float64)
+    return steps, panels
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray:
+    return tensor.detach().cpu().numpy()

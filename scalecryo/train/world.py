@@ -1,0 +1,40 @@
+"""The workers that share a run, and the few collectives between them."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This worker's place among all workers; one worker needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker writes files and reports."""
+        return self.rank == 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add each tensor over all workers, in place. Collective."""
+        if self.size > 1:
+            for tensor in tensors:
+                # gloo has no complex reduction: reduce the real view of the same memory.
+                dist.all_reduce(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every worker's tensor, on worker 0 (an empty list elsewhere); first sizes may differ. Collective."""
+        if self.size == 1:
+            return [tensor]
+        gathered: list[Tensor | None] = [None] * self.size
+        dist.gather_object(tensor, gathered if self.leads else None)
+        return [part for part in gathered if part is not None] if self.leads else []
+
+    def barrier(self) -> None:
+        """Wait for all workers. Collective."""
+        if self.size > 1:
+            dist.barrier()
