@@ -2,8 +2,8 @@
 
 CTF(k) = sin(pi lambda D(k) s^2 - pi/2 Cs lambda^3 s^4 + phase_shift + atan(w / sqrt(1 - w^2))), s = |k| / (N px)
 
-with px the pixel size in Å. Positive defocus D is underfocus; with no phase plate CTF(0) = +w, the amplitude contrast. RELION and torch-ctf
-agree; cryoDRGN and ASPIRE use the opposite sign.
+with px the pixel size in Å. Positive defocus D is underfocus; without a phase plate CTF(0) = +w, the amplitude
+contrast. RELION and torch-ctf agree; cryoDRGN and ASPIRE use the opposite sign.
 """
 
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from torch import Tensor
 _UM_PER_ANGSTROM = 1e-4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CtfParameters:
     """CTF parameters of b images."""
 

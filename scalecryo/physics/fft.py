@@ -182,7 +182,7 @@ def fourier_resize_3d(volume: Float[Tensor, "N N N"], box_size: int) -> Float[Te
     return irfft3_centred(resized * (box_size / full), box_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FourierPixels:
     """The half disc kx >= 0, |k| <= radius_limit of an image's transform, packed in order of rising radius.
 
@@ -201,7 +201,7 @@ class FourierPixels:
     """How often the coefficient occurs in the full transform: 1 where kx = 0, else 2."""
     index: Int[Tensor, "p"]
     """Position in the flattened (n, n//2 + 1) transform."""
-    squared_radius: np.ndarray = field(repr=False, compare=False)
+    squared_radius: np.ndarray = field(repr=False)
     """Host copy, so that `count` never waits for a device."""
 
     def __len__(self) -> int:

@@ -68,14 +68,14 @@ def _locate(
     x, y, z = (torch.addcmul(rotation[:, i, :1] * kx, rotation[:, i, 1:2], ky) for i in range(3))
     sign = torch.ones_like(x).copysign(x)
     x, y, z = x * sign, y * sign, z * sign
-    # The clamps do nothing for a rotation and a radius inside d/2 - 1; they keep any other input within the array.
-    low_x = x.floor().clamp(0, half - 1)
-    low_y, low_z = y.floor().clamp(-half, half - 1), z.floor().clamp(-half, half - 1)
+    # This does nothing for a rotation and a radius inside d/2 - 1; any other input stays within the array (NaN: NaN).
+    low_x = x.floor().nan_to_num_().clamp_(0, half - 1)
+    low_y, low_z = (axis.floor().nan_to_num_().clamp_(-half, half - 1) for axis in (y, z))
     column = low_x.long().flatten()
     line_y, line_z = ((_wrap(low, box), _wrap(low + 1, box)) for low in (low_y, low_z))
     # z * d + y is exact in single precision up to d = 4096.
     rows = tuple(torch.add(column, (box * a + b).long().flatten(), alpha=width) for a in line_z for b in line_y)
-    inside = (torch.hypot(kx, ky) <= half - 1 + 1e-4).to(x.dtype)
+    inside = (torch.hypot(kx, ky) <= (half - 1) * (1 + 1e-6)).to(x.dtype)
     return _Samples(rows, (x - low_x, y - low_y, z - low_z), sign, inside)
 
 
@@ -139,7 +139,7 @@ class _ExtractSlices(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             local = _conjugate(gradient, samples.sign) * (samples.inside * samples.sign)
             along = torch.stack([local.real * s.real + local.imag * s.imag for s in slopes], dim=1)
-            first_two = ctx.scale * along @ torch.stack([kx, ky], dim=-1)
+            first_two = ctx.scale * torch.stack([(along * kx).sum(-1), (along * ky).sum(-1)], dim=-1)
             for_rotation = torch.nn.functional.pad(first_two, (0, 1))
         return for_volume, for_rotation, None, None, None
 

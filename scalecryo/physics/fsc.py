@@ -15,7 +15,7 @@ from scalecryo.errors import InputError
 from scalecryo.physics.fft import check_even_box, irfft3_centred, rfft2_centred, rfft3_centred
 
 
-def shell_index_3d(box_size: int, device: torch.device | str | None = None) -> Int[Tensor, "n n n//2+1"]:
+def shell_index_3d(box_size: int, device: torch.device | str | None = None) -> Int[Tensor, "n n h"]:
     """Integer shell of each coefficient of a half-complex 3-D transform, corners included (shells > N/2)."""
     return _shell_index(box_size, 3, device)
 
@@ -29,7 +29,7 @@ def _shell_index(box_size: int, dims: int, device: torch.device | str | None) ->
     return squared.sqrt().round().long()
 
 
-def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "n//2+1"]:
+def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "s"]:
     """Sum of a real half-complex field over each shell of the full transform, in double precision."""
     half = box_size // 2
     # Columns kx = 0 and kx = N/2 are their own mates.
@@ -40,7 +40,7 @@ def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "n//2+1"]:
     return sums.index_add_(0, shell.flatten(), (values.double() * weight).flatten())[: half + 1]
 
 
-def _correlation(a: Tensor, b: Tensor, box_size: int) -> Float[Tensor, "n//2+1"]:
+def _correlation(a: Tensor, b: Tensor, box_size: int) -> Float[Tensor, "s"]:
     cross = _shell_sums(a.real * b.real + a.imag * b.imag, box_size)
     power = _shell_sums(a.abs().square(), box_size) * _shell_sums(b.abs().square(), box_size)
     return torch.where(power > 0, cross / power.clamp_min(torch.finfo(power.dtype).tiny).sqrt(), 0.0)
@@ -87,7 +87,7 @@ def resolution(
     return shell, box_size * pixel_size / max(shell, 1.0)
 
 
-def shell_mean(values: Float[Tensor, "n n h"]) -> Float[Tensor, "n//2+1"]:
+def shell_mean(values: Float[Tensor, "*n h"]) -> Float[Tensor, "s"]:
     """Mean over each shell of a real field given on the half-complex grid (2-D or 3-D)."""
     box_size = values.shape[0]
     return _shell_sums(values, box_size) / _shell_sums(torch.ones_like(values), box_size)
