@@ -4,12 +4,13 @@ import dataclasses
 
 import torch
 
-from scalecryo.commands.console import log_to_stderr, say
+from scalecryo.commands.console import say
 from scalecryo.config import config_from_dict
 from scalecryo.data import files
 from scalecryo.data.store import ParticleStore
-from scalecryo.train.loop import load_trained
 from scalecryo.train.assign import assign_particles
+from scalecryo.train.logs import log_to_stderr
+from scalecryo.train.loop import load_trained
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 

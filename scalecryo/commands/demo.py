@@ -1,11 +1,11 @@
 """`scalecryo demo`: the whole path on simulated adenylate kinase, in minutes, without a network."""
 
-import json
 import time
-from importlib.resources import as_file, files as package_files
+from importlib.resources import as_file
+from importlib.resources import files as package_files
 
 from scalecryo.commands import convert, evaluate, simulate, train
-from scalecryo.commands.console import note, say
+from scalecryo.commands.console import note
 from scalecryo.data import files
 from scalecryo.errors import OutputExistsError
 

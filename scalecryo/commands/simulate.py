@@ -8,6 +8,7 @@ import torch
 from scalecryo.commands.console import note, say
 from scalecryo.data import files
 from scalecryo.data.mrc import StackWriter, read_map, write_map
+from scalecryo.data.particles import ParticleTable
 from scalecryo.data.simulation import Imaging, Projector, draw_particles, fit_map, noise_sigma
 from scalecryo.data.star import write_particles
 from scalecryo.data.structure import potential_map, read_structure
@@ -45,33 +46,42 @@ def run(
     if snr_db is not None and not math.isfinite(snr_db):
         raise InputError(f"a signal-to-noise ratio of {snr_db} dB means nothing: give a number, or leave it out")
     generator = torch.Generator().manual_seed(seed)
-    imaging = Imaging(pixel_size, defocus_um, astigmatism_um, shift_a)
-    table = draw_particles(n, imaging, "particles.mrcs", generator)
+    table = draw_particles(n, Imaging(pixel_size, defocus_um, astigmatism_um, shift_a), "particles.mrcs", generator)
     volume, origin = _density(structure, box, pixel_size)
-    projector = Projector(volume, pixel_size)
-    sigma = 0.0
-    if snr_db is not None:
-        chunks = range(0, min(n, _SAMPLE), _CHUNK)
-        sample = torch.cat([projector.images(table, slice(i, min(i + _CHUNK, _SAMPLE))) for i in chunks])
-        sigma = noise_sigma(sample, snr_db)
+    names = table.image_names()
+    try:
+        _write_images(files.join(out_dir, "particles.mrcs"), Projector(volume, pixel_size), table, snr_db, generator)
+        write_map(files.join(out_dir, "truth.mrc"), volume.numpy(), pixel_size, origin)
+        write_particles(files.join(out_dir, "truth.star"), names, table, with_poses=True, box_size=box)
+        write_particles(files.join(out_dir, "particles.star"), names, table, with_poses=False, box_size=box)
+    except BaseException:
+        # None of them was there before: what is left now would only stand in the way of the next try.
+        for name in _OUTPUTS:
+            files.remove_tree(files.join(out_dir, name))
+        raise
+    noise = "without noise" if snr_db is None else f"{snr_db:g} dB"
+    say(f"{files.shown(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
 
+
+def _write_images(
+    path: str, projector: Projector, table: ParticleTable, snr_db: float | None, generator: torch.Generator
+) -> None:
+    """Make and write the stack chunk by chunk, telling how far it is every five seconds."""
+    count, sigma = len(table), 0.0
+    if snr_db is not None:
+        chunks = range(0, min(count, _SAMPLE), _CHUNK)
+        sigma = noise_sigma(torch.cat([projector.images(table, slice(i, i + _CHUNK)) for i in chunks]), snr_db)
     start = told = time.monotonic()
-    with StackWriter(files.join(out_dir, "particles.mrcs"), n, box, pixel_size) as stack:
-        for i in range(0, n, _CHUNK):
-            images = projector.images(table, slice(i, i + _CHUNK))
+    with StackWriter(path, count, projector.box_size, projector.pixel_size) as stack:
+        for first in range(0, count, _CHUNK):
+            images = projector.images(table, slice(first, first + _CHUNK))
             if snr_db is not None:
                 images = images + sigma * torch.randn(images.shape, generator=generator)
             stack.append(images.numpy())
             if time.monotonic() - told > 5:
-                told = time.monotonic()
-                rate = (i + len(images)) / (told - start)
-                note(f"{i + len(images):,} of {n:,} images, {rate:,.0f} a second, {(n - i) / rate:,.0f} s left")
-    write_map(files.join(out_dir, "truth.mrc"), volume.numpy(), pixel_size, origin)
-    names = table.image_names()
-    write_particles(files.join(out_dir, "truth.star"), names, table, with_poses=True)
-    write_particles(files.join(out_dir, "particles.star"), names, table, with_poses=False)
-    noise = "without noise" if snr_db is None else f"{snr_db:g} dB"
-    say(f"{files.shown(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
+                told, done = time.monotonic(), first + len(images)
+                rate = done / (told - start)
+                note(f"{done:,} of {count:,} images, {rate:,.0f} a second, {(count - done) / rate:,.0f} s left")
 
 
 def _density(structure: str, box: int, pixel_size: float) -> tuple[torch.Tensor, tuple[float, float, float]]:

@@ -4,11 +4,12 @@ import dataclasses
 
 import torch
 
-from scalecryo.commands.console import log_to_stderr, say
+from scalecryo.commands.console import say
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data import files
 from scalecryo.data.store import ParticleStore
 from scalecryo.errors import ConfigError, UsageError
+from scalecryo.train.logs import log_to_stderr
 from scalecryo.train.loop import train
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World

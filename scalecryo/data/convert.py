@@ -1,8 +1,8 @@
 """From a particle table and its image stacks to a store.
 
-Everything that headers can tell is checked before anything is written. One task writes one whole shard of every array and
-then its manifest, so an interrupted conversion goes on where it stopped and repeats byte for byte; the attribute `complete`
-comes last.
+Everything that headers can tell is checked before anything is written. One task writes one whole shard of every array
+and then its manifest, so an interrupted conversion goes on where it stopped and repeats byte for byte; the attribute
+`complete` comes last.
 """
 
 import hashlib
@@ -12,15 +12,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import dask
+import dask.config
 import numpy as np
 import numpy.typing as npt
+import torch
+from dask.base import compute
+from dask.delayed import delayed
 
 from scalecryo import __version__
 from scalecryo.data import files
 from scalecryo.data.layout import block_rows_of, levels_of, metadata_of, shard_rows_of, write_objects
 from scalecryo.data.mrc import Stack
-from scalecryo.data.normalise import Array, Recipe, choose_recipe, crop, normalise
+from scalecryo.data.normalise import Array, Recipe, choose_recipe, crop, normalise, one_torch_thread
 from scalecryo.data.particles import COLUMNS, Columns, ParticleTable
 from scalecryo.data.shards import ShardBuffer, encode_column
 from scalecryo.data.source import Source, read_source
@@ -150,7 +153,7 @@ def plan(
         "sign": recipe.sign,
         "normalisation": recipe.normalisation,
         "common_scale": recipe.common_scale,
-        "source": files.shown(source),
+        "source": files.shown(files.absolute(source)),
         "source_box_size": found.box_size,
     }
     identity = {key: value for key, value in attrs.items() if key not in ("scalecryo_version", "source")}
@@ -225,7 +228,8 @@ def write_shard(task: _ShardTask) -> int:
         for level, size in task.block_rows.items():
             images = crop(images, level)
             number, offset = divmod(start, size)
-            buffers[level].block(number)[offset : offset + len(images)] = images
+            target = torch.from_numpy(buffers[level].block(number)[offset : offset + len(images)])
+            target.copy_(torch.from_numpy(images))  # several times faster than NumPy's float16 cast
     objects: dict[str, npt.NDArray] = {
         f"images/{level}/c/{task.shard}/0/0": buffer.finish() for level, buffer in buffers.items()
     }
@@ -236,25 +240,33 @@ def write_shard(task: _ShardTask) -> int:
     return rows
 
 
-def _refuse_existing(made: ConvertPlan, store_url: str, overwrite: bool) -> None:
-    """Stop unless the place is free, may be overwritten, or holds this very conversion unfinished."""
+def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
+    """Attributes of the particle store at a place; empty when the place is free.
+
+    Raises:
+        OutputExistsError: something else is there, or a complete store that nobody asked to replace.
+    """
     shown = files.shown(store_url)
     attrs = read_attributes(store_url)
     if not attrs:
         if files.exists(store_url) and (not files.is_folder(store_url) or files.list_folder(store_url)):
             raise OutputExistsError(f"{shown}: exists and is not a particle store; choose another place for the store")
-    elif overwrite:
-        files.remove_tree(store_url)
-    elif attrs.get("complete") is True:
+    elif attrs.get("complete") is True and not overwrite:
         raise OutputExistsError(f"{shown}: a store is there already; add --overwrite to replace it")
-    elif attrs.get("plan_hash") != made.attrs["plan_hash"]:
+    return attrs
+
+
+def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> None:
+    """Remove what may be replaced; leave this very conversion unfinished to go on; refuse anything else."""
+    attrs = check_destination(store_url, overwrite)
+    shown = files.shown(store_url)
+    if overwrite:
+        files.remove_tree(store_url)
+    elif attrs and attrs.get("plan_hash") != made.attrs["plan_hash"]:
         raise OutputExistsError(
-            f"{shown}: holds the unfinished conversion of other data or with other options; add --overwrite to replace it"
+            f"{shown}: holds an unfinished conversion of other data or with other options; "
+            "add --overwrite to replace it"
         )
-
-
-def _group_document(attrs: dict[str, Any]) -> bytes:
-    return metadata_of({**attrs, "levels": []}, {})["zarr.json"]
 
 
 def convert(
@@ -277,12 +289,16 @@ def convert(
         OutputExistsError: something is there already.
         InputError: an image cannot be used; what was written stays incomplete and is refused by readers.
     """
-    _refuse_existing(made, store_url, overwrite)
+    _clear_destination(made, store_url, overwrite)
     attrs = {**made.attrs, "complete": False}
     known = {**COLUMNS, **IMAGE_COLUMNS}
     documents = metadata_of(attrs, {name: known[name] for name in attrs["columns"]})
-    files.write_bytes_atomic(files.join(store_url, "zarr.json"), documents.pop("zarr.json"))
-    stacks = {"names": made.source.table.stacks, "urls": [files.shown(stack.url) for stack in made.source.stacks]}
+    group = json.loads(documents.pop("zarr.json"))
+    files.write_bytes_atomic(files.join(store_url, "zarr.json"), json.dumps(group, indent=2).encode())
+    stacks = {
+        "names": made.source.table.stacks,
+        "urls": [files.shown(files.absolute(stack.url)) for stack in made.source.stacks],
+    }
     documents[SOURCE_STACKS] = json.dumps(stacks).encode()
     if made.source.star is not None:
         documents[SOURCE_TABLE] = made.source.star
@@ -293,13 +309,14 @@ def convert(
     workers = workers or os.cpu_count() or 1
     settings = {} if dask.config.get("scheduler", None) else {"scheduler": "threads", "num_workers": workers}
     done = made.count - sum(min(made.shard_rows, made.count - shard * made.shard_rows) for shard in todo)
-    task = dask.delayed(write_shard, pure=False, traverse=False)
+    task = delayed(write_shard, pure=False, traverse=False)
     if report:
         report(done, made.count)
     # Some shards at a time: a graph of all of them would hold the whole table twice.
     for first in range(0, len(todo), _TASKS_PER_WORKER * workers):
         some = todo[first : first + _TASKS_PER_WORKER * workers]
-        results = dask.compute(*(task(item) for item in _tasks(made, store_url, some)), **settings)
+        with one_torch_thread():
+            results = compute(*(task(item) for item in _tasks(made, store_url, some)), **settings)
         done += sum(results)
         if report:
             report(done, made.count)
@@ -307,5 +324,6 @@ def convert(
     manifests = [read_manifest(store_url, f"{shard:08d}") for shard in range(made.shards)]
     attrs["content_hash"] = hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()
     attrs["complete"] = True
-    files.write_bytes_atomic(files.join(store_url, "zarr.json"), _group_document(attrs))
+    group["attributes"] = attrs
+    files.write_bytes_atomic(files.join(store_url, "zarr.json"), json.dumps(group, indent=2).encode())
     return attrs

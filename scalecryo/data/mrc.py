@@ -181,11 +181,12 @@ class Stack:
         out = np.empty((len(wanted), self.ny, self.nx), dtype=np.float32)
         # Runs of consecutive images are read in one piece each.
         starts = np.flatnonzero(np.diff(wanted, prepend=-2) != 1)
+        stops = np.append(starts[1:], len(wanted))[: len(starts)]
         with ExitStack() as opened:
             stream = None
             if self._unpacked is None and files.is_local(self.url) and len(wanted):
                 stream = opened.enter_context(files.open_read(self.url))
-            for start, stop in zip(starts, [*starts[1:], len(wanted)], strict=True):
+            for start, stop in zip(starts, stops, strict=True):
                 self._read_run(int(wanted[start]), out[start:stop], stream)
         return out
 
@@ -197,7 +198,7 @@ class Stack:
         length = out.size * dtype.itemsize
         if stream is not None and dtype == out.dtype:
             stream.seek(start)
-            done = stream.readinto(memoryview(out).cast("B"))  # type: ignore[attr-defined]
+            done = stream.readinto(out.data.cast("B"))  # type: ignore[attr-defined]
         else:
             if stream is not None:
                 stream.seek(start)
@@ -281,7 +282,7 @@ def write_map(
     _set_statistics(header, data.min(), data.max(), values.sum(), np.square(values).sum(), data.size)
     with files.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         stream.write(header.tobytes())
-        stream.write(data)
+        stream.write(data.data)
 
 
 class StackWriter:
@@ -311,7 +312,7 @@ class StackWriter:
         data = np.ascontiguousarray(images, dtype="<f4")
         if data.shape[1:] != self._shape[1:] or self._written + len(data) > self._shape[0]:
             raise InputError(f"{files.shown(self._url)}: {data.shape} does not fit a stack of {self._shape}")
-        self._stream.write(data)
+        self._stream.write(data.data)
         self._written += len(data)
         if len(data):
             values = data.astype(np.float64)
@@ -338,7 +339,7 @@ class StackWriter:
             raise
         self._exit.close()
 
-    def _abandon(self, error: BaseException | None) -> None:
+    def _abandon(self, error: BaseException) -> None:
         self._stream.close()
         self._exit.__exit__(type(error), error, None)
 
@@ -348,7 +349,7 @@ class StackWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if error is None:
             self.close()
         else:
             self._abandon(error)

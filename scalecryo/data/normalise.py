@@ -4,6 +4,8 @@ The background is what lies outside a circle of 0.375 box around the centre (the
 Stacks without noise, simulations mostly, have no background σ worth dividing by: they share one scale.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -40,6 +42,17 @@ class Recipe:
     common_scale: float = 1.0
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's own threads off for a while: with one task for each core they make small transforms ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @lru_cache(maxsize=8)
 def _radius(box_size: int) -> npt.NDArray[np.float64]:
     axis = np.arange(box_size) - box_size // 2
@@ -48,8 +61,10 @@ def _radius(box_size: int) -> npt.NDArray[np.float64]:
 
 
 @lru_cache(maxsize=8)
-def _background_pixels(box_size: int) -> npt.NDArray[np.int64]:
-    return np.flatnonzero(_radius(box_size) > BACKGROUND_RADIUS * box_size)
+def _background_weight(box_size: int) -> Array:
+    """1 / number of background pixels there, 0 inside the circle; flat."""
+    outside = _radius(box_size) > BACKGROUND_RADIUS * box_size
+    return (outside / np.count_nonzero(outside)).astype(np.float32)
 
 
 def crop(images: Array, box_size: int) -> Array:
@@ -60,13 +75,17 @@ def crop(images: Array, box_size: int) -> Array:
     return cropped
 
 
-def background(images: Array) -> tuple[Array, Array]:
-    """Mean and σ of every image's background."""
-    pixels = images.reshape(len(images), -1)[:, _background_pixels(images.shape[-1])]
-    mean = pixels.mean(axis=1, dtype=np.float64).astype(np.float32)
-    pixels -= mean[:, None]
-    variance = np.einsum("ij,ij->i", pixels, pixels) / pixels.shape[1]
-    return mean, np.sqrt(variance)
+def centre_background(images: Array) -> tuple[Array, Array]:
+    """Subtract every image's background mean, in place; returns those means and the background's σ."""
+    # Torch for its products: unlike NumPy's they stay in the calling thread when it is told to use one.
+    flat = torch.from_numpy(images.reshape(len(images), -1))
+    weight = torch.from_numpy(_background_weight(images.shape[-1]))
+    mean = flat @ weight
+    flat -= mean[:, None]
+    # A second pass takes away what single precision left of a large offset.
+    rest = flat @ weight
+    flat -= rest[:, None]
+    return (mean + rest).numpy(), (flat.square() @ weight).sqrt().numpy()
 
 
 def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
@@ -79,7 +98,7 @@ def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
         recipe: how.
     """
     images = crop(images, recipe.box_size)
-    mean, sigma = background(images)
+    mean, sigma = centre_background(images)
     flat = images.reshape(len(images), -1)
     if recipe.normalisation == "background":
         # A constant image leaves only the rounding of its mean.
@@ -87,7 +106,6 @@ def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
     else:
         constant = flat.max(axis=1) == flat.min(axis=1)
         scale = np.where(constant, np.float32(np.nan), np.float32(recipe.common_scale))
-    flat -= mean[:, None]
     flat *= (np.float32(recipe.sign) / scale)[:, None]
     return images, np.float32(recipe.sign) * mean, scale
 
@@ -96,37 +114,38 @@ def choose_recipe(sample: Array, box_size: int, sign: int | None) -> tuple[Recip
     """The recipe for a stack, decided once from a sample of its images, and a line that says why.
 
     Args:
-        sample: source images (n, N, N), finite and not constant.
+        sample: source images (n, N, N), finite and not constant; overwritten.
         box_size: box of the full level, px.
         sign: the sign asked for; None to judge by whether the centre is darker than the background.
     """
     images = crop(sample, box_size)
-    mean, sigma = background(images)
+    _, sigma = centre_background(images)
     flat = images.reshape(len(images), -1)
     radius = _radius(box_size)
     inside = flat[:, radius <= BACKGROUND_RADIUS * box_size].std(axis=1)
-    power = np.square(np.abs(np.fft.fft2(images - mean[:, None, None])))
-    corner = np.fft.ifftshift(radius.reshape(box_size, box_size)) > box_size / 2
+    power = np.square(np.abs(np.fft.fft2(images)))
+    frequency = np.fft.fftfreq(box_size, 1 / box_size)
+    corner = np.hypot(frequency[:, None], frequency[None, :]) > box_size / 2
     # White noise has the same power at every frequency: the corners, where no projection reaches, measure it.
     noise = np.minimum(power[:, corner].mean(axis=1) / box_size**2, np.square(sigma))
     free = float(np.median(noise / np.maximum(np.square(inside), np.finfo(np.float32).tiny))) < _NOISE_FREE
     scale = float(inside.mean()) if free else 1.0
-    judged, reason = _judge_sign(flat, mean, inside if free else sigma, radius)
+    judged, reason = _judge_sign(flat, inside if free else sigma, radius)
     if sign is not None:
         judged, reason = sign, "as asked"
     return Recipe(box_size, judged, "common" if free else "background", scale), reason
 
 
-def _judge_sign(flat: Array, mean: Array, sigma: Array, radius: npt.NDArray[np.float64]) -> tuple[int, str]:
+def _judge_sign(flat: Array, sigma: Array, radius: npt.NDArray[np.float64]) -> tuple[int, str]:
     """−1 when the centre is darker than the background by more than its error allows."""
-    box_size = int(round(len(radius) ** 0.5))
+    box_size = round(len(radius) ** 0.5)
     centre = flat[:, radius < _CENTRE_RADIUS * box_size]
     usable = sigma > 0
-    contrast = (centre.mean(axis=1, dtype=np.float64) - mean)[usable] / sigma[usable]
+    contrast = centre.mean(axis=1, dtype=np.float64)[usable] / sigma[usable]
     if not len(contrast):
         return 1, "no contrast to judge by"
     # The error by scatter, but not below that of white noise: few images scatter little by chance.
-    floor = np.sqrt(1 / centre.shape[1] + 1 / len(_background_pixels(box_size)))
+    floor = np.sqrt(1 / centre.shape[1] + 1 / np.count_nonzero(_background_weight(box_size)))
     error = max(float(contrast.std()), float(floor)) / np.sqrt(len(contrast))
     average = float(contrast.mean())
     sigmas = average / error

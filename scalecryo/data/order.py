@@ -159,8 +159,10 @@ class BatchOrder:
         starts = self.window_blocks_of(epoch, lane, window) * self.block_rows
         rows = (starts[:, None] + np.arange(self.block_rows)).reshape(-1)
         rows = rows[rows < self.count]
-        words = np.random.Philox(key=[self.seed & _MASK, epoch & _MASK], counter=[0, 0, window, lane])
-        return rows[np.argsort(words.random_raw(len(rows)), kind="stable")]
+        key = np.array([self.seed & _MASK, epoch & _MASK], dtype=np.uint64)
+        counter = np.array([0, 0, window, lane], dtype=np.uint64)
+        words = np.random.Philox(key=key, counter=counter).random_raw(len(rows))
+        return rows[np.argsort(words, kind="stable")]
 
     def rows(self, epoch: int, step: int, lanes: range | None = None) -> Rows:
         """Rows of one batch, lane after lane; -1 pads lanes that have ended.

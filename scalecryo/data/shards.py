@@ -199,7 +199,7 @@ class ImageArray:
         if files.is_local(url):
             checksum = bytearray(_CRC_BYTES)
             with files.open_read(url) as stream:
-                done = os.preadv(stream.fileno(), [memoryview(data), checksum], offset)
+                done = os.preadv(stream.fileno(), [data.data, checksum], offset)
             stored = bytes(checksum)
         else:
             found = files.read_range(url, offset, offset + len(data) + _CRC_BYTES)

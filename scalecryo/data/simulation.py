@@ -191,7 +191,10 @@ def _slice_cubic(
     scale: float,
     out: NDArray[np.complex64],
 ) -> None:
-    """Central slices (b, n, n/2 + 1), torch.fft order, of a transform (d, d, d/2 + 2) with kx = −1 as its first column."""
+    """Central slices (b, n, n/2 + 1), torch.fft order, of a transform (d, d, d/2 + 2) whose first column is kx = −1.
+
+    See `Projector`.
+    """
     box, half = transform.shape[0], out.shape[1] // 2
     wx, wy, wz = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
     for b in range(out.shape[0]):

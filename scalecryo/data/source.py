@@ -37,7 +37,7 @@ class Source:
         digest = hashlib.sha256()
         for name, values in sorted(self.table.columns.items()):
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(values))
+            digest.update(np.ascontiguousarray(values).data)
         for name, stack in zip(self.table.stacks, self.stacks, strict=True):
             digest.update(repr((name, files.fingerprint(stack.url))).encode())
         return digest.hexdigest()
@@ -64,9 +64,10 @@ def find_stack(name: str, table_url: str, data_dir: str | None) -> str:
     for place in places:
         if files.exists(place):
             return place
+    elsewhere = "there by its name alone" if data_dir else "below any folder above"
     raise MissingInputError(
-        f"{files.shown(table_url)}: the stack {name} is not at {files.shown(places[0])} nor "
-        f"{'below that folder by its name alone' if data_dir else 'below any folder above'}; give its folder by --data-dir"
+        f"{files.shown(table_url)}: its stack {name} is not at {files.shown(places[0])} nor {elsewhere}; "
+        "give its folder by --data-dir"
     )
 
 

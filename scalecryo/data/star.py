@@ -18,7 +18,7 @@ import torch
 from scalecryo.data import files
 from scalecryo.data.particles import Columns, ParticleTable
 from scalecryo.errors import InputError
-from scalecryo.physics.rotation import euler_to_rotation
+from scalecryo.physics.rotation import euler_to_rotation, rotation_to_euler
 
 _ANGLES = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
 _ORIGINS = ["rlnOriginXAngst", "rlnOriginYAngst"]
@@ -51,8 +51,8 @@ class StarPoses(NamedTuple):
     confidence: npt.NDArray[np.float64] | None
 
 
-def _blocks(url: str, data: bytes | None = None) -> dict[str, Any]:
-    """Every block of a STAR file.
+def _blocks(url: str, data: bytes | None = None, verbatim: bool = False) -> dict[str, Any]:
+    """Every block of a STAR file; `verbatim` keeps every value as the text it was.
 
     Raises:
         MissingInputError, InputError: there is no such file, or it is not a STAR file.
@@ -65,13 +65,13 @@ def _blocks(url: str, data: bytes | None = None) -> dict[str, Any]:
         path.write_bytes(data)
         try:
             blocks: dict[str, Any] = starfile.read(path, always_dict=True)
+            if verbatim:
+                names = sorted({str(name) for block in blocks.values() for name in block})
+                blocks = starfile.read(path, always_dict=True, parse_as_string=names)
         except (ValueError, IndexError, UnicodeDecodeError, pd.errors.ParserError) as error:
             raise InputError(f"{shown}: not a readable STAR file ({str(error).splitlines()[0]})") from error
     if not blocks:
         raise InputError(f"{shown}: not a STAR file (it has no data_ block)")
-    for name, block in blocks.items():
-        if isinstance(block, pd.DataFrame) and not isinstance(block.index, pd.RangeIndex):
-            raise InputError(f"{shown}: rows of block data_{name} have more values than the block has columns")
     return blocks
 
 
@@ -233,6 +233,12 @@ def read_particles(url: str) -> ParticleTable:
         raise InputError(f"{shown}: {error}") from error
 
 
+def image_key(name: str) -> tuple[int, str]:
+    """Index and bare file name of an image: tables that name the stack's folder differently still match."""
+    index, _, stack = name.partition("@")
+    return int(index), files.name(stack)
+
+
 def read_poses(url: str) -> StarPoses:
     """Image names, rotations, shifts, halves and confidences of a STAR file.
 
@@ -252,3 +258,128 @@ def read_poses(url: str) -> StarPoses:
         _half(frame, shown).astype(np.int8),
         confidence,
     )
+
+
+def _write_blocks(url: str, blocks: Mapping[str, pd.DataFrame]) -> None:
+    text = starfile.to_string(dict(blocks), na_rep="nan")
+    # RELION tells old files from new ones by this line.
+    files.write_bytes_atomic(url, text.replace("\ndata_", "\n# version 30001\n\ndata_").encode())
+
+
+def _pose_columns(
+    rotation: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """RELION's angles in degrees and origins in Å."""
+    angles = rotation_to_euler(torch.from_numpy(np.asarray(rotation, dtype=np.float64))).numpy()
+    columns = {name: angles[:, axis] for axis, name in enumerate(_ANGLES)}
+    # Minus zero would be written as -0.000000.
+    return columns | {name: 0.0 - np.asarray(shift, dtype=np.float64)[:, axis] for axis, name in enumerate(_ORIGINS)}
+
+
+def _optics_blocks(
+    frame: pd.DataFrame, names: list[str], pixel_size: float, box_size: int | None
+) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
+    """The optics table of rows that each carry their own optics, and every row's group number from 1."""
+    keys = [name for name in ["rlnOpticsGroup", *names] if name in frame]
+    if keys:
+        grouped = frame.groupby(keys, sort=True)
+        optics = grouped.size().reset_index()[keys]
+        group = grouped.ngroup().to_numpy(dtype=np.int64) + 1
+    else:
+        optics, group = pd.DataFrame(index=range(1)), np.ones(len(frame), dtype=np.int64)
+    numbers = np.arange(1, len(optics) + 1)
+    head = {"rlnOpticsGroup": numbers, "rlnOpticsGroupName": [f"opticsGroup{number}" for number in numbers]}
+    optics = pd.concat([pd.DataFrame(head), optics[[name for name in names if name in optics]]], axis=1)
+    if pixel_size:
+        optics["rlnImagePixelSize"] = pixel_size
+    if box_size:
+        optics = optics.assign(rlnImageSize=box_size, rlnImageDimensionality=2)
+    return optics, group
+
+
+def write_particles(
+    url: str, names: list[str], table: ParticleTable, with_poses: bool, box_size: int | None = None
+) -> None:
+    """Write a RELION 3.1 particle table; the file appears whole or not at all.
+
+    Args:
+        url: where to.
+        names: `i@stack` of every row, numbers from 1.
+        table: the particles; CTF columns are written when it has them.
+        with_poses: also write rotations and shifts, which the table must have.
+        box_size: of the images, px, for the optics table.
+    """
+    columns = table.columns
+    frame = pd.DataFrame({"rlnImageName": names, "rlnOpticsGroup": columns["optics_group"]})
+    shared: list[str] = []
+    if table.has_ctf:
+        frame = frame.assign(**{theirs: columns[ours].astype(np.float64) for ours, theirs in _DEFOCUS.items()})
+        frame["rlnPhaseShift"] = columns["phase_shift"].astype(np.float64)
+        shared = list(_OPTICS.values())
+        frame = frame.assign(**{theirs: columns[ours].astype(np.float64) for ours, theirs in _OPTICS.items()})
+    optics, frame["rlnOpticsGroup"] = _optics_blocks(frame, shared, table.pixel_size, box_size)
+    frame = frame.drop(columns=shared)
+    if columns["half"].any():
+        frame["rlnRandomSubset"] = columns["half"]
+    if with_poses:
+        frame = frame.assign(**_pose_columns(columns["rotation"], columns["shift"]))
+    _write_blocks(url, {"optics": optics, "particles": frame})
+
+
+def write_with_poses(
+    url: str,
+    source_star: bytes | None,
+    table: ParticleTable,
+    rotation: npt.NDArray[np.floating],
+    shift: npt.NDArray[np.floating],
+    confidence: npt.NDArray[np.floating],
+    half: npt.NDArray[np.integer],
+    box_size: int | None = None,
+) -> None:
+    """Write the source's own table with new poses: all its rows and columns, every other value as it was.
+
+    A RELION 3.0 table gains the optics table of 3.1; its own columns stay. Rows are matched by `source_row`.
+
+    Args:
+        url: where to.
+        source_star: the source's STAR file (`ParticleStore.source_star`); None writes `table` itself.
+        table: the particles that the poses belong to.
+        rotation: (N, 3, 3), image frame to volume frame.
+        shift: (N, 2) Å, where the content sits, (x, y).
+        confidence: (N,) 0 to 1, written as rlnMaxValueProbDistribution.
+        half: (N,) 1 or 2.
+        box_size: of the images, px, for an optics table that is made.
+
+    Raises:
+        InputError: the table does not cover the source's rows one for one.
+    """
+    shown = files.shown(url)
+    if source_star is None:
+        names = table.image_names()
+        write_particles(url, names, table, False, box_size)
+        source_star = files.read_bytes(url)
+        source_row = np.arange(len(table))
+    else:
+        source_row = table.columns["source_row"]
+    blocks = _blocks(url, source_star, verbatim=True)
+    block_name, frame = _particle_block(blocks, shown)
+    if not np.array_equal(np.sort(source_row), np.arange(len(frame))):
+        raise InputError(f"{shown}: the source table has {len(frame)} rows, the poses are for {len(table)} others")
+    order = np.argsort(source_row)
+    new = {name: values[order] for name, values in _pose_columns(rotation, shift).items()}
+    if table.pixel_size:
+        # Where the file also has origins in pixels, the two must agree.
+        pixels = zip(_ORIGINS_PX, _ORIGINS, strict=True)
+        new |= {px: new[angst] / table.pixel_size for px, angst in pixels if px in frame}
+    frame = frame.assign(
+        **new, rlnRandomSubset=np.asarray(half)[order], **{_MAX_CONFIDENCE: np.asarray(confidence)[order]}
+    )
+    optics = blocks.get("optics")
+    if optics is None:
+        optics, frame["rlnOpticsGroup"] = _optics_blocks(frame, list(_OPTICS.values()), table.pixel_size, box_size)
+    elif not isinstance(optics, pd.DataFrame):
+        optics = pd.DataFrame([optics])
+    if "rlnOpticsGroup" not in frame:
+        frame["rlnOpticsGroup"] = optics["rlnOpticsGroup"].iloc[0]
+    others = {name: block for name, block in blocks.items() if name not in (block_name, "optics")}
+    _write_blocks(url, {"optics": optics, "particles": frame, **others})

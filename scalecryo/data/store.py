@@ -5,8 +5,8 @@
     source/              the table that was converted, verbatim, and the names of its stacks
     _manifest/           length and CRC32C of every object, one file for each shard
 
-Images are protein-bright, rows keep the order of the source, and the group attribute `complete` is set last. Any Zarr v3
-reader opens it.
+Images are protein-bright, rows keep the order of the source, and the group attribute `complete` is set last. Any
+Zarr v3 reader opens it.
 """
 
 import json
@@ -105,7 +105,7 @@ class ParticleStore:
             )
         if require_complete and attrs.get("complete") is not True:
             raise StoreError(
-                f"{files.shown(url)}: its conversion did not finish; run the same `scalecryo convert` again to complete it"
+                f"{files.shown(url)}: its conversion did not finish; run the same `scalecryo convert` again"
             )
         try:
             return cls(url, attrs)
@@ -169,9 +169,7 @@ class ParticleStore:
             StoreError: the store has no such column.
         """
         if name not in self._columns:
-            raise StoreError(
-                f"{files.shown(self.url)}: no column {name}; it has {', '.join(self.columns)} (the source had no such data)"
-            )
+            raise StoreError(f"{files.shown(self.url)}: the source had no {name}; there are {', '.join(self.columns)}")
         return self._columns[name]
 
     def read_images(self, level: int, start: int, stop: int, out: npt.NDArray | None = None) -> npt.NDArray:
@@ -191,9 +189,10 @@ class ParticleStore:
         return {name: self.column_array(name).read(start, stop) for name in names or self.columns}
 
     def table(self) -> ParticleTable:
-        """The particle table of the whole store, in memory."""
+        """The particle table that was converted, in memory: its pixel size is the source's, before any cropping."""
         names = [name for name in self.columns if name in COLUMNS]
-        return ParticleTable(self.pixel_size, self.stacks, self.read_columns(0, self.count, names))
+        pixel_size = self.pixel_size * self.box_size / int(self.attrs["source_box_size"])
+        return ParticleTable(pixel_size, self.stacks, self.read_columns(0, self.count, names))
 
     def source_star(self) -> bytes | None:
         """The source table as it was, when it was a .star file."""

@@ -85,14 +85,14 @@ class ParticleStream:
     Args:
         store: where the particles are.
         level: box size, one of the store's levels.
-        order: which rows when; its `count` must be the store's.
+        order: which rows when; the first `count` rows of the store.
         rank, world_size: this process among all.
         start_step: global step of the first batch, counted over epochs.
         columns: particle columns to deliver with the images.
         threads: threads that read ahead.
 
     Raises:
-        StoreError: the store lacks the level or a column, or has another number of particles than the order.
+        StoreError: the store lacks the level or a column, or has fewer particles than the order.
         ConfigError: there are more ranks than lanes.
     """
 
@@ -108,7 +108,7 @@ class ParticleStream:
         columns: Sequence[str] = (),
         threads: int = 2,
     ) -> None:
-        if order.count != store.count:
+        if order.count > store.count:
             raise StoreError(f"{store.url}: holds {store.count} particles, the batch order is for {order.count}")
         self._images = store.image_array(level)
         self._columns = {name: store.column_array(name) for name in columns}
@@ -207,10 +207,12 @@ class ParticleStream:
         self.close()
 
 
-def owned_rows(store: ParticleStore, level: int, rank: int, world_size: int, rows_limit: int | None = None) -> range:
-    """The rows that one rank visits in `sequential`: whole shards, or whole blocks where shards are few."""
+def owned_rows(store: ParticleStore, rank: int, world_size: int, rows_limit: int | None = None) -> range:
+    """The rows that one rank visits in `sequential`, at every level: whole shards, or blocks where shards are few."""
     count = store.count if rows_limit is None else min(rows_limit, store.count)
-    unit = store.shard_rows if count >= 8 * world_size * store.shard_rows else store.block_rows(level)
+    # Block sizes are powers of two: the largest is whole blocks of every level.
+    blocks = max(store.block_rows(level) for level in store.levels)
+    unit = store.shard_rows if count >= 8 * world_size * store.shard_rows else blocks
     units = -(-count // unit)
     start, stop = (min(part * units // world_size * unit, count) for part in (rank, rank + 1))
     return range(start, stop)
@@ -241,7 +243,7 @@ def sequential(
     Raises:
         StoreError: the store lacks the level or a column, or a shard is missing or damaged.
     """
-    owned = owned_rows(store, level, rank, world_size, rows_limit)
+    owned = owned_rows(store, rank, world_size, rows_limit)
 
     def load(start: int) -> Batch:
         stop = min(start + batch_size, owned.stop)

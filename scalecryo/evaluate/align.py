@@ -7,20 +7,15 @@ With V' the estimated map, or its mirror image V_est(x, y, −z), and R' the est
 Q is `Alignment.rotation` and u `Alignment.shift_px`. The hand cannot be known from projections, so both are tried.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.fft import fourier_pixels, irfft3_centred, rfft3_centred
-from scalecryo.physics.fourier_slice import extract_slices, gridding_correction, padded_box
-from scalecryo.physics.rotation import flip_hand, geodesic_angle, rotation_from_vector
-from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.physics.rotation import flip_hand, geodesic_angle
 
-_PADDING = 2.0
 _NEAR_DEG = 30.0
 
 
@@ -95,65 +90,15 @@ def origin_offset(
 ) -> Float[Tensor, "3"]:
     """The least-squares u with shift_est − shift_true = (R_trueᵀ u)_xy, in the units of the shifts.
 
-    Two rounds: the second leaves out particles whose residual is above three times the median, so that particles with
-    a wrong pose do not move the origin.
+    Repeated without the particles whose residual is above three times the median, so that particles with a wrong pose
+    do not move the origin.
     """
     seen = rotation_true.double().mT[:, :2]
     difference = (shift_est - shift_true).double()
     keep = torch.ones(len(seen), dtype=torch.bool)
     offset = torch.zeros(3, dtype=torch.float64)
-    for _ in range(2):
+    for _ in range(5):
         offset = torch.linalg.lstsq(seen[keep].reshape(-1, 3), difference[keep].reshape(-1, 1)).solution[:, 0]
         residual = (difference - seen @ offset).norm(dim=-1)
         keep = residual <= 3 * residual.median() + 1e-9
     return offset
-
-
-def mirror(volume: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
-    """V(x, y, −z) about the centre at index n//2 of an even box."""
-    return volume.flip(0).roll(1, 0)
-
-
-class _Probe:
-    """Two maps compared on central slices of the truth, from low to high resolution.
-
-    Args:
-        volume_est: the estimate (already mirrored where it should be).
-        volume_true: the truth, same box.
-    """
-
-    def __init__(self, volume_est: Float[Tensor, "n n n"], volume_true: Float[Tensor, "n n n"]) -> None:
-        self.box_size = volume_true.shape[-1]
-        self.scale = padded_box(self.box_size, _PADDING) / self.box_size
-        self.pixels = fourier_pixels(self.box_size)
-        correction = gridding_correction(self.box_size, _PADDING)
-        box = padded_box(self.box_size, _PADDING)
-        self.estimate = rfft3_centred(volume_est.float() * correction, box)
-        self.truth = rfft3_centred(volume_true.float() * correction, box)
-
-    def planes(self, count: int, radius: float) -> "_Planes":
-        """`count` central slices of the truth, evenly turned, up to a radius in cycles per box."""
-        pixels = self.pixels.prefix(min(radius, self.box_size / 2 - 1))
-        turn = so3_grid(count)
-        truth = extract_slices(self.truth, turn, pixels.kx, pixels.ky, self.scale)
-        place = torch.stack([pixels.kx, pixels.ky], dim=-1) @ turn[:, :, :2].mT
-        return _Planes(turn, truth, place, pixels.shell, int(pixels.shell.max()))
-
-    def slices(self, rotation: Float[Tensor, "b 3 3"], planes: "_Planes") -> Tensor:
-        """Slices (b, count, p) of the estimate where those of the truth are, for candidate rotations Q."""
-        pixels = self.pixels.prefix(planes.shells + 0.499)
-        count = planes.truth.shape[-1]
-        turned = (rotation.mT[:, None] @ planes.turn).flatten(0, 1)
-        values = extract_slices(self.estimate, turned, pixels.kx[:count], pixels.ky[:count], self.scale)
-        return values.unflatten(0, (len(rotation), -1))
-
-
-@dataclass(frozen=True)
-class _Planes:
-    """Slices of the truth: how they are turned (c, 3, 3), their values (c, p), where they lie (c, p, 3), and shells (p,)."""
-
-    turn: Tensor
-    truth: Tensor
-    place: Tensor
-    shell: Tensor
-    shells: int

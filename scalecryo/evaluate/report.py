@@ -5,6 +5,8 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import mul
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -49,7 +51,7 @@ def fsc_figure(
     axes.set(xlim=(0, 0.5 / pixel_size), ylim=(min(-0.05, _lowest(curves)), 1.03), ylabel="correlation", title=title)
     axes.set_xlabel("resolution (Å)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{1 / s:.2g}" if s > 0 else "∞"))
-    shell_axis = axes.secondary_xaxis("top", functions=(lambda s: s * length, lambda k: k / length))
+    shell_axis = axes.secondary_xaxis("top", functions=(partial(mul, length), partial(mul, 1 / length)))
     shell_axis.set_xlabel("Fourier shell (cycles per box)", fontsize="small")
     shell_axis.tick_params(labelsize="small")
     axes.grid(alpha=0.25)
@@ -103,15 +105,27 @@ def orientation_figure(rotation: NDArray[np.floating], title: str = "Viewing dir
     """
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.add_subplot(projection="mollweide")
-    rows = int(np.clip(np.sqrt(len(rotation) / 40), 4, 36))
+    rows = int(np.clip(np.sqrt(len(rotation) / 100), 4, 36))
     direction = np.asarray(rotation)[:, :, 2]
-    longitude_edges = np.linspace(-np.pi, np.pi, 2 * rows + 1)
-    height_edges = np.linspace(-1, 1, rows + 1)
-    counts, _, _ = np.histogram2d(
-        np.arctan2(direction[:, 1], direction[:, 0]), direction[:, 2].clip(-1, 1), bins=(longitude_edges, height_edges)
+    longitude = np.arctan2(direction[:, 1], direction[:, 0])
+    height = direction[:, 2].clip(-1, 1)
+    counts, longitude_edges, _ = np.histogram2d(
+        longitude, height, bins=(2 * rows, rows), range=((-np.pi, np.pi), (-1, 1))
     )
     relative = counts.T * counts.size / max(len(rotation), 1)
-    mesh = axes.pcolormesh(longitude_edges, np.arcsin(height_edges), relative, cmap="viridis", vmin=0, rasterized=True)
+    top = max(2.0, float(relative.max(initial=0.0)))
+    # A cell is drawn with straight edges, so it is drawn in strips that follow the ellipse.
+    strips = 12
+    latitude_edges = np.arcsin(np.linspace(-1, 1, strips * rows + 1))
+    mesh = axes.pcolormesh(
+        longitude_edges,
+        latitude_edges,
+        np.repeat(relative, strips, axis=0),
+        cmap="viridis",
+        vmin=0,
+        vmax=top,
+        rasterized=True,
+    )
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize="x-small")
     axes.tick_params(axis="x", colors="white")
@@ -121,13 +135,13 @@ def orientation_figure(rotation: NDArray[np.floating], title: str = "Viewing dir
 
 
 def confidence_figure(confidence: NDArray[np.floating], title: str = "Confidence of the poses") -> bytes:
-    """Histogram of the posterior weight of each particle's best pose, in [0, 1]."""
+    """Histogram of how sure each particle's pose is, from 0 to 1."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(np.asarray(confidence), bins=50, range=(0, 1), color="tab:blue")
     median = float(np.median(confidence))
     axes.axvline(median, color="tab:orange", linewidth=1.6, label=f"median {median:.2f}")
-    axes.set(xlim=(0, 1), xlabel="posterior weight of the best pose", ylabel="particles", title=title)
+    axes.set(xlim=(0, 1), xlabel="confidence (0: none, 1: certain)", ylabel="particles", title=title)
     axes.legend()
     return _png(figure)
 

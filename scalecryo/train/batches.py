@@ -2,12 +2,13 @@
 
 import torch
 
-from scalecryo.data.particles import CTF_COLUMNS, POSE_COLUMNS
+from scalecryo.data.particles import CTF_COLUMNS
 from scalecryo.data.store import ParticleStore
 from scalecryo.data.stream import Batch
 from scalecryo.errors import ConfigError
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters
+
 
 def stream_columns(store: ParticleStore) -> tuple[str, ...]:
     """The particle columns that the model and the half-maps need."""

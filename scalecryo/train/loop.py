@@ -50,7 +50,7 @@ def train(
     run = RunFolder(config.run.out)
     start = _restore(run, store, model, optimiser)
     order = batch_order(config, store, level, rows)
-    replica: nn.Module = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+    replica: nn.Module = DistributedDataParallel(model, forward_sync_buffers=False) if world.size > 1 else model
 
     stream = ParticleStream(
         store, level, order, rank=world.rank, world_size=world.size, start_step=start,

@@ -40,19 +40,15 @@ class Monitor:
         self._writer = SummaryWriter(str(run.local / "tb"), purge_step=start_step + 1 if start_step else None)
         self._writer.add_text("config", describe_run(config), start_step)
         box_size = model.volume.box_size
-        self._truth = (
-            Truth.load(config.monitor.truth, store, store.level_pixel_size(box_size), box_size)
-            if config.monitor.truth
-            else None
-        )
-        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque()
+        self._truth = Truth.load(config.monitor.truth, store, box_size) if config.monitor.truth else None
+        self._recent: deque[tuple[Tensor, Tensor]] = deque()
         self._mark = (start_step, time.monotonic(), 0.0)
         self._started = time.monotonic()
         self._start_step = start_step
 
     def after_step(self, step: int, loss: Tensor, batch: Batch, output: AutoEncoderOutput, wait_seconds: float) -> None:
         """Record one step; `loss` is the global mean, `wait_seconds` the total time spent waiting for data."""
-        self._recent.append((batch.rows, output.rotation.detach(), output.shift_px.detach()))
+        self._recent.append((batch.rows[batch.weight > 0], output.rotation.detach()[batch.weight > 0]))
         while sum(len(rows) for rows, *_ in self._recent) > RECENT_POSES and len(self._recent) > 1:
             self._recent.popleft()
         last = step == self.config.train.steps
@@ -100,8 +96,8 @@ class Monitor:
         pairs = torch.cat([torch.cat(list(images), -1) for images in (observed, predicted)], -2)
         self._writer.add_image("images/observed_above_predicted", _grey(pairs), step)
         if self._truth is not None:
-            rows, rotation, shift_px = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
-            self._write(step, self._truth.compare(rows, rotation, shift_px, density.cpu()))
+            rows, rotation = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
+            self._write(step, self._truth.compare(rows, rotation, density.cpu()))
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -13,6 +13,7 @@ from ray.train.torch import TorchTrainer, get_device
 
 from scalecryo.config import Config, config_from_dict
 from scalecryo.errors import ScalecryoError, TrainingError
+from scalecryo.train.logs import log_to_stderr
 from scalecryo.train.loop import train
 from scalecryo.train.world import World
 
@@ -31,7 +32,9 @@ def train_on_ray(config: Config) -> None:
     """
     low, high = config.run.worker_range
     if not ray.is_initialized():
-        ray.init(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, log_to_driver=True)
+        # Without a dashboard Ray Train complains every second; its messages are for Ray's own logs.
+        quiet = ray.LoggingConfig(log_level="ERROR")
+        ray.init(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_config=quiet)
     gpu = config.run.device == "cuda"
     resource = "GPU" if gpu else "CPU"
     there = ray.cluster_resources().get(resource, 0)
@@ -60,6 +63,7 @@ def train_on_ray(config: Config) -> None:
 
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    log_to_stderr()
     config = config_from_dict(settings)
     context = ray.train.get_context()
     device = get_device()

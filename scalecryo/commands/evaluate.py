@@ -1,0 +1,88 @@
+"""`scalecryo evaluate`: a run, a table or a map against a known truth, as one line of JSON and two pictures."""
+
+import json
+
+import torch
+
+from scalecryo.commands.console import say
+from scalecryo.data import files
+from scalecryo.data.mrc import read_map
+from scalecryo.data.star import StarPoses, image_key, read_poses
+from scalecryo.errors import InputError, MissingInputError
+from scalecryo.evaluate.align_maps import rotational_symmetry
+from scalecryo.evaluate.compare import MapComparison, PoseComparison, compare_maps, compare_poses, summary
+from scalecryo.evaluate.report import fsc_figure, slices_figure
+
+
+def run(path: str, *, truth: str) -> None:
+    """Print one JSON line (null where a number does not apply); a map also gives evaluate_fsc.png and _slices.png.
+
+    Poses are aligned on the even rows and scored on the odd ones, maps over all rotations or from the poses, both in
+    either hand. The FSC is taken without a mask.
+    """
+    is_table, is_map = path.endswith(".star"), path.lower().endswith((".mrc", ".map"))
+    table = path if is_table else None if is_map else files.join(path, "particles.star")
+    density = path if is_map else None if is_table else files.join(path, "map.mrc")
+    if table and density:
+        table, density = (name if files.exists(name) else None for name in (table, density))
+        if not table and not density:
+            raise MissingInputError(
+                f"{files.shown(path)}: neither particles.star nor map.mrc is there: finish it with scalecryo assign"
+            )
+    true_density, pixel_size, _ = read_map(files.join(truth, "truth.mrc"))
+    true_map = torch.from_numpy(true_density)
+    symmetry = rotational_symmetry(true_map)
+    poses: PoseComparison | None = None
+    images: int | None = None
+    if table:
+        images, poses = _poses(table, files.join(truth, "truth.star"), pixel_size, symmetry)
+    maps: MapComparison | None = None
+    if density:
+        volume = _volume_of_extent(density, true_map.shape[-1] * pixel_size)
+        start = poses.alignment if poses else None
+        maps = compare_maps(volume, true_map, true_map.shape[-1] * pixel_size, start, symmetry)
+        _draw(maps, files.parent(density))
+    line = summary(images, poses, maps) | {"box_size": true_map.shape[-1], "pixel_size": pixel_size}
+    say(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}))
+
+
+def _poses(table: str, truth: str, pixel_size: float, symmetry: torch.Tensor) -> tuple[int, PoseComparison]:
+    """Number of particles in both tables, matched by index and stack file name, and their comparison."""
+    estimate, true = read_poses(table), read_poses(truth)
+    row_of = {image_key(name): row for row, name in enumerate(true.names)}
+    pairs = [(row, row_of[image_key(name)]) for row, name in enumerate(estimate.names) if image_key(name) in row_of]
+    if len(pairs) < 2:
+        raise InputError(
+            f"{files.shown(table)}: {len(pairs)} of its image names are in {files.shown(truth)}: "
+            "these are other particles; give the truth that the images were simulated with"
+        )
+    mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
+
+    def shift_px(source: StarPoses, rows: list[int]) -> torch.Tensor | None:
+        return None if source.shift is None else torch.from_numpy(source.shift[rows]) / pixel_size
+
+    rotation, rotation_true = torch.from_numpy(estimate.rotation[mine]), torch.from_numpy(true.rotation[theirs])
+    shifts = shift_px(estimate, mine), shift_px(true, theirs)
+    return len(pairs), compare_poses(rotation, rotation_true, *shifts, symmetry)
+
+
+def _volume_of_extent(path: str, wanted: float) -> torch.Tensor:
+    """A cubic map whose box is `wanted` Å wide."""
+    volume, pixel_size, _ = read_map(path)
+    if len(set(volume.shape)) != 1 or abs(volume.shape[-1] * pixel_size / wanted - 1) > 0.01:
+        shape = " × ".join(map(str, volume.shape))
+        raise InputError(
+            f"{files.shown(path)}: {shape} voxels of {pixel_size:g} Å, but the true map's box is {wanted:.1f} Å wide: "
+            "resample the map to that box"
+        )
+    return torch.from_numpy(volume)
+
+
+def _draw(maps: MapComparison, folder: str) -> None:
+    """Write evaluate_fsc.png and evaluate_slices.png."""
+    errors = maps.errors
+    label = f"map against truth (0.5 at {errors.angstrom_05:.2f} Å, 0.143 at {errors.angstrom_0143:.2f} Å)"
+    curve = fsc_figure({label: errors.curve.numpy()}, maps.truth.shape[-1], maps.pixel_size)
+    slices = slices_figure({"truth": maps.truth.numpy(), "estimate, aligned": maps.aligned.numpy()}, maps.pixel_size)
+    files.write_bytes_atomic(files.join(folder, "evaluate_fsc.png"), curve)
+    files.write_bytes_atomic(files.join(folder, "evaluate_slices.png"), slices)

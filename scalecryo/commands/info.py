@@ -1,0 +1,83 @@
+"""`scalecryo info`: what is at a path: a store, a run, a particle table, a stack or a map."""
+
+import json
+
+from scalecryo.commands.console import say
+from scalecryo.data import files
+from scalecryo.data.mrc import Stack
+from scalecryo.data.star import read_particles
+from scalecryo.data.store import ParticleStore, read_attributes
+from scalecryo.errors import InputError, MissingInputError
+
+_RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "report.html")
+
+
+def run(path: str) -> None:
+    """Describe what is there in a few lines."""
+    if path.endswith(".star"):
+        _table(path)
+    elif files.is_folder(path):
+        if read_attributes(path):
+            _store(path)
+        elif files.exists(files.join(path, "config.toml")):
+            _run(path)
+        else:
+            raise InputError(f"{files.shown(path)}: this folder is neither a particle store nor a run")
+    elif not files.exists(path):
+        raise MissingInputError(f"{files.shown(path)}: no such file or folder")
+    else:
+        _images(path)
+
+
+def _table(path: str) -> None:
+    table = read_particles(path)
+    columns = table.columns
+    say(f"{files.shown(path)}: {len(table):,} particles in {len(table.stacks)} stacks")
+    say(f"  pixel size {table.pixel_size:.4g} Å" if table.pixel_size else "  no pixel size")
+    if table.has_ctf and len(table):
+        low, high = columns["defocus_v"].min() / 1e4, columns["defocus_u"].max() / 1e4
+        voltages = ", ".join(f"{voltage:g}" for voltage in sorted(set(columns["voltage"].tolist())))
+        say(f"  CTF: defocus {low:.2f} to {high:.2f} µm, {voltages} kV")
+    else:
+        say("  no CTF")
+    say("  poses" if table.has_pose else "  no poses")
+    halves = [int((columns["half"] == half).sum()) for half in (1, 2)]
+    if any(halves):
+        say(f"  halves: {halves[0]:,} and {halves[1]:,}")
+
+
+def _images(path: str) -> None:
+    stack = Stack.open(path)
+    size = f"{stack.pixel_size:g} Å" if stack.pixel_size else "no pixel size in the header"
+    cube = stack.count == stack.ny == stack.nx
+    what = f"map of {stack.nx}³ voxels" if cube else f"{stack.count:,} images of {stack.ny} × {stack.nx} pixels"
+    say(f"{files.shown(path)}: {what}, {size}")
+
+
+def _store(path: str) -> None:
+    store = ParticleStore.open(path, require_complete=False)
+    attrs = store.attrs
+    state = "complete" if attrs.get("complete") is True else "NOT complete: run the same `scalecryo convert` again"
+    size = sum(level * level for level in store.levels) * store.count * (2 if store.dtype == "float16" else 4)
+    say(f"{files.shown(path)}: particle store, {state}")
+    say(f"  {store.count:,} particles, box {store.box_size} px, {store.pixel_size:.4g} Å/px, {store.dtype}")
+    say(f"  levels {', '.join(map(str, store.levels))} px; {size / 1e9:.3g} GB of images")
+    blocks = ", ".join(str(store.block_rows(level)) for level in store.levels)
+    say(f"  {store.shards:,} shards of {store.shard_rows:,} particles; blocks of {blocks}")
+    say(f"  normalisation {attrs['normalisation']}, {store.contrast}{', turned' if attrs['sign'] < 0 else ''}")
+    say(f"  {'CTF' if store.has_ctf else 'no CTF'}, {'poses' if store.has_pose else 'no poses'}")
+    say(f"  from {attrs['source']}")
+
+
+def _run(path: str) -> None:
+    present = [name for name in _RUN_FILES if files.exists(files.join(path, name))]
+    say(f"{files.shown(path)}: run, {'finished' if len(present) == len(_RUN_FILES) else 'not finished'}")
+    if present:
+        say(f"  holds {', '.join(present)}")
+    metrics = files.join(path, "metrics.jsonl")
+    lines = files.read_text(metrics).splitlines() if files.exists(metrics) else []
+    if lines:
+        last = json.loads(lines[-1])
+        say("  last line of metrics: " + ", ".join(f"{key} {value}" for key, value in last.items()))
+    if "map.mrc" in present:
+        _images(files.join(path, "map.mrc"))

@@ -1,0 +1,239 @@
+"""Rotational search and refinement of one map onto another, hand included.
+
+Both maps are compared on central slices of the truth, by the mean of their Fourier shell correlation: first over a grid
+on SO(3) at a few Fourier pixels, then by gradient ascent at rising resolution. Conventions as in `align`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from scalecryo.errors import InputError
+from scalecryo.evaluate.align import Alignment
+from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_3d, irfft3_centred, rfft3_centred
+from scalecryo.physics.fourier_slice import extract_slices, gridding_correction, padded_box
+from scalecryo.physics.rotation import geodesic_angle, rotation_from_vector
+from scalecryo.physics.so3_grid import so3_grid
+
+_PADDING = 2.0
+_GRID = 4608
+_SEARCH_RADIUS = 6.0
+# Candidates of the search in each hand; radii of refinement (cycles per box), and how many go on after each.
+_CANDIDATES = 12
+_LADDER = ((10.0, 6), (20.0, 2), (40.0, 1), (math.inf, 1))
+_SYMMETRY_RADIUS = 16.0
+
+
+def mirror(volume: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
+    """V(x, y, −z) about the centre at index n//2 of an even box."""
+    return volume.flip(0).roll(1, 0)
+
+
+def apply_alignment(volume: Float[Tensor, "n n n"], alignment: Alignment) -> Float[Tensor, "n n n"]:
+    """The estimated map where the truth is: V'(Qᵀ (y − u)), sampled anew.
+
+    Trilinear in Fourier space, on the gridding-corrected transform of the map padded twice, up to shell n/2 − 1, so
+    that fine detail is not blurred as it would be by interpolating voxels.
+    """
+    n = volume.shape[-1]
+    padded = padded_box(n, _PADDING)
+    own = mirror(volume) if alignment.mirrored else volume
+    source = rfft3_centred(own.float() * gridding_correction(n, _PADDING), padded)
+    line = torch.fft.fftfreq(n, 1 / n)
+    ky, kx = torch.meshgrid(line, torch.arange(n // 2 + 1.0), indexing="ij")
+    one, zero = torch.ones(1), torch.zeros(1)
+    result = torch.zeros(n, n, n // 2 + 1, dtype=source.dtype)
+    for plane, kz in enumerate(line):
+        place = torch.stack([kx, ky, kz.expand_as(kx)], dim=-1).flatten(0, 1)
+        inside = place.norm(dim=-1) <= n / 2 - 0.5
+        place = place[inside]
+        # A slice of one pixel at (1, 0) whose "rotation" has the place as its first column is a sample at that place.
+        columns = torch.nn.functional.pad((place @ alignment.rotation.float())[:, :, None], (0, 2))
+        values = extract_slices(source, columns, one, zero, padded / n)[:, 0]
+        phase = (-2 * math.pi / n) * (place @ alignment.shift_px.float())
+        result[plane].view(-1)[inside.nonzero()[:, 0]] = values * torch.polar(torch.ones_like(phase), phase)
+    return irfft3_centred(result, n)
+
+
+def align_maps(
+    volume_est: Float[Tensor, "n n n"],
+    volume_true: Float[Tensor, "n n n"],
+    initial: Sequence[Alignment] = (),
+    search: bool = True,
+) -> Alignment:
+    """The rotation, hand and shift that bring an estimated map onto the true one.
+
+    Args:
+        volume_est: the estimate.
+        volume_true: the truth, of the same box.
+        initial: alignments to start from, e.g. of the poses.
+        search: whether to try all rotations in both hands as well (4,608 a hand).
+
+    Raises:
+        InputError: the boxes differ, or there is nothing to start from.
+    """
+    if volume_est.shape != volume_true.shape:
+        raise InputError(
+            f"cannot align boxes {tuple(volume_est.shape)} and {tuple(volume_true.shape)}: resize one to the other"
+        )
+    if not search and not initial:
+        raise InputError("an alignment needs a search or something to start from: give one of the two")
+    candidates: list[Alignment] = []
+    comparisons: dict[bool, _Slices] = {}
+    for mirrored in (False, True):
+        own = mirror(volume_est) if mirrored else volume_est
+        comparison = comparisons[mirrored] = _Slices(own, volume_true)
+        candidates += [start for start in initial if start.mirrored == mirrored]
+        if search:
+            candidates += [
+                Alignment(rotation, mirrored, shift, score) for rotation, shift, score in comparison.search(_CANDIDATES)
+            ]
+    for radius, keep in _LADDER:
+        candidates = [comparisons[start.mirrored].refine(start, radius) for start in candidates]
+        candidates = sorted(candidates, key=lambda found: -found.score)[:keep]
+        if radius >= volume_true.shape[-1] / 2:
+            break
+    return candidates[0]
+
+
+def rotational_symmetry(
+    volume: Float[Tensor, "n n n"], threshold: float = 0.8, smallest_deg: float = 30.0
+) -> Float[Tensor, "g 3 3"]:
+    """Rotations S with V(S x) ≈ V(x), the identity first: the symmetry, or pseudo-symmetry, of a map.
+
+    A rotation counts when the mean shell correlation of the map with its turned self over shells 1 to 16 (or the box's
+    last) exceeds the threshold and it is not within `smallest_deg` of the identity.
+    """
+    # A box that holds the shells in question is enough, and quick.
+    small = fourier_resize_3d(volume, min(volume.shape[-1], 3 * int(_SYMMETRY_RADIUS)))
+    comparison = _Slices(small, small)
+    found = [torch.eye(3)]
+    for rotation, shift, _ in comparison.search(40, away_deg=smallest_deg):
+        start = Alignment(rotation, False, shift, 0.0)
+        # A quick look first: most starts end at a rotation that is known already, or at none.
+        for radius, steps, least in ((_LADDER[0][0], 8, threshold - 0.2), (_SYMMETRY_RADIUS, 20, threshold)):
+            start = comparison.refine(start, radius, steps)
+            distance = geodesic_angle(torch.stack(found), start.rotation.mT.expand(len(found), 3, 3))
+            if start.score < least or float(distance[0]) < smallest_deg or float(distance.min()) < 10:
+                break
+        else:
+            found.append(start.rotation.mT)
+    return torch.stack(found)
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """Central slices of the truth up to some radius, and where they lie."""
+
+    pixels: FourierPixels
+    turn: Float[Tensor, "c 3 3"]
+    truth: Complex[Tensor, "c p"]
+    place: Float[Tensor, "c p 3"]
+
+
+class _Slices:
+    """An estimate (already mirrored where it should be) and a truth, compared by shells on central slices."""
+
+    def __init__(self, volume_est: Float[Tensor, "n n n"], volume_true: Float[Tensor, "n n n"]) -> None:
+        self.box_size = volume_true.shape[-1]
+        padded = padded_box(self.box_size, _PADDING)
+        self._scale = padded / self.box_size
+        self._pixels = fourier_pixels(self.box_size)
+        correction = gridding_correction(self.box_size, _PADDING)
+        self._estimate = rfft3_centred(volume_est.float() * correction, padded)
+        self._truth = rfft3_centred(volume_true.float() * correction, padded)
+
+    def _planes(self, count: int, radius: float) -> _Planes:
+        pixels = self._pixels.prefix(min(radius, self.box_size / 2 - 1))
+        turn = so3_grid(count)
+        truth = extract_slices(self._truth, turn, pixels.kx, pixels.ky, self._scale)
+        place = torch.stack([pixels.kx, pixels.ky], dim=-1) @ turn[:, :, :2].mT
+        return _Planes(pixels, turn, truth, place)
+
+    def _slices(self, rotation: Float[Tensor, "b 3 3"], planes: _Planes) -> Complex[Tensor, "b c p"]:
+        """The estimate at Qᵀ k for the places k of the planes."""
+        turned = (rotation.mT[:, None] @ planes.turn).flatten(0, 1)
+        values = extract_slices(self._estimate, turned, planes.pixels.kx, planes.pixels.ky, self._scale)
+        return values.unflatten(0, (len(rotation), -1))
+
+    def curve(self, rotation: Float[Tensor, "3 3"], shift_px: Float[Tensor, "3"], planes: _Planes) -> Tensor:
+        """Shell correlation, DC first, of the truth and the estimate turned by Q and moved by u."""
+        values = self._slices(rotation[None], planes)[0]
+        phase = planes.place @ shift_px * (-2 * math.pi / self.box_size)
+        moved = values * torch.polar(torch.ones_like(phase), phase)
+        cross = _shell_sums(moved.real * planes.truth.real + moved.imag * planes.truth.imag, planes)
+        power = _shell_sums(moved.abs().square(), planes) * _shell_sums(planes.truth.abs().square(), planes)
+        return cross / power.clamp_min(torch.finfo(power.dtype).tiny).sqrt()
+
+    def search(self, count: int, away_deg: float = 0.0) -> list[tuple[Float[Tensor, "3 3"], Float[Tensor, "3"], float]]:
+        """The `count` best rotations of a grid, at least 20° apart, each with its best shift (px) and a score.
+
+        Shifts up to an eighth of the box along each axis, radius 6 in Fourier space; two matrix products. Rotations by
+        less than `away_deg` are left out.
+        """
+        planes = self._planes(12, _SEARCH_RADIUS)
+        step = torch.arange(-2.0, 3.0) * self.box_size / 16
+        shifts = torch.cartesian_prod(step, step, step)
+        phase = (planes.place.flatten(0, 1) @ shifts.T) * (-2 * math.pi / self.box_size)
+        truth = _whitened(planes.truth[None], planes)[0].conj()
+        weight = planes.pixels.weight * (planes.pixels.shell > 0)
+        ramps = torch.polar((weight / (weight.sum() * len(planes.turn))).repeat(len(planes.turn))[:, None], phase)
+        rotations = so3_grid(_GRID)
+        scores = []
+        for some in rotations.split(512):
+            products = (_whitened(self._slices(some, planes), planes) * truth).flatten(1)
+            scores.append(products.real @ ramps.real - products.imag @ ramps.imag)
+        score, best = torch.cat(scores).max(dim=1)
+        angle = geodesic_angle(rotations, torch.eye(3).expand_as(rotations))
+        score = torch.where(angle < away_deg, -1.0, score)
+        found: list[tuple[Tensor, Tensor, float]] = []
+        while len(found) < count and float(score.max()) > -1:
+            top = int(score.argmax())
+            found.append((rotations[top], shifts[best[top]], float(score[top])))
+            near = geodesic_angle(rotations, rotations[top].expand_as(rotations)) < 20
+            score = torch.where(near, -1.0, score)
+        return found
+
+    def refine(self, start: Alignment, radius: float, steps: int = 20) -> Alignment:
+        """Local maximum of the mean shell correlation up to a radius (cycles per box), by L-BFGS on so(3) × R³."""
+        planes = self._planes(24, radius)
+        reach = planes.pixels.radius_limit
+        first, origin = start.rotation.float(), start.shift_px.float()
+        # Scaled so that a step of one moves the outermost pixels by about one cycle in either kind of parameter.
+        step = torch.zeros(6, requires_grad=True)
+        optimiser = torch.optim.LBFGS([step], max_iter=steps, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+
+        def pose() -> tuple[Tensor, Tensor]:
+            turn = rotation_from_vector(step[:3] / reach)
+            return turn @ first, origin + step[3:] * (self.box_size / (2 * math.pi * reach))
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = -self.curve(*pose(), planes)[1:].mean()
+            value.backward()
+            return value
+
+        optimiser.step(loss)
+        with torch.no_grad():
+            rotation, shift = pose()
+            score = float(self.curve(rotation, shift, planes)[1:].mean())
+        return Alignment(rotation, start.mirrored, shift, score)
+
+
+def _shell_sums(values: Float[Tensor, "c p"], planes: _Planes) -> Float[Tensor, " s"]:
+    """Sums over each shell of all planes."""
+    weighted = (values * planes.pixels.weight).sum(0)
+    return torch.zeros(int(planes.pixels.radius_limit + 0.5) + 1).index_add(0, planes.pixels.shell, weighted)
+
+
+def _whitened(values: Complex[Tensor, "b c p"], planes: _Planes) -> Complex[Tensor, "b c p"]:
+    """Values over the root mean square of their shell."""
+    shell, weight = planes.pixels.shell, planes.pixels.weight
+    size = int(planes.pixels.radius_limit + 0.5) + 1
+    power = values.abs().square().mean(1) * weight
+    mean = torch.zeros(len(values), size).index_add(1, shell, power) / torch.zeros(size).index_add(0, shell, weight)
+    return values / mean.clamp_min(1e-30).sqrt()[:, shell][:, None]

@@ -1,0 +1,145 @@
+"""An estimate against the truth in one call each for poses and maps: align, then measure."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalecryo.errors import InputError
+from scalecryo.evaluate.align import Alignment, align_poses, origin_offset
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.evaluate.metrics import MapErrors, RotationErrors, map_errors, rotation_errors, shift_errors
+from scalecryo.physics.fft import fourier_resize_3d
+
+# Share of the particles, weighted by closeness, above which the poses' own alignment is one to start the map's from.
+_TRUSTED = 0.1
+
+
+@dataclass(frozen=True)
+class PoseComparison:
+    """Alignment of the poses on the even rows, and errors on the odd ones.
+
+    Attributes:
+        alignment: of the even rows.
+        errors: of rotations.
+        modulo: the same with each particle at its nearest symmetry mate; None without symmetry.
+        shift_median_px: None where one side has no shifts.
+    """
+
+    alignment: Alignment
+    errors: RotationErrors
+    modulo: RotationErrors | None
+    shift_median_px: float | None
+
+
+def compare_poses(
+    rotation: Float[Tensor, "n 3 3"],
+    rotation_true: Float[Tensor, "n 3 3"],
+    shift_px: Float[Tensor, "n 2"] | None,
+    shift_true_px: Float[Tensor, "n 2"] | None,
+    symmetry: Float[Tensor, "g 3 3"],
+) -> PoseComparison:
+    """Errors of estimated poses, fitted on one half of the rows and scored on the other.
+
+    Args:
+        rotation: estimated, row for row with the true ones.
+        rotation_true: true.
+        shift_px: estimated, px, or None.
+        shift_true_px: true, px, or None.
+        symmetry: rotations of the true map (`rotational_symmetry`), the identity first.
+
+    Raises:
+        InputError: fewer than two particles.
+    """
+    if len(rotation) < 2:
+        raise InputError(f"{len(rotation)} particles cannot be both aligned and scored: give at least two")
+    fit, score = slice(0, None, 2), slice(1, None, 2)
+    alignment = align_poses(rotation[fit], rotation_true[fit])
+    aligned, judged = alignment.rotations(rotation[score]), rotation_true[score]
+    shift_median = None
+    if shift_px is not None and shift_true_px is not None:
+        origin = origin_offset(shift_px[fit], shift_true_px[fit], rotation_true[fit])
+        shift_median = float(shift_errors(shift_px[score], shift_true_px[score], judged, origin).median())
+    return PoseComparison(
+        alignment,
+        rotation_errors(aligned, judged),
+        rotation_errors(aligned, judged, symmetry) if len(symmetry) > 1 else None,
+        shift_median,
+    )
+
+
+@dataclass(frozen=True)
+class MapComparison:
+    """An estimated map on the true one, both in the smaller of the two boxes.
+
+    Attributes:
+        alignment: of the estimate.
+        aligned: the estimate, turned, moved and mirrored onto the truth.
+        truth: the true map.
+        pixel_size: Å, of both.
+        errors: their Fourier shell correlation, without a mask.
+    """
+
+    alignment: Alignment
+    aligned: Float[Tensor, "n n n"]
+    truth: Float[Tensor, "n n n"]
+    pixel_size: float
+    errors: MapErrors
+
+
+def compare_maps(
+    volume: Float[Tensor, "n n n"],
+    truth: Float[Tensor, "m m m"],
+    extent: float,
+    poses: Alignment | None,
+    symmetry: Float[Tensor, "g 3 3"],
+) -> MapComparison:
+    """Align a map with the truth, in either hand, and compare them.
+
+    Args:
+        volume: estimate.
+        truth: the true map, over the same extent; boxes may differ.
+        extent: of both boxes, Å.
+        poses: alignment of the poses that belong to the map; without it, or when it fits hardly any particle, all
+            rotations are searched.
+        symmetry: rotations of the true map, each of which is tried from there.
+    """
+    box_size = min(volume.shape[-1], truth.shape[-1])
+    volume, truth = fourier_resize_3d(volume, box_size), fourier_resize_3d(truth, box_size)
+    initial: list[Alignment] = []
+    if poses is not None and poses.score > _TRUSTED:
+        initial = [
+            Alignment(mate @ poses.rotation.to(mate), poses.mirrored, torch.zeros(3), poses.score) for mate in symmetry
+        ]
+    alignment = align_maps(volume, truth, initial, search=not initial)
+    aligned = apply_alignment(volume, alignment)
+    pixel_size = extent / box_size
+    return MapComparison(alignment, aligned, truth, pixel_size, map_errors(aligned, truth, pixel_size))
+
+
+def summary(
+    images: int | None, poses: PoseComparison | None, maps: MapComparison | None
+) -> dict[str, float | int | str | None]:
+    """The numbers of a comparison by the names that `scalecryo evaluate` prints; None where one does not apply."""
+    errors = poses.errors if poses else None
+    modulo = poses.modulo if poses else None
+    fsc = maps.errors if maps else None
+    alignment = maps.alignment if maps else poses.alignment if poses else None
+    return {
+        "images": images,
+        "rotation_error_median_deg": errors.median_deg if errors else None,
+        "rotation_error_mean_deg": errors.mean_deg if errors else None,
+        "rotation_error_frobenius2_median": errors.frobenius2_median if errors else None,
+        "rotation_error_frobenius2_mean": errors.frobenius2_mean if errors else None,
+        "rotation_error_mod_pseudosymmetry_median_deg": modulo.median_deg if modulo else None,
+        "rotation_error_mod_pseudosymmetry_mean_deg": modulo.mean_deg if modulo else None,
+        "out_of_plane_error_median_deg": errors.out_of_plane_median_deg if errors else None,
+        "shift_error_median_px": poses.shift_median_px if poses else None,
+        "fsc_0.5_shell": fsc.shell_05 if fsc else None,
+        "fsc_0.5_angstrom": fsc.angstrom_05 if fsc else None,
+        "fsc_0.143_shell": fsc.shell_0143 if fsc else None,
+        "fsc_0.143_angstrom": fsc.angstrom_0143 if fsc else None,
+        "fsc_mean": fsc.mean if fsc else None,
+        "hand": ("mirrored" if alignment.mirrored else "same") if alignment else None,
+    }

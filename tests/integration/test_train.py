@@ -1,0 +1,239 @@
+"""Training end to end on a small simulated set: every pose source, resume, several workers, and refusals."""
+
+import dataclasses
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scalecryo.cli import main
+from scalecryo.commands import assign, train
+from scalecryo.config import Config, load_config
+from scalecryo.data.mrc import read_map
+from scalecryo.data.star import read_poses
+from scalecryo.errors import CheckpointError, ConfigError, OutputExistsError, ScalecryoError, StoreError, TrainingError
+from scalecryo.train import loop
+from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.world import World
+from tests.conftest import SimulatedParticles
+
+RUN_FILES = (
+    "map.mrc half1.mrc half2.mrc mask.mrc particles.star fsc.csv metrics.jsonl config.toml report.html fsc.png "
+    "slices.png checkpoints tb"
+).split()
+
+
+def start(data: str, out: Path, *, resume: bool = False, **overrides: object) -> None:
+    settings = {"train.steps": 6, "train.batch_size": 16, "monitor.every": 1, "monitor.pictures_every": 3,
+                "train.checkpoint_every": 3, "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
+    settings |= {key.replace("__", "."): value for key, value in overrides.items()}
+    workers = str(settings.pop("run.workers", "0"))
+    train.run(None, data=data, out=str(out), workers=workers, device="cpu", resume=resume,
+              overrides={key: str(value) for key, value in settings.items()})  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    by_step = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"pose__source": "known"},
+        {"pose__source": "table", "pose__centred": "false"},
+        {"pose__parameterisation": "s2s2"},
+        {"pose__parameterisation": "quaternion", "pose__centred": "false"},
+        {"pose__parameterisation": "euler", "encoder__precision": "bfloat16"},
+        {"pose__heads": 3, "pose__symmetric_loss": "true"},
+    ],
+    ids=lambda o: "-".join(str(v) for v in o.values()),
+)
+def test_every_source_leaves_a_finished_run(
+    simulated: SimulatedParticles, tmp_path: Path, overrides: dict[str, object]
+) -> None:
+    run = tmp_path / "run"
+    start(simulated.posed_store, run, monitor__truth=simulated.folder, **overrides)
+    assert all((run / name).exists() for name in RUN_FILES)
+    values = losses(run)
+    assert len(values) == 6
+    assert np.isfinite(values).all()
+    poses = read_poses(str(run / "particles.star"))
+    assert len(poses.names) == simulated.count
+    assert np.linalg.det(poses.rotation) == pytest.approx(1.0, abs=1e-5)
+    volume, pixel_size, _ = read_map(str(run / "map.mrc"))
+    assert volume.shape == (simulated.box_size,) * 3
+    assert pixel_size == pytest.approx(3.2, rel=1e-5)
+    assert np.isfinite(volume).all()
+
+
+def test_known_poses_find_the_map(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    # True poses: the loss must fall and the learnt map agree with the simulated one (Fourier shell correlation above
+    # 0.5 beyond half of Nyquist; 300 images with CTF at 10 dB hold more than that).
+    run = tmp_path / "run"
+    start(simulated.posed_store, run, pose__source="known", train__steps=120, optim__volume_rate=0.2,
+          monitor__truth=simulated.folder, monitor__pictures_every=120, train__checkpoint_every=60)  # fmt: skip
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    truth = next(row for row in rows if "truth/fsc_0.5_shell" in row)
+    assert truth["truth/rotation_error_median_deg"] < 0.01
+    assert truth["truth/fsc_0.5_shell"] > 8
+    values = losses(run)
+    assert np.mean(values[-10:]) < 0.5 * values[0]
+
+
+def test_event_files_hold_scalars_and_pictures(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(simulated.store, run, monitor__truth=simulated.folder)
+    events = EventAccumulator(str(run / "tb"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "images_per_second", "data_wait_share", "pose_spread", "gradient_norm/volume",
+            "gradient_norm/poses", "truth/rotation_error_median_deg", "truth/fsc_0.5_shell"} <= set(tags["scalars"])  # fmt: skip
+    assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 7))
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run), rel=1e-6)
+
+
+def test_resume_repeats_the_uninterrupted_run_bit_for_bit(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    # Same process count, same machine: the same floating-point operations in the same order.
+    start(simulated.store, tmp_path / "whole")
+    start(simulated.store, tmp_path / "cut", train__steps=3, train__assign="false")
+    start(simulated.store, tmp_path / "cut", resume=True, train__assign="true")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    a, b = (read_map(str(tmp_path / name / "volume.mrc"))[0] for name in ("whole", "cut"))
+    assert np.array_equal(a, b)
+
+
+def test_damaged_newest_checkpoint_falls_back(
+    simulated: SimulatedParticles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(simulated.store, tmp_path / "whole")
+    run = tmp_path / "run"
+    start(simulated.store, run, train__assign="false")
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    newest.write_bytes(bytes(data))
+    start(simulated.store, run, resume=True, train__assign="true")
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_checkpoint_of_another_store_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    start(simulated.store, tmp_path / "run", train__assign="false")
+    with pytest.raises(CheckpointError, match="another store"):
+        start(simulated.posed_store, tmp_path / "run", resume=True)
+
+
+def test_assign_elsewhere_gives_the_same_poses(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    start(simulated.store, tmp_path / "run")
+    assign.run(str(tmp_path / "run"), data=None, out=str(tmp_path / "again"))
+    first, second = (read_poses(str(tmp_path / name / "particles.star")) for name in ("run", "again"))
+    assert np.array_equal(first.rotation, second.rotation)
+    assert all((tmp_path / "again" / name).exists() for name in ("map.mrc", "half1.mrc", "fsc.csv", "report.html"))
+
+
+def config_of(simulated: SimulatedParticles, out: Path, workers: int) -> Config:
+    config = load_config(None, {"train.steps": "5", "train.batch_size": "16", "monitor.every": "1",
+                                "encoder.channels": "4,8", "encoder.hidden": "16", "pose.heads": "2"})  # fmt: skip
+    run = dataclasses.replace(config.run, data=simulated.store, out=str(out), workers=str(workers))
+    return dataclasses.replace(config, run=run)
+
+
+def gloo_worker(rank: int, size: int, port: int, config: Config) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    try:
+        loop.train(config, World(rank, size), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_workers_of_half_a_batch_equal_one(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    # Gradients are sums over particles, so only the order of additions differs: single precision, five steps.
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out, workers in ((one, 1), (two, 2)):
+        RunFolder(str(out)).create(config_of(simulated, out, workers), resume=False)
+    loop.train(config_of(simulated, one, 1), World(), torch.device("cpu"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(gloo_worker, args=(2, port, config_of(simulated, two, 2)), nprocs=2)
+    assert losses(two) == pytest.approx(losses(one), rel=2e-5)
+    maps = [read_map(str(out / "map.mrc"))[0] for out in (one, two)]
+    assert np.corrcoef(maps[0].ravel(), maps[1].ravel())[0, 1] > 0.9999
+
+
+@pytest.mark.ray
+def test_ray_train_runs_the_same_loop(ray_cluster: None, simulated: SimulatedParticles, tmp_path: Path) -> None:
+    start(simulated.store, tmp_path / "alone", train__steps=3, train__assign="false")
+    start(simulated.store, tmp_path / "ray", train__steps=3, run__workers=2)
+    assert losses(tmp_path / "ray") == pytest.approx(losses(tmp_path / "alone"), rel=2e-5)
+    assert all((tmp_path / "ray" / name).exists() for name in RUN_FILES)
+
+
+@pytest.mark.ray
+def test_more_workers_than_the_cluster_has_is_said_at_once(
+    ray_cluster: None, simulated: SimulatedParticles, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match="needs 5 CPUs"):
+        start(simulated.store, tmp_path / "run", run__workers=5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "fragment"),
+    [
+        ({"pose__source": "known"}, TrainingError, "needs poses"),
+        ({"train__box": 64}, ConfigError, "levels 32"),
+        ({"encoder__input_box": 2}, ConfigError, "encoder.input_box"),
+        ({"monitor__truth": "nowhere"}, ScalecryoError, "truth.star"),
+    ],
+)
+def test_refusals(
+    simulated: SimulatedParticles, tmp_path: Path, overrides: dict[str, object], kind: type[Exception], fragment: str
+) -> None:
+    with pytest.raises(kind, match=fragment):
+        start(simulated.store, tmp_path / "run", **overrides)
+
+
+def test_existing_run_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    start(simulated.store, tmp_path / "run", train__assign="false")
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(OutputExistsError, match="--resume"):
+        start(simulated.store, tmp_path / "run", train__steps=9)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+
+def test_incomplete_store_is_refused_before_a_run_folder_exists(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    import shutil
+
+    store = tmp_path / "store.zarr"
+    shutil.copytree(simulated.store, store)
+    path = store / "zarr.json"
+    group = json.loads(path.read_text())
+    group["attributes"]["complete"] = False
+    path.write_text(json.dumps(group))
+    with pytest.raises(StoreError, match="did not finish"):
+        start(str(store), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="lower optim"):
+        start(
+            simulated.store, tmp_path / "run", optim__volume_rate=9, optim__encoder_rate=9, volume__initial_scale=1e20
+        )
+
+
+def test_command_line_trains(simulated: SimulatedParticles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--data", simulated.store, "--out", str(tmp_path / "run"), "--train.steps", "2",
+          "--train.batch_size", "8", "--pose.symmetric_loss"])  # fmt: skip
+    assert str(tmp_path / "run") in capsys.readouterr().out
+    resolved = load_config(str(tmp_path / "run" / "config.toml"), {})
+    assert (resolved.train.steps, resolved.pose.symmetric_loss) == (2, True)

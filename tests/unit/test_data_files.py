@@ -1,0 +1,74 @@
+"""Paths and URLs, and writes that are all-or-nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from scalecryo.data import files
+from scalecryo.errors import InputError, MissingInputError
+
+
+def test_messages_carry_no_credentials() -> None:
+    assert files.shown("s3://user:secret@host/bucket/x?token=abc") == "s3://host/bucket/x"
+    assert files.shown("/data/x?y.mrcs") == "/data/x?y.mrcs"
+
+
+@pytest.mark.parametrize(
+    ("base", "part", "joined"),
+    [
+        ("/a/b", "c", "/a/b/c"),
+        ("/a/b/", "c/d", "/a/b/c/d"),
+        ("s3://bucket/a", "c", "s3://bucket/a/c"),
+        ("/a", "/c", "/c"),
+        ("/a", "s3://b/c", "s3://b/c"),
+    ],
+)
+def test_join(base: str, part: str, joined: str) -> None:
+    assert files.join(base, part) == joined
+
+
+@pytest.mark.parametrize("scheme", ["local", "file", "memory"])
+def test_write_read_list_remove(scheme: str, tmp_path: Path) -> None:
+    root = {"local": str(tmp_path / "x"), "file": f"file://{tmp_path}/x", "memory": "memory://files-test/x"}[scheme]
+    url = files.join(root, "deep", "name.bin")
+    assert not files.exists(url)
+    assert files.list_folder(root) == []
+    files.write_bytes_atomic(url, b"0123456789")
+    assert files.read_bytes(url) == b"0123456789"
+    assert files.read_range(url, 2, 5) == b"234"
+    assert files.size(url) == 10
+    assert files.list_folder(files.join(root, "deep")) == ["name.bin"]
+    assert files.is_folder(root)
+    before = files.fingerprint(url)
+    files.write_bytes_atomic(url, b"01234567890")
+    assert files.fingerprint(url) != before
+    files.remove_tree(root)
+    assert not files.exists(url)
+    files.remove_tree(root)
+    for read in (files.read_bytes, files.size, lambda missing: files.read_range(missing, 0, 1)):
+        with pytest.raises(MissingInputError, match="no such file"):
+            read(url)
+
+
+@pytest.mark.parametrize("scheme", ["local", "memory"])
+def test_a_failed_write_leaves_nothing(scheme: str, tmp_path: Path) -> None:
+    folder = str(tmp_path) if scheme == "local" else "memory://failed-write"
+
+    def fail() -> None:
+        with files.atomic_path(files.join(folder, "out.bin")) as path:
+            path.write_bytes(b"half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert files.list_folder(folder) == []
+
+
+def test_bad_addresses_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nosuch://x"):
+        files.exists("nosuch://x")
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_bytes(str(tmp_path))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a text file"):
+        files.read_text(str(tmp_path / "binary"))

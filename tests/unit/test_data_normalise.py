@@ -1,0 +1,92 @@
+"""Normalisation: closed forms on images whose background is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scalecryo.data.mrc import Stack
+from scalecryo.data.normalise import Recipe, choose_recipe, normalise
+
+
+def _images(count: int, box: int, contrast: float, offset: float = 0.0) -> np.ndarray:
+    """White noise of σ 1 with a soft disc of radius 0.2 box in the middle."""
+    y, x = np.mgrid[:box, :box] - box // 2
+    disc = np.clip(0.2 * box - np.hypot(y, x) + 0.5, 0, 1)
+    noise = np.random.default_rng(0).normal(size=(count, box, box))
+    return (noise + contrast * disc + offset).astype(np.float32)
+
+
+@pytest.mark.parametrize("offset", [0.0, 32768.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_background_rule(offset: float, sign: int) -> None:
+    box = 32
+    source = _images(5, box, 3.0, offset)
+    radius = np.hypot(*(np.mgrid[:box, :box] - box // 2))
+    background = source.astype(np.float64)[:, radius > 0.375 * box]
+    mean, sigma = background.mean(axis=1), background.std(axis=1)
+    stored, stored_mean, scale = normalise(source.copy(), Recipe(box, sign))
+    # float32 holds pixels at an offset of 32768 to 2e-3 of their σ.
+    tolerance = 1e-5 + offset * 2**-23
+    assert stored_mean == pytest.approx(sign * mean, abs=tolerance)
+    assert scale == pytest.approx(sigma, rel=tolerance)
+    assert stored == pytest.approx(sign * (source - mean[:, None, None]) / sigma[:, None, None], abs=5 * tolerance)
+
+
+def test_constant_and_not_finite_images_show() -> None:
+    source = _images(4, 16, 1.0)
+    source[1] = 1000.1
+    source[2, 3, 4] = np.nan
+    source[3, 3, 4] = np.inf
+    for normalisation in ("background", "common"):
+        with np.errstate(invalid="ignore"):
+            stored, _, _ = normalise(source.copy(), Recipe(16, 1, normalisation, 2.0))
+        assert np.isfinite(stored).all(axis=(1, 2)).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("contrast", "sign"), [(0.3, 1), (-0.3, -1), (0.0, 1)], ids=["bright", "dark", "nothing to see"]
+)
+def test_sign_of_simulated_contrast(contrast: float, sign: int) -> None:
+    recipe, reason = choose_recipe(_images(50, 32, contrast), 32, None)
+    assert recipe == Recipe(32, sign, "background", 1.0)
+    assert {0.3: "bright", -0.3: "dark", 0.0: "unclear"}[contrast] in reason
+    asked, reason = choose_recipe(_images(50, 32, contrast), 32, -1)
+    assert (asked.sign, reason) == (-1, "as asked")
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "normalisation"),
+    [
+        ("particles_real/empiar_10076/empiar_10076_7.mrc", -1, "background"),  # the data's README: dark protein
+        ("particles_real/aspire_sample/sample.mrcs", 1, "background"),
+        ("projections_relion/relion_proj_batch_pfac2.mrcs", 1, "common"),  # RELION's own projections have no noise
+        ("toy/toy_projections.mrcs", 1, "common"),
+    ],
+)
+def test_real_and_simulated_stacks(shared_data: Path, name: str, sign: int, normalisation: str) -> None:
+    images = Stack.open(str(shared_data / name)).read(slice(0, 50))
+    recipe, _ = choose_recipe(images, images.shape[-1], None)
+    assert (recipe.sign, recipe.normalisation) == (sign, normalisation)
+
+
+def test_noise_free_stack_shares_one_scale() -> None:
+    y, x = np.mgrid[:32, :32] - 16
+    blob = np.exp(-(y**2 + x**2) / 18)
+    source = (np.arange(1, 5)[:, None, None] * blob + 7).astype(np.float32)
+    recipe, _ = choose_recipe(source.copy(), 32, None)
+    assert recipe.normalisation == "common"
+    stored, mean, scale = normalise(source.copy(), recipe)
+    # Relative brightness of the images survives; the background goes to 0 but for the blob's tail there, e^-8.
+    peaks = stored[:, 16, 16]
+    assert peaks / peaks[0] == pytest.approx(np.arange(1, 5), rel=1e-4)
+    assert mean == pytest.approx(np.full(4, 7.0), abs=2e-2)
+    assert len(set(scale.tolist())) == 1
+
+
+def test_cropping_keeps_white_noise() -> None:
+    source = np.random.default_rng(2).normal(5, 2, (20, 64, 64)).astype(np.float32)
+    stored, _, scale = normalise(source, Recipe(32))
+    # σ of a small box: the Nyquist row and column are empty, (31/32) of σ; error of σ from 20 · 500 px is 0.7 %.
+    assert stored.shape == (20, 32, 32)
+    assert scale.mean() == pytest.approx(2 * 31 / 32, rel=0.03)
