@@ -131,7 +131,7 @@ class OptimConfig:
     """Adam's learning rates, one for each kind of parameter."""
 
     encoder_rate: float = option(1e-3, "learning rate of the encoder")
-    volume_rate: float = option(1e-2, "learning rate of the voxels, as a share of their starting scale")
+    volume_rate: float = option(0.1, "learning rate of the voxels, as a share of their starting scale")
     table_rate: float = option(1e-2, "learning rate of the pose table")
     clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip")
 

@@ -10,7 +10,7 @@ from scalecryo.data.mrc import read_map
 from scalecryo.data.star import StarPoses, image_key, read_poses
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.evaluate.align_maps import rotational_symmetry
-from scalecryo.evaluate.compare import MapComparison, PoseComparison, compare_maps, compare_poses, summary
+from scalecryo.evaluate.compare import MapComparison, compare_maps, compare_poses, summary
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 
 
@@ -30,24 +30,25 @@ def run(path: str, *, truth: str) -> None:
                 f"{files.shown(path)}: neither particles.star nor map.mrc is there: finish it with scalecryo assign"
             )
     true_density, pixel_size, _ = read_map(files.join(truth, "truth.mrc"))
-    true_map = torch.from_numpy(true_density)
-    symmetry = rotational_symmetry(true_map)
-    poses: PoseComparison | None = None
-    images: int | None = None
-    if table:
-        images, poses = _poses(table, files.join(truth, "truth.star"), pixel_size, symmetry)
+    true_map, extent = torch.from_numpy(true_density), true_density.shape[-1] * pixel_size
+    # What cannot be used is refused before anything that takes long.
+    rows = _matched(table, files.join(truth, "truth.star"), pixel_size) if table else None
+    volume = _volume_of_extent(density, extent) if density else None
+    symmetry = rotational_symmetry(true_map) if rows else torch.eye(3)[None]
+    poses = compare_poses(*rows, symmetry) if rows else None
     maps: MapComparison | None = None
-    if density:
-        volume = _volume_of_extent(density, true_map.shape[-1] * pixel_size)
-        start = poses.alignment if poses else None
-        maps = compare_maps(volume, true_map, true_map.shape[-1] * pixel_size, start, symmetry)
+    if density and volume is not None:
+        maps = compare_maps(volume, true_map, extent, poses.alignment if poses else None, symmetry)
         _draw(maps, files.parent(density))
+    images = len(rows[0]) if rows else None
     line = summary(images, poses, maps) | {"box_size": true_map.shape[-1], "pixel_size": pixel_size}
     say(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}))
 
 
-def _poses(table: str, truth: str, pixel_size: float, symmetry: torch.Tensor) -> tuple[int, PoseComparison]:
-    """Number of particles in both tables, matched by index and stack file name, and their comparison."""
+def _matched(
+    table: str, truth: str, pixel_size: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Estimated and true rotations, estimated and true shifts (px), of the images in both tables."""
     estimate, true = read_poses(table), read_poses(truth)
     row_of = {image_key(name): row for row, name in enumerate(true.names)}
     pairs = [(row, row_of[image_key(name)]) for row, name in enumerate(estimate.names) if image_key(name) in row_of]
@@ -62,8 +63,7 @@ def _poses(table: str, truth: str, pixel_size: float, symmetry: torch.Tensor) ->
         return None if source.shift is None else torch.from_numpy(source.shift[rows]) / pixel_size
 
     rotation, rotation_true = torch.from_numpy(estimate.rotation[mine]), torch.from_numpy(true.rotation[theirs])
-    shifts = shift_px(estimate, mine), shift_px(true, theirs)
-    return len(pairs), compare_poses(rotation, rotation_true, *shifts, symmetry)
+    return rotation, rotation_true, shift_px(estimate, mine), shift_px(true, theirs)
 
 
 def _volume_of_extent(path: str, wanted: float) -> torch.Tensor:

@@ -3,9 +3,9 @@
 import json
 
 from scalecryo.commands.console import say
-from scalecryo.data import files
+from scalecryo.data import cryosparc, files, star
 from scalecryo.data.mrc import Stack
-from scalecryo.data.star import read_particles
+from scalecryo.data.particles import ParticleTable
 from scalecryo.data.store import ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError
 
@@ -15,7 +15,9 @@ _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star",
 def run(path: str) -> None:
     """Describe what is there in a few lines."""
     if path.endswith(".star"):
-        _table(path)
+        _table(path, star.read_particles(path))
+    elif path.endswith(".cs"):
+        _table(path, cryosparc.read_particles(path))
     elif files.is_folder(path):
         if read_attributes(path):
             _store(path)
@@ -29,8 +31,7 @@ def run(path: str) -> None:
         _images(path)
 
 
-def _table(path: str) -> None:
-    table = read_particles(path)
+def _table(path: str, table: ParticleTable) -> None:
     columns = table.columns
     say(f"{files.shown(path)}: {len(table):,} particles in {len(table.stacks)} stacks")
     say(f"  pixel size {table.pixel_size:.4g} Å" if table.pixel_size else "  no pixel size")

@@ -113,7 +113,7 @@ def plan(
     """Read the table and the headers, look at a sample of images, and decide everything.
 
     Args:
-        source: `.star` file, or an image stack (`.mrcs`, `.mrc`); path or URL.
+        source: a table (`.star`, `.cs`) or an image stack (`.mrcs`, `.mrc`); path or URL.
         data_dir: folder against which the table names its stacks.
         box: full box of the store, px; the source's own by default.
         dtype: `float16` or `float32`.
@@ -267,6 +267,8 @@ def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> No
             f"{shown}: holds an unfinished conversion of other data or with other options; "
             "add --overwrite to replace it"
         )
+    elif attrs:
+        files.remove_leftovers(store_url)
 
 
 def convert(

@@ -40,8 +40,9 @@ def read_particles(url: str) -> ParticleTable:
         InputError: not a .cs file, a field is missing, or the pixel sizes differ.
     """
     shown = files.shown(url)
+    data = files.read_bytes(url)
     try:
-        rows = np.load(io.BytesIO(files.read_bytes(url)), allow_pickle=False)
+        rows = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{shown}: not a cryoSPARC table ({str(error).splitlines()[0]})") from error
     names = rows.dtype.names or ()
@@ -95,28 +96,28 @@ def write_particles(
         "blob/idx": columns["stack_index"].astype(np.uint32),
         "blob/shape": np.full((count, 2), box_size, np.uint32),
         "blob/psize_A": _constant(count, table.pixel_size),
-        "blob/sign": _constant(count, sign),
+        "blob/sign": _constant(count, float(sign)),
     }
     if table.has_ctf:
         fields |= {"ctf/type": np.full(count, b"imported")}
         fields |= {"ctf/exp_group_id": (columns["optics_group"] - 1).astype(np.uint32)}
         fields |= {_CTF[name][0]: (columns[name] / _CTF[name][1]).astype(np.float32) for name in CTF_COLUMNS}
-        fields |= {"ctf/scale": _constant(count, 1), "ctf/scale_const": _constant(count, 0)}
+        fields |= {"ctf/scale": _constant(count, 1.0), "ctf/scale_const": _constant(count, 0.0)}
         zeros = {"shift_A": 2, "tilt_A": 2, "trefoil_A": 2, "tetra_A": 4, "anisomag": 4}
         fields |= {f"ctf/{name}": np.zeros((count, size), np.float32) for name, size in zeros.items()}
-        fields |= {"ctf/bfactor": _constant(count, 0)}
+        fields |= {"ctf/bfactor": _constant(count, 0.0)}
     rotation = torch.from_numpy(columns["rotation"].astype(np.float64))
     fields |= {
         "alignments3D/split": np.maximum(columns["half"] - 1, 0).astype(np.uint32),
         "alignments3D/shift": (-columns["shift"] / table.pixel_size).astype(np.float32),
         "alignments3D/pose": roma.rotmat_to_rotvec(rotation).numpy().astype(np.float32),
         "alignments3D/psize_A": _constant(count, table.pixel_size),
-        "alignments3D/alpha": _constant(count, 1),
+        "alignments3D/alpha": _constant(count, 1.0),
         "alignments3D/class": np.zeros(count, np.uint32),
         "alignments3D/class_posterior": (
-            _constant(count, 1) if confidence is None else np.asarray(confidence, dtype=np.float32)
+            _constant(count, 1.0) if confidence is None else np.asarray(confidence, dtype=np.float32)
         ),
-        "alignments3D/class_ess": _constant(count, 1),
+        "alignments3D/class_ess": _constant(count, 1.0),
     }
     rows = np.zeros(count, [(name, values.dtype, values.shape[1:]) for name, values in fields.items()])
     for name, values in fields.items():

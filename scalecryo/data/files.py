@@ -7,7 +7,7 @@ credentials or query strings.
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,6 +59,15 @@ def parent(url: str) -> str:
     return url.rstrip("/").rpartition("/")[0]
 
 
+def folders_above(url: str) -> list[str]:
+    """The folder that holds a file, and every folder above it, nearest first."""
+    if is_local(url):
+        return [str(folder) for folder in local_path(url).absolute().parents]
+    scheme, _, path = url.partition("://")
+    parts = path.split("/")
+    return [f"{scheme}://{'/'.join(parts[:count])}" for count in range(len(parts) - 1, 0, -1)]
+
+
 def name(url: str) -> str:
     """The last part of the path."""
     return url.rstrip("/").rpartition("/")[2]
@@ -105,7 +114,7 @@ def open_read(url: str) -> BinaryIO:
         fs, path = filesystem(url)
         stream: BinaryIO = fs.open(path, "rb")
         return stream
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingInputError(f"{shown(url)}: no such file") from error
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"{shown(url)}: cannot be read ({error.strerror or error})") from error
@@ -136,6 +145,24 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     except FileNotFoundError as error:
         raise MissingInputError(f"{shown(url)}: no such file") from error
     return data
+
+
+def read_many(urls: Sequence[str]) -> list[bytes]:
+    """Several whole files of one file system; from an object store all at the same time.
+
+    Raises:
+        MissingInputError: one of them does not exist.
+    """
+    if not urls or is_local(urls[0]):
+        return [read_bytes(url) for url in urls]
+    fs, _ = filesystem(urls[0])
+    paths = [fs._strip_protocol(url) for url in urls]
+    try:
+        found = fs.cat(paths, on_error="raise")
+    except FileNotFoundError as error:
+        raise MissingInputError(f"{shown(urls[0])} and {len(urls) - 1} more: one is missing ({error})") from error
+    # One path alone comes back as bare bytes.
+    return [found] if isinstance(found, bytes) else [found[path] for path in paths]
 
 
 def read_text(url: str) -> str:
@@ -226,11 +253,19 @@ def list_folder(url: str) -> list[str]:
         path = local_path(url)
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     fs, remote = filesystem(url)
+    fs.invalidate_cache(remote)  # another process may have written since the last look
     try:
         entries = fs.ls(remote, detail=False)
     except FileNotFoundError:
         return []
     return sorted({name(entry) for entry in entries} - {""})
+
+
+def remove_leftovers(url: str) -> None:
+    """Remove the temporary files that a killed process left in a local folder and below."""
+    if is_local(url):
+        for path in local_path(url).rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def remove_tree(url: str) -> None:

@@ -103,8 +103,9 @@ class Stack:
     A compressed stack is unpacked in memory once, so it may hold 1 GiB at most.
     """
 
-    def __init__(self, url: str, layout: _Layout, unpacked: bytes | None = None) -> None:
+    def __init__(self, url: str, layout: _Layout, fingerprint: tuple[int, str], unpacked: bytes | None = None) -> None:
         self.url = url
+        self.fingerprint = fingerprint  #: Length of the file and what tells this version of it from another.
         self._layout = layout
         self._unpacked = unpacked
 
@@ -118,12 +119,13 @@ class Stack:
         """
         where = files.shown(url)
         head = files.read_range(url, 0, _HEADER_BYTES)
+        fingerprint = files.fingerprint(url)
         if head[:2] == b"\x1f\x8b" or head[:3] == b"BZh":
-            if files.size(url) > _COMPRESSED_LIMIT:
+            if fingerprint[0] > _COMPRESSED_LIMIT:
                 raise InputError(f"{where}: a compressed file larger than 1 GiB; unpack it first")
             unpacked = _decompress(files.read_bytes(url), where)
-            return cls(url, _layout(unpacked[:_HEADER_BYTES], len(unpacked), where), unpacked)
-        return cls(url, _layout(head, files.size(url), where))
+            return cls(url, _layout(unpacked[:_HEADER_BYTES], len(unpacked), where), fingerprint, unpacked)
+        return cls(url, _layout(head, fingerprint[0], where), fingerprint)
 
     @property
     def count(self) -> int:

@@ -8,6 +8,7 @@ zarr-python reads both; this module reads a block with one positioned read strai
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import google_crc32c
@@ -19,7 +20,9 @@ from scalecryo.errors import MissingInputError, StoreError
 
 _ABSENT = np.uint64(2**64 - 1)
 _CRC_BYTES = 4
-_CACHE_ENTRIES = 512
+_INDEX_CACHE = 4096  # of about 1 kB
+_COLUMN_CACHE = 64  # of up to 600 kB
+_REQUEST_BYTES = 8 << 20
 
 
 def crc32c(data: bytes | npt.NDArray) -> int:
@@ -39,7 +42,8 @@ def _crc_holds(data: npt.NDArray[np.uint8], stored: bytes) -> bool:
 class _Cache:
     """The most recently used arrays, for several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._entries: OrderedDict[str, npt.NDArray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -52,7 +56,7 @@ class _Cache:
     def put(self, key: str, value: npt.NDArray) -> None:
         with self._lock:
             self._entries[key] = value
-            while len(self._entries) > _CACHE_ENTRIES:
+            while len(self._entries) > self._limit:
                 self._entries.popitem(last=False)
 
 
@@ -125,7 +129,7 @@ class ImageArray:
     dtype: str
     block_rows: int
     shard_rows: int
-    _indexes: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+    _indexes: _Cache = field(default_factory=lambda: _Cache(_INDEX_CACHE), repr=False, compare=False)
 
     def _damaged(self, shard: int, what: str) -> StoreError:
         first, last = shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.count)
@@ -145,14 +149,24 @@ class ImageArray:
         if cached is not None:
             return cached
         slots = self.shard_rows // self.block_rows
-        length = files.size(url)
-        tail = files.read_range(url, max(0, length - slots * 16 - _CRC_BYTES), length)
-        body = np.frombuffer(tail[:-_CRC_BYTES], dtype=np.uint8)
-        if len(tail) != slots * 16 + _CRC_BYTES or not _crc_holds(body, tail[-_CRC_BYTES:]):
+        blocks = -(-min(self.shard_rows, self.count - shard * self.shard_rows) // self.block_rows)
+        chunk = self.block_rows * self.box_size**2 * np.dtype(self.dtype).itemsize + _CRC_BYTES
+        tail = slots * 16 + _CRC_BYTES
+        # Where conversion puts the index; a store written otherwise may be of another length, which costs a request.
+        body = self._checked_tail(url, blocks * chunk + tail, tail)
+        if body is None:
+            body = self._checked_tail(url, files.size(url), tail)
+        if body is None:
             raise self._damaged(shard, "its index is damaged")
         index = body.view("<u8").reshape(slots, 2)
         self._indexes.put(url, index)
         return index
+
+    def _checked_tail(self, url: str, length: int, tail: int) -> npt.NDArray[np.uint8] | None:
+        """The last bytes of an object of this length without their checksum; None when it does not hold."""
+        found = files.read_range(url, max(0, length - tail), length)
+        body = np.frombuffer(found[:-_CRC_BYTES], dtype=np.uint8)
+        return body if len(found) == tail and _crc_holds(body, found[-_CRC_BYTES:]) else None
 
     def read(self, start: int, stop: int, out: npt.NDArray | None = None) -> npt.NDArray:
         """Rows start…stop−1 as (n, box, box) in the stored dtype; every block read is checked against its CRC32C.
@@ -170,43 +184,72 @@ class ImageArray:
             out = np.empty((stop - start, self.box_size, self.box_size), dtype=self.dtype)
         row = start
         while row < stop:
-            block_start = row - row % self.block_rows
-            block_stop = min(block_start + self.block_rows, stop)
-            self._read_block(block_start, row, out[row - start : block_stop - start])
-            row = block_stop
+            shard_stop = min(row - row % self.shard_rows + self.shard_rows, stop)
+            try:
+                self._read_in_shard(row, out[row - start : shard_stop - start])
+            except MissingInputError as error:
+                raise self._damaged(row // self.shard_rows, "the object is missing") from error
+            row = shard_stop
         return out
 
-    def _read_block(self, block_start: int, first: int, out: npt.NDArray) -> None:
-        """Fill `out` with rows of one block, from row `first` on."""
-        shard, offset_rows = divmod(block_start, self.shard_rows)
-        try:
-            offset, length = (int(value) for value in self._index(shard)[offset_rows // self.block_rows])
-            if length != self.block_rows * out[0].nbytes + _CRC_BYTES:
+    def _read_in_shard(self, first: int, out: npt.NDArray) -> None:
+        """Fill `out` with rows of one shard, from row `first` on; neighbouring blocks share a request."""
+        shard = first // self.shard_rows
+        index = self._index(shard)
+        length = self.block_rows * out[0].nbytes + _CRC_BYTES
+        run: list[int] = []  # first rows of blocks that follow each other in the object
+        run_offset = 0
+        for start in range(first - first % self.block_rows, first + len(out), self.block_rows):
+            offset, found = (int(value) for value in index[start % self.shard_rows // self.block_rows])
+            if found != length:
                 raise self._damaged(shard, "a block is absent or of the wrong length")
-            whole = len(out) == self.block_rows and out.flags.c_contiguous
-            rows = out if whole else np.empty((self.block_rows, *out.shape[1:]), dtype=self.dtype)
-            stored = self._read_into(shard, offset, rows.reshape(-1).view(np.uint8))
-        except MissingInputError as error:
-            raise self._damaged(shard, "the object is missing") from error
-        if not _crc_holds(rows.reshape(-1).view(np.uint8), stored):
-            raise self._damaged(shard, f"wrong checksum in the block of particles {block_start + 1}…")
-        if not whole:
-            out[:] = rows[first - block_start : first - block_start + len(out)]
+            if run and (offset != run_offset + len(run) * length or len(run) * length >= _REQUEST_BYTES):
+                self._read_run(shard, run_offset, run, first, out)
+                run = []
+            if not run:
+                run_offset = offset
+            run.append(start)
+        self._read_run(shard, run_offset, run, first, out)
 
-    def _read_into(self, shard: int, offset: int, data: npt.NDArray[np.uint8]) -> bytes:
-        """Fill `data` from an object and return the checksum that follows it."""
+    def _read_run(self, shard: int, offset: int, run: list[int], first: int, out: npt.NDArray) -> None:
+        """Read blocks that lie side by side, check them, and put the rows that `out` wants where they belong."""
+        size, stop = self.block_rows, first + len(out)
+        # Whole blocks are read in place, blocks at the ends that are wanted in part through a copy.
+        blocks = [
+            out[start - first : start - first + size]
+            if first <= start and start + size <= stop
+            else np.empty((size, *out.shape[1:]), dtype=out.dtype)
+            for start in run
+        ]
+        data = [block.reshape(-1).view(np.uint8) for block in blocks]
+        checksums = self._fill(shard, offset, data)
+        for start, block, part, checksum in zip(run, blocks, data, checksums, strict=True):
+            if not _crc_holds(part, checksum):
+                raise self._damaged(shard, f"wrong checksum in the block of particles {start + 1}…")
+            begin, end = max(start, first), min(start + size, stop)
+            if end - begin < size:
+                out[begin - first : end - first] = block[begin - start : end - start]
+
+    def _fill(self, shard: int, offset: int, data: list[npt.NDArray[np.uint8]]) -> list[bytes]:
+        """Fill buffers from an object, in which a checksum follows each; returns the checksums."""
         url = self.shard_url(shard)
+        total = sum(len(part) + _CRC_BYTES for part in data)
         if files.is_local(url):
-            checksum = bytearray(_CRC_BYTES)
+            checksums = [bytearray(_CRC_BYTES) for _ in data]
+            buffers = [
+                buffer for part, checksum in zip(data, checksums, strict=True) for buffer in (part.data, checksum)
+            ]
             with files.open_read(url) as stream:
-                done = os.preadv(stream.fileno(), [data.data, checksum], offset)
-            stored = bytes(checksum)
+                done = os.preadv(stream.fileno(), buffers, offset)
+            stored = [bytes(checksum) for checksum in checksums]
         else:
-            found = files.read_range(url, offset, offset + len(data) + _CRC_BYTES)
-            done, stored = len(found), found[-_CRC_BYTES:]
-            if done == len(data) + _CRC_BYTES:
-                data[:] = np.frombuffer(found, np.uint8)[:-_CRC_BYTES]
-        if done != len(data) + _CRC_BYTES:
+            found = np.frombuffer(files.read_range(url, offset, offset + total), np.uint8)
+            done, stored = len(found), []
+            if done == total:
+                for part, piece in zip(data, np.split(found, len(data)), strict=True):
+                    part[:] = piece[:-_CRC_BYTES]
+                    stored.append(piece[-_CRC_BYTES:].tobytes())
+        if done != total:
             raise self._damaged(shard, "the object is shorter than its index says")
         return stored
 
@@ -221,33 +264,36 @@ class ColumnArray:
     dtype: str
     row_shape: tuple[int, ...]
     shard_rows: int
-    cache: _Cache = field(default_factory=_Cache, repr=False, compare=False)
+    _chunks: _Cache = field(default_factory=lambda: _Cache(_COLUMN_CACHE), repr=False, compare=False)
 
     def shard_url(self, shard: int) -> str:
         """Address of one chunk's object."""
         return "/".join([self.url, "c", str(shard), *("0" for _ in self.row_shape)])
 
-    def _shard(self, shard: int) -> npt.NDArray:
-        url = self.shard_url(shard)
-        cached = self.cache.get(url)
-        if cached is not None:
-            return cached
-        problem = "the object is missing"
-        try:
-            data = files.read_bytes(url)
-        except MissingInputError as error:
-            raise StoreError(f"{files.shown(url)}: {problem}; run `scalecryo verify`, then convert again") from error
+    def _decode(self, url: str, data: bytes) -> npt.NDArray:
+        """Check and keep one chunk."""
         dtype = np.dtype(self.dtype).newbyteorder("<")
         expected = self.shard_rows * int(np.prod(self.row_shape, dtype=int)) * dtype.itemsize
         body = np.frombuffer(data, np.uint8)[:expected]
         if len(data) != expected + _CRC_BYTES or not _crc_holds(body, data[expected:]):
             raise StoreError(
-                f"{files.shown(url)}: wrong length or checksum (chunk {shard} of {self.name}); run `scalecryo verify`, "
+                f"{files.shown(url)}: wrong length or checksum ({self.name}); run `scalecryo verify`, "
                 "then convert again with --overwrite"
             )
         values = body.view(dtype).reshape(self.shard_rows, *self.row_shape)
-        self.cache.put(url, values)
+        self._chunks.put(url, values)
         return values
+
+    def chunk(self, shard: int) -> npt.NDArray:
+        """All rows of one chunk, padded to `shard_rows`."""
+        url = self.shard_url(shard)
+        cached = self._chunks.get(url)
+        return cached if cached is not None else _read_chunks([(self, url)])[0]
+
+    def missing(self, shards: Iterable[int]) -> list[tuple["ColumnArray", str]]:
+        """Chunks that are not in memory, for `load_chunks`."""
+        urls = [self.shard_url(shard) for shard in shards]
+        return [(self, url) for url in urls if self._chunks.get(url) is None]
 
     def read(self, start: int, stop: int) -> npt.NDArray:
         """Rows start…stop−1.
@@ -260,6 +306,26 @@ class ColumnArray:
         while row < stop:
             shard, offset = divmod(row, self.shard_rows)
             taken = min(self.shard_rows - offset, stop - row)
-            out[row - start : row - start + taken] = self._shard(shard)[offset : offset + taken]
+            out[row - start : row - start + taken] = self.chunk(shard)[offset : offset + taken]
             row += taken
         return out
+
+
+def _read_chunks(wanted: Sequence[tuple[ColumnArray, str]]) -> list[npt.NDArray]:
+    try:
+        found = files.read_many([url for _, url in wanted])
+    except MissingInputError as error:
+        raise StoreError(f"{error}: the object is missing; run `scalecryo verify`, then convert again") from error
+    return [array._decode(url, data) for (array, url), data in zip(wanted, found, strict=True)]
+
+
+def load_chunks(columns: Iterable[ColumnArray], rows: Iterable[int]) -> None:
+    """Bring the chunks of several columns that hold some rows into memory, from an object store in one round trip.
+
+    Raises:
+        StoreError: an object is missing or damaged.
+    """
+    rows = list(rows)
+    wanted = [item for column in columns for item in column.missing({row // column.shard_rows for row in rows})]
+    if wanted:
+        _read_chunks(wanted)

@@ -102,7 +102,7 @@ class Projector:
         self.box_size = volume.shape[-1]
         self.pixel_size = pixel_size
         # A cubic B-spline is the square of the triangle's window in real space.
-        corrected = volume * gridding_correction(self.box_size, PADDING).square()
+        corrected = volume * gridding_correction(self.box_size, float(PADDING)).square()
         transform = rfft3_centred(corrected, PADDING * self.box_size)
         mate = transform[:, :, 1].flip(0, 1).roll((1, 1), (0, 1)).conj_physical()
         # A spline at kx < 1 reaches to kx = −1, so that column is stored too, in front.

@@ -1,14 +1,16 @@
 """What a conversion reads: a particle table, and the stacks it names, found and checked by their headers."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from scalecryo.data import files
+from scalecryo.data.cryosparc import read_particles as read_cryosparc
 from scalecryo.data.mrc import Stack
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.star import read_particles
+from scalecryo.data.star import read_particles as read_star
 from scalecryo.errors import InputError, MissingInputError
 
 _STACK_ENDINGS = (".mrcs", ".mrc", ".mrcs.gz", ".mrc.gz", ".mrcs.bz2", ".mrc.bz2")
@@ -39,7 +41,7 @@ class Source:
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(values).data)
         for name, stack in zip(self.table.stacks, self.stacks, strict=True):
-            digest.update(repr((name, files.fingerprint(stack.url))).encode())
+            digest.update(repr((name, stack.fingerprint)).encode())
         return digest.hexdigest()
 
 
@@ -55,12 +57,7 @@ def find_stack(name: str, table_url: str, data_dir: str | None) -> str:
     if data_dir is not None:
         places = [files.join(data_dir, name), files.join(data_dir, files.name(name))]
     else:
-        folder = files.parent(table_url)
-        places = [files.join(folder, name)]
-        while files.parent(folder) not in (folder, "") and not folder.endswith(":/"):
-            folder = files.parent(folder)
-            places.append(files.join(folder, name))
-        places.append(name)
+        places = [*(files.join(folder, name) for folder in files.folders_above(table_url)), name]
     for place in places:
         if files.exists(place):
             return place
@@ -107,7 +104,7 @@ def read_source(source: str, data_dir: str | None = None) -> Source:
     """Read a table or a bare stack, open every stack's header, and check that all fits together.
 
     Args:
-        source: `.star`, or `.mrcs`/`.mrc`; path or URL.
+        source: `.star`, cryoSPARC's `.cs`, or `.mrcs`/`.mrc`; path or URL.
         data_dir: folder against which the table names its stacks.
 
     Raises:
@@ -116,18 +113,24 @@ def read_source(source: str, data_dir: str | None = None) -> Source:
             end of a stack, no particles, or no pixel size anywhere.
     """
     star = None
-    if source.endswith(".star"):
-        star = files.read_bytes(source)
-        table = read_particles(source)
+    if source.endswith((".star", ".cs")):
+        if source.endswith(".star"):
+            star = files.read_bytes(source)
+            table = read_star(source)
+        else:
+            table = read_cryosparc(source)
         if not len(table):
             raise InputError(f"{files.shown(source)}: holds no particles")
-        stacks = tuple(Stack.open(find_stack(name, source, data_dir)) for name in table.stacks)
+        # Several at a time: from an object store every header takes a few round trips.
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            stacks = tuple(pool.map(lambda name: Stack.open(find_stack(name, source, data_dir)), table.stacks))
     elif source.lower().endswith(_STACK_ENDINGS):
         table, stack = _stack_table(source)
         stacks = (stack,)
     else:
         raise InputError(
-            f"{files.shown(source)}: not a known kind of particle source; give a .star file or an .mrcs or .mrc stack"
+            f"{files.shown(source)}: not a known kind of particle source; give a .star or .cs table, "
+            "or an .mrcs or .mrc stack"
         )
     box_size = _check(table, stacks, files.shown(source))
     pixel_size = table.pixel_size or stacks[0].pixel_size

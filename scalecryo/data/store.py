@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from scalecryo.data import files
 from scalecryo.data.particles import COLUMNS, CTF_COLUMNS, POSE_COLUMNS, Columns, ParticleTable
-from scalecryo.data.shards import ColumnArray, ImageArray
+from scalecryo.data.shards import ColumnArray, ImageArray, load_chunks
 from scalecryo.errors import MissingInputError, StoreError
 
 FORMAT_VERSION = 1
@@ -186,7 +186,10 @@ class ParticleStore:
         Raises:
             StoreError: no such column, or an object is missing or damaged.
         """
-        return {name: self.column_array(name).read(start, stop) for name in names or self.columns}
+        arrays = {name: self.column_array(name) for name in names or self.columns}
+        if stop - start <= self.shard_rows:
+            load_chunks(arrays.values(), {start, max(start, stop - 1)})
+        return {name: array.read(start, stop) for name, array in arrays.items()}
 
     def table(self) -> ParticleTable:
         """The particle table that was converted, in memory: its pixel size is the source's, before any cropping."""

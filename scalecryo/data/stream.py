@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scalecryo.data.order import BatchOrder, Rows
 from scalecryo.data.particles import Columns
+from scalecryo.data.shards import load_chunks
 from scalecryo.data.store import ParticleStore
 from scalecryo.errors import StoreError
 
@@ -136,6 +137,7 @@ class ParticleStream:
         first = np.concatenate([[0], np.cumsum(stops - starts)])
         box = self._images.box_size
         images = np.empty((int(first[-1]), box, box), dtype=self._images.dtype)
+        load_chunks(self._columns.values(), starts.tolist())
         columns = {
             name: np.empty((int(first[-1]), *array.row_shape), dtype=array.dtype)
             for name, array in self._columns.items()

@@ -58,7 +58,7 @@ class Atoms:
         centre: NDArray[np.float64] = self.masses @ self.positions / self.masses.sum()
         return centre
 
-    def radius_about(self, centre: NDArray[np.float64]) -> float:
+    def radius_about(self, centre: NDArray[np.floating]) -> float:
         """Largest distance of an atom from `centre`, in Å."""
         return float(np.linalg.norm(self.positions - centre, axis=1).max())
 
@@ -122,7 +122,7 @@ def _element(residue: gemmi.Residue, atom: gemmi.Atom, guess: bool) -> str:
 
 
 def potential_map(
-    atoms: Atoms, box_size: int, pixel_size: float, centre: NDArray[np.float64] | None = None
+    atoms: Atoms, box_size: int, pixel_size: float, centre: NDArray[np.floating] | None = None
 ) -> NDArray[np.float32]:
     """Electrostatic potential of isolated atoms, (box_size, box_size, box_size) in volts, `centre` at index N//2.
 
@@ -156,7 +156,7 @@ def potential_map(
 
 
 def _density_calculator(
-    atoms: Atoms, box_size: int, pixel_size: float, centre: NDArray[np.float64]
+    atoms: Atoms, box_size: int, pixel_size: float, centre: NDArray[np.floating]
 ) -> gemmi.DensityCalculatorE:
     """gemmi's calculator with the scattering density of the atoms on a grid 1.5 times finer than the box."""
     model = gemmi.Model(1)

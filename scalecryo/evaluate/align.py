@@ -41,7 +41,7 @@ class Alignment:
         return self.rotation.to(own) @ own
 
 
-def align_poses(rotation_est: Float[Tensor, "n 3 3"], rotation_true: Float[Tensor, "n 3 3"]) -> Alignment:
+def align_poses(rotation_est: Float[Tensor, "n 3 3"], rotation_true: Float[Tensor, "m 3 3"]) -> Alignment:
     """The rotation and hand that bring the most estimated rotations near the true ones.
 
     Every image proposes Q = R_true R'ᵀ; the proposal with the highest mean of max(0, 1 − θ / 30°) over the images

@@ -22,9 +22,9 @@ from scalecryo.physics.so3_grid import so3_grid
 _PADDING = 2.0
 _GRID = 4608
 _SEARCH_RADIUS = 6.0
-# Candidates of the search in each hand; radii of refinement (cycles per box), and how many go on after each.
+# Candidates of the search in each hand; radii of refinement (cycles per box), steps, and how many go on after each.
 _CANDIDATES = 12
-_LADDER = ((10.0, 6), (20.0, 2), (40.0, 1), (math.inf, 1))
+_LADDER = ((10.0, 8, 6), (20.0, 20, 2), (40.0, 20, 1), (math.inf, 20, 1))
 _SYMMETRY_RADIUS = 16.0
 
 
@@ -61,7 +61,7 @@ def apply_alignment(volume: Float[Tensor, "n n n"], alignment: Alignment) -> Flo
 
 def align_maps(
     volume_est: Float[Tensor, "n n n"],
-    volume_true: Float[Tensor, "n n n"],
+    volume_true: Float[Tensor, "m m m"],
     initial: Sequence[Alignment] = (),
     search: bool = True,
 ) -> Alignment:
@@ -92,8 +92,8 @@ def align_maps(
             candidates += [
                 Alignment(rotation, mirrored, shift, score) for rotation, shift, score in comparison.search(_CANDIDATES)
             ]
-    for radius, keep in _LADDER:
-        candidates = [comparisons[start.mirrored].refine(start, radius) for start in candidates]
+    for radius, steps, keep in _LADDER:
+        candidates = [comparisons[start.mirrored].refine(start, radius, steps) for start in candidates]
         candidates = sorted(candidates, key=lambda found: -found.score)[:keep]
         if radius >= volume_true.shape[-1] / 2:
             break
@@ -198,7 +198,7 @@ class _Slices:
             score = torch.where(near, -1.0, score)
         return found
 
-    def refine(self, start: Alignment, radius: float, steps: int = 20) -> Alignment:
+    def refine(self, start: Alignment, radius: float, steps: int) -> Alignment:
         """Local maximum of the mean shell correlation up to a radius (cycles per box), by L-BFGS on so(3) × R³."""
         planes = self._planes(24, radius)
         reach = planes.pixels.radius_limit

@@ -55,7 +55,7 @@ def fsc_figure(
     shell_axis.set_xlabel("Fourier shell (cycles per box)", fontsize="small")
     shell_axis.tick_params(labelsize="small")
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.97))
+    axes.legend(loc="best")
     return _png(figure)
 
 

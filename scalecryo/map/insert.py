@@ -34,7 +34,6 @@ class MapAccumulator:
         pixels: FourierPixels,
     ) -> None:
         """Insert images (packed Fourier pixels) at their poses, each with a weight."""
-        scale = self.padded_box / self.box_size
         centring = shift_ramp(-shift_px, pixels.kx, pixels.ky, pixels.box_size)
         # Half the Hermitian weight, and `add_plane_mates` when solving: every pixel and its mate count once.
         share = weight[:, None] * (pixels.weight / 2)
@@ -43,8 +42,18 @@ class MapAccumulator:
         if ctf is not None:
             values = values * ctf
             power = power * ctf.square()
-        insert_slices(values, rotation, pixels.kx, pixels.ky, scale, self.padded_box, out=self.numerator)
-        insert_slices(power, rotation, pixels.kx, pixels.ky, scale, self.padded_box, out=self.denominator)
+        insert_slices(values, rotation, pixels.kx, pixels.ky, self.scale, self.padded_box, out=self.numerator)
+        insert_slices(power, rotation, pixels.kx, pixels.ky, self.scale, self.padded_box, out=self.denominator)
+
+    @property
+    def scale(self) -> float:
+        """Samples of the padded grid per cycle a box."""
+        return self.padded_box / self.box_size
+
+    def forget(self, keep: float) -> None:
+        """Multiply what has been inserted by a factor below 1."""
+        self.numerator *= keep
+        self.denominator *= keep
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums, to be reduced over workers."""
@@ -67,4 +76,4 @@ class MapAccumulator:
         floor = floor + 1e-6 * total.max() / count.sum()
         solved = numerator / (weight + floor[shells]).clamp_min(1e-20).reshape(self.denominator.shape)
         density = irfft3_centred(solved, self.box_size)
-        return density * gridding_correction(self.box_size, self.padded_box / self.box_size, density.device)
+        return density * gridding_correction(self.box_size, self.scale, density.device)

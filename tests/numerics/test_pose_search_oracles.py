@@ -15,7 +15,7 @@ from scalecryo.physics.rotation import rotation_from_vector
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import grid_posterior, shift_grid, templates, turned_grid, with_mates
-from scalecryo.pose.subdivision import refine_candidates
+from scalecryo.pose.subdivision import SliceExtractor, refine_candidates
 
 BOX, SIGMA = 32, 1.6
 
@@ -189,10 +189,22 @@ def particles(blobs: Blobs, count: int, shift_px: float, seed: int) -> dict:
     }
 
 
-def reference(blobs: Blobs, rotations: torch.Tensor, pixels) -> torch.Tensor:
+def extractor(blobs: Blobs) -> SliceExtractor:
     """Templates as in use: from voxels, padded twice, gridding corrected."""
-    corrected = blobs.voxels() * gridding_correction(BOX, 2)
-    return templates(rfft3_centred(corrected, 2 * BOX), rotations, pixels, 2.0)
+    volume = rfft3_centred(blobs.voxels() * gridding_correction(BOX, 2), 2 * BOX)
+    return lambda rotation, pixels: templates(volume, rotation, pixels, 2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_templates_are_the_closed_form_slices(dtype):
+    blobs, half = Blobs.random(14, 7), so3_grid(60, dtype)
+    pixels = fourier_pixels(BOX, 12).to(dtype=dtype)
+    volume = rfft3_centred((blobs.voxels() * gridding_correction(BOX, 2)).to(dtype), 2 * BOX)
+    found = templates(volume, half, pixels, 2.0).numpy()[:, 1:]
+    expected = blobs.slices(half.numpy(), pixels.kx.numpy(), pixels.ky.numpy())[:, 1:]
+    # Trilinear interpolation at twofold padding costs 0.5 to 1 % between grid points. The origin, left out here and in
+    # every score, always falls on one, where the gridding correction is too much.
+    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("shift_px", [0.0, 3.0])
@@ -202,14 +214,14 @@ def test_known_poses_are_found_within_the_grid_spacing(shift_px):
     rotation, shift = data.pop("rotation"), data.pop("shift")
     half = turned_grid(so3_grid(2304), torch.Generator().manual_seed(1))
     grid, shifts = with_mates(half), shift_grid(shift_px, 1.0)
-    bank = reference(blobs, half, data["pixels"])
+    bank = extractor(blobs)(half, data["pixels"])
     found = grid_posterior(**data, templates=bank, shift_grid_px=shifts, keep=8).candidates(grid, shifts)
     error = np.stack([angles(found.rotation[:, k].double().numpy(), rotation) for k in range(8)], 1)
     off = np.linalg.norm(found.shift_px.numpy() - shift[:, None], axis=-1)
     # A random rotation is 7.3 degrees from the grid on average, 11.5 at most for 99 % and never above 13.4 (measured
     # with 40,000); shifts are within 0.71 px of their lattice. The spacings are 14.8 degrees and 1 px.
     assert np.median(error[:, 0]) < 9
-    assert np.mean((error[:, 0] < 14.8) & (off[:, 0] < 1.05)) > 0.93
+    assert np.mean((error[:, 0] < 14.8) & (off[:, 0] < 1.05)) > 0.9
     assert error.min(1).max() < 14.8
 
 
@@ -224,32 +236,32 @@ def test_subdivision_ends_at_the_true_pose():
         for name, values in data.items()
         if isinstance(values, torch.Tensor)
     }
-    bank = reference(blobs, half, low)
+    bank = extractor(blobs)(half, low)
     start = grid_posterior(**few, pixels=low, templates=bank, shift_grid_px=shifts, keep=8)
-    volume = rfft3_centred(blobs.voxels() * gridding_correction(BOX, 2), 2 * BOX)
-    steps = {"radii": (8, 10, 12, 12), "rotation_step_deg": 18.0, "shift_step_px": 1.0}
+    steps = {"radii": (8, 10, 12, 12), "rotation_step_deg": 22.0, "shift_step_px": 1.5}
 
     def refine(**options):
         return refine_candidates(
             start.candidates(with_mates(half), shifts),
-            extract=lambda turned, pixels: templates(volume, turned, pixels, 2.0),
+            extract=extractor(blobs),
             **data,
             **steps,
             **options,
         )
 
-    found = refine(keep=6, branch=4)
-    error = angles(found.rotation[:, 0].double().numpy(), rotation)
-    distance = np.linalg.norm(found.shift_px[:, 0].numpy() - shift, axis=1)
-    # The last level is 18/16 degrees and 1/16 px apart; 3 and 1.5 times that leaves room for the greedy choice.
+    found = refine(beam=4)
+    image, best = np.arange(20), found.log_weight.argmax(1)
+    error = angles(found.rotation[image, best].double().numpy(), rotation)
+    distance = np.linalg.norm(found.shift_px[image, best].numpy() - shift, axis=1)
+    # The last level is 22/16 degrees and 1.5/16 px apart; nearest neighbours are on average half of that away, and the
+    # likeliest may be two apart.
     assert np.median(error) < 1.2
     assert error.max() < 3.5
-    assert distance.max() < 0.1
-    again = refine(keep=6, branch=4, chunk_elements=1)
-    torch.testing.assert_close(again.log_weight, found.log_weight, rtol=1e-5, atol=1e-3)
-    expected = brute_score(blobs, data, found)
-    # The slices are interpolated: 1 % of the 10^2 to 10^3 that the likelihood spans.
-    np.testing.assert_allclose(found.log_weight.numpy(), expected, rtol=0.02)
+    assert distance.max() < 0.2
+    again = refine(beam=4, chunk_elements=1)
+    torch.testing.assert_close(again.log_weight, found.log_weight, rtol=1e-5, atol=1e-2)
+    # Templates are interpolated, to better than 1 % at twofold padding; their errors average out over the pixels.
+    np.testing.assert_allclose(found.log_weight.numpy(), brute_score(blobs, data, found), rtol=0.01)
 
 
 def brute_score(blobs: Blobs, data: dict, poses: PoseCandidates) -> np.ndarray:
@@ -271,25 +283,21 @@ def test_both_modes_of_a_nearly_two_fold_particle_are_found_and_kept():
     rotation = data.pop("rotation")
     data.pop("shift")
     half, shifts = so3_grid(2304), shift_grid(0, 1)
-    bank = reference(blobs, half, data["pixels"])
+    bank = extractor(blobs)(half, data["pixels"])
     found = grid_posterior(**data, templates=bank, shift_grid_px=shifts, keep=64).candidates(with_mates(half), shifts)
     coarse = separated_modes(found, 4, 25)
     torch.testing.assert_close(coarse.log_weight.exp().sum(1), torch.ones(40), atol=1e-5, rtol=0)
 
-    def extract(turned, pixels):
-        kx, ky = pixels.kx.double().numpy(), pixels.ky.double().numpy()
-        return torch.from_numpy(blobs.slices(turned.double().numpy(), kx, ky)).to(torch.complex64)
-
-    steps = {"radii": (12,) * 5, "rotation_step_deg": 20.0, "shift_step_px": 0.0}
-    finer = refine_candidates(coarse, extract=extract, **data, **steps, keep=4, branch=1)
+    steps = {"radii": (12,) * 5, "rotation_step_deg": 22.0, "shift_step_px": 0.0}
+    finer = refine_candidates(coarse, extract=extractor(blobs), **data, **steps, beam=4)
     assert bool((finer.shift_px == 0).all())
     modes = separated_modes(finer, 2, 25).rotation.double().numpy()
     # Mode by truth; the symmetry acts on the volume's side of R.
     error = np.array([[angles(modes[:, m], truth) for truth in (rotation, two_fold @ rotation)] for m in range(2)])
     both = np.maximum(error[0, 0], error[1, 1])
-    # 20/32 degrees apart at the last level; at that distance 5 % tell the true mode, which comes first, from the other.
-    assert np.mean(both < 4) > 0.9
-    assert np.median(both) < 1.5
+    # 22/32 degrees apart at the last level: there, 5 % tell the true mode, which then comes first, from the other.
+    assert np.mean(both < 4) > 0.93
+    assert np.median(both) < 1.0
 
 
 def test_padding_candidates_stay_padding():
@@ -300,16 +308,14 @@ def test_padding_candidates_stay_padding():
     off = rotation @ rotation_from_vector(torch.tensor([0.05, 0.0, 0.0]))
     weight = torch.tensor([[0.0, 0.0], [0.0, -torch.inf], [-torch.inf, 0.0]])
     start = PoseCandidates(torch.stack([off, rotation], 1), torch.zeros(3, 2, 2), weight)
-    volume = rfft3_centred(blobs.voxels() * gridding_correction(BOX, 2), 2 * BOX)
     found = refine_candidates(
         start,
-        extract=lambda turned, pixels: templates(volume, turned, pixels, 2.0),
+        extract=extractor(blobs),
         **data,
         radii=(10,),
         rotation_step_deg=4.0,
         shift_step_px=0.0,
-        keep=2,
-        branch=1,
+        beam=1,
     )
-    assert found.log_weight.isneginf().sum(1).tolist() == [0, 1, 1]
-    assert bool((found.log_weight[:, 0] > -torch.inf).all())
+    assert torch.equal(found.log_weight.isneginf(), weight.isneginf())
+    assert bool((angles(found.rotation[:, 1].double().numpy(), rotation.double().numpy()) < 2).all())

@@ -27,6 +27,11 @@ def test_join(base: str, part: str, joined: str) -> None:
     assert files.join(base, part) == joined
 
 
+def test_folders_above() -> None:
+    assert files.folders_above("/a/b/c.star") == ["/a/b", "/a", "/"]
+    assert files.folders_above("s3://bucket/a/c.star") == ["s3://bucket/a", "s3://bucket"]
+
+
 @pytest.mark.parametrize("scheme", ["local", "file", "memory"])
 def test_write_read_list_remove(scheme: str, tmp_path: Path) -> None:
     root = {"local": str(tmp_path / "x"), "file": f"file://{tmp_path}/x", "memory": "memory://files-test/x"}[scheme]

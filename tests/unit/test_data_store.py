@@ -8,7 +8,6 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zarr.storage import MemoryStore
 
 from scalecryo.data import files
 from scalecryo.data.layout import block_rows_of, levels_of, metadata_of, shard_rows_of
@@ -97,10 +96,7 @@ def test_zarr_python_and_own_reader_agree(
 
 
 def test_own_reader_reads_what_zarr_python_writes(tmp_path: Path) -> None:
-    objects, held = _store(20, 6, "float16", 4, 8)
-    memory = MemoryStore()
-    group = zarr.create_group(memory, attributes={})
-    del objects, group
+    _, held = _store(20, 6, "float16", 4, 8)
     attrs = {"count": 20, "levels": [6], "dtype": "float16", "shard_rows": 8, "block_rows": {"6": 4}}
     for key, value in metadata_of(attrs, {}).items():
         files.write_bytes_atomic(files.join(str(tmp_path), key), value)

@@ -108,17 +108,15 @@ def test_refinement_refuses_what_does_not_fit():
     data = packed(2)
     start = PoseCandidates(torch.eye(3).expand(2, 1, 3, 3), torch.zeros(2, 1, 2), torch.zeros(2, 1))
 
-    def refine(radii=(5,), keep=1, branch=1):
+    def refine(radii=(5,), beam=1):
         steps = {"rotation_step_deg": 10, "shift_step_px": 1}
-        return refine_candidates(start, extract=None, radii=radii, keep=keep, branch=branch, **steps, **data)
+        return refine_candidates(start, extract=None, radii=radii, beam=beam, **steps, **data)
 
     for radii in ((), (4, 6)):
         with pytest.raises(InputError, match="radii"):
             refine(radii=radii)
-    with pytest.raises(InputError, match="keep 0"):
-        refine(keep=0)
-    with pytest.raises(InputError, match="branch 0"):
-        refine(branch=0)
+    with pytest.raises(InputError, match="beam of 0"):
+        refine(beam=0)
 
 
 def test_candidates_of_a_posterior_carry_its_mass():
@@ -165,11 +163,13 @@ def test_images_with_fewer_modes_are_filled_up():
     rotation[0] = rotation[0, :1]
     score = torch.randn(3, 9, generator=generator)
     score[1, 3:] = -torch.inf
+    score[1, 1] = 9
     modes = separated_modes(PoseCandidates(rotation, torch.zeros(3, 9, 2), score), 5, 25)
     torch.testing.assert_close(modes.log_weight.exp().sum(1), torch.ones(3), atol=1e-6, rtol=0)
     assert torch.isinf(modes.log_weight[0, 1:]).all()
     assert torch.isinf(modes.log_weight[1, 3:]).all()
     assert torch.equal(modes.rotation[0], rotation[0, :5])
+    assert torch.equal(modes.rotation[1, 3:], rotation[1, 1].expand(2, 3, 3))
     for image in range(3):
         finite = modes.rotation[image][torch.isfinite(modes.log_weight[image])].double().numpy()
         apart = [angles(finite[i], finite[j]) for i in range(len(finite)) for j in range(i)]

@@ -1,0 +1,1 @@
+"""Backends of the slice operations: compiled kernels with the semantics of `physics.fourier_slice`."""

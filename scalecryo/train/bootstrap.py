@@ -1,0 +1,208 @@
+"""From random poses to a first map: stochastic expectation maximisation at low resolution.
+
+Each step takes a batch, forms the posterior over a randomly turned grid of rotations (and over shifts where centring
+is unknown), and inserts every image at its likeliest poses, weighted, into a map that forgets. The radius marches
+from `FIRST_RADIUS` to `LAST_RADIUS` Fourier pixels. Several seeds run side by side on the same batches, each with two
+independent half-maps; held-out likelihood picks the best.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalecryo.map.insert import MapAccumulator
+from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.physics.fft import FourierPixels, rfft3_centred
+from scalecryo.physics.fourier_slice import extract_slices, gridding_correction
+from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.mask import soft_sphere
+from scalecryo.physics.rotation import random_rotations
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.search import Posterior, grid_posterior, templates, turned_grid, with_mates
+from scalecryo.train.observed import Observed
+from scalecryo.train.world import World
+
+logger = logging.getLogger(__name__)
+FIRST_RADIUS, LAST_RADIUS, MARCH_SHARE = 4.0, 12.0, 0.7
+HALF_GRID = 2304
+KEEP = 40
+FORGET = 0.9
+REGULARISATION = 0.05
+LEAST_SHARE = 1e-2  # candidates with less posterior mass are not inserted
+PADDING = 2.0
+
+
+@dataclass
+class Seedling:
+    """One half-map of one seed while it grows."""
+
+    seed: int
+    half: int
+    accumulator: MapAccumulator
+    generator: torch.Generator
+    evidence: list[float] = field(default_factory=list)
+
+    def transform(self) -> Tensor:
+        """Padded transform of the present map, ready to be sliced."""
+        return reference_transform(self.accumulator.solve(REGULARISATION), PADDING)
+
+
+@dataclass(frozen=True)
+class FirstMaps:
+    """What the bootstrap found: a map a half, at the box it worked in, and how much better than nothing it explains.
+
+    Attributes:
+        half_maps: independent maps, not yet aligned with each other.
+        gain: mean held-out log-likelihood ratio an image against an empty map, by half.
+        gain_error: its standard error.
+        all_gains: of every seed, by half.
+    """
+
+    half_maps: tuple[Float[Tensor, "n n n"], Float[Tensor, "n n n"]]
+    gain: tuple[float, float]
+    gain_error: tuple[float, float]
+    all_gains: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def reference_transform(volume: Float[Tensor, "n n n"], padding: float) -> Tensor:
+    """Padded transform of a map inside its sphere, corrected for the slices' trilinear interpolation."""
+    box_size = volume.shape[-1]
+    window = soft_sphere(box_size, box_size / 2 - 2, edge_px=2, device=volume.device)
+    correction = gridding_correction(box_size, padding, volume.device)
+    return rfft3_centred(volume * window * correction, int(box_size * padding))
+
+
+def bootstrap(
+    batches: Iterator[Observed],
+    pixels: FourierPixels,
+    shift_grid_px: Float[Tensor, "t 2"],
+    world: World,
+    *,
+    seeds: int,
+    steps: int,
+    seed: int,
+) -> FirstMaps:
+    """Grow `seeds` pairs of half-maps from random poses and return the best of each half.
+
+    Args:
+        batches: endless, this worker's share of each global batch.
+        pixels: that the batches are packed by.
+        shift_grid_px: hypotheses for the shift, px of this level.
+        world: the workers among whom a batch is split.
+        seeds: independent starts.
+        steps: batches to learn from; a tenth as many more are held out to judge.
+        seed: of the first start.
+    """
+    device = pixels.kx.device
+    box = pixels.box_size
+    seedlings = [
+        Seedling(seed + number, half, MapAccumulator(box, PADDING, device), torch.Generator().manual_seed(seed + number))
+        for number in range(seeds)
+        for half in (1, 2)
+    ]
+    noise = NoiseSpectrum(int(pixels.shell.max()) + 1, device)
+    grid = so3_grid(HALF_GRID).to(device)
+    for step in range(steps):
+        radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(1.0, step / (MARCH_SHARE * steps))
+        near = pixels.prefix(radius)
+        batch = next(batches)
+        if step == 0:
+            noise.add(batch.images, None, pixels)
+            world.sum_(*noise.tensors())
+        noise.forget(FORGET)
+        part = NoiseSpectrum(len(noise.power), device)
+        for seedling in seedlings:
+            seedling.accumulator.forget(FORGET)
+            _grow(seedling, batch.select(batch.half == seedling.half), grid, shift_grid_px, near, noise, part, world, step)
+        world.sum_(*part.tensors())
+        noise.power += part.power
+        noise.count += part.count
+    near = pixels.prefix(LAST_RADIUS)
+    for _ in range(max(1, steps // 10)):
+        batch = next(batches)
+        for seedling in seedlings:
+            own = batch.select(batch.half == seedling.half)
+            _, posterior, _ = _search(seedling, own, grid, shift_grid_px, near, noise)
+            hypotheses = 2 * len(grid) * len(shift_grid_px)
+            seedling.evidence += (posterior.log_evidence - torch.log(torch.tensor(float(hypotheses)))).tolist()
+    return _choose(seedlings, world)
+
+
+def _grow(
+    seedling: Seedling,
+    own: Observed,
+    grid: Float[Tensor, "h 3 3"],
+    shift_grid_px: Float[Tensor, "t 2"],
+    near: FourierPixels,
+    noise: NoiseSpectrum,
+    residuals: NoiseSpectrum,
+    world: World,
+    step: int,
+) -> None:
+    """One step of one half-map: posterior of its images, insertion, reduction over workers."""
+    accumulator = seedling.accumulator
+    fresh = MapAccumulator(accumulator.box_size, PADDING, near.kx.device)
+    images = own.prefix(len(near))
+    count = len(images)
+    if step == 0:
+        rotation = random_rotations(count, seedling.generator).to(near.kx.device)
+        shift = shift_grid_px[torch.randint(len(shift_grid_px), (count,), generator=seedling.generator)]
+        fresh.add(images.images, rotation, shift, images.ctf, torch.ones(count, device=near.kx.device), near)
+    else:
+        turned, posterior, transform = _search(seedling, own, grid, shift_grid_px, near, noise)
+        mass = (posterior.log_likelihood - posterior.log_likelihood[:, :1]).exp()
+        mass = mass / mass.sum(1, keepdim=True)
+        rotation, shift = turned[posterior.rotation_index], shift_grid_px[posterior.shift_index]
+        image, candidate = (mass > LEAST_SHARE).nonzero(as_tuple=True)  # host sync: how many are inserted
+        ctf = None if images.ctf is None else images.ctf[image]
+        chosen = rotation[image, candidate], shift[image, candidate]
+        fresh.add(images.images[image], *chosen, ctf, mass[image, candidate], near)
+        predicted = extract_slices(transform, rotation[:, 0], near.kx, near.ky, accumulator.scale)
+        predicted = predicted * shift_ramp(shift[:, 0], near.kx, near.ky, near.box_size)
+        residuals.add(images.images - (predicted if images.ctf is None else predicted * images.ctf), None, near)
+    world.sum_(*fresh.tensors())
+    accumulator.numerator += fresh.numerator
+    accumulator.denominator += fresh.denominator
+
+
+def _search(
+    seedling: Seedling,
+    own: Observed,
+    grid: Float[Tensor, "h 3 3"],
+    shift_grid_px: Float[Tensor, "t 2"],
+    near: FourierPixels,
+    noise: NoiseSpectrum,
+) -> tuple[Float[Tensor, "g 3 3"], Posterior, Tensor]:
+    """The turned grid, the posterior of a half's images over it, and the transform that it was formed with."""
+    half_grid = turned_grid(grid, seedling.generator)
+    transform = seedling.transform()
+    bank = templates(transform, half_grid, near, seedling.accumulator.scale)
+    images = own.prefix(len(near))
+    posterior = grid_posterior(
+        images.images, images.ctf, noise.pixel_weight(near), bank, shift_grid_px, near, keep=KEEP
+    )
+    return with_mates(half_grid), posterior, transform
+
+
+def _choose(seedlings: list[Seedling], world: World) -> FirstMaps:
+    """The seed with the best held-out likelihood, for each half on its own."""
+    maps, gains, errors, table = [], [], [], []
+    for half in (1, 2):
+        own = [s for s in seedlings if s.half == half]
+        sums = torch.tensor([[sum(s.evidence), sum(e * e for e in s.evidence), len(s.evidence)] for s in own],
+                            dtype=torch.float64)  # fmt: skip
+        world.sum_(sums)
+        mean = sums[:, 0] / sums[:, 2]
+        spread = (sums[:, 1] / sums[:, 2] - mean.square()).clamp_min(0).sqrt() / sums[:, 2].sqrt()
+        best = int(mean.argmax())
+        maps.append(own[best].accumulator.solve(REGULARISATION))
+        gains.append(float(mean[best]))
+        errors.append(float(spread[best]))
+        table.append(tuple(mean.tolist()))
+        logger.info("bootstrap, half %d: log-likelihood gain an image by seed %s",
+                    half, ", ".join(f"{gain:.2f}" for gain in mean.tolist()))  # fmt: skip
+    return FirstMaps(tuple(maps), tuple(gains), tuple(errors), tuple(table))

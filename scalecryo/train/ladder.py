@@ -1,0 +1,198 @@
+"""Up the resolution ladder: streamed passes that pose particles, rebuild two half-maps and raise the radius.
+
+Each half has its own reference, made from its own particles only. A rung reads one pass of particles (or
+`rung_particles` of them) at the smallest level of the store that holds its radius; at its end the halves are summed
+over the workers, compared, filtered by their correlation, and the next radius follows from where it falls.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalecryo.map.halfmaps import HalfMaps, weight_shells
+from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.physics.candidates import PoseCandidates
+from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_3d
+from scalecryo.physics.fourier_slice import extract_slices
+from scalecryo.physics.fsc import resolution
+from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.mask import mask_from_map
+from scalecryo.train.bootstrap import reference_transform
+from scalecryo.train.memory import PoseMemory
+from scalecryo.train.observed import Observed
+from scalecryo.train.refine import GridSearch, Reference, Refined, join, polish_candidates
+from scalecryo.train.world import World
+
+logger = logging.getLogger(__name__)
+PADDING = 2.0
+
+
+@dataclass(frozen=True)
+class HalfReferences:
+    """Where the ladder stands: two half-maps (not filtered), their correlation, the noise, and the radius reached.
+
+    Attributes:
+        half_maps: at the level where they were made.
+        curve: masked FSC between them, on the shells of that level.
+        noise: variance of each shell, in units of unscaled transforms of unit-variance white noise divided by N².
+        radius: Fourier pixels up to which poses were polished.
+    """
+
+    half_maps: tuple[Float[Tensor, "n n n"], Float[Tensor, "n n n"]]
+    curve: Float[Tensor, " shells"]
+    noise: Float[Tensor, " shells"]
+    radius: float
+
+
+def references(state: HalfReferences, level: int, pixels: FourierPixels) -> tuple[Reference, Reference]:
+    """Both halves' maps, filtered by what they share, at another level.
+
+    A half-map's Wiener filter is the half-map correlation itself: FSC = signal / (signal + noise of one half).
+    """
+    box = state.half_maps[0].shape[-1]
+    mask = mask_from_map(sum(state.half_maps) / 2, 1.0)
+    made = []
+    noise = level_noise(state.noise, level, pixels)
+    for volume in state.half_maps:
+        filtered = weight_shells(volume, state.curve.clamp(0, 1).float()) * mask
+        transform = reference_transform(fourier_resize_3d(filtered, level) if box != level else filtered, PADDING)
+        made.append(Reference(transform, PADDING, noise, pixels))
+    return made[0], made[1]
+
+
+def level_noise(variance: Float[Tensor, " shells"], level: int, pixels: FourierPixels) -> NoiseSpectrum:
+    """The noise spectrum in the units of a level; shells not yet seen are taken as the last one that was."""
+    noise = NoiseSpectrum(int(pixels.shell.max()) + 1, variance.device)
+    shells = len(noise.power)
+    known = variance[:shells]
+    noise.power[:] = torch.cat([known, known[-1:].expand(shells - len(known))]) * level**2
+    noise.count[:] = 1.0
+    return noise
+
+
+@dataclass(frozen=True)
+class RungPlan:
+    """What one rung does.
+
+    Attributes:
+        radius: Fourier pixels that poses are polished with.
+        level: box of the store that is read.
+        modes: modes that the exhaustive search offers each particle; 0: no search.
+        search_radius: Fourier pixels of the search.
+        passes: Levenberg-Marquardt passes at each radius.
+    """
+
+    radius: float
+    level: int
+    modes: int
+    search_radius: float
+    passes: int = 3
+
+    @property
+    def reach(self) -> float:
+        """Radius up to which images are inserted: beyond the polish, so that the correlation shows what comes next."""
+        return min(self.level / 2 - 1, 1.4 * self.radius + 6)
+
+
+def plan_rung(
+    radius: float, levels: tuple[int, ...], number: int, *, search: bool
+) -> RungPlan:
+    """The rung at a radius: the smallest level that holds it with room to see beyond, if there is one."""
+    fits = [level for level in sorted(levels) if level / 2 - 1 >= 1.15 * radius + 1]
+    level = fits[0] if fits else max(levels)
+    radius = min(radius, level / 2 - 1)
+    modes = 3 if number == 0 else 2
+    return RungPlan(radius, level, modes if search else 0, min(radius, 12.0 if number == 0 else 24.0))
+
+
+class Rung:
+    """One pass: poses every particle that streams by and rebuilds both half-maps."""
+
+    def __init__(
+        self,
+        plan: RungPlan,
+        state: HalfReferences,
+        pixel_size: float,
+        *,
+        grid: Float[Tensor, "h 3 3"],
+        shift_grid_px: Float[Tensor, "t 2"],
+        fit_shift: bool,
+        generator: torch.Generator,
+    ) -> None:
+        self.plan = plan
+        self.pixel_size = pixel_size
+        self.pixels = fourier_pixels(plan.level, plan.reach).to(grid.device)
+        self.references = references(state, plan.level, self.pixels)
+        self.halves = HalfMaps(plan.level, PADDING, grid.device)
+        self.residuals = NoiseSpectrum(int(self.pixels.shell.max()) + 1, grid.device)
+        self.fit_shift = fit_shift
+        self._grid = grid
+        self._shifts = shift_grid_px
+        self._generator = generator
+
+    def take(self, batch: Observed, memory: PoseMemory, found: PoseMemory) -> None:
+        """Pose a batch, insert it, and remember what was found."""
+        for half, reference in enumerate(self.references, start=1):
+            own = batch.select(batch.half == half)
+            if len(own) == 0:
+                continue
+            refined = self._pose(own, reference, memory)
+            ones = refined.cost.new_ones(len(own))
+            self.halves.halves[half - 1].add(
+                own.images, refined.rotation, refined.shift_px, own.ctf, ones, self.pixels
+            )
+            self._note_residuals(own, refined, reference)
+            found.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
+
+    def _pose(self, own: Observed, reference: Reference, memory: PoseMemory) -> Refined:
+        plan = self.plan
+        rotation, shift, confidence, seen = memory.read(own.rows)
+        candidates = PoseCandidates(
+            rotation[:, None], shift[:, None] / self.pixel_size, torch.zeros_like(confidence)[:, None]
+        )
+        if plan.modes:
+            search = GridSearch(reference, self._grid, plan.search_radius, self._shifts, self._generator)
+            modes = search.modes(own, plan.modes)
+            start = torch.where(seen[:, None, None], rotation, modes.rotation[:, 0])
+            start_shift = torch.where(seen[:, None], shift / self.pixel_size, modes.shift_px[:, 0])
+            remembered = PoseCandidates(start[:, None], start_shift[:, None], modes.log_weight[:, :1])
+            candidates = join(remembered, modes)
+            near = min(plan.radius, 32.0)
+            radii = sorted({min(16.0, near), near})
+            chosen = polish_candidates(own, candidates, reference, radii, plan.passes, fit_shift=self.fit_shift)
+            confidence = chosen.confidence
+            if near == plan.radius:
+                return chosen
+            candidates = PoseCandidates(
+                chosen.rotation[:, None], chosen.shift_px[:, None], torch.zeros_like(confidence)[:, None]
+            )
+        polished = polish_candidates(
+            own, candidates, reference, (plan.radius,), plan.passes, fit_shift=self.fit_shift
+        )
+        return replace(polished, confidence=confidence)
+
+    def _note_residuals(self, own: Observed, refined: Refined, reference: Reference) -> None:
+        """Residuals of a few particles, for the noise spectrum."""
+        few = own.select(slice(0, 32))
+        rotation, shift = refined.rotation[:32], refined.shift_px[:32]
+        kx, ky = self.pixels.kx, self.pixels.ky
+        predicted = extract_slices(reference.transform, rotation, kx, ky, reference.scale)
+        predicted = predicted * shift_ramp(shift, kx, ky, self.pixels.box_size)
+        self.residuals.add(few.images - (predicted if few.ctf is None else predicted * few.ctf), None, self.pixels)
+
+    def finish(self, state: HalfReferences, world: World) -> HalfReferences:
+        """Sum over the workers, solve, compare the halves. Collective."""
+        world.sum_(*self.halves.tensors(), *self.residuals.tensors())
+        result = self.halves.solve(self.pixel_size)
+        variance = self.residuals.variance() / self.plan.level**2
+        return HalfReferences(result.half_maps, result.fsc_masked.float(), variance, self.plan.radius)
+
+
+def next_radius(state: HalfReferences, plan: RungPlan) -> float:
+    """Where the next rung polishes to: a little past the shell at which the halves' correlation falls to 0.5."""
+    box = state.half_maps[0].shape[-1]
+    shell, _ = resolution(state.curve, box, 1.0, 0.5)
+    return max(plan.radius, min(shell + 3.0, 1.6 * plan.radius, plan.reach))
