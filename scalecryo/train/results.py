@@ -63,6 +63,7 @@ def write_results(
         shift=_numpy(assignment.shift),
         confidence=_numpy(assignment.confidence),
         half=_numpy(assignment.half),
+        box_size=int(store.attrs["source_box_size"]),
     )
     run.write("fsc.csv", _fsc_table(maps, store).encode())
     sections = _sections(config, store, run, assignment, maps)

@@ -160,10 +160,10 @@ def test_candidate_costs_are_those_of_the_forward_model(box: int, padding: float
 
 @pytest.mark.parametrize(
     ("box", "padding", "sigma", "with_ctf", "degrees"),
-    # degrees: interpolation leaves 0.8 % (twice padded) or 3.6 % (unpadded) of the signal wrong, for blobs within 0.2 of
-    # the box. If all of that looked like one turn it would be error / (2 pi |r| |k| / N), with the blobs' rms |r| of
-    # 0.15 N and |k| of N / (2 pi sigma sqrt(2)): 0.008 or 0.036 rad times sigma sqrt(2) / 0.15 N. At N = 64 or 100 and
-    # sigma = 1.5 that is 0.1 and 0.3 degrees; in fact most of it looks like no turn at all.
+    # degrees: trilinear interpolation with sinc^2 correction leaves 0.8 % (twice padded) or 3.6 % (unpadded) of the
+    # signal wrong, for blobs within 0.2 of the box. If all of that looked like one turn it would be that fraction over
+    # 2 pi |r| |k| / N, with the blobs' rms |r| of 0.15 N and |k| of N / (2 pi sigma sqrt(2)): 0.008 or 0.036 rad times
+    # sigma sqrt(2) / 0.15 N, the degrees below. In fact most of it looks like no turn at all.
     [
         (64, 2.0, 1.5, False, 0.1),
         (64, 2.0, 1.5, True, 0.1),
