@@ -16,7 +16,7 @@ from typing import Any, Literal
 from scalecryo.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
-PoseSourceName = Literal["encoder", "known", "table"]
+PoseSourceName = Literal["guided", "encoder", "known", "table"]
 Parameterisation = Literal["s2s2", "quaternion", "euler"]
 
 
@@ -82,18 +82,41 @@ class PoseConfig:
     """Where poses come from and how they are written."""
 
     source: PoseSourceName = option(
-        "encoder", "encoder: from the image; known: from the store; table: one free pose a particle"
+        "guided",
+        "guided: search, polish and re-insertion; encoder: from the image alone; known: from the store; "
+        "table: one free pose a particle",
     )
     parameterisation: Parameterisation = option("s2s2", "how encoder and table write a rotation")
     heads: int = option(1, "encoder heads; the best one a particle learns (winner takes all)")
     symmetric_loss: bool = option(False, "also try the image turned by 180 degrees, keep the better")
-    centred: bool = option(True, "particles sit at the centre; false: encoder and table also find shifts")
+    centred: bool = option(False, "particles sit at the centre; false: shifts are found too")
 
     def __post_init__(self) -> None:
         _require(1 <= self.heads <= 64, "pose.heads", self.heads, "must lie between 1 and 64")
         if self.source != "encoder":
             _require(self.heads == 1, "pose.heads", self.heads, f"pose.source = {self.source!r} has one head")
             _require(not self.symmetric_loss, "pose.symmetric_loss", True, "only with pose.source = 'encoder'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedConfig:
+    """The guided method: bootstrap from random poses, then a ladder of streamed passes."""
+
+    seeds: int = option(2, "independent starts of the bootstrap; held-out likelihood picks the best")
+    bootstrap_steps: int = option(100, "batches that the bootstrap learns from")
+    bootstrap_batch: int = option(400, "particles in a bootstrap batch, over both halves and all workers")
+    shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none")
+    rungs: int = option(12, "most rungs of the ladder")
+    search_rungs: int = option(4, "rungs that search all rotations for every particle")
+    settled_rungs: int = option(1, "rungs without progress after which the ladder ends")
+    rung_batch: int = option(1024, "particles in a batch of the ladder, over all workers")
+    rung_particles: int = option(50_000, "particles that a rung reads at most")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.name in ("search_rungs", "shift_radius_a") else 1
+            _require(value >= least, f"guided.{f.name}", value, f"must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +198,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pose: PoseConfig = field(default_factory=PoseConfig)
+    guided: GuidedConfig = field(default_factory=GuidedConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     volume: VolumeConfig = field(default_factory=VolumeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -252,7 +276,7 @@ def config_to_toml(config: Config) -> str:
 
 def describe() -> list[tuple[str, str, str]]:
     """Every setting as (section.key, default, help), for help texts."""
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for section in fields(Config):
         kind = typing.get_type_hints(Config)[section.name]
         rows.extend(

@@ -8,9 +8,11 @@ from scalecryo.commands.console import say
 from scalecryo.config import config_from_dict
 from scalecryo.data import files
 from scalecryo.data.store import ParticleStore
-from scalecryo.train.assign import assign_particles
+from scalecryo.train.assign import Poser, assign_particles
+from scalecryo.train.guided import load_guided_poser
 from scalecryo.train.logs import log_to_stderr
 from scalecryo.train.loop import load_trained
+from scalecryo.train.posers import ModelPoser
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
@@ -25,10 +27,16 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     config = config_from_dict(values)
     store = ParticleStore.open(config.run.data)
     device = torch.device(config.run.device if torch.cuda.is_available() else "cpu")
-    model = load_trained(config, store, trained, same_store=data is None).to(device)
+    same = data is None
+    if config.pose.source == "guided":
+        poser: Poser = load_guided_poser(config, store, trained, device, same_store=same)
+        learned = None
+    else:
+        model = load_trained(config, store, trained, same_store=same).to(device)
+        poser, learned = ModelPoser(config, store, model), model.volume.density()
     target = trained if out is None else RunFolder(files.absolute(out))
     if out is not None:
         target.create(config, resume=False)
-    assign_particles(config, store, model, target, World(), device)
+    assign_particles(config, store, poser, target, World(), device, learned)
     target.close()
     say(f"assigned {store.count} particles: {target.path('particles.star')}")

@@ -1,6 +1,7 @@
 """`scalecryo evaluate`: a run, a table or a map against a known truth, as one line of JSON and two pictures."""
 
 import json
+from typing import Any
 
 import torch
 
@@ -14,8 +15,10 @@ from scalecryo.evaluate.compare import MapComparison, compare_maps, compare_pose
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 
 
-def run(path: str, *, truth: str) -> None:
-    """Print one JSON line (null where a number does not apply); a map also gives evaluate_fsc.png and _slices.png.
+def run(path: str, *, truth: str) -> dict[str, Any]:
+    """Print one JSON line (null where a number does not apply), and return what it says.
+
+    A map also gives evaluate_fsc.png and evaluate_slices.png beside it.
 
     Poses are aligned on the even rows and scored on the odd ones, maps over all rotations or from the poses, both in
     either hand. The FSC is taken without a mask.
@@ -42,7 +45,9 @@ def run(path: str, *, truth: str) -> None:
         _draw(maps, files.parent(density))
     images = len(rows[0]) if rows else None
     line = summary(images, poses, maps) | {"box_size": true_map.shape[-1], "pixel_size": pixel_size}
-    say(json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}))
+    line = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
+    say(json.dumps(line))
+    return line
 
 
 def _matched(

@@ -8,6 +8,7 @@ from scalecryo.physics.fft import FourierPixels, irfft3_centred
 from scalecryo.physics.fourier_slice import add_plane_mates, gridding_correction, insert_slices, padded_box
 from scalecryo.physics.fsc import shell_index_3d
 from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.kernels.cpu import insert_slices_cpu
 
 
 class MapAccumulator:
@@ -42,8 +43,12 @@ class MapAccumulator:
         if ctf is not None:
             values = values * ctf
             power = power * ctf.square()
-        insert_slices(values, rotation, pixels.kx, pixels.ky, self.scale, self.padded_box, out=self.numerator)
-        insert_slices(power, rotation, pixels.kx, pixels.ky, self.scale, self.padded_box, out=self.denominator)
+        geometry = rotation, pixels.kx, pixels.ky, self.scale
+        if self.numerator.device.type == "cpu":
+            insert_slices_cpu(values, power.contiguous(), *geometry, self.numerator, self.denominator)
+        else:
+            insert_slices(values, *geometry, self.padded_box, out=self.numerator)
+            insert_slices(power, *geometry, self.padded_box, out=self.denominator)
 
     @property
     def scale(self) -> float:

@@ -24,9 +24,7 @@ class NoiseSpectrum:
         self.power *= keep
         self.count *= keep
 
-    def add(
-        self, residual: Complex[Tensor, "b p"], weight: Float[Tensor, " b"] | None, pixels: FourierPixels
-    ) -> None:
+    def add(self, residual: Complex[Tensor, "b p"], weight: Float[Tensor, " b"] | None, pixels: FourierPixels) -> None:
         """Take in residuals (images less predictions, or images alone), each image with a weight."""
         squared = residual.real.square() + residual.imag.square()
         each = weight if weight is not None else squared.new_ones(len(squared))

@@ -5,6 +5,8 @@ then two layers of 512 units. Nothing in it mixes particles (no batch normalisat
 workers gives the same result as a whole one.
 """
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,7 +43,8 @@ class PoseEncoder(nn.Module):
             ]
             previous = width
         side = input_box // 2 ** len(channels)
-        self.convolutions = nn.Sequential(*blocks).to(memory_format=torch.channels_last)
+        # The stubs do not know this keyword.
+        self.convolutions = cast(Any, nn.Sequential(*blocks)).to(memory_format=torch.channels_last)
         self.perceptron = nn.Sequential(
             nn.Flatten(),
             nn.Linear(previous * side * side, hidden),

@@ -1,71 +1,116 @@
 """One streamed pass that gives every particle a pose and accumulates two half-maps."""
 
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.config import Config
 from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import sequential
+from scalecryo.data.stream import Batch, sequential
 from scalecryo.map.halfmaps import HalfMaps
-from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
-from scalecryo.physics.ctf import contrast_transfer
-from scalecryo.physics.fft import fourier_pixels, irfft2_centred, rfft2_centred
+from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred
 from scalecryo.train.assignment import Assignment
-from scalecryo.train.batches import half_of, particle_inputs, stream_columns, training_level
+from scalecryo.train.batches import stream_columns
+from scalecryo.train.observed import observe
 from scalecryo.train.results import write_results
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
-BATCH = 128
+BATCH = 256
 EXAMPLES = 8
+
+
+class Posed(NamedTuple):
+    """What a poser says of a batch.
+
+    Attributes:
+        rotation: image frame to volume frame.
+        shift: Å.
+        confidence: 0 … 1.
+        usable: 1 where the particle may enter the maps, else 0.
+        pictures: the first few images and their predictions, real space, where they were asked for.
+    """
+
+    rotation: Float[Tensor, "b 3 3"]
+    shift: Float[Tensor, "b 2"]
+    confidence: Float[Tensor, " b"]
+    usable: Float[Tensor, " b"]
+    pictures: tuple[Tensor, Tensor] | None
+
+
+class Poser(Protocol):
+    """Finds poses of particles that stream by."""
+
+    @property
+    def level(self) -> int:
+        """The box that it wants to see."""
+
+    def pose(self, batch: Batch, *, pictures: bool) -> Posed:
+        """Poses of a batch at that level; a few pictures where asked for."""
 
 
 @torch.no_grad()
 def assign_particles(
     config: Config,
     store: ParticleStore,
-    model: AutoEncoder,
+    poser: Poser,
     run: RunFolder,
     world: World,
     device: torch.device,
+    learned: Tensor | None = None,
 ) -> None:
     """Pose every particle, reconstruct both halves at the full box, and let worker 0 write the results.
 
-    The model sees the level that it was trained on; the maps are made from the full box. A pose table knows only
-    the rows that it was trained on: the others stay out of the maps and get confidence 0.
+    Args:
+        learned: a trained volume to write beside the reconstruction.
     """
-    level = training_level(store, config.train.box)
     halves = HalfMaps(store.box_size, device=device)
     pixels = fourier_pixels(store.box_size).to(device)
-    posed_rows = config.train.rows if config.pose.source == "table" and config.train.rows else store.count
     collector = _Collector()
-    own = {"rank": world.rank, "world_size": world.size, "batch_size": BATCH, "columns": stream_columns(store)}
-    for small, full in zip(sequential(store, level, **own), sequential(store, store.box_size, **own), strict=True):
-        batch, particles = small.to(device), full.to(device)
-        usable = (batch.rows < posed_rows).float()
-        batch.rows.clamp_(max=posed_rows - 1)
-        output: AutoEncoderOutput = model(particle_inputs(batch, store, level))
-        shift = output.shift_px * store.level_pixel_size(level)
-        parameters = particle_inputs(particles, store, store.box_size).ctf
-        ctf = None
-        if parameters is not None:
-            ctf = contrast_transfer(parameters, pixels.kx, pixels.ky, store.box_size, store.pixel_size)
-        observed = pixels.pack(rfft2_centred(particles.images))
-        half = half_of(particles)
-        halves.add(observed, output.rotation, shift / store.pixel_size, ctf, usable, half, pixels)
-        collector.add(particles.rows, output, shift, correlation(output, model) * usable, half, model)
+    for small, full in _both_levels(store, poser.level, world):
+        posed = poser.pose(small.to(device), pictures=collector.wants_pictures)
+        particles = observe(full.to(device), store, store.box_size, pixels)
+        halves.add(
+            particles.images, posed.rotation, posed.shift / store.pixel_size, particles.ctf, posed.usable,
+            particles.half, pixels,
+        )  # fmt: skip
+        collector.add(particles.rows, posed, particles.half)
     world.sum_(*halves.tensors())
     assignment = collector.gather(world)
     if assignment is not None:
-        write_results(config, store, run, model, assignment, halves.solve(store.pixel_size))
+        write_results(config, store, run, assignment, halves.solve(store.pixel_size), learned)
 
 
-def correlation(output: AutoEncoderOutput, model: AutoEncoder) -> Tensor:
-    """Correlation of each image with its prediction over the compared Fourier pixels, clipped to 0 … 1."""
-    weight = model.pixels(output.observed.device).weight.clone()
+def _both_levels(store: ParticleStore, level: int, world: World) -> Iterator[tuple[Batch, Batch]]:
+    """This worker's particles at the poser's level and at the full box."""
+
+    def read(box: int) -> Iterator[Batch]:
+        columns = stream_columns(store)
+        return sequential(store, box, rank=world.rank, world_size=world.size, batch_size=BATCH, columns=columns)
+
+    if level == store.box_size:
+        return ((batch, dataclasses.replace(batch, rows=batch.rows.clone())) for batch in read(level))
+    return zip(read(level), read(store.box_size), strict=True)
+
+
+def pictures_of(observed: Tensor, predicted: Tensor, pixels: FourierPixels) -> tuple[Tensor, Tensor]:
+    """The first few images and predictions, packed, as real-space pictures."""
+    first, second = (
+        irfft2_centred(pixels.unpack(packed[:EXAMPLES]), pixels.box_size).cpu() for packed in (observed, predicted)
+    )
+    return first, second
+
+
+def correlation(observed: Tensor, predicted: Tensor, weight: Float[Tensor, " p"]) -> Float[Tensor, " b"]:
+    """Correlation of images with their predictions over packed Fourier pixels, clipped to 0 … 1."""
+    weight = weight.clone()
     weight[0] = 0.0  # the mean carries no shape
-    cross = (weight * (output.observed * output.predicted.conj()).real).sum(-1)
-    power = (weight * output.observed.abs().square()).sum(-1) * (weight * output.predicted.abs().square()).sum(-1)
+    cross = (weight * (observed * predicted.conj()).real).sum(-1)
+    power = (weight * observed.abs().square()).sum(-1) * (weight * predicted.abs().square()).sum(-1)
     return (cross / power.sqrt().clamp_min(1e-20)).clamp(0, 1)
 
 
@@ -78,29 +123,19 @@ class _Collector:
         self._shift = [torch.zeros(0, 2)]
         self._confidence = [torch.zeros(0)]
         self._half = [torch.zeros(0, dtype=torch.long)]
-        self._examples: tuple[Tensor, Tensor] | None = None
+        self._pictures: tuple[Tensor, Tensor] | None = None
 
-    def add(
-        self,
-        rows: Tensor,
-        output: AutoEncoderOutput,
-        shift: Tensor,
-        confidence: Tensor,
-        half: Tensor,
-        model: AutoEncoder,
-    ) -> None:
+    @property
+    def wants_pictures(self) -> bool:
+        return self._pictures is None
+
+    def add(self, rows: Tensor, posed: Posed, half: Tensor) -> None:
         self._rows.append(rows.cpu())
-        self._rotation.append(output.rotation.cpu())
-        self._shift.append(shift.cpu())
-        self._confidence.append(confidence.cpu())
+        self._rotation.append(posed.rotation.cpu())
+        self._shift.append(posed.shift.cpu())
+        self._confidence.append((posed.confidence * posed.usable).cpu())
         self._half.append(half.cpu())
-        if self._examples is None:
-            pixels = model.pixels(output.observed.device)
-            observed, predicted = (
-                irfft2_centred(pixels.unpack(packed[:EXAMPLES]), pixels.box_size).cpu()
-                for packed in (output.observed, output.predicted)
-            )
-            self._examples = observed, predicted
+        self._pictures = self._pictures or posed.pictures
 
     def gather(self, world: World) -> Assignment | None:
         """Every worker's findings, in the order of the rows, on worker 0; None elsewhere. Collective."""
@@ -108,7 +143,7 @@ class _Collector:
         gathered = [world.gather(torch.cat(parts)) for parts in columns]
         if not world.leads:
             return None
-        rows, *values = (torch.cat(parts) for parts in gathered)
-        order = rows.argsort()
-        examples = self._examples or (torch.zeros(0, 1, 1), torch.zeros(0, 1, 1))
-        return Assignment(*(value[order] for value in values), *examples)
+        order = torch.cat(gathered[0]).argsort()
+        rotation, shift, confidence, half = (torch.cat(parts)[order] for parts in gathered[1:])
+        observed, predicted = self._pictures or (torch.zeros(0, 1, 1), torch.zeros(0, 1, 1))
+        return Assignment(rotation, shift, confidence, half, observed, predicted)

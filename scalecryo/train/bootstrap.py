@@ -17,7 +17,7 @@ from torch import Tensor
 from scalecryo.map.insert import MapAccumulator
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.fft import FourierPixels, rfft3_centred
-from scalecryo.physics.fourier_slice import extract_slices, gridding_correction
+from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.mask import soft_sphere
 from scalecryo.physics.rotation import random_rotations
@@ -100,7 +100,9 @@ def bootstrap(
     device = pixels.kx.device
     box = pixels.box_size
     seedlings = [
-        Seedling(seed + number, half, MapAccumulator(box, PADDING, device), torch.Generator().manual_seed(seed + number))
+        Seedling(
+            seed + number, half, MapAccumulator(box, PADDING, device), torch.Generator().manual_seed(seed + number)
+        )
         for number in range(seeds)
         for half in (1, 2)
     ]
@@ -117,7 +119,9 @@ def bootstrap(
         part = NoiseSpectrum(len(noise.power), device)
         for seedling in seedlings:
             seedling.accumulator.forget(FORGET)
-            _grow(seedling, batch.select(batch.half == seedling.half), grid, shift_grid_px, near, noise, part, world, step)
+            _grow(
+                seedling, batch.select(batch.half == seedling.half), grid, shift_grid_px, near, noise, part, world, step
+            )
         world.sum_(*part.tensors())
         noise.power += part.power
         noise.count += part.count
@@ -161,7 +165,7 @@ def _grow(
         ctf = None if images.ctf is None else images.ctf[image]
         chosen = rotation[image, candidate], shift[image, candidate]
         fresh.add(images.images[image], *chosen, ctf, mass[image, candidate], near)
-        predicted = extract_slices(transform, rotation[:, 0], near.kx, near.ky, accumulator.scale)
+        predicted = templates(transform, rotation[:, 0], near, accumulator.scale)
         predicted = predicted * shift_ramp(shift[:, 0], near.kx, near.ky, near.box_size)
         residuals.add(images.images - (predicted if images.ctf is None else predicted * images.ctf), None, near)
     world.sum_(*fresh.tensors())
@@ -205,4 +209,4 @@ def _choose(seedlings: list[Seedling], world: World) -> FirstMaps:
         table.append(tuple(mean.tolist()))
         logger.info("bootstrap, half %d: log-likelihood gain an image by seed %s",
                     half, ", ".join(f"{gain:.2f}" for gain in mean.tolist()))  # fmt: skip
-    return FirstMaps(tuple(maps), tuple(gains), tuple(errors), tuple(table))
+    return FirstMaps((maps[0], maps[1]), (gains[0], gains[1]), (errors[0], errors[1]), (table[0], table[1]))

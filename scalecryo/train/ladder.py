@@ -16,10 +16,10 @@ from scalecryo.map.halfmaps import HalfMaps, weight_shells
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_3d
-from scalecryo.physics.fourier_slice import extract_slices
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.mask import mask_from_map
+from scalecryo.pose.search import templates
 from scalecryo.train.bootstrap import reference_transform
 from scalecryo.train.memory import PoseMemory
 from scalecryo.train.observed import Observed
@@ -53,7 +53,7 @@ def references(state: HalfReferences, level: int, pixels: FourierPixels) -> tupl
     A half-map's Wiener filter is the half-map correlation itself: FSC = signal / (signal + noise of one half).
     """
     box = state.half_maps[0].shape[-1]
-    mask = mask_from_map(sum(state.half_maps) / 2, 1.0)
+    mask = mask_from_map((state.half_maps[0] + state.half_maps[1]) / 2, 1.0)
     made = []
     noise = level_noise(state.noise, level, pixels)
     for volume in state.half_maps:
@@ -97,9 +97,7 @@ class RungPlan:
         return min(self.level / 2 - 1, 1.4 * self.radius + 6)
 
 
-def plan_rung(
-    radius: float, levels: tuple[int, ...], number: int, *, search: bool
-) -> RungPlan:
+def plan_rung(radius: float, levels: tuple[int, ...], number: int, *, search: bool) -> RungPlan:
     """The rung at a radius: the smallest level that holds it with room to see beyond, if there is one."""
     fits = [level for level in sorted(levels) if level / 2 - 1 >= 1.15 * radius + 1]
     level = fits[0] if fits else max(levels)
@@ -141,9 +139,7 @@ class Rung:
                 continue
             refined = self._pose(own, reference, memory)
             ones = refined.cost.new_ones(len(own))
-            self.halves.halves[half - 1].add(
-                own.images, refined.rotation, refined.shift_px, own.ctf, ones, self.pixels
-            )
+            self.halves.halves[half - 1].add(own.images, refined.rotation, refined.shift_px, own.ctf, ones, self.pixels)
             self._note_residuals(own, refined, reference)
             found.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
 
@@ -169,17 +165,15 @@ class Rung:
             candidates = PoseCandidates(
                 chosen.rotation[:, None], chosen.shift_px[:, None], torch.zeros_like(confidence)[:, None]
             )
-        polished = polish_candidates(
-            own, candidates, reference, (plan.radius,), plan.passes, fit_shift=self.fit_shift
-        )
+        polished = polish_candidates(own, candidates, reference, (plan.radius,), plan.passes, fit_shift=self.fit_shift)
         return replace(polished, confidence=confidence)
 
     def _note_residuals(self, own: Observed, refined: Refined, reference: Reference) -> None:
         """Residuals of a few particles, for the noise spectrum."""
-        few = own.select(slice(0, 32))
+        few = own.select(torch.arange(min(32, len(own)), device=own.rows.device))
         rotation, shift = refined.rotation[:32], refined.shift_px[:32]
         kx, ky = self.pixels.kx, self.pixels.ky
-        predicted = extract_slices(reference.transform, rotation, kx, ky, reference.scale)
+        predicted = templates(reference.transform, rotation, self.pixels, reference.scale)
         predicted = predicted * shift_ramp(shift, kx, ky, self.pixels.box_size)
         self.residuals.add(few.images - (predicted if few.ctf is None else predicted * few.ctf), None, self.pixels)
 

@@ -17,7 +17,9 @@ from scalecryo.model.inputs import ParticleInputs
 from scalecryo.train.assign import assign_particles
 from scalecryo.train.batches import particle_inputs, stream_columns, training_level
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
+from scalecryo.train.guided import train_guided
 from scalecryo.train.monitor import Monitor
+from scalecryo.train.posers import ModelPoser
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
@@ -43,6 +45,16 @@ def train(
     """
     store = ParticleStore.open(config.run.data)
     _check_particles(config, store)
+    if config.pose.source == "guided":
+        train_guided(config, store, world, device, at_checkpoint)
+    else:
+        _train_autoencoder(config, store, world, device, at_checkpoint)
+
+
+def _train_autoencoder(
+    config: Config, store: ParticleStore, world: World, device: torch.device, at_checkpoint: Callable[[int], None]
+) -> None:
+    """The paper's recipe and its controls: gradient descent on pose source and volume together."""
     level = training_level(store, config.train.box)
     rows = min(config.train.rows or store.count, store.count)
     model = build_autoencoder(config, level, store.level_pixel_size(level), rows).to(device)
@@ -80,7 +92,8 @@ def train(
         if monitor is not None:
             monitor.close()
     if config.train.assign:
-        assign_particles(config, store, model, run, world, device)
+        poser = ModelPoser(config, store, model)
+        assign_particles(config, store, poser, run, world, device, model.volume.density())
     if world.leads:
         run.close()
 

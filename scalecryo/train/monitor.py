@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from scalecryo.data.store import ParticleStore
 from scalecryo.data.stream import Batch
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.physics.fft import irfft2_centred
+from scalecryo.physics.fsc import resolution
+from scalecryo.train.ladder import HalfReferences, RungPlan
+from scalecryo.train.memory import PoseMemory
 from scalecryo.train.run_folder import RunFolder, trim_metrics
 from scalecryo.train.truth import Truth
 
@@ -74,7 +78,7 @@ class Monitor:
             "gradient_norm/volume": _gradient_norm(self.model.volume),
             "gradient_norm/poses": _gradient_norm(self.model.pose_source),
         }
-        self._write(step, values)
+        _write_values(self._writer, self._metrics_path, step, values)
         left = (self.config.train.steps - step) * (now - self._started) / max(step - self._start_step, 1)
         logger.info(
             "step %d of %d  loss %.4f  %.0f images/s  %.0f s left",
@@ -97,14 +101,61 @@ class Monitor:
         self._writer.add_image("images/observed_above_predicted", _grey(pairs), step)
         if self._truth is not None:
             rows, rotation = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
-            self._write(step, self._truth.compare(rows, rotation, density.cpu()))
+            _write_values(self._writer, self._metrics_path, step, self._truth.compare(rows, rotation, density.cpu()))
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
-        with self._metrics_path.open("a") as handle:
-            handle.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+
+class GuidedMonitor:
+    """What a guided run says after each rung."""
+
+    def __init__(self, config: Config, store: ParticleStore, run: RunFolder, *, start_step: int) -> None:
+        self._store = store
+        self._truth_folder = config.monitor.truth
+        self._rows = min(config.train.rows or store.count, store.count)
+        run.fetch("metrics.jsonl")
+        self._path = run.local / "metrics.jsonl"
+        trim_metrics(self._path, start_step)
+        self._writer = SummaryWriter(str(run.local / "tb"), purge_step=start_step + 1 if start_step else None)
+        self._writer.add_text("config", describe_run(config), start_step)
+        self._mark = time.monotonic()
+
+    def after_rung(self, number: int, plan: RungPlan, state: HalfReferences, memory: PoseMemory) -> None:
+        """Record one rung: radius, level, half-map resolution, rate, and errors where a truth is known."""
+        seconds, self._mark = time.monotonic() - self._mark, time.monotonic()
+        level = state.half_maps[0].shape[-1]
+        shell, angstrom = resolution(state.curve, level, self._store.level_pixel_size(level), 0.143)
+        mean = (state.half_maps[0] + state.half_maps[1]) / 2
+        values: dict[str, Any] = {
+            "rung/radius": plan.radius, "rung/level": plan.level, "rung/modes": plan.modes, "rung/seconds": seconds,
+            "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
+            "halves/fsc_mean": float(state.curve.mean()),
+        }  # fmt: skip
+        if self._truth_folder:
+            rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
+            rotation, _, _, seen = memory.read(rows)
+            truth = Truth.load(self._truth_folder, self._store, level)
+            values |= truth.compare(rows[seen], rotation[seen], mean.cpu())
+        _write_values(self._writer, self._path, number, values)
+        half = level // 2
+        for axis, name in enumerate(("z", "y", "x")):
+            self._writer.add_image(f"slice/{name}", _grey(mean.select(axis, half)), number)
+            self._writer.add_image(f"projection/{name}", _grey(mean.sum(axis)), number)
+        logger.info(
+            "rung %d: polished to %.1f Å, the halves agree to %.2f Å, %.1f s",
+            number, level * self._store.level_pixel_size(level) / plan.radius, angstrom, seconds,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()
+
+
+def _write_values(writer: SummaryWriter, path: Path, step: int, values: dict[str, Any]) -> None:
+    """The same scalars to the event file and to metrics.jsonl."""
+    for name, value in values.items():
+        if value is not None:
+            writer.add_scalar(name, value, step)
+    with path.open("a") as handle:
+        handle.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
 
 def pose_spread(rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, ""]:

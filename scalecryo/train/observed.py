@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
@@ -40,9 +39,7 @@ class Observed:
 
     def prefix(self, count: int) -> "Observed":
         """The same particles up to a lower frequency: the first `count` pixels."""
-        return Observed(
-            self.rows, self.half, self.images[:, :count], None if self.ctf is None else self.ctf[:, :count]
-        )
+        return Observed(self.rows, self.half, self.images[:, :count], None if self.ctf is None else self.ctf[:, :count])
 
 
 def observe(batch: Batch, store: ParticleStore, level: int, pixels: FourierPixels) -> Observed:

@@ -75,9 +75,7 @@ class GridSearch:
     def modes(self, own: Observed, count: int) -> PoseCandidates:
         """The `count` best separated modes of each particle."""
         near = own.prefix(len(self.near))
-        posterior = grid_posterior(
-            near.images, near.ctf, self.weight, self.bank, self.shifts, self.near, keep=KEEP
-        )
+        posterior = grid_posterior(near.images, near.ctf, self.weight, self.bank, self.shifts, self.near, keep=KEEP)
         found = posterior.candidates(self.rotations, self.shifts)
         return separated_modes(found, count, SEPARATION_DEG)
 

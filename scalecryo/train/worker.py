@@ -43,11 +43,12 @@ def train_on_ray(config: Config) -> None:
             f"--workers {config.run.workers} needs {low} {resource}s and the Ray cluster has {there:g}: "
             "use fewer workers, or add nodes"
         )
+    workers: Any = low if low == high else (low, high)
     filesystem, path = fsspec.core.url_to_fs(config.run.out)
     trainer = TorchTrainer(
         _worker,
         train_loop_config=dataclasses.asdict(config),
-        scaling_config=ScalingConfig(num_workers=low if low == high else (low, high), use_gpu=gpu),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
         run_config=RunConfig(
             name="ray",
             storage_path=path,

@@ -31,7 +31,9 @@ def toy(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # cryoDRGN stores the volume-to-image rotation, the transpose of ours.
     columns = {name: values for name, values in table.columns.items() if not name.startswith(("defocus", "astig"))}
     keep = {name: columns[name] for name in ("stack", "stack_index", "source_row", "optics_group", "half")}
-    posed = type(table)(1.0, table.stacks, keep | {"rotation": np.swapaxes(rotation, 1, 2), "shift": np.zeros((1000, 2))})
+    posed = type(table)(
+        1.0, table.stacks, keep | {"rotation": np.swapaxes(rotation, 1, 2), "shift": np.zeros((1000, 2))}
+    )
     names = [f"{index + 1:06d}@toy_projections.mrcs" for index in range(1000)]
     star.write_particles(str(folder / "truth.star"), names, posed, True)
     volume, _, _ = mrc.read_map(str(shared_data / "toy" / "toymodel_small_nocenter.mrc"))

@@ -135,9 +135,9 @@ def _insert(
 ) -> None:
     """Every image, but only one thread's planes: runs of _SLAB, dealt round."""
     fraction, corner = np.empty((4, _BLOCK), np.float32), np.empty((5, _BLOCK), np.int32)
-    mine = np.empty(box, np.bool_)
-    for plane in range(box):
-        mine[plane] = (plane // _SLAB) % shares == share
+    mine, todo = np.empty(box, np.int32), np.empty(_BLOCK + 1, np.int32)
+    for z_plane in range(box):
+        mine[z_plane] = (z_plane // _SLAB) % shares == share
     width, count = box // 2 + 1, kx.shape[0]
     for b in range(rotation.shape[0]):
         if _is_zero(values[b], power[b]):
@@ -145,21 +145,22 @@ def _insert(
         for start in range(0, count, _BLOCK):
             block = min(_BLOCK, count - start)
             _locate(rotation[b], kx, ky, start, block, box, fraction, corner)
+            # Listed first, without branches: they could not be predicted.
+            mine_here = 0
             for i in range(block):
-                near, far = np.intp(corner[3, i]), np.intp(corner[4, i])
-                if not (mine[near] or mine[far]):
-                    continue
-                x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-                column, low, high = np.intp(corner[0, i]), np.intp(corner[1, i]), np.intp(corner[2, i])
-                keep = inside[start + i]
+                todo[mine_here] = i
+                mine_here += mine[corner[3, i]] | mine[corner[4, i]]
+            for j in range(mine_here):
+                i = todo[j]
+                x, y, z, keep = fraction[0, i], fraction[1, i], fraction[2, i], inside[start + i]
+                low, high, column = np.intp(corner[1, i]), np.intp(corner[2, i]), np.intp(corner[0, i])
                 real, imag = values[b, start + i].real * keep, values[b, start + i].imag * keep * fraction[3, i]
                 amount = power[b, start + i] * keep
-                for at, weight in ((near, np.float32(1) - z), (far, z)):
-                    if mine[at]:
-                        r, m, a = real * weight, imag * weight, amount * weight
-                        top = (at * box + low) * width + column
+                for plane, near in ((corner[3, i], np.float32(1) - z), (corner[4, i], z)):
+                    if mine[plane]:
+                        r, m, a = real * near, imag * near, amount * near
+                        top, bottom = (plane * box + low) * width + column, (plane * box + high) * width + column
                         _add(numerator, denominator, top, x, r - r * y, m - m * y, a - a * y)
-                        bottom = (at * box + high) * width + column
                         _add(numerator, denominator, bottom, x, r * y, m * y, a * y)
 
 

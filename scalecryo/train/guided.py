@@ -1,0 +1,259 @@
+"""The guided run: bootstrap, ladder, final poses. Always from nothing, in seconds to minutes.
+
+1. Bootstrap: stochastic expectation maximisation at low resolution, several seeds, two independent halves.
+2. Ladder: streamed passes of search, polish and re-insertion at rising radius, each ended by measurement.
+3. Assign: one pass poses every particle and writes the maps.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalecryo.config import Config
+from scalecryo.data.order import BatchOrder
+from scalecryo.data.store import ParticleStore
+from scalecryo.data.stream import ParticleStream
+from scalecryo.errors import CheckpointError, TrainingError
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.physics.fft import FourierPixels, fourier_pixels
+from scalecryo.physics.fsc import fsc, resolution
+from scalecryo.physics.mask import mask_from_map
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.search import shift_grid
+from scalecryo.train.assign import assign_particles
+from scalecryo.train.batches import stream_columns
+from scalecryo.train.bootstrap import HALF_GRID, FirstMaps, bootstrap
+from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
+from scalecryo.train.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung
+from scalecryo.train.memory import PoseMemory
+from scalecryo.train.monitor import GuidedMonitor
+from scalecryo.train.observed import Observed, observe
+from scalecryo.train.posers import GuidedPoser
+from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.world import World
+
+logger = logging.getLogger(__name__)
+FIRST_RADIUS = 14.0
+NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
+
+
+def train_guided(
+    config: Config,
+    store: ParticleStore,
+    world: World,
+    device: torch.device,
+    at_checkpoint: Callable[[int], None],
+) -> None:
+    """Run or resume the guided method and leave a finished run.
+
+    Raises:
+        TrainingError: the particles hold no structure that the bootstrap could find.
+        CheckpointError: see `load_checkpoint`.
+    """
+    run = RunFolder(config.run.out)
+    state, number, radius = _restore(run, store, device)
+    monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
+    try:
+        if state is None:
+            state = _first_state(config, store, world, device)
+            radius = FIRST_RADIUS
+        settled = 0
+        while number < config.guided.rungs and settled < config.guided.settled_rungs:
+            searching = number < config.guided.search_rungs
+            plan = plan_rung(min(radius, _limit(config, store)), _levels(config, store), number, search=searching)
+            before = state
+            state = _climb(config, store, run, plan, state, number, world, device)
+            number += 1
+            radius = next_radius(state, plan)
+            settled = settled + 1 if _is_settled(before, state) and not searching else 0
+            if monitor is not None:
+                monitor.after_rung(number, plan, state, _memory(run, number, store))
+            if world.leads:
+                save_checkpoint(run, number, _checkpoint(store, state, radius), config.train.keep_checkpoints)
+                run.sync()
+            at_checkpoint(number)
+    finally:
+        if monitor is not None:
+            monitor.close()
+    if config.train.assign:
+        poser = guided_poser(config, store, run, state, number, device)
+        assign_particles(config, store, poser, run, world, device)
+
+
+def guided_poser(
+    config: Config, store: ParticleStore, run: RunFolder, state: HalfReferences, number: int, device: torch.device
+) -> GuidedPoser:
+    """The poser of a run that has finished `number` rungs."""
+    level = state.half_maps[0].shape[-1]
+    shifts = search_shifts(config, store, level).to(device)
+    memory = _memory(run, number, store)
+    return GuidedPoser(config, store, state, memory, so3_grid(HALF_GRID).to(device), shifts)
+
+
+def load_guided_poser(
+    config: Config, store: ParticleStore, run: RunFolder, device: torch.device, *, same_store: bool
+) -> GuidedPoser:
+    """The poser of a run's newest checkpoint; on another store nothing is remembered.
+
+    Raises:
+        CheckpointError: there is none that can be read, or (with `same_store`) it saw another store.
+    """
+    state, number, _ = _restore(run, store if same_store else None, device)
+    if state is None:
+        raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
+    return guided_poser(config, store, run, state, number if same_store else 0, device)
+
+
+def _first_state(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
+    """Bootstrap at the store's smallest level; the second half-map is turned onto the first."""
+    level = min(store.levels)
+    pixels = fourier_pixels(level, min(level / 2 - 1, 14.0)).to(device)
+    shifts = search_shifts(config, store, level).to(device)
+    with open_stream(config, store, level, config.guided.bootstrap_batch, world, 0) as stream:
+        first = bootstrap(
+            _observed(stream, store, level, pixels), pixels, shifts, world,
+            seeds=config.guided.seeds, steps=config.guided.bootstrap_steps, seed=config.train.seed,
+        )  # fmt: skip
+    _refuse_noise(first, config)
+    maps = torch.stack(first.half_maps)
+    if world.leads:
+        alignment = align_maps(maps[1].cpu(), maps[0].cpu())
+        maps[1] = apply_alignment(maps[1].cpu(), alignment).to(device)
+        if alignment.mirrored:
+            logger.info("bootstrap: the second half had the other hand and was mirrored")
+    else:
+        maps.zero_()
+    world.sum_(maps)  # worker 0's, to all
+    mask = mask_from_map(maps.mean(0), store.level_pixel_size(level))
+    curve = fsc(maps[0] * mask, maps[1] * mask).float()
+    shell, _ = resolution(curve, level, 1.0, 0.5)
+    logger.info(
+        "bootstrap: the halves agree to shell %.1f, %.1f Å", shell, store.level_pixel_size(level) * level / shell
+    )
+    return HalfReferences((maps[0], maps[1]), curve, torch.ones(level // 2 + 1, device=device), 12.0)
+
+
+def _refuse_noise(first: FirstMaps, config: Config) -> None:
+    """Raise where the held-out images are explained no better by a map than by nothing."""
+    for gain, error in zip(first.gain, first.gain_error, strict=True):
+        if gain < NO_SIGNAL_ERRORS * error:
+            raise TrainingError(
+                f"{config.run.data}: the bootstrap found no structure: held-out images are explained no better than by "
+                f"an empty map (log-likelihood gain {gain:.2f} ± {error:.2f} an image): check contrast sign, pixel "
+                "size and box, or use more particles"
+            )
+
+
+def _climb(
+    config: Config,
+    store: ParticleStore,
+    run: RunFolder,
+    plan: RungPlan,
+    state: HalfReferences,
+    number: int,
+    world: World,
+    device: torch.device,
+) -> HalfReferences:
+    """One rung: a pass over the particles, at most `guided.rung_particles` of them."""
+    shifts = search_shifts(config, store, plan.level) if number == 0 else torch.zeros(1, 2)
+    rung = Rung(
+        plan, state, store.level_pixel_size(plan.level),
+        grid=so3_grid(HALF_GRID).to(device),
+        shift_grid_px=shifts.to(device),
+        fit_shift=not config.pose.centred,
+        generator=torch.Generator().manual_seed(config.train.seed * 1000 + number),
+    )  # fmt: skip
+    memory, found = _memory(run, number, store), _memory(run, number + 1, store)
+    with open_stream(config, store, plan.level, config.guided.rung_batch, world, number) as stream:
+        for _ in range(stream_steps(config, store, plan.level)):
+            rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory, found)
+    found.flush()
+    return rung.finish(state, world)
+
+
+def search_shifts(config: Config, store: ParticleStore, level: int) -> Tensor:
+    """Shift hypotheses in px of a level: none when particles are centred, else a disc with a step of about 1.5 px."""
+    if config.pose.centred:
+        return torch.zeros(1, 2)
+    radius = config.guided.shift_radius_a / store.level_pixel_size(level)
+    return shift_grid(radius, min(1.5, max(radius / 2, 0.5)))
+
+
+def _restore(
+    run: RunFolder, store: ParticleStore | None, device: torch.device
+) -> tuple[HalfReferences | None, int, float]:
+    """State, number of finished rungs and next radius of the newest checkpoint."""
+    saved = load_checkpoint(run, store_hash=store.content_hash if store else None)
+    if saved is None:
+        return None, 0, FIRST_RADIUS
+    maps = saved["half_maps"].to(device)
+    state = HalfReferences((maps[0], maps[1]), saved["curve"].to(device), saved["noise"].to(device), saved["radius"])
+    return state, int(saved["step"]), float(saved["next_radius"])
+
+
+def _checkpoint(store: ParticleStore, state: HalfReferences, radius: float) -> dict[str, Any]:
+    return {
+        "store_hash": store.content_hash,
+        "half_maps": torch.stack(state.half_maps).cpu(),
+        "curve": state.curve.cpu(),
+        "noise": state.noise.cpu(),
+        "radius": state.radius,
+        "next_radius": radius,
+    }
+
+
+def _memory(run: RunFolder, number: int, store: ParticleStore) -> PoseMemory:
+    """Poses found by rung `number` - 1; rung 0 starts from an empty one."""
+    return PoseMemory(run.local / "poses" / f"rung_{number:03d}", store.count)
+
+
+def _is_settled(before: HalfReferences, after: HalfReferences) -> bool:
+    """Whether a rung at the same level brought the halves no closer: less than half a percent of their correlation."""
+    return len(before.curve) == len(after.curve) and float(after.curve.mean()) < 1.005 * float(before.curve.mean())
+
+
+def _levels(config: Config, store: ParticleStore) -> tuple[int, ...]:
+    """The store's levels up to train.box."""
+    return tuple(level for level in store.levels if not config.train.box or level <= config.train.box)
+
+
+def _limit(config: Config, store: ParticleStore) -> float:
+    """The largest radius that is ever polished: just inside the largest level's Nyquist."""
+    return max(_levels(config, store)) / 2 - 2.0
+
+
+def open_stream(
+    config: Config, store: ParticleStore, level: int, batch_size: int, world: World, epoch: int
+) -> ParticleStream:
+    """A stream of batches at a level, started at an epoch of its own."""
+    order = stream_order(config, store, level, batch_size)
+    return ParticleStream(
+        store, level, order, rank=world.rank, world_size=world.size, start_step=epoch * order.steps_per_epoch,
+        columns=stream_columns(store), threads=config.stream.threads,
+    )  # fmt: skip
+
+
+def stream_order(config: Config, store: ParticleStore, level: int, batch_size: int) -> BatchOrder:
+    """The order of a pass at a level over the training rows."""
+    return BatchOrder(
+        count=min(config.train.rows or store.count, store.count),
+        block_rows=store.block_rows(level),
+        batch_size=batch_size,
+        seed=config.train.seed,
+        max_lanes=config.stream.lanes,
+        window_blocks=config.stream.window_blocks,
+    )
+
+
+def stream_steps(config: Config, store: ParticleStore, level: int) -> int:
+    """Batches of a rung: one pass, or as many as hold `guided.rung_particles`."""
+    steps = stream_order(config, store, level, config.guided.rung_batch).steps_per_epoch
+    return min(steps, -(-config.guided.rung_particles // config.guided.rung_batch))
+
+
+def _observed(stream: ParticleStream, store: ParticleStore, level: int, pixels: FourierPixels) -> Iterator[Observed]:
+    for batch in stream:
+        yield observe(batch.to(pixels.kx.device), store, level, pixels)

@@ -1,0 +1,124 @@
+"""Who finds the poses in the last pass: the trained auto-encoder, or the guided method's references."""
+
+import torch
+from torch import Tensor
+
+from scalecryo.config import Config
+from scalecryo.data.store import ParticleStore
+from scalecryo.data.stream import Batch
+from scalecryo.evaluate.align import Alignment
+from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
+from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
+from scalecryo.physics.candidates import PoseCandidates
+from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.pose.search import templates
+from scalecryo.train.assign import Posed, correlation, pictures_of
+from scalecryo.train.batches import particle_inputs
+from scalecryo.train.ladder import HalfReferences, references
+from scalecryo.train.memory import PoseMemory
+from scalecryo.train.observed import Observed, observe
+from scalecryo.train.refine import GridSearch, Reference, Refined, polish_candidates
+
+
+class ModelPoser:
+    """Poses by the auto-encoder's own pose source: encoder, table or known."""
+
+    def __init__(self, config: Config, store: ParticleStore, model: AutoEncoder) -> None:
+        self.level = model.volume.box_size
+        self._store = store
+        self._model = model
+        # A pose table knows only the rows that it was trained on.
+        limited = config.pose.source == "table" and config.train.rows
+        self._posed_rows = config.train.rows if limited else store.count
+
+    def pose(self, batch: Batch, *, pictures: bool) -> Posed:
+        """One forward pass."""
+        usable = (batch.rows < self._posed_rows).float()
+        batch.rows.clamp_(max=self._posed_rows - 1)
+        output: AutoEncoderOutput = self._model(particle_inputs(batch, self._store, self.level))
+        pixels = self._model.pixels(batch.images.device)
+        shown = pictures_of(output.observed, output.predicted, pixels) if pictures else None
+        confidence = correlation(output.observed, output.predicted, pixels.weight)
+        shift = output.shift_px * self._store.level_pixel_size(self.level)
+        return Posed(output.rotation, shift, confidence, usable, shown)
+
+
+class GuidedPoser:
+    """Poses by polish against each half's own reference, from what was remembered, else from a search.
+
+    The second half's frame is laid onto the first's, so that poses and maps agree.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: ParticleStore,
+        state: HalfReferences,
+        memory: PoseMemory,
+        grid: Tensor,
+        shift_grid_px: Tensor,
+    ) -> None:
+        self.level = state.half_maps[0].shape[-1]
+        self.pixel_size = store.level_pixel_size(self.level)
+        self._store = store
+        self._pixels = fourier_pixels(self.level).to(grid.device)
+        self._references = references(state, self.level, self._pixels)
+        self._radius = min(state.radius, self.level / 2 - 1)
+        self._fit_shift = not config.pose.centred
+        self._memory = memory
+        self._grid = grid
+        self._shifts = shift_grid_px
+        self._generator = torch.Generator().manual_seed(config.train.seed)
+        self._onto_first = lay_onto(state.half_maps[1], state.half_maps[0])
+
+    def pose(self, batch: Batch, *, pictures: bool) -> Posed:
+        """Remembered poses polished once more; the others searched, then polished at rising radii."""
+        observed = observe(batch, self._store, self.level, self._pixels)
+        rotation = torch.zeros(len(observed), 3, 3, device=observed.images.device)
+        shift, confidence = rotation[:, 0, :2].clone(), rotation[:, 0, 0].clone()
+        shown = None
+        for number, reference in enumerate(self._references, start=1):
+            at = (observed.half == number).nonzero()[:, 0]
+            if len(at) == 0:
+                continue
+            found = self._pose_half(observed.select(at), reference)
+            if pictures and number == 1:
+                shown = self._pictures(observed.select(at), found, reference)
+            turned, moved = found.rotation, found.shift_px
+            if number == 2:
+                turned = self._onto_first.rotation.to(turned) @ turned
+                moved = moved - (turned.mT @ self._onto_first.shift_px.to(turned))[:, :2]
+            rotation[at], shift[at], confidence[at] = turned, moved * self.pixel_size, found.confidence
+        return Posed(rotation, shift, confidence, torch.ones_like(confidence), shown)
+
+    def _pose_half(self, own: Observed, reference: Reference) -> Refined:
+        rotation, shift, confidence, seen = self._memory.read(own.rows)
+        shift = shift / self.pixel_size
+        if not bool(seen.all()):  # host sync
+            new = (~seen).nonzero()[:, 0]
+            fresh = self._search(own.select(new), reference)
+            rotation[new], shift[new], confidence[new] = fresh.rotation, fresh.shift_px, fresh.confidence
+        start = PoseCandidates(rotation[:, None], shift[:, None], torch.zeros_like(confidence)[:, None])
+        found = polish_candidates(own, start, reference, (self._radius,), 3, fit_shift=self._fit_shift)
+        return Refined(found.rotation, found.shift_px, confidence, found.cost)
+
+    def _search(self, own: Observed, reference: Reference) -> Refined:
+        low = GridSearch(reference, self._grid, min(12.0, self._radius), self._shifts, self._generator)
+        modes = low.modes(own, 4)
+        radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0)})
+        return polish_candidates(own, modes, reference, radii, 3, fit_shift=self._fit_shift)
+
+    def _pictures(self, own: Observed, found: Refined, reference: Reference) -> tuple[Tensor, Tensor]:
+        pixels = self._pixels
+        predicted = templates(reference.transform, found.rotation[:8], pixels, reference.scale)
+        predicted = predicted * shift_ramp(found.shift_px[:8], pixels.kx, pixels.ky, pixels.box_size)
+        predicted = predicted if own.ctf is None else predicted * own.ctf[:8]
+        return pictures_of(own.images, predicted, pixels)
+
+
+def lay_onto(moving: Tensor, fixed: Tensor) -> Alignment:
+    """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well."""
+    fixed, moving = fixed.cpu(), moving.cpu()
+    starts = [Alignment(symmetry, False, torch.zeros(3), 0.0) for symmetry in rotational_symmetry((fixed + moving) / 2)]
+    return align_maps(moving, fixed, starts, search=False)
