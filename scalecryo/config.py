@@ -107,7 +107,7 @@ class GuidedConfig:
     bootstrap_batch: int = option(400, "particles in a bootstrap batch, over both halves and all workers")
     shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none")
     rungs: int = option(12, "most rungs of the ladder")
-    search_rungs: int = option(4, "rungs that search all rotations for every particle")
+    search_rungs: int = option(8, "most rungs that search all rotations; fewer when particles stop jumping")
     settled_rungs: int = option(1, "rungs without progress after which the ladder ends")
     rung_batch: int = option(1024, "particles in a batch of the ladder, over all workers")
     rung_particles: int = option(50_000, "particles that a rung reads at most")

@@ -37,6 +37,7 @@ from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
 FIRST_RADIUS = 14.0
+STILL = 0.02  # the search ends when fewer particles than this moved far in a rung
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
 
 
@@ -62,7 +63,7 @@ def train_guided(
             radius = FIRST_RADIUS
         settled = 0
         while number < config.guided.rungs and settled < config.guided.settled_rungs:
-            searching = number < config.guided.search_rungs
+            searching = number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
             plan = plan_rung(min(radius, _limit(config, store)), _levels(config, store), number, search=searching)
             before = state
             state = _climb(config, store, run, plan, state, number, world, device)
@@ -70,7 +71,7 @@ def train_guided(
             radius = next_radius(state, plan)
             settled = settled + 1 if _is_settled(before, state) and not searching else 0
             if monitor is not None:
-                monitor.after_rung(number, plan, state, _memory(run, number, store))
+                monitor.after_rung(number, plan, state, PoseMemory(run.local / "poses", store.count))
             if world.leads:
                 save_checkpoint(run, number, _checkpoint(store, state, radius), config.train.keep_checkpoints)
                 run.sync()
@@ -79,17 +80,17 @@ def train_guided(
         if monitor is not None:
             monitor.close()
     if config.train.assign:
-        poser = guided_poser(config, store, run, state, number, device)
+        memory = PoseMemory(run.local / "poses", store.count)
+        poser = guided_poser(config, store, state, memory, device)
         assign_particles(config, store, poser, run, world, device)
 
 
 def guided_poser(
-    config: Config, store: ParticleStore, run: RunFolder, state: HalfReferences, number: int, device: torch.device
+    config: Config, store: ParticleStore, state: HalfReferences, memory: PoseMemory | None, device: torch.device
 ) -> GuidedPoser:
-    """The poser of a run that has finished `number` rungs."""
+    """The poser of a run at the end of its ladder."""
     level = state.half_maps[0].shape[-1]
     shifts = search_shifts(config, store, level).to(device)
-    memory = _memory(run, number, store)
     return GuidedPoser(config, store, state, memory, so3_grid(HALF_GRID).to(device), shifts)
 
 
@@ -101,10 +102,11 @@ def load_guided_poser(
     Raises:
         CheckpointError: there is none that can be read, or (with `same_store`) it saw another store.
     """
-    state, number, _ = _restore(run, store if same_store else None, device)
+    state, _, _ = _restore(run, store if same_store else None, device)
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
-    return guided_poser(config, store, run, state, number if same_store else 0, device)
+    memory = PoseMemory(run.local / "poses", store.count) if same_store else None
+    return guided_poser(config, store, state, memory, device)
 
 
 def _first_state(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
@@ -166,11 +168,11 @@ def _climb(
         fit_shift=not config.pose.centred,
         generator=torch.Generator().manual_seed(config.train.seed * 1000 + number),
     )  # fmt: skip
-    memory, found = _memory(run, number, store), _memory(run, number + 1, store)
+    memory = PoseMemory(run.local / "poses", store.count)
     with open_stream(config, store, plan.level, config.guided.rung_batch, world, number) as stream:
         for _ in range(stream_steps(config, store, plan.level)):
-            rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory, found)
-    found.flush()
+            rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)
+    memory.flush()
     return rung.finish(state, world)
 
 
@@ -190,7 +192,8 @@ def _restore(
     if saved is None:
         return None, 0, FIRST_RADIUS
     maps = saved["half_maps"].to(device)
-    state = HalfReferences((maps[0], maps[1]), saved["curve"].to(device), saved["noise"].to(device), saved["radius"])
+    curve = saved["curve"].to(device)
+    state = HalfReferences((maps[0], maps[1]), curve, saved["noise"].to(device), saved["radius"], saved["moved"])
     return state, int(saved["step"]), float(saved["next_radius"])
 
 
@@ -201,13 +204,9 @@ def _checkpoint(store: ParticleStore, state: HalfReferences, radius: float) -> d
         "curve": state.curve.cpu(),
         "noise": state.noise.cpu(),
         "radius": state.radius,
+        "moved": state.moved,
         "next_radius": radius,
     }
-
-
-def _memory(run: RunFolder, number: int, store: ParticleStore) -> PoseMemory:
-    """Poses found by rung `number` - 1; rung 0 starts from an empty one."""
-    return PoseMemory(run.local / "poses" / f"rung_{number:03d}", store.count)
 
 
 def _is_settled(before: HalfReferences, after: HalfReferences) -> bool:

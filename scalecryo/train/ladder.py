@@ -19,6 +19,7 @@ from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.mask import mask_from_map
+from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.search import templates
 from scalecryo.train.bootstrap import reference_transform
 from scalecryo.train.memory import PoseMemory
@@ -28,6 +29,7 @@ from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
 PADDING = 2.0
+MOVED_DEG = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class HalfReferences:
         curve: masked FSC between them, on the shells of that level.
         noise: variance of each shell, in units of unscaled transforms of unit-variance white noise divided by N².
         radius: Fourier pixels up to which poses were polished.
+        moved: share of the particles seen before whose rotation moved by more than `MOVED_DEG` in the last rung.
     """
 
     half_maps: tuple[Float[Tensor, "n n n"], Float[Tensor, "n n n"]]
     curve: Float[Tensor, " shells"]
     noise: Float[Tensor, " shells"]
     radius: float
+    moved: float = 1.0
 
 
 def references(state: HalfReferences, level: int, pixels: FourierPixels) -> tuple[Reference, Reference]:
@@ -83,6 +87,8 @@ class RungPlan:
         modes: modes that the exhaustive search offers each particle; 0: no search.
         search_radius: Fourier pixels of the search.
         passes: Levenberg-Marquardt passes at each radius.
+        part: 0 or 1 takes only that part of each half's particles; None all. A searching rung poses one part against
+            a map of the other: a particle's own share in the map would hold it where it is, right or wrong.
     """
 
     radius: float
@@ -90,6 +96,7 @@ class RungPlan:
     modes: int
     search_radius: float
     passes: int = 3
+    part: int | None = None
 
     @property
     def reach(self) -> float:
@@ -103,7 +110,8 @@ def plan_rung(radius: float, levels: tuple[int, ...], number: int, *, search: bo
     level = fits[0] if fits else max(levels)
     radius = min(radius, level / 2 - 1)
     modes = 3 if number == 0 else 2
-    return RungPlan(radius, level, modes if search else 0, min(radius, 12.0 if number == 0 else 24.0))
+    search_radius = min(radius, 12.0 if number == 0 else 24.0)
+    return RungPlan(radius, level, modes if search else 0, search_radius, part=number % 2 if search else None)
 
 
 class Rung:
@@ -127,12 +135,15 @@ class Rung:
         self.halves = HalfMaps(plan.level, PADDING, grid.device)
         self.residuals = NoiseSpectrum(int(self.pixels.shell.max()) + 1, grid.device)
         self.fit_shift = fit_shift
+        self._moved = torch.zeros(2, dtype=torch.float64, device=grid.device)  # particles that moved, of how many
         self._grid = grid
         self._shifts = shift_grid_px
         self._generator = generator
 
-    def take(self, batch: Observed, memory: PoseMemory, found: PoseMemory) -> None:
+    def take(self, batch: Observed, memory: PoseMemory) -> None:
         """Pose a batch, insert it, and remember what was found."""
+        if self.plan.part is not None:
+            batch = batch.select((batch.rows // 2) % 2 == self.plan.part)
         for half, reference in enumerate(self.references, start=1):
             own = batch.select(batch.half == half)
             if len(own) == 0:
@@ -141,11 +152,21 @@ class Rung:
             ones = refined.cost.new_ones(len(own))
             self.halves.halves[half - 1].add(own.images, refined.rotation, refined.shift_px, own.ctf, ones, self.pixels)
             self._note_residuals(own, refined, reference)
-            found.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
+            memory.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
 
     def _pose(self, own: Observed, reference: Reference, memory: PoseMemory) -> Refined:
+        remembered = memory.read(own.rows)
+        refined = self._refine(own, reference, *remembered)
+        _, _, _, seen = remembered
+        turned = geodesic_angle(remembered[0], refined.rotation)
+        self._moved += torch.stack([((turned > MOVED_DEG) & seen).sum(), seen.sum()])
+        return refined
+
+    def _refine(
+        self, own: Observed, reference: Reference, rotation: Tensor, shift: Tensor, confidence: Tensor, seen: Tensor
+    ) -> Refined:
+        """Candidates from memory and, in a searching rung, from the grid; the likeliest, polished."""
         plan = self.plan
-        rotation, shift, confidence, seen = memory.read(own.rows)
         candidates = PoseCandidates(
             rotation[:, None], shift[:, None] / self.pixel_size, torch.zeros_like(confidence)[:, None]
         )
@@ -154,8 +175,8 @@ class Rung:
             modes = search.modes(own, plan.modes)
             start = torch.where(seen[:, None, None], rotation, modes.rotation[:, 0])
             start_shift = torch.where(seen[:, None], shift / self.pixel_size, modes.shift_px[:, 0])
-            remembered = PoseCandidates(start[:, None], start_shift[:, None], modes.log_weight[:, :1])
-            candidates = join(remembered, modes)
+            known = PoseCandidates(start[:, None], start_shift[:, None], modes.log_weight[:, :1])
+            candidates = join(known, modes)
             near = min(plan.radius, 32.0)
             radii = sorted({min(16.0, near), near})
             chosen = polish_candidates(own, candidates, reference, radii, plan.passes, fit_shift=self.fit_shift)
@@ -179,10 +200,11 @@ class Rung:
 
     def finish(self, state: HalfReferences, world: World) -> HalfReferences:
         """Sum over the workers, solve, compare the halves. Collective."""
-        world.sum_(*self.halves.tensors(), *self.residuals.tensors())
+        world.sum_(*self.halves.tensors(), *self.residuals.tensors(), self._moved)
         result = self.halves.solve(self.pixel_size)
         variance = self.residuals.variance() / self.plan.level**2
-        return HalfReferences(result.half_maps, result.fsc_masked.float(), variance, self.plan.radius)
+        moved = float(self._moved[0] / self._moved[1]) if self._moved[1] > 0 else 1.0
+        return HalfReferences(result.half_maps, result.fsc_masked.float(), variance, self.plan.radius, moved)
 
 
 def next_radius(state: HalfReferences, plan: RungPlan) -> float:

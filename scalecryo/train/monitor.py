@@ -126,6 +126,7 @@ class GuidedMonitor:
         mean = (state.half_maps[0] + state.half_maps[1]) / 2
         values: dict[str, Any] = {
             "rung/radius": plan.radius, "rung/level": plan.level, "rung/modes": plan.modes, "rung/seconds": seconds,
+            "rung/moved_share": state.moved,
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
             "halves/fsc_mean": float(state.curve.mean()),
         }  # fmt: skip
@@ -140,8 +141,8 @@ class GuidedMonitor:
             self._writer.add_image(f"slice/{name}", _grey(mean.select(axis, half)), number)
             self._writer.add_image(f"projection/{name}", _grey(mean.sum(axis)), number)
         logger.info(
-            "rung %d: polished to %.1f Å, the halves agree to %.2f Å, %.1f s",
-            number, level * self._store.level_pixel_size(level) / plan.radius, angstrom, seconds,
+            "rung %d: polished to %.1f Å, the halves agree to %.2f Å, %.0f %% of the particles moved far, %.1f s",
+            number, level * self._store.level_pixel_size(level) / plan.radius, angstrom, 100 * state.moved, seconds,
         )  # fmt: skip
 
     def close(self) -> None:

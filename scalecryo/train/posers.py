@@ -55,7 +55,7 @@ class GuidedPoser:
         config: Config,
         store: ParticleStore,
         state: HalfReferences,
-        memory: PoseMemory,
+        memory: PoseMemory | None,
         grid: Tensor,
         shift_grid_px: Tensor,
     ) -> None:
@@ -93,6 +93,8 @@ class GuidedPoser:
         return Posed(rotation, shift, confidence, torch.ones_like(confidence), shown)
 
     def _pose_half(self, own: Observed, reference: Reference) -> Refined:
+        if self._memory is None:
+            return self._search(own, reference)
         rotation, shift, confidence, seen = self._memory.read(own.rows)
         shift = shift / self.pixel_size
         if not bool(seen.all()):  # host sync
@@ -106,7 +108,7 @@ class GuidedPoser:
     def _search(self, own: Observed, reference: Reference) -> Refined:
         low = GridSearch(reference, self._grid, min(12.0, self._radius), self._shifts, self._generator)
         modes = low.modes(own, 4)
-        radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0)})
+        radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0, self._radius)})
         return polish_candidates(own, modes, reference, radii, 3, fit_shift=self._fit_shift)
 
     def _pictures(self, own: Observed, found: Refined, reference: Reference) -> tuple[Tensor, Tensor]:

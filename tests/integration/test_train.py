@@ -28,8 +28,9 @@ RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", 
 
 
 def start(data: str, out: Path, *, resume: bool = False, **overrides: object) -> None:
-    settings = {"train.steps": 6, "train.batch_size": 16, "monitor.every": 1, "monitor.pictures_every": 3,
-                "train.checkpoint_every": 3, "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
+    settings = {"pose.source": "encoder", "train.steps": 6, "train.batch_size": 16, "monitor.every": 1,
+                "monitor.pictures_every": 3, "train.checkpoint_every": 3,
+                "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     workers = str(settings.pop("run.workers", "0"))
     train.run(None, data=data, out=str(out), workers=workers, device="cpu", resume=resume,
@@ -139,8 +140,9 @@ def test_assign_elsewhere_gives_the_same_poses(simulated: SimulatedParticles, tm
 
 
 def config_of(simulated: SimulatedParticles, out: Path, workers: int) -> Config:
-    config = load_config(None, {"train.steps": "5", "train.batch_size": "16", "monitor.every": "1",
-                                "encoder.channels": "4,8", "encoder.hidden": "16", "pose.heads": "2"})  # fmt: skip
+    config = load_config(None, {"pose.source": "encoder", "train.steps": "5", "train.batch_size": "16",
+                                "monitor.every": "1", "encoder.channels": "4,8",
+                                "encoder.hidden": "16", "pose.heads": "2"})  # fmt: skip
     run = dataclasses.replace(config.run, data=simulated.store, out=str(out), workers=str(workers))
     return dataclasses.replace(config, run=run)
 
@@ -231,7 +233,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(simulated: SimulatedParticles
 
 
 def test_command_line_trains(simulated: SimulatedParticles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["train", "--data", simulated.store, "--out", str(tmp_path / "run"), "--train.steps", "2",
+    main(["train", "--data", simulated.store, "--out", str(tmp_path / "run"), "--pose.source", "encoder",
+          "--train.steps", "2",
           "--train.batch_size", "8", "--pose.symmetric_loss"])  # fmt: skip
     assert str(tmp_path / "run") in capsys.readouterr().out
     resolved = load_config(str(tmp_path / "run" / "config.toml"), {})

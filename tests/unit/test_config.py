@@ -12,14 +12,18 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"
 
 
 def test_written_toml_reads_back_the_same(tmp_path: Path) -> None:
-    config = load_config(None, {"encoder.channels": "8,16", "run.out": 'a "quoted" \\ path', "pose.heads": "4"})
+    config = load_config(
+        None, {"encoder.channels": "8,16", "run.out": 'a "quoted" \\ path', "pose.heads": "4", "pose.source": "encoder"}
+    )
     (tmp_path / "c.toml").write_text(config_to_toml(config))
     assert load_config(str(tmp_path / "c.toml"), {}) == config
 
 
 def test_override_wins_over_file_and_file_over_default(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[train]\nsteps = 7\nbatch_size = 16\n[optim]\nencoder_rate = 1\n")
-    config = load_config(str(tmp_path / "c.toml"), {"train.steps": "9", "pose.symmetric-loss": "true"})
+    config = load_config(
+        str(tmp_path / "c.toml"), {"train.steps": "9", "pose.source": "encoder", "pose.symmetric-loss": "true"}
+    )
     assert (config.train.steps, config.train.batch_size, config.pose.symmetric_loss) == (9, 16, True)
     assert config.optim.encoder_rate == 1.0
     assert type(config.optim.encoder_rate) is float
@@ -35,6 +39,7 @@ def test_override_wins_over_file_and_file_over_default(tmp_path: Path) -> None:
         ({"train.steps": "0"}, ["train.steps", "at least 1"]),
         ({"pose.source": "magic"}, ["pose.source", "encoder", "table"]),
         ({"pose.symmetric_loss": "maybe"}, ["true or false"]),
+        ({"guided.seeds": "0"}, ["guided.seeds", "at least 1"]),
         ({"pose.source": "known", "pose.heads": "2"}, ["pose.heads", "known"]),
         ({"run.workers": "two"}, ["run.workers", "MIN:MAX"]),
         ({"run.workers": "3:2"}, ["run.workers", "MIN <= MAX"]),
