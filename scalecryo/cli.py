@@ -83,7 +83,7 @@ def convert(
     """Convert a particle stack into a chunked Zarr store that training streams from.
 
     Args:
-        source: RELION .star, or a stack .mrcs/.mrc
+        source: RELION .star, cryoSPARC .cs, or a stack .mrcs/.mrc
         store: where to write, any fsspec URL
         data_dir: folder that the stacks' paths are relative to
         box: Fourier-crop the particles to this box, px

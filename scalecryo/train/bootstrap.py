@@ -94,7 +94,7 @@ def bootstrap(
         shift_grid_px: hypotheses for the shift, px of this level.
         world: the workers among whom a batch is split.
         seeds: independent starts.
-        steps: batches to learn from; a tenth as many more are held out to judge.
+        steps: batches to learn from; a fifth as many more are read to judge.
         seed: of the first start.
     """
     device = pixels.kx.device
@@ -111,7 +111,7 @@ def bootstrap(
     for step in range(steps):
         radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(1.0, step / (MARCH_SHARE * steps))
         near = pixels.prefix(radius)
-        batch = next(batches)
+        batch = _learning(next(batches))
         if step == 0:
             noise.add(batch.images, None, pixels)
             world.sum_(*noise.tensors())
@@ -126,14 +126,26 @@ def bootstrap(
         noise.power += part.power
         noise.count += part.count
     near = pixels.prefix(LAST_RADIUS)
-    for _ in range(max(1, steps // 10)):
+    for _ in range(max(1, steps // 5)):
         batch = next(batches)
+        batch = batch.select(_held_out(batch))
         for seedling in seedlings:
             own = batch.select(batch.half == seedling.half)
+            if len(own) == 0:
+                continue
             _, posterior, _ = _search(seedling, own, grid, shift_grid_px, near, noise)
             hypotheses = 2 * len(grid) * len(shift_grid_px)
             seedling.evidence += (posterior.log_evidence - torch.log(torch.tensor(float(hypotheses)))).tolist()
     return _choose(seedlings, world)
+
+
+def _held_out(batch: Observed) -> Tensor:
+    """A tenth of each half's particles, never learnt from, however often the stream comes round."""
+    return (batch.rows // 2) % 10 == 9
+
+
+def _learning(batch: Observed) -> Observed:
+    return batch.select(~_held_out(batch))
 
 
 def _grow(
@@ -152,7 +164,9 @@ def _grow(
     fresh = MapAccumulator(accumulator.box_size, PADDING, near.kx.device)
     images = own.prefix(len(near))
     count = len(images)
-    if step == 0:
+    if count == 0:
+        pass  # a worker may hold none of this half; it still takes part in the reduction
+    elif step == 0:
         rotation = random_rotations(count, seedling.generator).to(near.kx.device)
         shift = shift_grid_px[torch.randint(len(shift_grid_px), (count,), generator=seedling.generator)]
         fresh.add(images.images, rotation, shift, images.ctf, torch.ones(count, device=near.kx.device), near)

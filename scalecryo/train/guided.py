@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 FIRST_RADIUS = 14.0
 STILL = 0.02  # the search ends when fewer particles than this moved far in a rung
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
+LEAST_AGREEMENT = 0.5  # mean correlation of the halves over shells 2 to 6, aligned, below which there is none
 
 
 def train_guided(
@@ -56,6 +57,10 @@ def train_guided(
     """
     run = RunFolder(config.run.out)
     state, number, radius = _restore(run, store, device)
+    if world.leads:
+        PoseMemory.create(run.local / "poses", store.count)
+    world.barrier()
+    memory = PoseMemory(run.local / "poses")
     monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
     try:
         if state is None:
@@ -66,12 +71,12 @@ def train_guided(
             searching = number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
             plan = plan_rung(min(radius, _limit(config, store)), _levels(config, store), number, search=searching)
             before = state
-            state = _climb(config, store, run, plan, state, number, world, device)
+            state = _climb(config, store, memory, plan, state, number, world, device)
             number += 1
             radius = next_radius(state, plan)
             settled = settled + 1 if _is_settled(before, state) and not searching else 0
             if monitor is not None:
-                monitor.after_rung(number, plan, state, PoseMemory(run.local / "poses", store.count))
+                monitor.after_rung(number, plan, state, memory)
             if world.leads:
                 save_checkpoint(run, number, _checkpoint(store, state, radius), config.train.keep_checkpoints)
                 run.sync()
@@ -80,7 +85,6 @@ def train_guided(
         if monitor is not None:
             monitor.close()
     if config.train.assign:
-        memory = PoseMemory(run.local / "poses", store.count)
         poser = guided_poser(config, store, state, memory, device)
         assign_particles(config, store, poser, run, world, device)
 
@@ -105,7 +109,7 @@ def load_guided_poser(
     state, _, _ = _restore(run, store if same_store else None, device)
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
-    memory = PoseMemory(run.local / "poses", store.count) if same_store else None
+    memory = PoseMemory(run.local / "poses") if same_store else None
     return guided_poser(config, store, state, memory, device)
 
 
@@ -119,7 +123,6 @@ def _first_state(config: Config, store: ParticleStore, world: World, device: tor
             _observed(stream, store, level, pixels), pixels, shifts, world,
             seeds=config.guided.seeds, steps=config.guided.bootstrap_steps, seed=config.train.seed,
         )  # fmt: skip
-    _refuse_noise(first, config)
     maps = torch.stack(first.half_maps)
     if world.leads:
         alignment = align_maps(maps[1].cpu(), maps[0].cpu())
@@ -131,6 +134,7 @@ def _first_state(config: Config, store: ParticleStore, world: World, device: tor
     world.sum_(maps)  # worker 0's, to all
     mask = mask_from_map(maps.mean(0), store.level_pixel_size(level))
     curve = fsc(maps[0] * mask, maps[1] * mask).float()
+    _refuse_noise(first, float(fsc(maps[0], maps[1])[2:7].mean()), config)
     shell, _ = resolution(curve, level, 1.0, 0.5)
     logger.info(
         "bootstrap: the halves agree to shell %.1f, %.1f Å", shell, store.level_pixel_size(level) * level / shell
@@ -138,21 +142,21 @@ def _first_state(config: Config, store: ParticleStore, world: World, device: tor
     return HalfReferences((maps[0], maps[1]), curve, torch.ones(level // 2 + 1, device=device), 12.0)
 
 
-def _refuse_noise(first: FirstMaps, config: Config) -> None:
-    """Raise where the held-out images are explained no better by a map than by nothing."""
-    for gain, error in zip(first.gain, first.gain_error, strict=True):
-        if gain < NO_SIGNAL_ERRORS * error:
-            raise TrainingError(
-                f"{config.run.data}: the bootstrap found no structure: held-out images are explained no better than by "
-                f"an empty map (log-likelihood gain {gain:.2f} ± {error:.2f} an image): check contrast sign, pixel "
-                "size and box, or use more particles"
-            )
+def _refuse_noise(first: FirstMaps, agreement: float, config: Config) -> None:
+    """Raise where the maps explain held-out images no better than nothing, or the halves found different things."""
+    gain, error = min(zip(first.gain, first.gain_error, strict=True))
+    if gain < NO_SIGNAL_ERRORS * error or agreement < LEAST_AGREEMENT:
+        raise TrainingError(
+            f"{config.run.data}: the bootstrap found no structure: held-out images gain {gain:.2f} ± {error:.2f} in "
+            f"log-likelihood over an empty map, and the two halves' maps correlate by {agreement:.2f}: check contrast "
+            "sign, pixel size and box, use more particles, or raise guided.bootstrap_steps and guided.seeds"
+        )
 
 
 def _climb(
     config: Config,
     store: ParticleStore,
-    run: RunFolder,
+    memory: PoseMemory,
     plan: RungPlan,
     state: HalfReferences,
     number: int,
@@ -168,7 +172,6 @@ def _climb(
         fit_shift=not config.pose.centred,
         generator=torch.Generator().manual_seed(config.train.seed * 1000 + number),
     )  # fmt: skip
-    memory = PoseMemory(run.local / "poses", store.count)
     with open_stream(config, store, plan.level, config.guided.rung_batch, world, number) as stream:
         for _ in range(stream_steps(config, store, plan.level)):
             rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)

@@ -18,17 +18,19 @@ _COLUMNS = {"rotation": ("f4", (3, 3)), "shift": ("f4", (2,)), "confidence": ("f
 class PoseMemory:
     """Poses by row; shifts in Å so that they hold at every level."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._columns = {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in _COLUMNS}
+
+    @staticmethod
+    def create(folder: Path, count: int) -> None:
+        """Make empty columns where there are none; by one worker, before the others open them."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._columns = {
-            name: np.lib.format.open_memmap(
-                folder / f"{name}.npy",
-                mode="r+" if (folder / f"{name}.npy").exists() else "w+",
-                dtype=dtype,
-                shape=(count, *shape),
-            )
-            for name, (dtype, shape) in _COLUMNS.items()
-        }
+        for name, (dtype, shape) in _COLUMNS.items():
+            path = folder / f"{name}.npy"
+            if not path.exists():
+                # The file is sparse: rows never written take no space.
+                np.lib.format.open_memmap(folder / "new.npy", mode="w+", dtype=dtype, shape=(count, *shape)).flush()
+                (folder / "new.npy").replace(path)
 
     def read(
         self, rows: Int[Tensor, " b"]
