@@ -7,6 +7,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,25 +19,29 @@ from scalecryo.data.store import ParticleStore
 from scalecryo.data.stream import ParticleStream
 from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.model.grid_encoder import GridEncoder
 from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.fsc import fsc, resolution
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.search import shift_grid
+from scalecryo.pose.search import shift_grid, with_mates
 from scalecryo.train.assign import assign_particles
 from scalecryo.train.batches import stream_columns
 from scalecryo.train.bootstrap import HALF_GRID, FirstMaps, bootstrap
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
-from scalecryo.train.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung
+from scalecryo.train.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
 from scalecryo.train.memory import PoseMemory
 from scalecryo.train.monitor import GuidedMonitor
 from scalecryo.train.observed import Observed, observe
-from scalecryo.train.posers import GuidedPoser
+from scalecryo.train.posers import ENCODER_RADIUS, GuidedPoser
+from scalecryo.train.refine import Reference
 from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.teacher import Teacher, lesson_of
 from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
 FIRST_RADIUS = 14.0
+FIRST_LESSON = 2
 STILL = 0.02  # the search ends when fewer particles than this moved far in a rung
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
 LEAST_AGREEMENT = 0.5  # mean correlation of the halves over shells 2 to 6, aligned, below which there is none
@@ -56,7 +61,10 @@ def train_guided(
         CheckpointError: see `load_checkpoint`.
     """
     run = RunFolder(config.run.out)
-    state, number, radius = _restore(run, store, device)
+    state, number, radius, learnt = _restore(run, store, device)
+    teacher = _teacher(config, store, world, device)
+    if teacher is not None and learnt is not None:
+        teacher.load(learnt)
     if world.leads:
         PoseMemory.create(run.local / "poses", store.count)
     world.barrier()
@@ -71,31 +79,37 @@ def train_guided(
             searching = number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
             plan = plan_rung(min(radius, _limit(config, store)), _levels(config, store), number, search=searching)
             before = state
-            state = _climb(config, store, memory, plan, state, number, world, device)
+            state = _climb(config, store, memory, plan, state, number, teacher, world, device)
             number += 1
             radius = next_radius(state, plan)
             settled = settled + 1 if _is_settled(before, state) and not searching else 0
             if monitor is not None:
                 monitor.after_rung(number, plan, state, memory)
             if world.leads:
-                save_checkpoint(run, number, _checkpoint(store, state, radius), config.train.keep_checkpoints)
+                save_checkpoint(run, number, _checkpoint(store, state, radius, teacher), config.train.keep_checkpoints)
                 run.sync()
             at_checkpoint(number)
     finally:
         if monitor is not None:
             monitor.close()
     if config.train.assign:
-        poser = guided_poser(config, store, state, memory, device)
+        encoder = teacher.encoder if teacher is not None else None
+        poser = guided_poser(config, store, state, memory, encoder, device)
         assign_particles(config, store, poser, run, world, device)
 
 
 def guided_poser(
-    config: Config, store: ParticleStore, state: HalfReferences, memory: PoseMemory | None, device: torch.device
+    config: Config,
+    store: ParticleStore,
+    state: HalfReferences,
+    memory: PoseMemory | None,
+    encoder: GridEncoder | None,
+    device: torch.device,
 ) -> GuidedPoser:
     """The poser of a run at the end of its ladder."""
     level = state.half_maps[0].shape[-1]
     shifts = search_shifts(config, store, level).to(device)
-    return GuidedPoser(config, store, state, memory, so3_grid(HALF_GRID).to(device), shifts)
+    return GuidedPoser(config, store, state, memory, encoder, so3_grid(HALF_GRID).to(device), shifts)
 
 
 def load_guided_poser(
@@ -106,11 +120,14 @@ def load_guided_poser(
     Raises:
         CheckpointError: there is none that can be read, or (with `same_store`) it saw another store.
     """
-    state, _, _ = _restore(run, store if same_store else None, device)
+    state, _, _, learnt = _restore(run, store if same_store else None, device)
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
     memory = PoseMemory(run.local / "poses") if same_store else None
-    return guided_poser(config, store, state, memory, device)
+    teacher = _teacher(config, store, World(), device)
+    if teacher is not None and learnt is not None:
+        teacher.load(learnt)
+    return guided_poser(config, store, state, memory, teacher.encoder if teacher else None, device)
 
 
 def _first_state(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
@@ -160,6 +177,7 @@ def _climb(
     plan: RungPlan,
     state: HalfReferences,
     number: int,
+    teacher: Teacher | None,
     world: World,
     device: torch.device,
 ) -> HalfReferences:
@@ -172,11 +190,39 @@ def _climb(
         fit_shift=not config.pose.centred,
         generator=torch.Generator().manual_seed(config.train.seed * 1000 + number),
     )  # fmt: skip
+    # The first rungs' maps and poses are too coarse to learn from.
+    model = _lesson_reference(state, teacher) if teacher is not None and number >= FIRST_LESSON else None
     with open_stream(config, store, plan.level, config.guided.rung_batch, world, number) as stream:
         for _ in range(stream_steps(config, store, plan.level)):
-            rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)
+            taken = rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)
+            if teacher is not None and model is not None and taken:
+                for lesson in range(config.guided.lessons):
+                    size = max(1, config.guided.lesson_size // world.size)
+                    teacher.teach(lesson_of(taken, plan.level, teacher.pixels, size, lesson), model)
     memory.flush()
     return rung.finish(state, world)
+
+
+def _teacher(config: Config, store: ParticleStore, world: World, device: torch.device) -> Teacher | None:
+    """The encoder and its teacher, at the store's smallest level; None where no lessons are wanted."""
+    if config.guided.lessons == 0:
+        return None
+    level = min(store.levels)
+    pixels = fourier_pixels(level, min(level / 2 - 1, ENCODER_RADIUS)).to(device)
+    sigma = 0.0 if config.pose.centred else config.guided.shift_radius_a / 2 / store.level_pixel_size(level)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        grid = with_mates(so3_grid(HALF_GRID))
+        encoder = GridEncoder(grid, len(pixels), config.guided.encoder_hidden, max(sigma, 0.1)).to(device)
+    return Teacher(encoder, pixels, rate=config.guided.encoder_rate, shift_sigma_px=sigma, world=world,
+                   seed=config.train.seed + world.rank)  # fmt: skip
+
+
+def _lesson_reference(state: HalfReferences, teacher: Teacher) -> Reference:
+    """The mean of both halves' maps at the encoder's level."""
+    mean = (state.half_maps[0] + state.half_maps[1]) / 2
+    both = replace(state, half_maps=(mean, mean))
+    return references(both, teacher.pixels.box_size, teacher.pixels)[0]
 
 
 def search_shifts(config: Config, store: ParticleStore, level: int) -> Tensor:
@@ -189,18 +235,18 @@ def search_shifts(config: Config, store: ParticleStore, level: int) -> Tensor:
 
 def _restore(
     run: RunFolder, store: ParticleStore | None, device: torch.device
-) -> tuple[HalfReferences | None, int, float]:
-    """State, number of finished rungs and next radius of the newest checkpoint."""
+) -> tuple[HalfReferences | None, int, float, dict[str, Any] | None]:
+    """State, number of finished rungs, next radius and the encoder's state of the newest checkpoint."""
     saved = load_checkpoint(run, store_hash=store.content_hash if store else None)
     if saved is None:
-        return None, 0, FIRST_RADIUS
+        return None, 0, FIRST_RADIUS, None
     maps = saved["half_maps"].to(device)
     curve = saved["curve"].to(device)
     state = HalfReferences((maps[0], maps[1]), curve, saved["noise"].to(device), saved["radius"], saved["moved"])
-    return state, int(saved["step"]), float(saved["next_radius"])
+    return state, int(saved["step"]), float(saved["next_radius"]), saved["teacher"]
 
 
-def _checkpoint(store: ParticleStore, state: HalfReferences, radius: float) -> dict[str, Any]:
+def _checkpoint(store: ParticleStore, state: HalfReferences, radius: float, teacher: Teacher | None) -> dict[str, Any]:
     return {
         "store_hash": store.content_hash,
         "half_maps": torch.stack(state.half_maps).cpu(),
@@ -209,6 +255,7 @@ def _checkpoint(store: ParticleStore, state: HalfReferences, radius: float) -> d
         "radius": state.radius,
         "moved": state.moved,
         "next_radius": radius,
+        "teacher": teacher.state() if teacher is not None else None,
     }
 
 

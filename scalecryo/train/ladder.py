@@ -140,8 +140,9 @@ class Rung:
         self._shifts = shift_grid_px
         self._generator = generator
 
-    def take(self, batch: Observed, memory: PoseMemory) -> None:
-        """Pose a batch, insert it, and remember what was found."""
+    def take(self, batch: Observed, memory: PoseMemory) -> list[tuple[Observed, Refined]]:
+        """Pose a batch, insert it, remember what was found, and return it half by half."""
+        taken = []
         if self.plan.part is not None:
             batch = batch.select((batch.rows // 2) % 2 == self.plan.part)
         for half, reference in enumerate(self.references, start=1):
@@ -153,6 +154,8 @@ class Rung:
             self.halves.halves[half - 1].add(own.images, refined.rotation, refined.shift_px, own.ctf, ones, self.pixels)
             self._note_residuals(own, refined, reference)
             memory.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
+            taken.append((own, refined))
+        return taken
 
     def _pose(self, own: Observed, reference: Reference, memory: PoseMemory) -> Refined:
         remembered = memory.read(own.rows)

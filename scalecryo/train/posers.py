@@ -1,5 +1,7 @@
 """Who finds the poses in the last pass: the trained auto-encoder, or the guided method's references."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -9,16 +11,21 @@ from scalecryo.data.stream import Batch
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
+from scalecryo.model.grid_encoder import GridEncoder, encoder_features
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import templates
 from scalecryo.train.assign import Posed, correlation, pictures_of
 from scalecryo.train.batches import particle_inputs
-from scalecryo.train.ladder import HalfReferences, references
+from scalecryo.train.ladder import HalfReferences, level_noise, references
 from scalecryo.train.memory import PoseMemory
 from scalecryo.train.observed import Observed, observe
-from scalecryo.train.refine import GridSearch, Reference, Refined, polish_candidates
+from scalecryo.train.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates
+
+MODES = 4
+ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
 
 
 class ModelPoser:
@@ -56,6 +63,7 @@ class GuidedPoser:
         store: ParticleStore,
         state: HalfReferences,
         memory: PoseMemory | None,
+        encoder: GridEncoder | None,
         grid: Tensor,
         shift_grid_px: Tensor,
     ) -> None:
@@ -67,6 +75,10 @@ class GuidedPoser:
         self._radius = min(state.radius, self.level / 2 - 1)
         self._fit_shift = not config.pose.centred
         self._memory = memory
+        self._encoder = encoder
+        small = min(store.levels)
+        self._encoder_pixels = fourier_pixels(small, min(small / 2 - 1, ENCODER_RADIUS)).to(grid.device)
+        self._encoder_noise = level_noise(state.noise, small, self._encoder_pixels)
         self._grid = grid
         self._shifts = shift_grid_px
         self._generator = torch.Generator().manual_seed(config.train.seed)
@@ -106,10 +118,23 @@ class GuidedPoser:
         return Refined(found.rotation, found.shift_px, confidence, found.cost)
 
     def _search(self, own: Observed, reference: Reference) -> Refined:
-        low = GridSearch(reference, self._grid, min(12.0, self._radius), self._shifts, self._generator)
-        modes = low.modes(own, 4)
+        if self._encoder is not None:
+            modes = self._encoder_modes(own, self._encoder)
+        else:
+            low = GridSearch(reference, self._grid, min(12.0, self._radius), self._shifts, self._generator)
+            modes = low.modes(own, MODES)
         radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0, self._radius)})
         return polish_candidates(own, modes, reference, radii, 3, fit_shift=self._fit_shift)
+
+    def _encoder_modes(self, own: Observed, encoder: GridEncoder) -> PoseCandidates:
+        """Separated modes of the encoder's distribution, one forward pass."""
+        pixels = self._encoder_pixels
+        factor = pixels.box_size / self.level
+        near = own.prefix(len(pixels))
+        weight = self._encoder_noise.pixel_weight(pixels)
+        prediction = encoder(encoder_features(near.images * factor, near.ctf, weight))
+        found = separated_modes(encoder.candidates(prediction, 64), MODES, SEPARATION_DEG)
+        return dataclasses.replace(found, shift_px=found.shift_px / factor)
 
     def _pictures(self, own: Observed, found: Refined, reference: Reference) -> tuple[Tensor, Tensor]:
         pixels = self._pixels
