@@ -212,6 +212,8 @@ def _checked(images: Array, table: ParticleTable, task: _ShardTask, start: int) 
 
 def write_shard(task: _ShardTask) -> int:
     """Read, normalise and write one shard of every array, then its manifest; returns its number of rows."""
+    # OpenMP's number of threads belongs to the calling thread: with another number the last bits differ.
+    torch.set_num_threads(1)
     table, rows = task.table, len(task.table)
     buffers = {
         level: ShardBuffer(rows, task.shard_rows, size, level, task.dtype) for level, size in task.block_rows.items()

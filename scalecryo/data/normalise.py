@@ -71,8 +71,20 @@ def crop(images: Array, box_size: int) -> Array:
     """Fourier-crop images (n, N, N) to a smaller box, noise preserving."""
     if images.shape[-1] == box_size:
         return images
-    cropped: Array = fourier_crop_2d(torch.from_numpy(images), box_size).numpy()
+    cropped: Array = fourier_crop_2d(torch.from_numpy(aligned(images)), box_size).numpy()
     return cropped
+
+
+def aligned(images: Array) -> Array:
+    """The same images in memory that starts where torch's vector code likes it, copied there if need be.
+
+    Sums over vectors that start elsewhere are added in another order: the last bit of a stored pixel would depend on
+    where NumPy happened to put the images.
+    """
+    if images.ctypes.data % 64 == 0:
+        return images
+    copied: Array = torch.from_numpy(images).clone().numpy()
+    return copied
 
 
 def centre_background(images: Array) -> tuple[Array, Array]:
@@ -97,7 +109,7 @@ def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
         images: source (n, N, N); overwritten where no cropping is needed.
         recipe: how.
     """
-    images = crop(images, recipe.box_size)
+    images = aligned(crop(images, recipe.box_size))
     mean, sigma = centre_background(images)
     flat = images.reshape(len(images), -1)
     if recipe.normalisation == "background":
