@@ -18,7 +18,7 @@ from scalecryo.evaluate.report import fsc_figure, slices_figure
 def run(path: str, *, truth: str) -> dict[str, Any]:
     """Print one JSON line (null where a number does not apply), and return what it says.
 
-    A map also gives evaluate_fsc.png and evaluate_slices.png beside it.
+    A map also gives evaluate_fsc.png, evaluate_fsc.csv and evaluate_slices.png beside it.
 
     Poses are aligned on the even rows and scored on the odd ones, maps over all rotations or from the poses, both in
     either hand. The FSC is taken without a mask.
@@ -84,10 +84,12 @@ def _volume_of_extent(path: str, wanted: float) -> torch.Tensor:
 
 
 def _draw(maps: MapComparison, folder: str) -> None:
-    """Write evaluate_fsc.png and evaluate_slices.png."""
+    """Write evaluate_fsc.png, evaluate_fsc.csv and evaluate_slices.png."""
     errors = maps.errors
     label = f"map against truth (0.5 at {errors.angstrom_05:.2f} Å, 0.143 at {errors.angstrom_0143:.2f} Å)"
     curve = fsc_figure({label: errors.curve.numpy()}, maps.truth.shape[-1], maps.pixel_size)
     slices = slices_figure({"truth": maps.truth.numpy(), "estimate, aligned": maps.aligned.numpy()}, maps.pixel_size)
+    values = "".join(f"{shell},{value:.5f}\n" for shell, value in enumerate(errors.curve.tolist()))
     files.write_bytes_atomic(files.join(folder, "evaluate_fsc.png"), curve)
+    files.write_bytes_atomic(files.join(folder, "evaluate_fsc.csv"), ("shell,fsc\n" + values).encode())
     files.write_bytes_atomic(files.join(folder, "evaluate_slices.png"), slices)

@@ -8,10 +8,11 @@ from torch import Tensor
 from scalecryo.config import Config
 from scalecryo.data.store import ParticleStore
 from scalecryo.data.stream import Batch
+from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
-from scalecryo.model.grid_encoder import GridEncoder, encoder_features
+from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.image_formation import shift_ramp
@@ -126,13 +127,27 @@ class GuidedPoser:
         radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0, self._radius)})
         return polish_candidates(own, modes, reference, radii, 3, fit_shift=self._fit_shift)
 
-    def _encoder_modes(self, own: Observed, encoder: GridEncoder) -> PoseCandidates:
-        """Separated modes of the encoder's distribution, one forward pass."""
+    def encoder_rotation(self, batch: Batch) -> Tensor:
+        """Rotations by the encoder alone, one forward pass and nothing else.
+
+        Raises:
+            TrainingError: the run has no encoder.
+        """
+        if self._encoder is None:
+            raise TrainingError("this run has no encoder: train it with guided.lessons >= 1")
+        own = observe(batch, self._store, self.level, self._pixels)
+        return self._encoder.own_rotation(self._predict(own, self._encoder))
+
+    def _predict(self, own: Observed, encoder: GridEncoder) -> GridPrediction:
         pixels = self._encoder_pixels
-        factor = pixels.box_size / self.level
         near = own.prefix(len(pixels))
         weight = self._encoder_noise.pixel_weight(pixels)
-        prediction = encoder(encoder_features(near.images * factor, near.ctf, weight))
+        return encoder(encoder_features(near.images * (pixels.box_size / self.level), near.ctf, weight))
+
+    def _encoder_modes(self, own: Observed, encoder: GridEncoder) -> PoseCandidates:
+        """Separated modes of the encoder's distribution."""
+        factor = self._encoder_pixels.box_size / self.level
+        prediction = self._predict(own, encoder)
         found = separated_modes(encoder.candidates(prediction, 64), MODES, SEPARATION_DEG)
         return dataclasses.replace(found, shift_px=found.shift_px / factor)
 
