@@ -3,8 +3,8 @@
     python tools/reproduce_paper.py OUT_DIR [--only D G] [--recipe guided s2s2 …] [--seeds 1] [--steps 3000]
 
 For each dataset and recipe: simulate (once), convert, train, evaluate. Prints one table and writes it beside the
-paper's Figures 2 (loss and pose error over time), 3 (FSC to the truth) and 4 (slices) as PNG. `known` reconstructs with the
-true poses: the bound that the others are measured against. Times are wall-clock of convert + train.
+paper's Figures 2 (loss and pose error over time), 3 (FSC to the truth) and 4 (slices) as PNG. `known` reconstructs
+with the true poses: the bound that the others are measured against. Times are wall-clock of convert + train.
 """
 
 import argparse
