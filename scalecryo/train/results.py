@@ -22,11 +22,16 @@ from scalecryo.evaluate.report import (
     training_figure,
 )
 from scalecryo.map.halfmaps import HalfMapResult
+from scalecryo.map.postprocess import FinalMap, postprocess
 from scalecryo.physics.fsc import resolution
 from scalecryo.train.assignment import Assignment
 from scalecryo.train.run_folder import RunFolder
 
 PANELS = {
+    "halves/resolution_angstrom": "half-maps agree to (Å)",
+    "rung/radius": "polished to (Fourier px)",
+    "rung/moved_share": "share of particles that moved far",
+    "rung/seconds": "seconds",
     "loss": "loss",
     "images_per_second": "images / s",
     "pose_spread": "pose spread",
@@ -44,8 +49,10 @@ def write_results(
     learned: torch.Tensor | None = None,
 ) -> None:
     """Write the maps, particles.star, fsc.csv, pictures and report.html; volume.mrc where one was learnt."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    final = postprocess(maps, store.pixel_size, generator)
     volumes = {
-        "map": maps.map,
+        "map": final.map,
         "half1": maps.half_maps[0],
         "half2": maps.half_maps[1],
         "mask": maps.mask,
@@ -64,8 +71,8 @@ def write_results(
         half=_numpy(assignment.half),
         box_size=int(store.attrs["source_box_size"]),
     )
-    run.write("fsc.csv", _fsc_table(maps, store).encode())
-    sections = _sections(config, store, run, assignment, maps)
+    run.write("fsc.csv", _fsc_table(maps, final, store).encode())
+    sections = _sections(config, store, run, assignment, maps, final)
     for section, name in sections:
         if section.png is not None:
             run.write(f"{name}.png", section.png)
@@ -73,37 +80,55 @@ def write_results(
     run.write("report.html", report_html(title, [section for section, _ in sections]).encode())
 
 
-def _fsc_table(maps: HalfMapResult, store: ParticleStore) -> str:
+def _fsc_table(maps: HalfMapResult, final: FinalMap, store: ParticleStore) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["shell", "resolution_angstrom", "fsc_unmasked", "fsc_masked"])
-    for shell, (plain, masked) in enumerate(zip(maps.fsc.tolist(), maps.fsc_masked.tolist(), strict=True)):
+    writer.writerow(["shell", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_random", "fsc_corrected"])
+    curves = torch.stack([maps.fsc, maps.fsc_masked, final.fsc_random, final.fsc_corrected], 1)
+    for shell, values in enumerate(curves.tolist()):
         angstrom = store.box_size * store.pixel_size / shell if shell else float("inf")
-        writer.writerow([shell, f"{angstrom:.4f}", f"{plain:.5f}", f"{masked:.5f}"])
+        writer.writerow([shell, f"{angstrom:.4f}", *(f"{value:.5f}" for value in values)])
     return text.getvalue()
 
 
 def _sections(
-    config: Config, store: ParticleStore, run: RunFolder, assignment: Assignment, maps: HalfMapResult
+    config: Config,
+    store: ParticleStore,
+    run: RunFolder,
+    assignment: Assignment,
+    maps: HalfMapResult,
+    final: FinalMap,
 ) -> list[tuple[Section, str]]:
     """The report's parts, each with the name of its picture."""
     box, pixel_size = store.box_size, store.pixel_size
-    curves = {"half-maps": _numpy(maps.fsc), "half-maps, masked": _numpy(maps.fsc_masked)}
-    shell, angstrom = resolution(maps.fsc_masked, box, pixel_size, 0.143)
+    curves = {
+        "half-maps": _numpy(maps.fsc),
+        "masked": _numpy(maps.fsc_masked),
+        "masked, phases randomised": _numpy(final.fsc_random),
+        "masked, corrected": _numpy(final.fsc_corrected),
+    }
+    shell, angstrom = resolution(final.fsc_corrected, box, pixel_size, 0.143)
     summary = (
-        f"pose source: {config.pose.source}, {config.train.steps} steps of {config.train.batch_size} particles\n"
-        f"half-maps agree (FSC 0.143, masked) to shell {shell:.1f} of {box // 2}, {angstrom:.2f} Å\n"
+        f"pose source: {config.pose.source}\n"
+        f"half-maps agree (FSC 0.143, masked, corrected) to shell {shell:.1f} of {box // 2}, {angstrom:.2f} Å\n"
+        f"phases randomised from shell {final.random_from}; B-factor undone: {final.b_factor:.0f} Å²\n"
+        f"map: mean of the halves, weighted by their correlation, at {pixel_size:g} Å/px\n"
         + (
             "Each half was posed against its own map from the start: the curve is a gold standard."
             if config.pose.source == "guided"
             else "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
         )
     )
+    planes = {"map": _numpy(final.map), "mask": _numpy(maps.mask)}
     steps, panels = _training_curves(run)
+    label = "rung" if config.pose.source == "guided" else "step"
     parts = [
         (Section("Summary", summary), ""),
         (Section("Fourier shell correlation", png=fsc_figure(curves, box, pixel_size)), "fsc"),
-        (Section("Map", png=slices_figure({"map": _numpy(maps.map), "mask": _numpy(maps.mask)}, pixel_size)), "slices"),
+        (
+            Section("Map", png=slices_figure({"map": _numpy(final.map), "mask": _numpy(maps.mask)}, pixel_size)),
+            "slices",
+        ),
         (
             Section(
                 "Particles and predictions",
@@ -115,7 +140,7 @@ def _sections(
         (Section("Confidence", png=confidence_figure(_numpy(assignment.confidence))), "confidence"),
     ]
     if panels:
-        parts.append((Section("Training", png=training_figure(steps, panels)), "training"))
+        parts.append((Section("Training", png=training_figure(steps, panels, x_label=label)), "training"))
     return parts
 
 
