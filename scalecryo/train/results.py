@@ -126,7 +126,7 @@ def _sections(
         (Section("Summary", summary), ""),
         (Section("Fourier shell correlation", png=fsc_figure(curves, box, pixel_size)), "fsc"),
         (
-            Section("Map", png=slices_figure({"map": _numpy(final.map), "mask": _numpy(maps.mask)}, pixel_size)),
+            Section("Map", png=slices_figure(planes, pixel_size)),
             "slices",
         ),
         (
