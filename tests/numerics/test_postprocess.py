@@ -32,7 +32,7 @@ def halves(signal: torch.Tensor, noise: float, mask: torch.Tensor) -> HalfMapRes
 
 @pytest.mark.parametrize("b_factor", [30.0, 100.0])
 def test_guinier_fit_finds_the_b_factor(b_factor: float) -> None:
-    # White amplitudes times exp(-B s²/4): the fit over shells 10 to 31 (some 10⁴ coefficients) is good to a few per cent.
+    # White amplitudes times exp(-B s²/4): the fit over shells 10 to 31, some 10⁴ coefficients, is good to a few %.
     curve = torch.ones(BOX // 2 + 1)
     assert guinier_b_factor(fallen_off(white(0), b_factor), curve, PIXEL_SIZE) == pytest.approx(b_factor, rel=0.05)
 
