@@ -7,6 +7,7 @@ independent half-maps; held-out likelihood picks the best.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -125,18 +126,27 @@ def bootstrap(
         world.sum_(*part.tensors())
         noise.power += part.power
         noise.count += part.count
-    near = pixels.prefix(LAST_RADIUS)
     for _ in range(max(1, steps // 5)):
-        batch = next(batches)
-        batch = batch.select(_held_out(batch))
-        for seedling in seedlings:
-            own = batch.select(batch.half == seedling.half)
-            if len(own) == 0:
-                continue
-            _, posterior, _ = _search(seedling, own, grid, shift_grid_px, near, noise)
-            hypotheses = 2 * len(grid) * len(shift_grid_px)
-            seedling.evidence += (posterior.log_evidence - torch.log(torch.tensor(float(hypotheses)))).tolist()
+        _judge(seedlings, next(batches), grid, shift_grid_px, pixels.prefix(LAST_RADIUS), noise)
     return _choose(seedlings, world)
+
+
+def _judge(
+    seedlings: list[Seedling],
+    batch: Observed,
+    grid: Float[Tensor, "h 3 3"],
+    shift_grid_px: Float[Tensor, "t 2"],
+    near: FourierPixels,
+    noise: NoiseSpectrum,
+) -> None:
+    """Note how much better than an empty map each seedling explains a batch's held-out particles."""
+    batch = batch.select(_held_out(batch))
+    hypotheses = math.log(2 * len(grid) * len(shift_grid_px))
+    for seedling in seedlings:
+        own = batch.select(batch.half == seedling.half)
+        if len(own):
+            _, posterior, _ = _search(seedling, own, grid, shift_grid_px, near, noise)
+            seedling.evidence += (posterior.log_evidence - hypotheses).tolist()
 
 
 def _held_out(batch: Observed) -> Tensor:
@@ -164,13 +174,12 @@ def _grow(
     fresh = MapAccumulator(accumulator.box_size, PADDING, near.kx.device)
     images = own.prefix(len(near))
     count = len(images)
-    if count == 0:
-        pass  # a worker may hold none of this half; it still takes part in the reduction
-    elif step == 0:
+    # A worker that holds none of this half still takes part in the reduction.
+    if count and step == 0:
         rotation = random_rotations(count, seedling.generator).to(near.kx.device)
         shift = shift_grid_px[torch.randint(len(shift_grid_px), (count,), generator=seedling.generator)]
         fresh.add(images.images, rotation, shift, images.ctf, torch.ones(count, device=near.kx.device), near)
-    else:
+    elif count:
         turned, posterior, transform = _search(seedling, own, grid, shift_grid_px, near, noise)
         mass = (posterior.log_likelihood - posterior.log_likelihood[:, :1]).exp()
         mass = mass / mass.sum(1, keepdim=True)

@@ -6,6 +6,7 @@
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,7 @@ from scalecryo.train.monitor import GuidedMonitor
 from scalecryo.train.observed import Observed, observe
 from scalecryo.train.posers import ENCODER_RADIUS, GuidedPoser
 from scalecryo.train.refine import Reference
-from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.run_folder import POSES, RunFolder
 from scalecryo.train.teacher import Teacher, lesson_of
 from scalecryo.train.world import World
 
@@ -65,10 +66,7 @@ def train_guided(
     teacher = _teacher(config, store, world, device)
     if teacher is not None and learnt is not None:
         teacher.load(learnt)
-    if world.leads:
-        PoseMemory.create(run.local / "poses", store.count)
-    world.barrier()
-    memory = PoseMemory(run.local / "poses")
+    memory = PoseMemory(run.local / POSES, store.count)
     monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
     try:
         if state is None:
@@ -79,12 +77,12 @@ def train_guided(
             searching = number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
             plan = plan_rung(min(radius, _limit(config, store)), _levels(config, store), number, search=searching)
             before = state
-            state = _climb(config, store, memory, plan, state, number, teacher, world, device)
+            state, rates = _climb(config, store, memory, plan, state, number, teacher, world, device)
             number += 1
             radius = next_radius(state, plan)
             settled = settled + 1 if _is_settled(before, state) and not searching else 0
             if monitor is not None:
-                monitor.after_rung(number, plan, state, memory)
+                monitor.after_rung(number, plan, state, memory, rates)
             if world.leads:
                 save_checkpoint(run, number, _checkpoint(store, state, radius, teacher), config.train.keep_checkpoints)
                 run.sync()
@@ -123,7 +121,8 @@ def load_guided_poser(
     state, _, _, learnt = _restore(run, store if same_store else None, device)
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
-    memory = PoseMemory(run.local / "poses") if same_store else None
+    folder = run.local / POSES
+    memory = PoseMemory(folder, store.count) if same_store and folder.exists() else None
     teacher = _teacher(config, store, World(), device)
     if teacher is not None and learnt is not None:
         teacher.load(learnt)
@@ -180,8 +179,9 @@ def _climb(
     teacher: Teacher | None,
     world: World,
     device: torch.device,
-) -> HalfReferences:
-    """One rung: a pass over the particles, at most `guided.rung_particles` of them."""
+) -> tuple[HalfReferences, dict[str, float]]:
+    """One rung: a pass over the particles, at most `guided.rung_particles` of them; and this worker's rates."""
+    start, images, loss = time.monotonic(), 0, None
     shifts = search_shifts(config, store, plan.level) if number == 0 else torch.zeros(1, 2)
     rung = Rung(
         plan, state, store.level_pixel_size(plan.level),
@@ -195,12 +195,17 @@ def _climb(
     with open_stream(config, store, plan.level, config.guided.rung_batch, world, number) as stream:
         for _ in range(stream_steps(config, store, plan.level)):
             taken = rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)
+            images += sum(len(own) for own, _ in taken)
             if teacher is not None and model is not None and taken:
                 for lesson in range(config.guided.lessons):
                     size = max(1, config.guided.lesson_size // world.size)
-                    teacher.teach(lesson_of(taken, plan.level, teacher.pixels, size, lesson), model)
+                    loss = teacher.teach(lesson_of(taken, plan.level, teacher.pixels, size, lesson), model)
+        seconds = time.monotonic() - start
+        rates = {"images_per_second": images / seconds, "data_wait_share": stream.wait_seconds / seconds}
     memory.flush()
-    return rung.finish(state, world)
+    if loss is not None:
+        rates["encoder_loss"] = float(loss)  # host sync
+    return rung.finish(state, world), rates
 
 
 def _teacher(config: Config, store: ParticleStore, world: World, device: torch.device) -> Teacher | None:

@@ -5,6 +5,9 @@ particles. Each worker keeps the rows that it visited; a particle that another w
 starts from the search or the encoder.
 """
 
+import contextlib
+import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +18,27 @@ from torch import Tensor
 _COLUMNS = {"rotation": ("f4", (3, 3)), "shift": ("f4", (2,)), "confidence": ("f4", ()), "seen": ("u1", ())}
 
 
+def _make(folder: Path, count: int) -> None:
+    """Make empty columns where there are none; several workers may try at once, and one of them does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (dtype, shape) in _COLUMNS.items():
+        path = folder / f"{name}.npy"
+        if path.exists():
+            continue
+        new = folder / f".{name}.{uuid.uuid4().hex}"
+        # The file is sparse: rows never written take no space.
+        np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=(count, *shape)).flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(new, path)  # unlike a rename, it never replaces what another worker made
+        new.unlink()
+
+
 class PoseMemory:
     """Poses by row; shifts in Å so that they hold at every level."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int) -> None:
+        _make(folder, count)
         self._columns = {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in _COLUMNS}
-
-    @staticmethod
-    def create(folder: Path, count: int) -> None:
-        """Make empty columns where there are none; by one worker, before the others open them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (dtype, shape) in _COLUMNS.items():
-            path = folder / f"{name}.npy"
-            if not path.exists():
-                # The file is sparse: rows never written take no space.
-                np.lib.format.open_memmap(folder / "new.npy", mode="w+", dtype=dtype, shape=(count, *shape)).flush()
-                (folder / "new.npy").replace(path)
 
     def read(
         self, rows: Int[Tensor, " b"]

@@ -118,8 +118,10 @@ class GuidedMonitor:
         self._writer.add_text("config", describe_run(config), start_step)
         self._mark = time.monotonic()
 
-    def after_rung(self, number: int, plan: RungPlan, state: HalfReferences, memory: PoseMemory) -> None:
-        """Record one rung: radius, level, half-map resolution, rate, and errors where a truth is known."""
+    def after_rung(
+        self, number: int, plan: RungPlan, state: HalfReferences, memory: PoseMemory, rates: dict[str, float]
+    ) -> None:
+        """Record one rung: radius, level, half-map resolution, rates, and errors where a truth is known."""
         seconds, self._mark = time.monotonic() - self._mark, time.monotonic()
         level = state.half_maps[0].shape[-1]
         shell, angstrom = resolution(state.curve, level, self._store.level_pixel_size(level), 0.143)
@@ -128,7 +130,7 @@ class GuidedMonitor:
             "rung/radius": plan.radius, "rung/level": plan.level, "rung/modes": plan.modes, "rung/seconds": seconds,
             "rung/moved_share": state.moved,
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
-            "halves/fsc_mean": float(state.curve.mean()),
+            "halves/fsc_mean": float(state.curve.mean()), **rates,
         }  # fmt: skip
         if self._truth_folder:
             rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
