@@ -75,7 +75,10 @@ def train_guided(
         settled = 0
         while number < config.guided.rungs and settled < config.guided.settled_rungs:
             searching = number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
-            plan = plan_rung(min(radius, _limit(config, store)), _levels(config, store), number, search=searching)
+            plan = plan_rung(
+                min(radius, _limit(config, store)), _levels(config, store), number,
+                search=searching, shifted=not config.pose.centred,
+            )  # fmt: skip
             before = state
             state, rates = _climb(config, store, memory, plan, state, number, teacher, world, device)
             number += 1
@@ -182,11 +185,10 @@ def _climb(
 ) -> tuple[HalfReferences, dict[str, float]]:
     """One rung: a pass over the particles, at most `guided.rung_particles` of them; and this worker's rates."""
     start, images, loss = time.monotonic(), 0, None
-    shifts = search_shifts(config, store, plan.level) if number == 0 else torch.zeros(1, 2)
     rung = Rung(
         plan, state, store.level_pixel_size(plan.level),
         grid=so3_grid(HALF_GRID).to(device),
-        shift_grid_px=shifts.to(device),
+        shift_grid_px=search_shifts(config, store, plan.level).to(device),
         fit_shift=not config.pose.centred,
         generator=torch.Generator().manual_seed(config.train.seed * 1000 + number),
     )  # fmt: skip
@@ -205,7 +207,7 @@ def _climb(
     memory.flush()
     if loss is not None:
         rates["encoder_loss"] = float(loss)  # host sync
-    return rung.finish(state, world), rates
+    return rung.finish(world), rates
 
 
 def _teacher(config: Config, store: ParticleStore, world: World, device: torch.device) -> Teacher | None:

@@ -24,12 +24,13 @@ from scalecryo.pose.search import templates
 from scalecryo.train.bootstrap import reference_transform
 from scalecryo.train.memory import PoseMemory
 from scalecryo.train.observed import Observed
-from scalecryo.train.refine import GridSearch, Reference, Refined, join, polish_candidates
+from scalecryo.train.refine import GridSearch, Reference, Refined, join, polish_candidates, scatter
 from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
 PADDING = 2.0
 MOVED_DEG = 10.0
+CHOICE_RADIUS = 32.0  # Fourier pixels up to which candidates are polished before one is chosen
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,17 @@ class RungPlan:
         return min(self.level / 2 - 1, 1.4 * self.radius + 6)
 
 
-def plan_rung(radius: float, levels: tuple[int, ...], number: int, *, search: bool) -> RungPlan:
-    """The rung at a radius: the smallest level that holds it with room to see beyond, if there is one."""
+def plan_rung(radius: float, levels: tuple[int, ...], number: int, *, search: bool, shifted: bool) -> RungPlan:
+    """The rung at a radius: the smallest level that holds it with room to see beyond, if there is one.
+
+    Where shifts are unknown the search stays at a low radius: another mode may have another shift, and must still be
+    seen at the remembered one.
+    """
     fits = [level for level in sorted(levels) if level / 2 - 1 >= 1.15 * radius + 1]
     level = fits[0] if fits else max(levels)
     radius = min(radius, level / 2 - 1)
-    modes = 3 if number == 0 else 2
-    search_radius = min(radius, 12.0 if number == 0 else 24.0)
+    modes = 3 if number == 0 or shifted else 2
+    search_radius = min(radius, 12.0 if number == 0 or shifted else 24.0)
     return RungPlan(radius, level, modes if search else 0, search_radius, part=number % 2 if search else None)
 
 
@@ -158,39 +163,44 @@ class Rung:
         return taken
 
     def _pose(self, own: Observed, reference: Reference, memory: PoseMemory) -> Refined:
-        remembered = memory.read(own.rows)
-        refined = self._refine(own, reference, *remembered)
-        _, _, _, seen = remembered
-        turned = geodesic_angle(remembered[0], refined.rotation)
+        rotation, shift, confidence, seen = memory.read(own.rows)
+        refined = self._refine(own, reference, rotation.clone(), shift, confidence, seen)
+        turned = geodesic_angle(rotation, refined.rotation)
         self._moved += torch.stack([((turned > MOVED_DEG) & seen).sum(), seen.sum()])
         return refined
 
     def _refine(
         self, own: Observed, reference: Reference, rotation: Tensor, shift: Tensor, confidence: Tensor, seen: Tensor
     ) -> Refined:
-        """Candidates from memory and, in a searching rung, from the grid; the likeliest, polished."""
-        plan = self.plan
-        candidates = PoseCandidates(
-            rotation[:, None], shift[:, None] / self.pixel_size, torch.zeros_like(confidence)[:, None]
-        )
-        if plan.modes:
-            search = GridSearch(reference, self._grid, plan.search_radius, self._shifts, self._generator)
-            modes = search.modes(own, plan.modes)
-            start = torch.where(seen[:, None, None], rotation, modes.rotation[:, 0])
-            start_shift = torch.where(seen[:, None], shift / self.pixel_size, modes.shift_px[:, 0])
-            known = PoseCandidates(start[:, None], start_shift[:, None], modes.log_weight[:, :1])
-            candidates = join(known, modes)
-            near = min(plan.radius, 32.0)
-            radii = sorted({min(16.0, near), near})
-            chosen = polish_candidates(own, candidates, reference, radii, plan.passes, fit_shift=self.fit_shift)
-            confidence = chosen.confidence
-            if near == plan.radius:
-                return chosen
-            candidates = PoseCandidates(
-                chosen.rotation[:, None], chosen.shift_px[:, None], torch.zeros_like(confidence)[:, None]
-            )
-        polished = polish_candidates(own, candidates, reference, (plan.radius,), plan.passes, fit_shift=self.fit_shift)
+        """The likeliest of the remembered pose and, in a searching rung or where there is none, of the grid's modes."""
+        shift_px = shift / self.pixel_size
+        wanted = (seen.logical_not() | (self.plan.modes > 0)).nonzero()[:, 0]  # host sync
+        if len(wanted):
+            found = self._search(own.select(wanted), reference, rotation[wanted], shift_px[wanted], seen[wanted])
+            rotation[wanted], shift_px[wanted], confidence[wanted] = found.rotation, found.shift_px, found.confidence
+        start = PoseCandidates(rotation[:, None], shift_px[:, None], torch.zeros_like(confidence)[:, None])
+        radii = (self.plan.radius,)
+        polished = polish_candidates(own, start, reference, radii, self.plan.passes, fit_shift=self.fit_shift)
         return replace(polished, confidence=confidence)
+
+    def _search(self, own: Observed, reference: Reference, rotation: Tensor, shift_px: Tensor, seen: Tensor) -> Refined:
+        """Modes of the grid beside what is remembered, polished up to a middling radius."""
+        count = max(self.plan.modes, 2)
+        search = GridSearch(reference, self._grid, self.plan.search_radius, self._generator)
+        old, new = seen.nonzero()[:, 0], seen.logical_not().nonzero()[:, 0]  # host sync
+        if len(new) == 0:
+            modes = search.modes_near(own, shift_px, count)
+        elif len(old) == 0:
+            modes = search.modes(own, self._shifts, count)
+        else:
+            near = search.modes_near(own.select(old), shift_px[old], count)
+            modes = scatter(near, old, search.modes(own.select(new), self._shifts, count), new)
+        start = torch.where(seen[:, None, None], rotation, modes.rotation[:, 0])
+        start_shift = torch.where(seen[:, None], shift_px, modes.shift_px[:, 0])
+        known = PoseCandidates(start[:, None], start_shift[:, None], modes.log_weight[:, :1])
+        highest = min(self.plan.radius, CHOICE_RADIUS)
+        radii = sorted({min(16.0, highest), highest})
+        return polish_candidates(own, join(known, modes), reference, radii, self.plan.passes, fit_shift=self.fit_shift)
 
     def _note_residuals(self, own: Observed, refined: Refined, reference: Reference) -> None:
         """Residuals of a few particles, for the noise spectrum."""
@@ -201,7 +211,7 @@ class Rung:
         predicted = predicted * shift_ramp(shift, kx, ky, self.pixels.box_size)
         self.residuals.add(few.images - (predicted if few.ctf is None else predicted * few.ctf), None, self.pixels)
 
-    def finish(self, state: HalfReferences, world: World) -> HalfReferences:
+    def finish(self, world: World) -> HalfReferences:
         """Sum over the workers, solve, compare the halves. Collective."""
         world.sum_(*self.halves.tensors(), *self.residuals.tensors(), self._moved)
         result = self.halves.solve(self.pixel_size)

@@ -122,8 +122,8 @@ class GuidedPoser:
         if self._encoder is not None:
             modes = self._encoder_modes(own, self._encoder)
         else:
-            low = GridSearch(reference, self._grid, min(12.0, self._radius), self._shifts, self._generator)
-            modes = low.modes(own, MODES)
+            low = GridSearch(reference, self._grid, min(12.0, self._radius), self._generator)
+            modes = low.modes(own, self._shifts, MODES)
         radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0, self._radius)})
         return polish_candidates(own, modes, reference, radii, 3, fit_shift=self._fit_shift)
 

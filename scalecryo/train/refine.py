@@ -1,5 +1,6 @@
 """Poses of a batch against a reference: exhaustive search, separated modes, polish, choice."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.polish import polish
@@ -61,23 +63,28 @@ class GridSearch:
         reference: Reference,
         grid: Float[Tensor, "h 3 3"],
         radius: float,
-        shift_grid_px: Float[Tensor, "t 2"],
         generator: torch.Generator,
     ) -> None:
         self.reference = reference
         self.near = reference.pixels.prefix(radius)
         self.weight = reference.noise.pixel_weight(self.near)
-        self.shifts = shift_grid_px
         half = turned_grid(grid, generator)
         self.rotations = with_mates(half)
         self.bank = templates(reference.transform, half, self.near, reference.scale)
 
-    def modes(self, own: Observed, count: int) -> PoseCandidates:
-        """The `count` best separated modes of each particle."""
+    def modes(self, own: Observed, shift_grid_px: Float[Tensor, "t 2"], count: int) -> PoseCandidates:
+        """The `count` best separated modes of each particle, over a grid of shifts as well."""
         near = own.prefix(len(self.near))
-        posterior = grid_posterior(near.images, near.ctf, self.weight, self.bank, self.shifts, self.near, keep=KEEP)
-        found = posterior.candidates(self.rotations, self.shifts)
+        posterior = grid_posterior(near.images, near.ctf, self.weight, self.bank, shift_grid_px, self.near, keep=KEEP)
+        found = posterior.candidates(self.rotations, shift_grid_px)
         return separated_modes(found, count, SEPARATION_DEG)
+
+    def modes_near(self, own: Observed, shift_px: Float[Tensor, "b 2"], count: int) -> PoseCandidates:
+        """The same at each particle's own shift: the images are brought to the centre first."""
+        back = shift_ramp(-shift_px, self.near.kx, self.near.ky, self.near.box_size)
+        centred = dataclasses.replace(own.prefix(len(self.near)), images=own.images[:, : len(self.near)] * back)
+        found = self.modes(centred, shift_px.new_zeros(1, 2), count)
+        return dataclasses.replace(found, shift_px=found.shift_px + shift_px[:, None])
 
 
 def polish_candidates(
@@ -114,6 +121,16 @@ def polish_candidates(
     lead = cost[row, best]
     others = torch.where(apart, (lead[:, None] - cost).exp(), torch.zeros_like(cost)).sum(1)
     return Refined(rotation[row, best], shift[row, best], (1 / (1 + others)).float(), lead.float())
+
+
+def scatter(first: PoseCandidates, at_first: Tensor, second: PoseCandidates, at_second: Tensor) -> PoseCandidates:
+    """Candidates of two groups of particles, put back in the order of all of them."""
+    order = torch.cat([at_first, at_second]).argsort()
+    return PoseCandidates(
+        torch.cat([first.rotation, second.rotation])[order],
+        torch.cat([first.shift_px, second.shift_px])[order],
+        torch.cat([first.log_weight, second.log_weight])[order],
+    )
 
 
 def join(first: PoseCandidates, second: PoseCandidates) -> PoseCandidates:
