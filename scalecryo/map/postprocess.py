@@ -74,9 +74,9 @@ def guinier_b_factor(volume: Float[Tensor, "n n n"], curve: Float[Tensor, " shel
     box_size = volume.shape[-1]
     last, _ = resolution(curve, box_size, pixel_size, 0.143)
     first = math.ceil(box_size * pixel_size / FIT_FROM_ANGSTROM)
-    shells = torch.arange(first, int(last) + 1)
-    if len(shells) < 5:
+    if int(last) - first < 4:  # a line needs a few points
         return 0.0
+    shells = torch.arange(first, int(last) + 1)
     known = curve[shells].clamp(1e-3, 1)
     # The mean power of signal and noise, less the noise's share.
     signal = power_spectrum(volume).to(known)[shells] * (2 * known / (1 + known))

@@ -40,8 +40,9 @@ def test_guinier_fit_finds_the_b_factor(b_factor: float) -> None:
 def test_no_b_factor_where_nothing_falls_off_or_too_little_is_seen() -> None:
     curve = torch.ones(BOX // 2 + 1)
     assert guinier_b_factor(fallen_off(white(0), -50.0), curve, PIXEL_SIZE) == 0.0
-    low = torch.where(torch.arange(BOX // 2 + 1) < 12, 1.0, 0.0)  # 8 Å: two shells past 10 Å
-    assert guinier_b_factor(white(0), low, PIXEL_SIZE) == 0.0
+    for shells in (12, 3):  # 8 Å, two shells past 10 Å; 32 Å, none
+        low = torch.where(torch.arange(BOX // 2 + 1) < shells, 1.0, 0.0)
+        assert guinier_b_factor(white(0), low, PIXEL_SIZE) == 0.0
 
 
 def test_a_tight_mask_does_not_make_resolution() -> None:
