@@ -9,8 +9,8 @@ from torch import Tensor
 from scalecryo.data import files, mrc, star
 from scalecryo.data.store import ParticleStore
 from scalecryo.errors import InputError
-from scalecryo.evaluate.align import Alignment, align_poses
-from scalecryo.evaluate.align_maps import apply_alignment
+from scalecryo.evaluate.align import align_poses
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
 from scalecryo.evaluate.metrics import map_errors, rotation_errors
 from scalecryo.physics.fft import fourier_resize_3d
 
@@ -57,11 +57,12 @@ class Truth:
         rotation: Float[Tensor, "b 3 3"],
         volume: Float[Tensor, "n n n"],
     ) -> dict[str, float]:
-        """Errors of some particles' rotations and of the map, both aligned by the rotations."""
+        """Errors of some particles' rotations, and of the map: its own origin and frame are refined from theirs."""
         truth = self.rotation[rows]
-        alignment: Alignment = align_poses(rotation, truth)
+        alignment = align_poses(rotation, truth)
         errors = rotation_errors(alignment.rotations(rotation), truth)
-        found = map_errors(apply_alignment(volume, alignment), self.volume, self.pixel_size)
+        laid = align_maps(volume, self.volume, [alignment], search=False)
+        found = map_errors(apply_alignment(volume, laid), self.volume, self.pixel_size)
         return {
             "truth/rotation_error_median_deg": errors.median_deg,
             "truth/rotation_error_mean_deg": errors.mean_deg,
