@@ -19,7 +19,7 @@ from scalecryo.map.insert import MapAccumulator
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.fft import FourierPixels, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
-from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.mask import soft_sphere
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
@@ -189,8 +189,8 @@ def _grow(
         chosen = rotation[image, candidate], shift[image, candidate]
         fresh.add(images.images[image], *chosen, ctf, mass[image, candidate], near)
         predicted = templates(transform, rotation[:, 0], near, accumulator.scale)
-        predicted = predicted * shift_ramp(shift[:, 0], near.kx, near.ky, near.box_size)
-        residuals.add(images.images - (predicted if images.ctf is None else predicted * images.ctf), None, near)
+        predicted = form_images(predicted, images.ctf, shift[:, 0], near.kx, near.ky, near.box_size)
+        residuals.add(images.images - predicted, None, near)
     world.sum_(*fresh.tensors())
     accumulator.numerator += fresh.numerator
     accumulator.denominator += fresh.denominator

@@ -17,7 +17,7 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_3d
 from scalecryo.physics.fsc import resolution
-from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.search import templates
@@ -208,8 +208,8 @@ class Rung:
         rotation, shift = refined.rotation[:32], refined.shift_px[:32]
         kx, ky = self.pixels.kx, self.pixels.ky
         predicted = templates(reference.transform, rotation, self.pixels, reference.scale)
-        predicted = predicted * shift_ramp(shift, kx, ky, self.pixels.box_size)
-        self.residuals.add(few.images - (predicted if few.ctf is None else predicted * few.ctf), None, self.pixels)
+        predicted = form_images(predicted, few.ctf, shift, kx, ky, self.pixels.box_size)
+        self.residuals.add(few.images - predicted, None, self.pixels)
 
     def finish(self, world: World) -> HalfReferences:
         """Sum over the workers, solve, compare the halves. Collective."""

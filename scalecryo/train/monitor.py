@@ -37,8 +37,7 @@ class Monitor:
         self.config = config
         self.run = run
         self.model = model
-        for name in ("metrics.jsonl",):
-            run.fetch(name)
+        run.fetch("metrics.jsonl")
         self._metrics_path = run.local / "metrics.jsonl"
         trim_metrics(self._metrics_path, start_step)
         self._writer = SummaryWriter(str(run.local / "tb"), purge_step=start_step + 1 if start_step else None)

@@ -15,7 +15,7 @@ from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
-from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.image_formation import form_images
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import templates
 from scalecryo.train.assign import Posed, correlation, pictures_of
@@ -154,8 +154,8 @@ class GuidedPoser:
     def _pictures(self, own: Observed, found: Refined, reference: Reference) -> tuple[Tensor, Tensor]:
         pixels = self._pixels
         predicted = templates(reference.transform, found.rotation[:8], pixels, reference.scale)
-        predicted = predicted * shift_ramp(found.shift_px[:8], pixels.kx, pixels.ky, pixels.box_size)
-        predicted = predicted if own.ctf is None else predicted * own.ctf[:8]
+        ctf = None if own.ctf is None else own.ctf[:8]
+        predicted = form_images(predicted, ctf, found.shift_px[:8], pixels.kx, pixels.ky, pixels.box_size)
         return pictures_of(own.images, predicted, pixels)
 
 

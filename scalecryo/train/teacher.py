@@ -18,7 +18,7 @@ from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_fe
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fourier_slice import extract_slices
-from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import templates
@@ -129,8 +129,7 @@ class Teacher:
         rotation = self.encoder.own_rotation(prediction)
         pixels = self.pixels
         slices = extract_slices(reference.transform, rotation, pixels.kx, pixels.ky, reference.scale)
-        slices = slices * shift_ramp(shift, pixels.kx, pixels.ky, pixels.box_size)
-        residual = images - (slices if ctf is None else slices * ctf)
+        residual = images - form_images(slices, ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
         return ((residual.real.square() + residual.imag.square()) * weight).sum(1).mean() / weight.count_nonzero()
 
     def _turned(self, lesson: Lesson) -> Lesson:
@@ -149,8 +148,7 @@ class Teacher:
         rotation = random_rotations(count, self._generator).to(device)
         shift = (torch.randn((count, 2), generator=self._generator) * self._shift_sigma).to(device)
         images = templates(reference.transform, rotation, pixels, reference.scale)
-        images = images * shift_ramp(shift, pixels.kx, pixels.ky, pixels.box_size)
-        images = images if lesson.ctf is None else images * lesson.ctf
+        images = form_images(images, lesson.ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
         sigma = (reference.noise.variance()[pixels.shell] / 2).sqrt()
         noise = torch.complex(*(torch.randn(images.shape, generator=self._generator).to(device) for _ in range(2)))
         return Lesson(images + noise * sigma, lesson.ctf, rotation, shift)
