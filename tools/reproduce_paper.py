@@ -29,7 +29,7 @@ from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 from scalecryo.train.batches import stream_columns
-from scalecryo.train.guided import load_guided_poser
+from scalecryo.train.guided.run import load_guided_poser
 from scalecryo.train.run_folder import RunFolder
 
 matplotlib.use("Agg")

@@ -9,10 +9,10 @@ from scalecryo.config import config_from_dict
 from scalecryo.data import files
 from scalecryo.data.store import ParticleStore
 from scalecryo.train.assign import Poser, assign_particles
-from scalecryo.train.guided import load_guided_poser
+from scalecryo.train.guided.run import load_guided_poser
 from scalecryo.train.logs import log_to_stderr
 from scalecryo.train.loop import load_trained
-from scalecryo.train.posers import ModelPoser
+from scalecryo.train.model_poser import ModelPoser
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 

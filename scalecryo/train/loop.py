@@ -17,9 +17,9 @@ from scalecryo.model.inputs import ParticleInputs
 from scalecryo.train.assign import assign_particles
 from scalecryo.train.batches import particle_inputs, stream_columns, training_level
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
-from scalecryo.train.guided import train_guided
+from scalecryo.train.guided.run import train_guided
+from scalecryo.train.model_poser import ModelPoser
 from scalecryo.train.monitor import Monitor
-from scalecryo.train.posers import ModelPoser
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 

@@ -1,26 +1,20 @@
-"""What a run says while it trains: TensorBoard, metrics.jsonl and a line of progress. Worker 0 only."""
+"""What an auto-encoder's run says while it trains: scalars, pictures and a line of progress. Worker 0 only."""
 
-import json
 import logging
 import time
 from collections import deque
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from scalecryo.config import Config, describe_run
+from scalecryo.config import Config
 from scalecryo.data.store import ParticleStore
 from scalecryo.data.stream import Batch
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.physics.fft import irfft2_centred
-from scalecryo.physics.fsc import resolution
-from scalecryo.train.ladder import HalfReferences, RungPlan
-from scalecryo.train.memory import PoseMemory
-from scalecryo.train.run_folder import RunFolder, trim_metrics
+from scalecryo.train.recorder import Recorder
+from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.truth import Truth
 
 logger = logging.getLogger(__name__)
@@ -35,13 +29,8 @@ class Monitor:
         self, config: Config, store: ParticleStore, run: RunFolder, model: AutoEncoder, *, start_step: int
     ) -> None:
         self.config = config
-        self.run = run
         self.model = model
-        run.fetch("metrics.jsonl")
-        self._metrics_path = run.local / "metrics.jsonl"
-        trim_metrics(self._metrics_path, start_step)
-        self._writer = SummaryWriter(str(run.local / "tb"), purge_step=start_step + 1 if start_step else None)
-        self._writer.add_text("config", describe_run(config), start_step)
+        self._recorder = Recorder(config, run, start_step=start_step)
         box_size = model.volume.box_size
         self._truth = Truth.load(config.monitor.truth, store, box_size) if config.monitor.truth else None
         self._recent: deque[tuple[Tensor, Tensor]] = deque()
@@ -62,7 +51,7 @@ class Monitor:
 
     def close(self) -> None:
         """Flush the event file."""
-        self._writer.close()
+        self._recorder.close()
 
     def _scalars(self, step: int, loss: Tensor, output: AutoEncoderOutput, wait_seconds: float) -> None:
         before, then, waited = self._mark
@@ -77,7 +66,7 @@ class Monitor:
             "gradient_norm/volume": _gradient_norm(self.model.volume),
             "gradient_norm/poses": _gradient_norm(self.model.pose_source),
         }
-        _write_values(self._writer, self._metrics_path, step, values)
+        self._recorder.scalars(step, values)
         left = (self.config.train.steps - step) * (now - self._started) / max(step - self._start_step, 1)
         logger.info(
             "step %d of %d  loss %.4f  %.0f images/s  %.0f s left",
@@ -87,77 +76,17 @@ class Monitor:
     @torch.no_grad()
     def _pictures(self, step: int, output: AutoEncoderOutput) -> None:
         density = self.model.volume.density()
-        half = density.shape[-1] // 2
-        for axis, name in enumerate(("z", "y", "x")):
-            self._writer.add_image(f"slice/{name}", _grey(density.select(axis, half)), step)
-            self._writer.add_image(f"projection/{name}", _grey(density.sum(axis)), step)
+        self._recorder.volume(step, density)
         pixels = self.model.pixels(output.observed.device)
         observed, predicted = (
             irfft2_centred(pixels.unpack(packed[:EXAMPLES]), pixels.box_size)
             for packed in (output.observed, output.predicted)
         )
         pairs = torch.cat([torch.cat(list(images), -1) for images in (observed, predicted)], -2)
-        self._writer.add_image("images/observed_above_predicted", _grey(pairs), step)
+        self._recorder.picture(step, "images/observed_above_predicted", pairs)
         if self._truth is not None:
             rows, rotation = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
-            _write_values(self._writer, self._metrics_path, step, self._truth.compare(rows, rotation, density.cpu()))
-
-
-class GuidedMonitor:
-    """What a guided run says after each rung."""
-
-    def __init__(self, config: Config, store: ParticleStore, run: RunFolder, *, start_step: int) -> None:
-        self._store = store
-        self._truth_folder = config.monitor.truth
-        self._rows = min(config.train.rows or store.count, store.count)
-        run.fetch("metrics.jsonl")
-        self._path = run.local / "metrics.jsonl"
-        trim_metrics(self._path, start_step)
-        self._writer = SummaryWriter(str(run.local / "tb"), purge_step=start_step + 1 if start_step else None)
-        self._writer.add_text("config", describe_run(config), start_step)
-        self._mark = time.monotonic()
-
-    def after_rung(
-        self, number: int, plan: RungPlan, state: HalfReferences, memory: PoseMemory, rates: dict[str, float]
-    ) -> None:
-        """Record one rung: radius, level, half-map resolution, rates, and errors where a truth is known."""
-        seconds, self._mark = time.monotonic() - self._mark, time.monotonic()
-        level = state.half_maps[0].shape[-1]
-        shell, angstrom = resolution(state.curve, level, self._store.level_pixel_size(level), 0.143)
-        mean = (state.half_maps[0] + state.half_maps[1]) / 2
-        values: dict[str, Any] = {
-            "rung/radius": plan.radius, "rung/level": plan.level, "rung/modes": plan.modes, "rung/seconds": seconds,
-            "rung/moved_share": state.moved,
-            "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
-            "halves/fsc_mean": float(state.curve.mean()), **rates,
-        }  # fmt: skip
-        if self._truth_folder:
-            rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
-            rotation, _, _, seen = memory.read(rows)
-            truth = Truth.load(self._truth_folder, self._store, level)
-            values |= truth.compare(rows[seen], rotation[seen], mean.cpu())
-        _write_values(self._writer, self._path, number, values)
-        half = level // 2
-        for axis, name in enumerate(("z", "y", "x")):
-            self._writer.add_image(f"slice/{name}", _grey(mean.select(axis, half)), number)
-            self._writer.add_image(f"projection/{name}", _grey(mean.sum(axis)), number)
-        logger.info(
-            "rung %d: polished to %.1f Å, the halves agree to %.2f Å, %.0f %% of the particles moved far, %.1f s",
-            number, level * self._store.level_pixel_size(level) / plan.radius, angstrom, 100 * state.moved, seconds,
-        )  # fmt: skip
-
-    def close(self) -> None:
-        """Flush the event file."""
-        self._writer.close()
-
-
-def _write_values(writer: SummaryWriter, path: Path, step: int, values: dict[str, Any]) -> None:
-    """The same scalars to the event file and to metrics.jsonl."""
-    for name, value in values.items():
-        if value is not None:
-            writer.add_scalar(name, value, step)
-    with path.open("a") as handle:
-        handle.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+            self._recorder.scalars(step, self._truth.compare(rows, rotation, density.cpu()))
 
 
 def pose_spread(rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, ""]:
@@ -168,9 +97,3 @@ def pose_spread(rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, ""]:
 def _gradient_norm(module: torch.nn.Module) -> float:
     squares = [p.grad.square().sum() for p in module.parameters() if p.grad is not None]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-
-
-def _grey(image: Float[Tensor, "y x"]) -> Float[Tensor, "1 y x"]:
-    """An image scaled to 0…1 between its 1 % and 99 % quantiles, for TensorBoard."""
-    low, high = torch.quantile(image.flatten()[:: max(1, image.numel() // 100_000)], image.new_tensor([0.01, 0.99]))
-    return ((image - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)[None].cpu()

@@ -10,9 +10,9 @@ from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.rotation import geodesic_angle, random_rotations
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.search import templates, with_mates
+from scalecryo.train.guided.refine import Reference, Refined
+from scalecryo.train.guided.teacher import Lesson, Teacher, lesson_of
 from scalecryo.train.observed import Observed
-from scalecryo.train.refine import Reference, Refined
-from scalecryo.train.teacher import Lesson, Teacher, lesson_of
 from scalecryo.train.world import World
 
 

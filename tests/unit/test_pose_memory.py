@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.train.memory import PoseMemory
+from scalecryo.train.guided.memory import PoseMemory
 
 
 def test_written_rows_are_read_back_by_another(tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.search import templates
-from scalecryo.train.bootstrap import reference_transform
-from scalecryo.train.memory import PoseMemory
+from scalecryo.train.guided.bootstrap import reference_transform
+from scalecryo.train.guided.memory import PoseMemory
+from scalecryo.train.guided.refine import GridSearch, Reference, Refined, join, polish_candidates, scatter
 from scalecryo.train.observed import Observed
-from scalecryo.train.refine import GridSearch, Reference, Refined, join, polish_candidates, scatter
 from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Who finds the poses in the last pass: the trained auto-encoder, or the guided method's references."""
+"""The last pass of the guided method: poses against the references, from memory, encoder or search."""
 
 import dataclasses
 
@@ -11,45 +11,20 @@ from scalecryo.data.stream import Batch
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
-from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.image_formation import form_images
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import templates
-from scalecryo.train.assign import Posed, correlation, pictures_of
-from scalecryo.train.batches import particle_inputs
-from scalecryo.train.ladder import HalfReferences, level_noise, references
-from scalecryo.train.memory import PoseMemory
+from scalecryo.train.assign import Posed, pictures_of
+from scalecryo.train.guided.ladder import HalfReferences, level_noise, references
+from scalecryo.train.guided.memory import PoseMemory
+from scalecryo.train.guided.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates
 from scalecryo.train.observed import Observed, observe
-from scalecryo.train.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates
 
 MODES = 4
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
-
-
-class ModelPoser:
-    """Poses by the auto-encoder's own pose source: encoder, table or known."""
-
-    def __init__(self, config: Config, store: ParticleStore, model: AutoEncoder) -> None:
-        self.level = model.volume.box_size
-        self._store = store
-        self._model = model
-        # A pose table knows only the rows that it was trained on.
-        limited = config.pose.source == "table" and config.train.rows
-        self._posed_rows = config.train.rows if limited else store.count
-
-    def pose(self, batch: Batch, *, pictures: bool) -> Posed:
-        """One forward pass."""
-        usable = (batch.rows < self._posed_rows).float()
-        batch.rows.clamp_(max=self._posed_rows - 1)
-        output: AutoEncoderOutput = self._model(particle_inputs(batch, self._store, self.level))
-        pixels = self._model.pixels(batch.images.device)
-        shown = pictures_of(output.observed, output.predicted, pixels) if pictures else None
-        confidence = correlation(output.observed, output.predicted, pixels.weight)
-        shift = output.shift_px * self._store.level_pixel_size(self.level)
-        return Posed(output.rotation, shift, confidence, usable, shown)
 
 
 class GuidedPoser:

@@ -28,16 +28,16 @@ from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.search import shift_grid, with_mates
 from scalecryo.train.assign import assign_particles
 from scalecryo.train.batches import stream_columns
-from scalecryo.train.bootstrap import HALF_GRID, FirstMaps, bootstrap
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
-from scalecryo.train.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
-from scalecryo.train.memory import PoseMemory
-from scalecryo.train.monitor import GuidedMonitor
+from scalecryo.train.guided.bootstrap import HALF_GRID, FirstMaps, bootstrap
+from scalecryo.train.guided.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
+from scalecryo.train.guided.memory import PoseMemory
+from scalecryo.train.guided.monitor import GuidedMonitor
+from scalecryo.train.guided.poser import ENCODER_RADIUS, GuidedPoser
+from scalecryo.train.guided.refine import Reference
+from scalecryo.train.guided.teacher import Teacher, lesson_of
 from scalecryo.train.observed import Observed, observe
-from scalecryo.train.posers import ENCODER_RADIUS, GuidedPoser
-from scalecryo.train.refine import Reference
 from scalecryo.train.run_folder import POSES, RunFolder
-from scalecryo.train.teacher import Teacher, lesson_of
 from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)

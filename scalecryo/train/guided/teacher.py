@@ -22,8 +22,8 @@ from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import templates
+from scalecryo.train.guided.refine import Reference, Refined
 from scalecryo.train.observed import Observed
-from scalecryo.train.refine import Reference, Refined
 from scalecryo.train.world import World
 
 LABEL_WIDTH_DEG, LABEL_NEAREST = 9.0, 16

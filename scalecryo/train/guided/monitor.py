@@ -1,0 +1,59 @@
+"""What a guided run says after each rung. Worker 0 only."""
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from scalecryo.config import Config
+from scalecryo.data.store import ParticleStore
+from scalecryo.physics.fsc import resolution
+from scalecryo.train.guided.ladder import HalfReferences, RungPlan
+from scalecryo.train.guided.memory import PoseMemory
+from scalecryo.train.recorder import Recorder
+from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.truth import Truth
+
+logger = logging.getLogger(__name__)
+
+
+class GuidedMonitor:
+    """What a guided run says after each rung."""
+
+    def __init__(self, config: Config, store: ParticleStore, run: RunFolder, *, start_step: int) -> None:
+        self._store = store
+        self._truth_folder = config.monitor.truth
+        self._rows = min(config.train.rows or store.count, store.count)
+        self._recorder = Recorder(config, run, start_step=start_step)
+        self._mark = time.monotonic()
+
+    def after_rung(
+        self, number: int, plan: RungPlan, state: HalfReferences, memory: PoseMemory, rates: dict[str, float]
+    ) -> None:
+        """Record one rung: radius, level, half-map resolution, rates, and errors where a truth is known."""
+        seconds, self._mark = time.monotonic() - self._mark, time.monotonic()
+        level = state.half_maps[0].shape[-1]
+        shell, angstrom = resolution(state.curve, level, self._store.level_pixel_size(level), 0.143)
+        mean = (state.half_maps[0] + state.half_maps[1]) / 2
+        values: dict[str, Any] = {
+            "rung/radius": plan.radius, "rung/level": plan.level, "rung/modes": plan.modes, "rung/seconds": seconds,
+            "rung/moved_share": state.moved,
+            "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
+            "halves/fsc_mean": float(state.curve.mean()), **rates,
+        }  # fmt: skip
+        if self._truth_folder:
+            rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
+            rotation, _, _, seen = memory.read(rows)
+            truth = Truth.load(self._truth_folder, self._store, level)
+            values |= truth.compare(rows[seen], rotation[seen], mean.cpu())
+        self._recorder.scalars(number, values)
+        self._recorder.volume(number, mean)
+        logger.info(
+            "rung %d: polished to %.1f Å, the halves agree to %.2f Å, %.0f %% of the particles moved far, %.1f s",
+            number, level * self._store.level_pixel_size(level) / plan.radius, angstrom, 100 * state.moved, seconds,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._recorder.close()
