@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.map.insert import MapAccumulator
 from scalecryo.physics.fft import FourierPixels, irfft3_centred, rfft3_centred
 from scalecryo.physics.fsc import fsc, shell_index_3d
+from scalecryo.physics.image_formation import Filtered
 from scalecryo.physics.mask import mask_from_map
 
 
@@ -39,17 +40,18 @@ class HalfMaps:
 
     def add(
         self,
-        observed: Complex[Tensor, "b p"],
+        images: Filtered,
         rotation: Float[Tensor, "b 3 3"],
         shift_px: Float[Tensor, "b 2"],
-        ctf: Float[Tensor, "b p"] | None,
         weight: Float[Tensor, " b"],
         half: Int[Tensor, " b"],
         pixels: FourierPixels,
     ) -> None:
         """Insert images into the half-map, 1 or 2, that each belongs to."""
         for number, accumulator in enumerate(self.halves, start=1):
-            accumulator.add(observed, rotation, shift_px, ctf, weight * (half == number), pixels)
+            own = ((half == number) & (weight > 0)).nonzero()[:, 0]  # host sync
+            if len(own):
+                accumulator.add(images.select(own), rotation[own], shift_px[own], weight[own], pixels)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All sums, to be reduced over workers."""

@@ -1,13 +1,13 @@
 """From images and poses to a map: weighted insertion of slices and its Wiener-like solution."""
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.physics.fft import FourierPixels, irfft3_centred
 from scalecryo.physics.fourier_slice import add_plane_mates, gridding_correction, insert_slices, padded_box
 from scalecryo.physics.fsc import shell_index_3d
-from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.image_formation import Filtered, shift_ramp
 from scalecryo.physics.kernels.cpu import insert_slices_cpu
 from scalecryo.physics.mask import soft_sphere
 
@@ -28,22 +28,18 @@ class MapAccumulator:
 
     def add(
         self,
-        observed: Complex[Tensor, "b p"],
+        images: Filtered,
         rotation: Float[Tensor, "b 3 3"],
         shift_px: Float[Tensor, "b 2"],
-        ctf: Float[Tensor, "b p"] | None,
         weight: Float[Tensor, " b"],
         pixels: FourierPixels,
     ) -> None:
-        """Insert images (packed Fourier pixels) at their poses, each with a weight."""
+        """Insert images (packed by `pixels`, times their CTF) at their poses, each with a weight."""
         centring = shift_ramp(-shift_px, pixels.kx, pixels.ky, pixels.box_size)
         # Half the Hermitian weight, and `add_plane_mates` when solving: every pixel and its mate count once.
         share = weight[:, None] * (pixels.weight / 2)
-        values = observed * centring * share
-        power = share
-        if ctf is not None:
-            values = values * ctf
-            power = power * ctf.square()
+        values = images.values * centring * share
+        power = share if images.power is None else share * images.power
         geometry = rotation, pixels.kx, pixels.ky, self.scale
         if self.numerator.device.type == "cpu":
             insert_slices_cpu(values, power.contiguous(), *geometry, self.numerator, self.denominator)

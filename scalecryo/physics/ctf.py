@@ -73,11 +73,8 @@ def contrast_transfer(
     inverse = 1.0 / squared.clamp_min(torch.finfo(squared.dtype).tiny)
     cos2, sin2 = (x * x - y * y) * inverse, 2 * x * y * inverse
 
-    mean = 0.5 * _UM_PER_ANGSTROM * (parameters.defocus_u + parameters.defocus_v)
-    half = 0.5 * _UM_PER_ANGSTROM * (parameters.defocus_u - parameters.defocus_v)
-    twice = torch.deg2rad(2 * parameters.astigmatism_angle)
-    along, across = half * twice.cos(), half * twice.sin()
-    defocus_um = mean[:, None] + along[:, None] * cos2 + across[:, None] * sin2
+    mean, along, across = _defocus_terms(parameters)
+    defocus_um = _UM_PER_ANGSTROM * (mean + along * cos2 + across * sin2)
     phase = torch_ctf.calculate_total_phase_shift(
         defocus_um,
         parameters.voltage[:, None],
@@ -88,3 +85,41 @@ def contrast_transfer(
     )
     # torch-ctf counts the phase with the opposite sign.
     return -torch.sin(phase)
+
+
+def ctf_power_in_box(
+    parameters: CtfParameters,
+    kx: Float[Tensor, "p"],
+    ky: Float[Tensor, "p"],
+    box_size: int,
+    pixel_size: float,
+) -> Float[Tensor, "b p"]:
+    """What CTF² amounts to for images that were cut out to a box: CTF², smoothed by the box.
+
+    CTF² = (1 - cos 2 chi) / 2. Where the cosine turns fast, its signal lies far from the particle: locally at the
+    displacement d = grad(2 chi) / 2 pi, of which the box keeps the share (1 - |dx| / L)(1 - |dy| / L), L the box's
+    edge. Without this, pixels near Nyquist of a small box are weighted by an aliased CTF².
+
+    Args:
+        parameters, kx, ky, box_size, pixel_size: as in `contrast_transfer`.
+
+    Source: stationary phase; the tests compare with the transform of the windowed point spread.
+    """
+    step = 1.0 / (box_size * pixel_size)
+    x, y = kx * step, ky * step
+    mean, along, across = _defocus_terms(parameters)
+    wavelength = torch_ctf.calculate_relativistic_electron_wavelength(1e3 * parameters.voltage)[:, None] * 1e10
+    aberration = 1e7 * parameters.spherical_aberration[:, None] * wavelength**3 * (x * x + y * y)
+    dx = 2 * (wavelength * ((mean + along) * x + across * y) - aberration * x)
+    dy = 2 * (wavelength * (across * x + (mean - along) * y) - aberration * y)
+    kept = (1 - dx.abs() * step).clamp_min(0) * (1 - dy.abs() * step).clamp_min(0)
+    cosine = 1 - 2 * contrast_transfer(parameters, kx, ky, box_size, pixel_size).square()
+    return 0.5 * (1 - kept * cosine)
+
+
+def _defocus_terms(parameters: CtfParameters) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean defocus, and the parts that go with cos 2 theta and sin 2 theta, Å, each (b, 1)."""
+    half = 0.5 * (parameters.defocus_u - parameters.defocus_v)
+    twice = torch.deg2rad(2 * parameters.astigmatism_angle)
+    mean = 0.5 * (parameters.defocus_u + parameters.defocus_v)
+    return mean[:, None], (half * twice.cos())[:, None], (half * twice.sin())[:, None]

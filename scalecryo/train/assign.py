@@ -12,10 +12,10 @@ from scalecryo.config import Config
 from scalecryo.data.store import ParticleStore
 from scalecryo.data.stream import Batch, sequential
 from scalecryo.map.halfmaps import HalfMaps
-from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred
+from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred, rfft2_centred
+from scalecryo.physics.image_formation import Filtered, filtered, filtered_on_padded_box
 from scalecryo.train.assignment import Assignment
-from scalecryo.train.batches import stream_columns
-from scalecryo.train.observed import observe
+from scalecryo.train.batches import half_of, particle_inputs, stream_columns
 from scalecryo.train.results import write_results
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
@@ -73,16 +73,22 @@ def assign_particles(
     collector = _Collector()
     for small, full in _both_levels(store, poser.level, world):
         posed = poser.pose(small.to(device), pictures=collector.wants_pictures)
-        particles = observe(full.to(device), store, store.box_size, pixels)
-        halves.add(
-            particles.images, posed.rotation, posed.shift / store.pixel_size, particles.ctf, posed.usable,
-            particles.half, pixels,
-        )  # fmt: skip
-        collector.add(particles.rows, posed, particles.half)
+        full, half = full.to(device), half_of(full).to(device)
+        images = _filtered(full, store, pixels)
+        halves.add(images, posed.rotation, posed.shift / store.pixel_size, posed.usable, half, pixels)
+        collector.add(full.rows, posed, half)
     world.sum_(*halves.tensors())
     assignment = collector.gather(world)
     if assignment is not None:
         write_results(config, store, run, assignment, halves.solve(store.pixel_size), learned)
+
+
+def _filtered(batch: Batch, store: ParticleStore, pixels: FourierPixels) -> Filtered:
+    """Full images times their CTF."""
+    inputs = particle_inputs(batch, store, store.box_size)
+    if inputs.ctf is not None:
+        return filtered_on_padded_box(inputs.images, inputs.ctf, store.pixel_size, pixels)
+    return filtered(pixels.pack(rfft2_centred(inputs.images)), None)
 
 
 def _both_levels(store: ParticleStore, level: int, world: World) -> Iterator[tuple[Batch, Batch]]:

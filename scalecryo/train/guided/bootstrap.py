@@ -19,7 +19,7 @@ from scalecryo.map.insert import MapAccumulator
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.fft import FourierPixels, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
-from scalecryo.physics.image_formation import form_images
+from scalecryo.physics.image_formation import filtered, form_images
 from scalecryo.physics.mask import soft_sphere
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
@@ -178,16 +178,16 @@ def _grow(
     if count and step == 0:
         rotation = random_rotations(count, seedling.generator).to(near.kx.device)
         shift = shift_grid_px[torch.randint(len(shift_grid_px), (count,), generator=seedling.generator)]
-        fresh.add(images.images, rotation, shift, images.ctf, torch.ones(count, device=near.kx.device), near)
+        ones = torch.ones(count, device=near.kx.device)
+        fresh.add(filtered(images.images, images.ctf), rotation, shift, ones, near)
     elif count:
         turned, posterior, transform = _search(seedling, own, grid, shift_grid_px, near, noise)
         mass = (posterior.log_likelihood - posterior.log_likelihood[:, :1]).exp()
         mass = mass / mass.sum(1, keepdim=True)
         rotation, shift = turned[posterior.rotation_index], shift_grid_px[posterior.shift_index]
         image, candidate = (mass > LEAST_SHARE).nonzero(as_tuple=True)  # host sync: how many are inserted
-        ctf = None if images.ctf is None else images.ctf[image]
         chosen = rotation[image, candidate], shift[image, candidate]
-        fresh.add(images.images[image], *chosen, ctf, mass[image, candidate], near)
+        fresh.add(filtered(images.images, images.ctf).select(image), *chosen, mass[image, candidate], near)
         predicted = templates(transform, rotation[:, 0], near, accumulator.scale)
         predicted = form_images(predicted, images.ctf, shift[:, 0], near.kx, near.ky, near.box_size)
         residuals.add(images.images - predicted, None, near)

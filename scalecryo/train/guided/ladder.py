@@ -17,7 +17,7 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_3d
 from scalecryo.physics.fsc import resolution
-from scalecryo.physics.image_formation import form_images
+from scalecryo.physics.image_formation import filtered, form_images
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.search import templates
@@ -156,7 +156,8 @@ class Rung:
                 continue
             refined = self._pose(own, reference, memory)
             ones = refined.cost.new_ones(len(own))
-            self.halves.halves[half - 1].add(own.images, refined.rotation, refined.shift_px, own.ctf, ones, self.pixels)
+            images = filtered(own.images, own.ctf)
+            self.halves.halves[half - 1].add(images, refined.rotation, refined.shift_px, ones, self.pixels)
             self._note_residuals(own, refined, reference)
             memory.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
             taken.append((own, refined))
