@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float, Int, Shaped
+from jaxtyping import Bool, Complex, Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -247,6 +247,21 @@ class FourierPixels:
         rows, columns = self.box_size, self.box_size // 2 + 1
         flat = packed.new_zeros(*packed.shape[:-1], rows * columns)
         return flat.index_copy(-1, self.index, packed).unflatten(-1, (rows, columns))
+
+    def quarter_turn(self) -> tuple[Int[Tensor, "p"], Bool[Tensor, "p"]]:
+        """Where each pixel of an image turned by +90 degrees, x towards y, comes from.
+
+        Returns:
+            The packed pixel to read, and whether to conjugate it: the turned (kx, ky) is the old (ky, -kx), or its mate
+            where that is not stored. The turned image's pose is R Rz(90°)ᵀ. Exact: the lattice turns onto itself.
+        """
+        x, y = self.ky.round().long(), -self.kx.round().long()
+        mate = x < 0
+        x, y = torch.where(mate, -x, x), torch.where(mate, -y, y)
+        columns = self.box_size // 2 + 1
+        position = torch.full((self.box_size * columns,), -1, device=self.index.device)
+        position[self.index] = torch.arange(len(self), device=self.index.device)
+        return position[(y % self.box_size) * columns + x], mate
 
 
 def fourier_pixels(box_size: int, radius: float | None = None) -> FourierPixels:

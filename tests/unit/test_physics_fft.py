@@ -118,3 +118,16 @@ def test_crop_keeps_batch_dimensions():
 def test_bad_boxes_and_radii_are_refused_with_a_repair(call):
     with pytest.raises(InputError, match=r"\d.*: (crop|give|lower)"):
         call()
+
+
+def test_a_quarter_turn_of_the_packed_pixels_is_that_of_the_image() -> None:
+    # Reference: the image turned in real space, about the centre pixel, as rot90 of all but its first row and column.
+    image = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    image[0], image[:, 0] = 0, 0
+    turned = torch.zeros_like(image)
+    turned[1:, 1:] = torch.rot90(image[1:, 1:], -1)  # rows are y: from x towards y
+    pixels = fourier_pixels(16)
+    source, mate = pixels.quarter_turn()
+    packed = pixels.pack(rfft2_centred(image))[source]
+    packed = torch.where(mate, packed.conj(), packed)
+    assert torch.allclose(packed, pixels.pack(rfft2_centred(turned)), atol=1e-12)

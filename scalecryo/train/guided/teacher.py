@@ -1,7 +1,7 @@
 """Teaching the encoder while the ladder climbs: from what the search found, and from projections of the map.
 
-Half of each lesson are real images with the poses that the last polish gave them, turned in the plane by 0° or 180°
-(exact on Fourier pixels, astigmatism included); half are projections of the present map at random poses, with the
+Half of each lesson are real images with the poses that the last polish gave them, turned in the plane by a multiple of
+90° (exact on Fourier pixels, astigmatism included); half are projections of the present map at random poses, with the
 batch's CTFs and the estimated noise. The loss is the cross-entropy with soft labels, the shift's squared error, and the
 paper's reconstruction loss through the encoder's own pose.
 """
@@ -79,6 +79,7 @@ class Teacher:
         self.encoder = encoder
         self.pixels = pixels
         self._shift_sigma = shift_sigma_px
+        self._quarter_turn = pixels.quarter_turn()
         self._replica: nn.Module = encoder
         if world.size > 1:
             self._replica = DistributedDataParallel(encoder, forward_sync_buffers=False)
@@ -90,7 +91,7 @@ class Teacher:
         real, simulated = self._turned(lesson), self._simulated(lesson, reference)
         weight = reference.noise.pixel_weight(self.pixels)
         images = torch.cat([real.images, simulated.images])
-        ctf = None if lesson.ctf is None else torch.cat([lesson.ctf, lesson.ctf])
+        ctf = None if real.ctf is None or simulated.ctf is None else torch.cat([real.ctf, simulated.ctf])
         rotation = torch.cat([real.rotation, simulated.rotation])
         shift = torch.cat([real.shift_px, simulated.shift_px])
         prediction: GridPrediction = self._replica(encoder_features(images, ctf, weight))
@@ -133,14 +134,19 @@ class Teacher:
         return ((residual.real.square() + residual.imag.square()) * weight).sum(1).mean() / weight.count_nonzero()
 
     def _turned(self, lesson: Lesson) -> Lesson:
-        """The real images, each half-turned or not in its plane: the transform's conjugate, at R Rz(180°)."""
-        count = len(lesson.rotation)
-        flip = (torch.rand(count, generator=self._generator) < 0.5).to(lesson.rotation.device)
-        images = torch.where(flip[:, None], lesson.images.conj(), lesson.images)
-        half_turn = lesson.rotation.new_tensor([-1.0, -1.0, 1.0])
-        rotation = torch.where(flip[:, None, None], lesson.rotation * half_turn, lesson.rotation)
-        shift = torch.where(flip[:, None], -lesson.shift_px, lesson.shift_px)
-        return Lesson(images, lesson.ctf, rotation, shift)
+        """The real images, each turned in its plane by a multiple of 90°; the pose becomes R Rz(angle)ᵀ."""
+        turns = torch.randint(4, (len(lesson.rotation),), generator=self._generator).to(lesson.rotation.device)
+        source, mate = self._quarter_turn
+        quarter = lesson.rotation.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        images, ctf, rotation, shift = lesson.images, lesson.ctf, lesson.rotation, lesson.shift_px
+        for number in range(1, 4):
+            more = turns >= number
+            read = images[:, source]
+            images = torch.where(more[:, None], torch.where(mate, read.conj(), read), images)
+            ctf = None if ctf is None else torch.where(more[:, None], ctf[:, source], ctf)
+            rotation = torch.where(more[:, None, None], rotation @ quarter.T, rotation)
+            shift = torch.where(more[:, None], shift @ quarter[:2, :2].T, shift)
+        return Lesson(images, ctf, rotation, shift)
 
     def _simulated(self, lesson: Lesson, reference: Reference) -> Lesson:
         """Projections of the map at random poses with the lesson's CTFs and the estimated noise."""
