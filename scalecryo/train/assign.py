@@ -31,14 +31,14 @@ class Posed(NamedTuple):
         rotation: image frame to volume frame.
         shift: Å.
         confidence: 0 … 1.
-        usable: 1 where the particle may enter the maps, else 0.
+        weight: of the particle in the maps, 0 … 1.
         pictures: the first few images and their predictions, real space, where they were asked for.
     """
 
     rotation: Float[Tensor, "b 3 3"]
     shift: Float[Tensor, "b 2"]
     confidence: Float[Tensor, " b"]
-    usable: Float[Tensor, " b"]
+    weight: Float[Tensor, " b"]
     pictures: tuple[Tensor, Tensor] | None
 
 
@@ -75,7 +75,7 @@ def assign_particles(
         posed = poser.pose(small.to(device), pictures=collector.wants_pictures)
         full, half = full.to(device), half_of(full).to(device)
         images = _filtered(full, store, pixels)
-        halves.add(images, posed.rotation, posed.shift / store.pixel_size, posed.usable, half, pixels)
+        halves.add(images, posed.rotation, posed.shift / store.pixel_size, posed.weight, half, pixels)
         collector.add(full.rows, posed, half)
     world.sum_(*halves.tensors())
     assignment = collector.gather(world)
@@ -139,7 +139,7 @@ class _Collector:
         self._rows.append(rows.cpu())
         self._rotation.append(posed.rotation.cpu())
         self._shift.append(posed.shift.cpu())
-        self._confidence.append((posed.confidence * posed.usable).cpu())
+        self._confidence.append(posed.confidence.cpu())
         self._half.append(half.cpu())
         self._pictures = self._pictures or posed.pictures
 

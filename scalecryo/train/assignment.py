@@ -13,7 +13,8 @@ class Assignment:
     Attributes:
         rotation: image frame to volume frame.
         shift: (x, y) in Å, where the particle sits from the centre.
-        confidence: correlation of each image with its prediction, 0 … 1.
+        confidence: 0 … 1. Guided: probability that the image shows the particle, in this pose and not in another mode;
+            auto-encoder: correlation of each image with its prediction.
         half: 1 or 2.
         observed, predicted: a few images and their predictions, real space, for pictures.
     """

@@ -26,6 +26,6 @@ class ModelPoser:
         output: AutoEncoderOutput = self._model(particle_inputs(batch, self._store, self.level))
         pixels = self._model.pixels(batch.images.device)
         shown = pictures_of(output.observed, output.predicted, pixels) if pictures else None
-        confidence = correlation(output.observed, output.predicted, pixels.weight)
+        confidence = usable * correlation(output.observed, output.predicted, pixels.weight)
         shift = output.shift_px * self._store.level_pixel_size(self.level)
         return Posed(output.rotation, shift, confidence, usable, shown)

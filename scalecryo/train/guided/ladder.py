@@ -25,6 +25,7 @@ from scalecryo.train.guided.bootstrap import reference_transform
 from scalecryo.train.guided.memory import PoseMemory
 from scalecryo.train.guided.refine import GridSearch, Reference, Refined, join, polish_candidates, scatter
 from scalecryo.train.observed import Observed
+from scalecryo.train.stopwatch import Stopwatch
 from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
@@ -132,8 +133,10 @@ class Rung:
         shift_grid_px: Float[Tensor, "t 2"],
         fit_shift: bool,
         generator: torch.Generator,
+        watch: Stopwatch,
     ) -> None:
         self.plan = plan
+        self.watch = watch
         self.pixel_size = pixel_size
         self.pixels = fourier_pixels(plan.level, plan.reach).to(grid.device)
         self.references = references(state, plan.level, self.pixels)
@@ -155,9 +158,10 @@ class Rung:
             if len(own) == 0:
                 continue
             refined = self._pose(own, reference, memory)
-            ones = refined.cost.new_ones(len(own))
-            images = filtered(own.images, own.ctf)
-            self.halves.halves[half - 1].add(images, refined.rotation, refined.shift_px, ones, self.pixels)
+            with self.watch.part("insert"):
+                ones = refined.cost.new_ones(len(own))
+                images = filtered(own.images, own.ctf)
+                self.halves.halves[half - 1].add(images, refined.rotation, refined.shift_px, ones, self.pixels)
             self._note_residuals(own, refined, reference)
             memory.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
             taken.append((own, refined))
@@ -181,27 +185,35 @@ class Rung:
             rotation[wanted], shift_px[wanted], confidence[wanted] = found.rotation, found.shift_px, found.confidence
         start = PoseCandidates(rotation[:, None], shift_px[:, None], torch.zeros_like(confidence)[:, None])
         radii = (self.plan.radius,)
-        polished = polish_candidates(own, start, reference, radii, self.plan.passes, fit_shift=self.fit_shift)
+        with self.watch.part("polish"):
+            polished = polish_candidates(own, start, reference, radii, self.plan.passes, fit_shift=self.fit_shift)
         return replace(polished, confidence=confidence)
 
     def _search(self, own: Observed, reference: Reference, rotation: Tensor, shift_px: Tensor, seen: Tensor) -> Refined:
         """Modes of the grid beside what is remembered, polished up to a middling radius."""
-        count = max(self.plan.modes, 2)
-        search = GridSearch(reference, self._grid, self.plan.search_radius, self._generator)
-        old, new = seen.nonzero()[:, 0], seen.logical_not().nonzero()[:, 0]  # host sync
-        if len(new) == 0:
-            modes = search.modes_near(own, shift_px, count)
-        elif len(old) == 0:
-            modes = search.modes(own, self._shifts, count)
-        else:
-            near = search.modes_near(own.select(old), shift_px[old], count)
-            modes = scatter(near, old, search.modes(own.select(new), self._shifts, count), new)
+        with self.watch.part("search"):
+            modes = self._grid_modes(own, reference, shift_px, seen)
         start = torch.where(seen[:, None, None], rotation, modes.rotation[:, 0])
         start_shift = torch.where(seen[:, None], shift_px, modes.shift_px[:, 0])
         known = PoseCandidates(start[:, None], start_shift[:, None], modes.log_weight[:, :1])
         highest = min(self.plan.radius, CHOICE_RADIUS)
         radii = sorted({min(16.0, highest), highest})
-        return polish_candidates(own, join(known, modes), reference, radii, self.plan.passes, fit_shift=self.fit_shift)
+        with self.watch.part("polish"):
+            return polish_candidates(
+                own, join(known, modes), reference, radii, self.plan.passes, fit_shift=self.fit_shift
+            )
+
+    def _grid_modes(self, own: Observed, reference: Reference, shift_px: Tensor, seen: Tensor) -> PoseCandidates:
+        """The grid's best modes: at the remembered shift, or over all shifts where none is remembered."""
+        count = max(self.plan.modes, 2)
+        search = GridSearch(reference, self._grid, self.plan.search_radius, self._generator)
+        old, new = seen.nonzero()[:, 0], seen.logical_not().nonzero()[:, 0]  # host sync
+        if len(new) == 0:
+            return search.modes_near(own, shift_px, count)
+        if len(old) == 0:
+            return search.modes(own, self._shifts, count)
+        near = search.modes_near(own.select(old), shift_px[old], count)
+        return scatter(near, old, search.modes(own.select(new), self._shifts, count), new)
 
     def _note_residuals(self, own: Observed, refined: Refined, reference: Reference) -> None:
         """Residuals of a few particles, for the noise spectrum."""

@@ -20,11 +20,13 @@ from scalecryo.pose.search import templates
 from scalecryo.train.assign import Posed, pictures_of
 from scalecryo.train.guided.ladder import HalfReferences, level_noise, references
 from scalecryo.train.guided.memory import PoseMemory
-from scalecryo.train.guided.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates
+from scalecryo.train.guided.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates, presence
 from scalecryo.train.observed import Observed, observe
 
 MODES = 4
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
+PRESENCE_RADIUS = 24.0  # Fourier pixels that tell whether an image shows the particle
+LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to
 
 
 class GuidedPoser:
@@ -50,6 +52,7 @@ class GuidedPoser:
         self._references = references(state, self.level, self._pixels)
         self._radius = min(state.radius, self.level / 2 - 1)
         self._fit_shift = not config.pose.centred
+        self._shift_radius_px = config.guided.shift_radius_a / self.pixel_size if self._fit_shift else 0.0
         self._memory = memory
         self._encoder = encoder
         small = min(store.levels)
@@ -64,21 +67,24 @@ class GuidedPoser:
         """Remembered poses polished once more; the others searched, then polished at rising radii."""
         observed = observe(batch, self._store, self.level, self._pixels)
         rotation = torch.zeros(len(observed), 3, 3, device=observed.images.device)
-        shift, confidence = rotation[:, 0, :2].clone(), rotation[:, 0, 0].clone()
+        shift, confidence, shows = rotation[:, 0, :2].clone(), rotation[:, 0, 0].clone(), rotation[:, 0, 0].clone()
         shown = None
         for number, reference in enumerate(self._references, start=1):
             at = (observed.half == number).nonzero()[:, 0]
             if len(at) == 0:
                 continue
-            found = self._pose_half(observed.select(at), reference)
+            own = observed.select(at)
+            found = self._pose_half(own, reference)
             if pictures and number == 1:
-                shown = self._pictures(observed.select(at), found, reference)
+                shown = self._pictures(own, found, reference)
             turned, moved = found.rotation, found.shift_px
             if number == 2:
                 turned = self._onto_first.rotation.to(turned) @ turned
                 moved = moved - (turned.mT @ self._onto_first.shift_px.to(turned))[:, :2]
-            rotation[at], shift[at], confidence[at] = turned, moved * self.pixel_size, found.confidence
-        return Posed(rotation, shift, confidence, torch.ones_like(confidence), shown)
+            rotation[at], shift[at] = turned, moved * self.pixel_size
+            shows[at] = presence(own, found, reference, min(PRESENCE_RADIUS, self._radius), self._shift_radius_px)
+            confidence[at] = found.confidence * shows[at]
+        return Posed(rotation, shift, confidence, shows.clamp_min(LEAST_WEIGHT), shown)
 
     def _pose_half(self, own: Observed, reference: Reference) -> Refined:
         if self._memory is None:

@@ -1,6 +1,7 @@
 """Poses of a batch against a reference: exhaustive search, separated modes, polish, choice."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.modes import separated_modes
-from scalecryo.pose.polish import polish
+from scalecryo.pose.polish import evaluate_poses, polish
 from scalecryo.pose.search import grid_posterior, templates, turned_grid, with_mates
 from scalecryo.train.observed import Observed
 
@@ -140,3 +141,28 @@ def join(first: PoseCandidates, second: PoseCandidates) -> PoseCandidates:
         torch.cat([first.shift_px, second.shift_px], 1),
         torch.cat([first.log_weight, second.log_weight], 1),
     )
+
+
+def presence(
+    own: Observed, found: Refined, reference: Reference, radius: float, shift_radius_px: float
+) -> Float[Tensor, " b"]:
+    """Probability that an image shows the particle at all, at even odds beforehand.
+
+    Bayes: exp(gain) over the number of poses that can be told apart at the radius, where the gain is the
+    log-likelihood ratio over an empty image. Noise fits one of so many poses by chance, and no better.
+
+    Args:
+        radius: Fourier pixels that are compared. A low one: an image's own share in the map would speak for it.
+        shift_radius_px: of the disc of possible shifts; 0 where particles are centred.
+    """
+    near = reference.pixels.prefix(radius)
+    part, weight = own.prefix(len(near)), reference.noise.pixel_weight(near)
+    cost = evaluate_poses(
+        reference.transform, part.images, found.rotation[:, None], found.shift_px[:, None], part.ctf, weight, near,
+        reference.scale,
+    )[:, 0]  # fmt: skip
+    empty = 0.5 * (part.images.abs().square().double() @ weight.double())
+    poses = 8 * math.pi**2 * near.radius_limit**3
+    if shift_radius_px > 0:
+        poses *= max(1.0, math.pi * (shift_radius_px * 2 * math.pi * near.radius_limit / near.box_size) ** 2)
+    return torch.sigmoid(empty - cost - math.log(poses)).float()

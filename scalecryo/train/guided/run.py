@@ -38,6 +38,7 @@ from scalecryo.train.guided.refine import Reference
 from scalecryo.train.guided.teacher import Teacher, lesson_of
 from scalecryo.train.observed import Observed, observe
 from scalecryo.train.run_folder import POSES, RunFolder
+from scalecryo.train.stopwatch import Stopwatch
 from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,11 @@ def train_guided(
         teacher.load(learnt)
     memory = PoseMemory(run.local / POSES, store.count)
     monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
+    watch = Stopwatch()
     try:
         if state is None:
-            state = _first_state(config, store, world, device)
+            with watch.part("bootstrap"):
+                state = _first_state(config, store, world, device)
             radius = FIRST_RADIUS
         settled = 0
         while number < config.guided.rungs and settled < config.guided.settled_rungs:
@@ -80,7 +83,7 @@ def train_guided(
                 search=searching, shifted=not config.pose.centred,
             )  # fmt: skip
             before = state
-            state, rates = _climb(config, store, memory, plan, state, number, teacher, world, device)
+            state, rates = _climb(config, store, memory, plan, state, number, teacher, watch, world, device)
             number += 1
             radius = next_radius(state, plan)
             settled = settled + 1 if _is_settled(before, state) and not searching else 0
@@ -96,7 +99,9 @@ def train_guided(
     if config.train.assign:
         encoder = teacher.encoder if teacher is not None else None
         poser = guided_poser(config, store, state, memory, encoder, device)
-        assign_particles(config, store, poser, run, world, device)
+        with watch.part("assign"):
+            assign_particles(config, store, poser, run, world, device)
+    logger.info("time on worker %d: %s", world.rank, watch.summary())
 
 
 def guided_poser(
@@ -180,6 +185,7 @@ def _climb(
     state: HalfReferences,
     number: int,
     teacher: Teacher | None,
+    watch: Stopwatch,
     world: World,
     device: torch.device,
 ) -> tuple[HalfReferences, dict[str, float]]:
@@ -191,6 +197,7 @@ def _climb(
         shift_grid_px=search_shifts(config, store, plan.level).to(device),
         fit_shift=not config.pose.centred,
         generator=torch.Generator().manual_seed(config.train.seed * 1000 + number),
+        watch=watch,
     )  # fmt: skip
     # The first rungs' maps and poses are too coarse to learn from.
     model = _lesson_reference(state, teacher) if teacher is not None and number >= FIRST_LESSON else None
@@ -199,11 +206,14 @@ def _climb(
             taken = rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)
             images += sum(len(own) for own, _ in taken)
             if teacher is not None and model is not None and taken:
-                for lesson in range(config.guided.lessons):
-                    size = max(1, config.guided.lesson_size // world.size)
-                    loss = teacher.teach(lesson_of(taken, plan.level, teacher.pixels, size, lesson), model)
+                size = max(1, config.guided.lesson_size // world.size)
+                with watch.part("encoder"):
+                    for lesson in range(config.guided.lessons):
+                        loss = teacher.teach(lesson_of(taken, plan.level, teacher.pixels, size, lesson), model)
         seconds = time.monotonic() - start
+        watch.add("read", stream.wait_seconds)
         rates = {"images_per_second": images / seconds, "data_wait_share": stream.wait_seconds / seconds}
+        rates |= {f"seconds/{part}": total for part, total in watch.seconds.items()}
     memory.flush()
     if loss is not None:
         rates["encoder_loss"] = float(loss)  # host sync
