@@ -111,7 +111,7 @@ class GuidedConfig:
     settled_rungs: int = option(1, "rungs without progress after which the ladder ends")
     rung_batch: int = option(1024, "particles in a batch of the ladder, over all workers")
     rung_particles: int = option(50_000, "particles that a rung reads at most")
-    lessons: int = option(4, "steps that the encoder learns for each batch of the ladder; 0: no encoder")
+    lessons: int = option(2, "steps that the encoder learns for each batch of the ladder; 0: no encoder")
     lesson_size: int = option(256, "real particles in a lesson, beside as many projections of the map")
     encoder_hidden: int = option(1024, "units in each hidden layer of the grid encoder")
     encoder_rate: float = option(1e-3, "learning rate of the grid encoder")

@@ -1,5 +1,6 @@
 """The last pass of the guided method: poses against the references, from memory, encoder or search."""
 
+import copy
 import dataclasses
 
 import torch
@@ -96,7 +97,7 @@ class GuidedPoser:
             fresh = self._search(own.select(new), reference)
             rotation[new], shift[new], confidence[new] = fresh.rotation, fresh.shift_px, fresh.confidence
         start = PoseCandidates(rotation[:, None], shift[:, None], torch.zeros_like(confidence)[:, None])
-        found = polish_candidates(own, start, reference, (self._radius,), 3, fit_shift=self._fit_shift)
+        found = polish_candidates(own, start, reference, (self._radius,), 2, fit_shift=self._fit_shift)
         return Refined(found.rotation, found.shift_px, confidence, found.cost)
 
     def _search(self, own: Observed, reference: Reference) -> Refined:
@@ -107,6 +108,13 @@ class GuidedPoser:
             modes = low.modes(own, self._shifts, MODES)
         radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0, self._radius)})
         return polish_candidates(own, modes, reference, radii, 3, fit_shift=self._fit_shift)
+
+    def fresh(self, *, encoder: bool = True) -> "GuidedPoser":
+        """The same poser as for particles that it has never seen; without the encoder it searches all poses."""
+        other = copy.copy(self)
+        other._memory = None
+        other._encoder = self._encoder if encoder else None
+        return other
 
     def encoder_rotation(self, batch: Batch) -> Tensor:
         """Rotations by the encoder alone, one forward pass and nothing else.

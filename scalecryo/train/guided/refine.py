@@ -21,6 +21,7 @@ from scalecryo.train.observed import Observed
 
 SEPARATION_DEG = 25.0
 KEEP = 64
+HOPELESS = 20.0  # nats
 
 
 @dataclass(frozen=True)
@@ -99,29 +100,31 @@ def polish_candidates(
 ) -> Refined:
     """Polish every candidate at rising radii, then keep the likeliest at the last one.
 
-    Two candidates that end within a degree of each other are one: only separate ones share the probability.
+    On the way, those that fall `HOPELESS` nats behind their image's best are left. Two candidates that end within a
+    degree of each other are one: only separate ones share the probability.
     """
     count, each = candidates.rotation.shape[:2]
     image = torch.arange(count, device=own.images.device).repeat_interleave(each)
     rotation, shift = candidates.rotation.flatten(0, 1), candidates.shift_px.flatten(0, 1)
-    repeated = own if each == 1 else own.select(image)
-    cost = rotation.new_zeros(len(rotation))
-    for radius in radii:
+    for number, radius in enumerate(radii):
         near = reference.pixels.prefix(radius)
-        part = repeated.prefix(len(near))
+        part = own.prefix(len(near))
+        part = part if len(image) == count else part.select(image)  # one each: in the images' own order
         found = polish(
             reference.transform, part.images, rotation, shift, part.ctf, reference.noise.pixel_weight(near), near,
             reference.scale, passes=passes, fit_shift=fit_shift,
         )  # fmt: skip
         rotation, shift, cost = found.rotation, found.shift_px, found.cost
-    rotation, shift = rotation.unflatten(0, (count, each)), shift.unflatten(0, (count, each))
-    cost = cost.unflatten(0, (count, each))
-    best = cost.argmin(1)
-    row = torch.arange(count, device=best.device)
-    apart = geodesic_angle(rotation, rotation[row, best][:, None].expand_as(rotation)) > 1.0
-    lead = cost[row, best]
-    others = torch.where(apart, (lead[:, None] - cost).exp(), torch.zeros_like(cost)).sum(1)
-    return Refined(rotation[row, best], shift[row, best], (1 / (1 + others)).float(), lead.float())
+        lead = cost.new_full((count,), torch.inf).scatter_reduce_(0, image, cost, "amin")
+        if each > 1 and number < len(radii) - 1:
+            hopeful = (cost <= lead[image] + HOPELESS).nonzero()[:, 0]  # host sync
+            image, rotation, shift = image[hopeful], rotation[hopeful], shift[hopeful]
+    leads = (cost == lead[image]).nonzero()[:, 0]  # host sync; equals are the same pose twice: any of them
+    best = torch.zeros(count, dtype=torch.long, device=image.device).scatter_(0, image[leads], leads)
+    apart = geodesic_angle(rotation, rotation[best[image]]) > 1.0
+    rivals = torch.where(apart, (lead[image] - cost).exp(), torch.zeros_like(cost))
+    others = torch.zeros_like(lead).scatter_add_(0, image, rivals)
+    return Refined(rotation[best], shift[best], (1 / (1 + others)).float(), lead.float())
 
 
 def scatter(first: PoseCandidates, at_first: Tensor, second: PoseCandidates, at_second: Tensor) -> PoseCandidates:

@@ -5,6 +5,7 @@
 3. Assign: one pass poses every particle and writes the maps.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from scalecryo.train.assign import assign_particles
 from scalecryo.train.batches import stream_columns
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
 from scalecryo.train.guided.bootstrap import HALF_GRID, FirstMaps, bootstrap
+from scalecryo.train.guided.checks import check_contrast, check_count, check_images
 from scalecryo.train.guided.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
 from scalecryo.train.guided.memory import PoseMemory
 from scalecryo.train.guided.monitor import GuidedMonitor
@@ -139,12 +141,16 @@ def load_guided_poser(
 
 def _first_state(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
     """Bootstrap at the store's smallest level; the second half-map is turned onto the first."""
+    check_count(min(config.train.rows or store.count, store.count), config.run.data)
     level = min(store.levels)
     pixels = fourier_pixels(level, min(level / 2 - 1, 14.0)).to(device)
     shifts = search_shifts(config, store, level).to(device)
     with open_stream(config, store, level, config.guided.bootstrap_batch, world, 0) as stream:
+        batches = _observed(stream, store, level, pixels)
+        batch = next(batches)
+        check_images(batch, pixels, config.run.data)
         first = bootstrap(
-            _observed(stream, store, level, pixels), pixels, shifts, world,
+            itertools.chain([batch], batches), pixels, shifts, world,
             seeds=config.guided.seeds, steps=config.guided.bootstrap_steps, seed=config.train.seed,
         )  # fmt: skip
     maps = torch.stack(first.half_maps)
@@ -156,9 +162,10 @@ def _first_state(config: Config, store: ParticleStore, world: World, device: tor
     else:
         maps.zero_()
     world.sum_(maps)  # worker 0's, to all
+    _refuse_noise(first, float(fsc(maps[0], maps[1])[2:7].mean()), config)
+    check_contrast(maps.mean(0), config.run.data)
     mask = mask_from_map(maps.mean(0), store.level_pixel_size(level))
     curve = fsc(maps[0] * mask, maps[1] * mask).float()
-    _refuse_noise(first, float(fsc(maps[0], maps[1])[2:7].mean()), config)
     shell, _ = resolution(curve, level, 1.0, 0.5)
     logger.info(
         "bootstrap: the halves agree to shell %.1f, %.1f Å", shell, store.level_pixel_size(level) * level / shell

@@ -1,0 +1,101 @@
+"""What a look at the first particles tells: nothing to learn from, a CTF that does not fit, inverted contrast."""
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalecryo.errors import TrainingError
+from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.mask import soft_sphere
+from scalecryo.train.observed import Observed
+
+logger = logging.getLogger(__name__)
+LEAST_PARTICLES = 100  # two halves, a tenth of each held out
+ALIKE = 1e-3  # share of the images' power that differs from image to image, below which they are one image
+LEAST_CTF_CORRELATION = 0.02
+LEAST_CTF_SPREAD = 0.1
+DARK = -0.5  # skewness; proteins and ribosomes lie above +1 in their sphere
+
+
+def check_count(count: int, where: str) -> None:
+    """Refuse what is too little to split, hold out and average.
+
+    Raises:
+        TrainingError: fewer particles than that.
+    """
+    if count < LEAST_PARTICLES:
+        raise TrainingError(
+            f"{where}: {count} particles to train on: the guided method needs at least {LEAST_PARTICLES}, "
+            "and thousands for a structure; use more, or pose.source = 'known' with poses"
+        )
+
+
+def check_images(batch: Observed, pixels: FourierPixels, where: str) -> None:
+    """Refuse images that are all alike, and say so where their power does not follow their CTFs.
+
+    Raises:
+        TrainingError: one image over and over.
+    """
+    mean = batch.images.mean(0)
+    power = batch.images.abs().square().mean(0)
+    differing = 1 - (mean.abs().square() * pixels.weight).sum() / (power * pixels.weight).sum().clamp_min(1e-30)
+    if float(differing) < ALIKE:  # host sync: once a run
+        raise TrainingError(
+            f"{where}: its images are all alike (they differ by {max(float(differing), 0):.2g} of their power): "
+            "one view gives no structure; check what was converted"
+        )
+    if batch.ctf is None:
+        logger.info("the particles carry no CTF: their images are taken as plain projections")
+        return
+    follows = ctf_correlation(batch, pixels)
+    if follows is not None and follows < LEAST_CTF_CORRELATION:
+        logger.warning(
+            "the images' power does not follow the CTFs of the table (correlation %.3f): check pixel size, "
+            "defocus unit and voltage", follows,
+        )  # fmt: skip
+
+
+def ctf_correlation(batch: Observed, pixels: FourierPixels) -> float | None:
+    """Correlation, from image to image, of the power at each Fourier pixel with the CTF²; None where CTFs are alike.
+
+    Right CTFs of different defocus give a clearly positive one; those of another pixel size, unit or table do not.
+    """
+    if batch.ctf is None:
+        return None
+    expected = batch.ctf.square()
+    spread = expected.std(0) / expected.mean(0).clamp_min(1e-6)
+    power = batch.images.abs().square()
+    # Whole images differ in scale too, by their content: that says nothing of the CTF.
+    power = power / (power / power.mean(0)).mean(1, keepdim=True)
+    found = power / power.mean(0) - 1
+    wanted = expected / expected.mean(0).clamp_min(1e-6) - 1
+    weight = pixels.weight * (spread > LEAST_CTF_SPREAD)
+    weight[0] = 0.0
+    if float(weight.sum()) < 20:
+        return None
+    cross = (found * wanted * weight).sum()
+    return float(cross / ((found.square() * weight).sum() * (wanted.square() * weight).sum()).sqrt())
+
+
+def check_contrast(volume: Float[Tensor, "n n n"], where: str) -> None:
+    """Refuse a first map whose density is dark: its images' contrast is inverted.
+
+    Raises:
+        TrainingError: the skewness of the map in its sphere is clearly negative.
+    """
+    skew = skewness(volume)
+    if skew < DARK:
+        raise TrainingError(
+            f"{where}: the first map is darker than its surroundings (skewness {skew:.1f}): the contrast seems "
+            "inverted; convert once more with --invert, or without --uninvert"
+        )
+
+
+def skewness(volume: Float[Tensor, "n n n"]) -> float:
+    """Of a map's voxels in the sphere that fits its box."""
+    box_size = volume.shape[-1]
+    inside = volume[soft_sphere(box_size, box_size / 2 - 2, edge_px=0, device=volume.device) > 0.5]
+    centred = inside - inside.mean()
+    return float(centred.pow(3).mean() / centred.square().mean().pow(1.5).clamp_min(torch.finfo(torch.float32).tiny))
