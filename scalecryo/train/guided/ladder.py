@@ -31,6 +31,7 @@ from scalecryo.train.world import World
 logger = logging.getLogger(__name__)
 PADDING = 2.0
 MOVED_DEG = 10.0
+FIRST_PASSES, PASSES = 3, 2  # Levenberg-Marquardt: from a grid's modes, and from a pose polished before
 CHOICE_RADIUS = 32.0  # Fourier pixels up to which candidates are polished before one is chosen
 
 
@@ -88,7 +89,6 @@ class RungPlan:
         level: box of the store that is read.
         modes: modes that the exhaustive search offers each particle; 0: no search.
         search_radius: Fourier pixels of the search.
-        passes: Levenberg-Marquardt passes at each radius.
         part: 0 or 1 takes only that part of each half's particles; None all. A searching rung poses one part against
             a map of the other: a particle's own share in the map would hold it where it is, right or wrong.
     """
@@ -97,7 +97,6 @@ class RungPlan:
     level: int
     modes: int
     search_radius: float
-    passes: int = 3
     part: int | None = None
 
     @property
@@ -184,9 +183,9 @@ class Rung:
             found = self._search(own.select(wanted), reference, rotation[wanted], shift_px[wanted], seen[wanted])
             rotation[wanted], shift_px[wanted], confidence[wanted] = found.rotation, found.shift_px, found.confidence
         start = PoseCandidates(rotation[:, None], shift_px[:, None], torch.zeros_like(confidence)[:, None])
-        radii = (self.plan.radius,)
+        steps = [(self.plan.radius, PASSES)]
         with self.watch.part("polish"):
-            polished = polish_candidates(own, start, reference, radii, self.plan.passes, fit_shift=self.fit_shift)
+            polished = polish_candidates(own, start, reference, steps, fit_shift=self.fit_shift)
         return replace(polished, confidence=confidence)
 
     def _search(self, own: Observed, reference: Reference, rotation: Tensor, shift_px: Tensor, seen: Tensor) -> Refined:
@@ -197,11 +196,10 @@ class Rung:
         start_shift = torch.where(seen[:, None], shift_px, modes.shift_px[:, 0])
         known = PoseCandidates(start[:, None], start_shift[:, None], modes.log_weight[:, :1])
         highest = min(self.plan.radius, CHOICE_RADIUS)
-        radii = sorted({min(16.0, highest), highest})
+        first = [(16.0, FIRST_PASSES)] if highest > 16.0 else []
+        steps = [*first, (highest, PASSES)]
         with self.watch.part("polish"):
-            return polish_candidates(
-                own, join(known, modes), reference, radii, self.plan.passes, fit_shift=self.fit_shift
-            )
+            return polish_candidates(own, join(known, modes), reference, steps, fit_shift=self.fit_shift)
 
     def _grid_modes(self, own: Observed, reference: Reference, shift_px: Tensor, seen: Tensor) -> PoseCandidates:
         """The grid's best modes: at the remembered shift, or over all shifts where none is remembered."""

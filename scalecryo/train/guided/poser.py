@@ -19,13 +19,17 @@ from scalecryo.physics.image_formation import form_images
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import templates
 from scalecryo.train.assign import Posed, pictures_of
-from scalecryo.train.guided.ladder import HalfReferences, level_noise, references
+from scalecryo.train.guided.ladder import FIRST_PASSES, PASSES, HalfReferences, level_noise, references
 from scalecryo.train.guided.memory import PoseMemory
 from scalecryo.train.guided.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates, presence
 from scalecryo.train.observed import Observed, observe
 
 MODES = 4
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
+FIRST_STEPS = (
+    (14.0, FIRST_PASSES),
+    (28.0, PASSES),
+)  # radius and passes of the polish of a particle never seen, before the last
 PRESENCE_RADIUS = 24.0  # Fourier pixels that tell whether an image shows the particle
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to
 
@@ -97,7 +101,7 @@ class GuidedPoser:
             fresh = self._search(own.select(new), reference)
             rotation[new], shift[new], confidence[new] = fresh.rotation, fresh.shift_px, fresh.confidence
         start = PoseCandidates(rotation[:, None], shift[:, None], torch.zeros_like(confidence)[:, None])
-        found = polish_candidates(own, start, reference, (self._radius,), 2, fit_shift=self._fit_shift)
+        found = polish_candidates(own, start, reference, [(self._radius, PASSES)], fit_shift=self._fit_shift)
         return Refined(found.rotation, found.shift_px, confidence, found.cost)
 
     def _search(self, own: Observed, reference: Reference) -> Refined:
@@ -106,8 +110,8 @@ class GuidedPoser:
         else:
             low = GridSearch(reference, self._grid, min(12.0, self._radius), self._generator)
             modes = low.modes(own, self._shifts, MODES)
-        radii = sorted({min(radius, self._radius) for radius in (14.0, 24.0, 40.0, self._radius)})
-        return polish_candidates(own, modes, reference, radii, 3, fit_shift=self._fit_shift)
+        steps = [(radius, passes) for radius, passes in FIRST_STEPS if radius < self._radius]
+        return polish_candidates(own, modes, reference, [*steps, (self._radius, PASSES)], fit_shift=self._fit_shift)
 
     def fresh(self, *, encoder: bool = True) -> "GuidedPoser":
         """The same poser as for particles that it has never seen; without the encoder it searches all poses."""

@@ -93,12 +93,11 @@ def polish_candidates(
     own: Observed,
     candidates: PoseCandidates,
     reference: Reference,
-    radii: Sequence[float],
-    passes: int,
+    steps: Sequence[tuple[float, int]],
     *,
     fit_shift: bool,
 ) -> Refined:
-    """Polish every candidate at rising radii, then keep the likeliest at the last one.
+    """Polish every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
 
     On the way, those that fall `HOPELESS` nats behind their image's best are left. Two candidates that end within a
     degree of each other are one: only separate ones share the probability.
@@ -106,7 +105,7 @@ def polish_candidates(
     count, each = candidates.rotation.shape[:2]
     image = torch.arange(count, device=own.images.device).repeat_interleave(each)
     rotation, shift = candidates.rotation.flatten(0, 1), candidates.shift_px.flatten(0, 1)
-    for number, radius in enumerate(radii):
+    for number, (radius, passes) in enumerate(steps):
         near = reference.pixels.prefix(radius)
         part = own.prefix(len(near))
         part = part if len(image) == count else part.select(image)  # one each: in the images' own order
@@ -116,7 +115,7 @@ def polish_candidates(
         )  # fmt: skip
         rotation, shift, cost = found.rotation, found.shift_px, found.cost
         lead = cost.new_full((count,), torch.inf).scatter_reduce_(0, image, cost, "amin")
-        if each > 1 and number < len(radii) - 1:
+        if each > 1 and number < len(steps) - 1:
             hopeful = (cost <= lead[image] + HOPELESS).nonzero()[:, 0]  # host sync
             image, rotation, shift = image[hopeful], rotation[hopeful], shift[hopeful]
     leads = (cost == lead[image]).nonzero()[:, 0]  # host sync; equals are the same pose twice: any of them
