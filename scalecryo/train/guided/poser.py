@@ -26,10 +26,8 @@ from scalecryo.train.observed import Observed, observe
 
 MODES = 4
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
-FIRST_STEPS = (
-    (14.0, FIRST_PASSES),
-    (28.0, PASSES),
-)  # radius and passes of the polish of a particle never seen, before the last
+# Radius and passes of the polish of a particle never seen, before the last.
+FIRST_STEPS = ((14.0, FIRST_PASSES), (28.0, PASSES))
 PRESENCE_RADIUS = 24.0  # Fourier pixels that tell whether an image shows the particle
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to
 
