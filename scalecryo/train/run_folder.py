@@ -15,8 +15,6 @@ from scalecryo.config import Config, config_from_dict, config_to_toml
 from scalecryo.data import files
 from scalecryo.errors import MissingInputError, OutputExistsError
 
-POSES = "poses"
-
 
 class RunFolder:
     """Paths and whole-file writes of one run."""
@@ -74,9 +72,7 @@ class RunFolder:
         """Upload every staged file that changed since the last time; nothing to do for a run on disk."""
         if files.is_local(self.url):
             return
-        # Remembered poses stay where they were found: another worker's particles start from the encoder.
-        staged = (p for p in self.local.rglob("*") if p.is_file() and POSES not in p.parts)
-        for path in sorted(staged):
+        for path in sorted(p for p in self.local.rglob("*") if p.is_file()):
             state = (path.stat().st_size, path.stat().st_mtime_ns)
             if self._uploaded.get(path) != state:
                 self.write(path.relative_to(self.local).as_posix(), path.read_bytes())

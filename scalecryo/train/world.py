@@ -1,6 +1,7 @@
 """The workers that share a run, and the few collectives between them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,14 @@ class World:
         gathered: list[Tensor | None] = [None] * self.size
         dist.gather_object(tensor, gathered if self.leads else None)
         return [part for part in gathered if part is not None] if self.leads else []
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every worker's tensor, on every worker; first sizes may differ. Collective."""
+        if self.size == 1:
+            return [tensor]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, tensor)
+        return gathered
 
     def barrier(self) -> None:
         """Wait for all workers. Collective."""

@@ -1,42 +1,66 @@
-"""Remembered poses: what is written is read, rows never seen say so, and many may open it at once."""
+"""Remembered poses: still while a rung runs, exchanged at its end, the same again after a resume."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
+from scalecryo.errors import CheckpointError
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.train.guided.memory import PoseMemory
+from scalecryo.train.guided.memory import PoseMemory, load_found, save_found
+from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.world import World
+
+Poses = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def test_written_rows_are_read_back_by_another(tmp_path: Path) -> None:
-    first, second = PoseMemory(tmp_path / "poses", 50), PoseMemory(tmp_path / "poses", 50)
-    rows = torch.tensor([3, 49, 7])
-    rotation, shift, confidence = (
-        random_rotations(3, torch.Generator().manual_seed(0)),
-        torch.randn(3, 2),
-        torch.rand(3),
-    )
-    first.write(rows, rotation, shift, confidence)
-    first.flush()
-    found = second.read(torch.tensor([49, 0, 7, 3]))
-    assert found[3].tolist() == [True, False, True, True]
-    order = torch.tensor([1, 2, 0])
-    keep = torch.tensor([0, 2, 3])
-    assert torch.equal(found[0][keep], rotation[order])
-    assert torch.equal(found[1][keep], shift[order])
-    assert torch.equal(found[2][keep], confidence[order])
+def poses_of(rows: list[int], seed: int = 0) -> Poses:
+    generator = torch.Generator().manual_seed(seed)
+    count = len(rows)
+    return (torch.tensor(rows), random_rotations(count, generator), torch.randn(count, 2, generator=generator),
+            torch.rand(count, generator=generator))  # fmt: skip
 
 
-def test_opening_at_once_never_wipes_what_was_written(tmp_path: Path) -> None:
-    # Every thread opens the memory and writes its own row at once; all rows must be there in the end.
-    def work(row: int) -> None:
-        memory = PoseMemory(tmp_path / "poses", 64)
-        memory.write(torch.tensor([row]), torch.eye(3)[None], torch.full((1, 2), float(row)), torch.ones(1))
+def test_noted_poses_are_read_only_after_the_rung() -> None:
+    memory, noted = PoseMemory(50), poses_of([3, 49, 7])
+    memory.note(*noted)
+    assert not memory.read(torch.tensor([3, 49, 7]))[3].any()
+    found = memory.settle(World())
+    assert found.rows.tolist() == [3, 7, 49]
+    rotation, shift, confidence, seen = memory.read(torch.tensor([49, 0, 7, 3]))
+    assert seen.tolist() == [True, False, True, True]
+    order, keep = torch.tensor([1, 2, 0]), torch.tensor([0, 2, 3])
+    assert torch.equal(rotation[keep], noted[1][order])
+    assert torch.equal(shift[keep], noted[2][order])
+    assert torch.equal(confidence[keep], noted[3][order])
+    assert len(memory.settle(World()).rows) == 0  # nothing is noted twice
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(work, range(64)))
-    _, shift, _, seen = PoseMemory(tmp_path / "poses", 64).read(torch.arange(64))
-    assert seen.all()
-    assert torch.equal(shift[:, 0], torch.arange(64.0))
-    assert len(list((tmp_path / "poses").iterdir())) == 4  # no temporary file stays
+
+def test_a_resumed_memory_is_the_one_that_was_left(tmp_path: Path) -> None:
+    run, memory = RunFolder(str(tmp_path / "run")), PoseMemory(20)
+    for rung, rows in enumerate(([1, 5, 9], [5, 6], [19]), start=1):
+        memory.note(*poses_of(rows, seed=rung))
+        save_found(run, rung, memory.settle(World()))
+    rows = torch.arange(20)
+    for left, found in zip(memory.read(rows), PoseMemory.of_run(run, 20, 3).read(rows), strict=True):
+        assert torch.equal(left, found)
+    # A rung that was begun but not finished before the kill counts for nothing.
+    assert not PoseMemory.of_run(run, 20, 2).read(torch.tensor([19]))[3].any()
+    assert torch.equal(PoseMemory.of_run(run, 20, 1).read(torch.tensor([5]))[0], poses_of([1, 5, 9], seed=1)[1][1:2])
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_damaged_poses_are_named(tmp_path: Path, damage: str) -> None:
+    run, memory = RunFolder(str(tmp_path / "run")), PoseMemory(20)
+    memory.note(*poses_of([1, 5, 9]))
+    save_found(run, 1, memory.settle(World()))
+    path = tmp_path / "run" / "poses" / "rung_0001.npz"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        np.savez(path, rows=np.arange(3))
+    with pytest.raises(CheckpointError, match="rung 1"):
+        load_found(run, 1)

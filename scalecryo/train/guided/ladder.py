@@ -148,7 +148,7 @@ class Rung:
         self._generator = generator
 
     def take(self, batch: Observed, memory: PoseMemory) -> list[tuple[Observed, Refined]]:
-        """Pose a batch, insert it, remember what was found, and return it half by half."""
+        """Pose a batch, insert it, note what was found, and return it half by half."""
         taken = []
         if self.plan.part is not None:
             batch = batch.select((batch.rows // 2) % 2 == self.plan.part)
@@ -162,7 +162,7 @@ class Rung:
                 images = filtered(own.images, own.ctf)
                 self.halves.halves[half - 1].add(images, refined.rotation, refined.shift_px, ones, self.pixels)
             self._note_residuals(own, refined, reference)
-            memory.write(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
+            memory.note(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
             taken.append((own, refined))
         return taken
 

@@ -1,44 +1,58 @@
-"""What was found for each particle, remembered on disk: its next visit starts there.
+"""What was found for each particle: its next visit starts there.
 
-One flat file a column, rows as in the store, mapped and never read whole: memory does not grow with the number of
-particles. Each worker keeps the rows that it visited; a particle that another worker saw last, or that nobody saw,
-starts from the search or the encoder.
+While a rung runs, the memory stands still: what the rung finds is noted, exchanged between the workers at its end, kept
+as one small file in the run's folder, and only then remembered. So a run that goes on after a kill, on whichever
+machine and with however many workers, reads the same poses as one that was never disturbed. Every worker holds the
+columns in scratch files of its own, mapped and never read whole; a particle never seen starts from search or encoder.
 """
 
-import contextlib
-import os
-import uuid
-from pathlib import Path
+import io
+import tempfile
+import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
+from scalecryo.data import files
+from scalecryo.errors import CheckpointError
+from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.world import World
+
+FOLDER = "poses"
 _COLUMNS = {"rotation": ("f4", (3, 3)), "shift": ("f4", (2,)), "confidence": ("f4", ()), "seen": ("u1", ())}
 
 
-def _make(folder: Path, count: int) -> None:
-    """Make empty columns where there are none; several workers may try at once, and one of them does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (dtype, shape) in _COLUMNS.items():
-        path = folder / f"{name}.npy"
-        if path.exists():
-            continue
-        new = folder / f".{name}.{uuid.uuid4().hex}"
-        # The file is sparse: rows never written take no space.
-        np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=(count, *shape)).flush()
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)  # unlike a rename, it never replaces what another worker made
-        new.unlink()
+class Found(NamedTuple):
+    """Poses of some particles, by row of the store; shifts in Å so that they hold at every level."""
+
+    rows: NDArray[np.int64]
+    rotation: NDArray[np.float32]
+    shift: NDArray[np.float32]
+    confidence: NDArray[np.float32]
 
 
 class PoseMemory:
-    """Poses by row; shifts in Å so that they hold at every level."""
+    """Poses by row, on this worker's disk."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        _make(folder, count)
-        self._columns = {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in _COLUMNS}
+    def __init__(self, count: int) -> None:
+        self._columns = {name: _column(count, dtype, shape) for name, (dtype, shape) in _COLUMNS.items()}
+        self._noted: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    @classmethod
+    def of_run(cls, run: RunFolder, count: int, rungs: int) -> "PoseMemory":
+        """What a run's first `rungs` rungs found.
+
+        Raises:
+            CheckpointError: the poses of one of them are missing or damaged.
+        """
+        memory = cls(count)
+        for rung in range(1, rungs + 1):
+            memory.remember(load_found(run, rung))
+        return memory
 
     def read(
         self, rows: Int[Tensor, " b"]
@@ -48,21 +62,60 @@ class PoseMemory:
         found = {name: torch.from_numpy(column[at]).to(rows.device) for name, column in self._columns.items()}
         return found["rotation"], found["shift"], found["confidence"], found["seen"].bool()
 
-    def write(
+    def note(
         self,
         rows: Int[Tensor, " b"],
         rotation: Float[Tensor, "b 3 3"],
         shift: Float[Tensor, "b 2"],
         confidence: Float[Tensor, " b"],
     ) -> None:
-        """Remember poses; shifts in Å."""
-        at = rows.cpu().numpy()
-        self._columns["rotation"][at] = rotation.cpu().numpy()
-        self._columns["shift"][at] = shift.cpu().numpy()
-        self._columns["confidence"][at] = confidence.cpu().numpy()
-        self._columns["seen"][at] = 1
+        """Keep what a rung found, shifts in Å, until `settle`; `read` does not see it yet."""
+        self._noted.append((rows.cpu(), rotation.cpu(), shift.cpu(), confidence.cpu()))
 
-    def flush(self) -> None:
-        """Bring what was written to the disk."""
-        for column in self._columns.values():
-            column.flush()
+    def settle(self, world: World) -> Found:
+        """Exchange what all workers noted, remember it and return it, sorted by row. Collective."""
+        empty = (torch.zeros(0, dtype=torch.long), torch.zeros(0, 3, 3), torch.zeros(0, 2), torch.zeros(0))
+        own = [torch.cat(parts) for parts in zip(empty, *self._noted, strict=True)]
+        self._noted.clear()
+        rows, *columns = (torch.cat(world.all_gather(tensor)).numpy() for tensor in own)
+        order = np.argsort(rows, kind="stable")
+        found = Found(rows[order], *(column[order] for column in columns))
+        self.remember(found)
+        return found
+
+    def remember(self, found: Found) -> None:
+        """Take in poses of some particles."""
+        for name in ("rotation", "shift", "confidence"):
+            self._columns[name][found.rows] = getattr(found, name)
+        self._columns["seen"][found.rows] = 1
+
+
+def _column(count: int, dtype: str, shape: tuple[int, ...]) -> NDArray:
+    """Zeros in a file without a name, which goes with the process; rows never written take no space."""
+    with tempfile.TemporaryFile() as handle:
+        return np.memmap(handle, dtype=dtype, mode="w+", shape=(count, *shape))
+
+
+def save_found(run: RunFolder, rung: int, found: Found) -> None:
+    """Write what a rung found into the run's folder."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **found._asdict())
+    files.make_folder(run.path(FOLDER))
+    run.write(f"{FOLDER}/rung_{rung:04d}.npz", buffer.getvalue())
+
+
+def load_found(run: RunFolder, rung: int) -> Found:
+    """What a rung found.
+
+    Raises:
+        CheckpointError: its file is missing or damaged.
+    """
+    path = run.path(FOLDER, f"rung_{rung:04d}.npz")
+    try:
+        with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as arrays:
+            return Found(*(arrays[name] for name in Found._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: the poses that rung {rung} found cannot be read ({error}): remove the checkpoints after rung "
+            f"{rung - 1} to go on from there, or start the run anew"
+        ) from None

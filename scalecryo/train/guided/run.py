@@ -33,13 +33,13 @@ from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
 from scalecryo.train.guided.bootstrap import HALF_GRID, FirstMaps, bootstrap
 from scalecryo.train.guided.checks import check_contrast, check_count, check_images
 from scalecryo.train.guided.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
-from scalecryo.train.guided.memory import PoseMemory
+from scalecryo.train.guided.memory import PoseMemory, save_found
 from scalecryo.train.guided.monitor import GuidedMonitor
 from scalecryo.train.guided.poser import ENCODER_RADIUS, GuidedPoser
 from scalecryo.train.guided.refine import Reference
 from scalecryo.train.guided.teacher import Teacher, lesson_of
 from scalecryo.train.observed import Observed, observe
-from scalecryo.train.run_folder import POSES, RunFolder
+from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.stopwatch import Stopwatch
 from scalecryo.train.world import World
 
@@ -69,7 +69,7 @@ def train_guided(
     teacher = _teacher(config, store, world, device)
     if teacher is not None and learnt is not None:
         teacher.load(learnt)
-    memory = PoseMemory(run.local / POSES, store.count)
+    memory = PoseMemory.of_run(run, store.count, number)
     monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
     watch = Stopwatch()
     try:
@@ -88,10 +88,12 @@ def train_guided(
             state, rates = _climb(config, store, memory, plan, state, number, teacher, watch, world, device)
             number += 1
             radius = next_radius(state, plan)
+            found = memory.settle(world)
             settled = settled + 1 if _is_settled(before, state) and not searching else 0
             if monitor is not None:
                 monitor.after_rung(number, plan, state, memory, rates)
             if world.leads:
+                save_found(run, number, found)  # before the checkpoint that counts on it
                 save_checkpoint(run, number, _checkpoint(store, state, radius, teacher), config.train.keep_checkpoints)
                 run.sync()
             at_checkpoint(number)
@@ -128,11 +130,10 @@ def load_guided_poser(
     Raises:
         CheckpointError: there is none that can be read, or (with `same_store`) it saw another store.
     """
-    state, _, _, learnt = _restore(run, store if same_store else None, device)
+    state, rungs, _, learnt = _restore(run, store if same_store else None, device)
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
-    folder = run.local / POSES
-    memory = PoseMemory(folder, store.count) if same_store and folder.exists() else None
+    memory = PoseMemory.of_run(run, store.count, rungs) if same_store else None
     teacher = _teacher(config, store, World(), device)
     if teacher is not None and learnt is not None:
         teacher.load(learnt)
@@ -212,7 +213,7 @@ def _climb(
         for _ in range(stream_steps(config, store, plan.level)):
             taken = rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)
             images += sum(len(own) for own, _ in taken)
-            if teacher is not None and model is not None and taken:
+            if teacher is not None and model is not None and _everywhere(len(taken) > 0, world, device):
                 size = max(1, config.guided.lesson_size // world.size)
                 with watch.part("encoder"):
                     for lesson in range(config.guided.lessons):
@@ -221,10 +222,18 @@ def _climb(
         watch.add("read", stream.wait_seconds)
         rates = {"images_per_second": images / seconds, "data_wait_share": stream.wait_seconds / seconds}
         rates |= {f"seconds/{part}": total for part, total in watch.seconds.items()}
-    memory.flush()
     if loss is not None:
         rates["encoder_loss"] = float(loss)  # host sync
     return rung.finish(world), rates
+
+
+def _everywhere(true: bool, world: World, device: torch.device) -> bool:
+    """Whether something holds on every worker: a step that all take together needs all. Collective."""
+    if world.size == 1:
+        return true
+    count = torch.tensor(float(true), device=device)
+    world.sum_(count)
+    return int(count) == world.size  # host sync
 
 
 def _teacher(config: Config, store: ParticleStore, world: World, device: torch.device) -> Teacher | None:
