@@ -21,7 +21,7 @@ from scalecryo.train.observed import Observed
 
 SEPARATION_DEG = 25.0
 KEEP = 64
-HOPELESS = 20.0  # nats
+HOPELESS, LEAST_MARGIN = 0.1, 20.0  # a share, and nats
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def polish_candidates(
 ) -> Refined:
     """Polish every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
 
-    On the way, those that fall `HOPELESS` nats behind their image's best are left. Two candidates that end within a
+    On the way, those far behind their image's best are left: by more than `HOPELESS` of what the best gains over an
+    empty image, since one that starts at a grid's point has still some way to go. Two candidates that end within a
     degree of each other are one: only separate ones share the probability.
     """
     count, each = candidates.rotation.shape[:2]
@@ -116,7 +117,9 @@ def polish_candidates(
         rotation, shift, cost = found.rotation, found.shift_px, found.cost
         lead = cost.new_full((count,), torch.inf).scatter_reduce_(0, image, cost, "amin")
         if each > 1 and number < len(steps) - 1:
-            hopeful = (cost <= lead[image] + HOPELESS).nonzero()[:, 0]  # host sync
+            gain = empty_cost(own.images[:, : len(near)], reference.noise.pixel_weight(near)) - lead
+            margin = LEAST_MARGIN + HOPELESS * gain.clamp_min(0)
+            hopeful = (cost <= (lead + margin)[image]).nonzero()[:, 0]  # host sync
             image, rotation, shift = image[hopeful], rotation[hopeful], shift[hopeful]
     leads = (cost == lead[image]).nonzero()[:, 0]  # host sync; equals are the same pose twice: any of them
     best = torch.zeros(count, dtype=torch.long, device=image.device).scatter_(0, image[leads], leads)
@@ -145,6 +148,11 @@ def join(first: PoseCandidates, second: PoseCandidates) -> PoseCandidates:
     )
 
 
+def empty_cost(images: Tensor, pixel_weight: Tensor) -> Tensor:
+    """Cost of each image, as in `polish`, against an empty map."""
+    return 0.5 * (images.abs().square().double() @ pixel_weight.double())
+
+
 def presence(
     own: Observed, found: Refined, reference: Reference, radius: float, shift_radius_px: float
 ) -> Float[Tensor, " b"]:
@@ -163,7 +171,7 @@ def presence(
         reference.transform, part.images, found.rotation[:, None], found.shift_px[:, None], part.ctf, weight, near,
         reference.scale,
     )[:, 0]  # fmt: skip
-    empty = 0.5 * (part.images.abs().square().double() @ weight.double())
+    empty = empty_cost(part.images, weight)
     poses = 8 * math.pi**2 * near.radius_limit**3
     if shift_radius_px > 0:
         poses *= max(1.0, math.pi * (shift_radius_px * 2 * math.pi * near.radius_limit / near.box_size) ** 2)
