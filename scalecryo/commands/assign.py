@@ -9,10 +9,12 @@ from scalecryo.config import config_from_dict
 from scalecryo.data import files
 from scalecryo.data.store import ParticleStore
 from scalecryo.train.assign import Poser, assign_particles
+from scalecryo.train.checkpoint import newest_step
 from scalecryo.train.guided.run import load_guided_poser
 from scalecryo.train.logs import log_to_stderr
 from scalecryo.train.loop import load_trained
 from scalecryo.train.model_poser import ModelPoser
+from scalecryo.train.posed_parts import FOLDER as PARTS
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
@@ -36,7 +38,8 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
         poser, learned = ModelPoser(config, store, model), model.volume.density()
     target = trained if out is None else RunFolder(files.absolute(out))
     if out is not None:
-        target.create(config, resume=False)
-    assign_particles(config, store, poser, target, World(), device, learned)
+        target.create(config, resume=files.exists(target.path(PARTS)))  # a killed assignment goes on
+    identity = str(newest_step(trained))
+    assign_particles(config, store, poser, target, World(), device, identity=identity, learned=learned)
     target.close()
     say(f"assigned {store.count} particles: {target.path('particles.star')}")

@@ -1,8 +1,9 @@
 """One streamed pass that gives every particle a pose and accumulates two half-maps."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -16,30 +17,15 @@ from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred,
 from scalecryo.physics.image_formation import Filtered, filtered, filtered_on_padded_box
 from scalecryo.train.assignment import Assignment
 from scalecryo.train.batches import half_of, particle_inputs, stream_columns
+from scalecryo.train.posed import Posed
+from scalecryo.train.posed_parts import PosedParts
 from scalecryo.train.results import write_results
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
+logger = logging.getLogger(__name__)
 BATCH = 256
 EXAMPLES = 8
-
-
-class Posed(NamedTuple):
-    """What a poser says of a batch.
-
-    Attributes:
-        rotation: image frame to volume frame.
-        shift: Å.
-        confidence: 0 … 1.
-        weight: of the particle in the maps, 0 … 1.
-        pictures: the first few images and their predictions, real space, where they were asked for.
-    """
-
-    rotation: Float[Tensor, "b 3 3"]
-    shift: Float[Tensor, "b 2"]
-    confidence: Float[Tensor, " b"]
-    weight: Float[Tensor, " b"]
-    pictures: tuple[Tensor, Tensor] | None
 
 
 class Poser(Protocol):
@@ -61,26 +47,43 @@ def assign_particles(
     run: RunFolder,
     world: World,
     device: torch.device,
+    *,
+    identity: str,
     learned: Tensor | None = None,
 ) -> None:
     """Pose every particle, reconstruct both halves at the full box, and let worker 0 write the results.
 
+    A pass that was killed goes on where it stood, if it was one of the same identity.
+
     Args:
+        identity: of what poses: the checkpoint's step.
         learned: a trained volume to write beside the reconstruction.
     """
     halves = HalfMaps(store.box_size, device=device)
     pixels = fourier_pixels(store.box_size).to(device)
     collector = _Collector()
+    parts = PosedParts(run, f"{store.content_hash[:16]}-{identity}", store.count)
+    if parts.rows_before:
+        logger.info("assign: %d particles were posed before", parts.rows_before)
     for small, full in _both_levels(store, poser.level, world):
-        posed = poser.pose(small.to(device), pictures=collector.wants_pictures)
+        before = parts.posed(small.rows.to(device))
+        # The first batch is posed in any case: its pictures are wanted.
+        if before is not None and not collector.wants_pictures:
+            posed = before
+        else:
+            posed = poser.pose(small.to(device), pictures=collector.wants_pictures)
+        if before is None:
+            parts.note(full.rows, posed)
         full, half = full.to(device), half_of(full).to(device)
         images = _filtered(full, store, pixels)
         halves.add(images, posed.rotation, posed.shift / store.pixel_size, posed.weight, half, pixels)
         collector.add(full.rows, posed, half)
+    parts.flush()
     world.sum_(*halves.tensors())
     assignment = collector.gather(world)
     if assignment is not None:
         write_results(config, store, run, assignment, halves.solve(store.pixel_size), learned)
+        parts.remove()
 
 
 def _filtered(batch: Batch, store: ParticleStore, pixels: FourierPixels) -> Filtered:

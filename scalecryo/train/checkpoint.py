@@ -59,6 +59,11 @@ def load_checkpoint(run: RunFolder, *, store_hash: str | None) -> dict[str, Any]
     return None
 
 
+def newest_step(run: RunFolder) -> int:
+    """Step of the newest checkpoint, whole or not; 0 where there is none."""
+    return max((step for step, _ in _list(run)), default=0)
+
+
 def _list(run: RunFolder) -> list[tuple[int, str]]:
     folder = run.path("checkpoints")
     names = files.list_folder(folder) if files.exists(folder) else []

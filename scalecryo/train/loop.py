@@ -93,7 +93,8 @@ def _train_autoencoder(
             monitor.close()
     if config.train.assign:
         poser = ModelPoser(config, store, model)
-        assign_particles(config, store, poser, run, world, device, model.volume.density())
+        learned = model.volume.density()
+        assign_particles(config, store, poser, run, world, device, identity=str(config.train.steps), learned=learned)
     if world.leads:
         run.close()
 

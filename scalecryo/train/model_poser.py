@@ -4,8 +4,9 @@ from scalecryo.config import Config
 from scalecryo.data.store import ParticleStore
 from scalecryo.data.stream import Batch
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
-from scalecryo.train.assign import Posed, correlation, pictures_of
+from scalecryo.train.assign import correlation, pictures_of
 from scalecryo.train.batches import particle_inputs
+from scalecryo.train.posed import Posed
 
 
 class ModelPoser:

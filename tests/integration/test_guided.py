@@ -16,8 +16,11 @@ import torch.multiprocessing as mp
 from scalecryo.commands import assign, convert, evaluate, simulate, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.star import read_poses
+from scalecryo.data.stream import Batch
 from scalecryo.errors import TrainingError
-from scalecryo.train import loop
+from scalecryo.train import loop, posed_parts
+from scalecryo.train.guided.poser import GuidedPoser
+from scalecryo.train.posed import Posed
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
@@ -115,6 +118,32 @@ def test_assign_of_a_guided_run(finished: Path, particles: tuple[Path, str], tmp
     assign.run(str(finished), data=None, out=str(tmp_path / "again"))
     first, second = (read_poses(str(path / "particles.star")) for path in (finished, tmp_path / "again"))
     assert np.abs(first.rotation - second.rotation).max() < 1e-5
+
+
+def test_an_assignment_that_was_killed_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Killed after five batches of 256; what was posed before must not be posed again, and nothing else may differ.
+    monkeypatch.setattr(posed_parts, "PART_ROWS", 300)
+    pose, posed_rows, last = GuidedPoser.pose, [], 5
+
+    def counted(self: GuidedPoser, batch: Batch, *, pictures: bool) -> Posed:
+        if len(posed_rows) == last:
+            raise KeyboardInterrupt
+        posed_rows.append(batch.rows.tolist())
+        return pose(self, batch, pictures=pictures)
+
+    monkeypatch.setattr(GuidedPoser, "pose", counted)
+    with pytest.raises(KeyboardInterrupt):
+        assign.run(str(finished), data=None, out=str(tmp_path / "again"))
+    before = sum(len(rows) for rows in posed_rows)
+    posed_rows.clear()
+    last = 100
+    assign.run(str(finished), data=None, out=str(tmp_path / "again"))
+    after = sum(len(rows) for rows in posed_rows)
+    assert after <= ROWS + EXTRA - before + 256 + 300  # the first batch for its pictures, and the part not yet written
+    assert not (tmp_path / "again" / "assigning").exists()
+    first, second = (read_poses(str(path / "particles.star")) for path in (finished, tmp_path / "again"))
+    assert np.array_equal(first.rotation, second.rotation)
+    assert (finished / "map.mrc").read_bytes()[1024:] == (tmp_path / "again" / "map.mrc").read_bytes()[1024:]
 
 
 def test_pure_noise_is_not_sold_as_a_structure(tmp_path: Path) -> None:

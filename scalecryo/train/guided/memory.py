@@ -2,13 +2,10 @@
 
 While a rung runs, the memory stands still: what the rung finds is noted, exchanged between the workers at its end, kept
 as one small file in the run's folder, and only then remembered. So a run that goes on after a kill, on whichever
-machine and with however many workers, reads the same poses as one that was never disturbed. Every worker holds the
-columns in scratch files of its own, mapped and never read whole; a particle never seen starts from search or encoder.
+machine and with however many workers, reads the same poses as one that was never disturbed. A particle never seen
+starts from the search or the encoder.
 """
 
-import io
-import tempfile
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.data import files
-from scalecryo.errors import CheckpointError
+from scalecryo.train.columns import RowColumns, arrays_to_bytes, read_arrays
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
 FOLDER = "poses"
-_COLUMNS = {"rotation": ("f4", (3, 3)), "shift": ("f4", (2,)), "confidence": ("f4", ()), "seen": ("u1", ())}
 
 
 class Found(NamedTuple):
@@ -39,7 +35,7 @@ class PoseMemory:
     """Poses by row, on this worker's disk."""
 
     def __init__(self, count: int) -> None:
-        self._columns = {name: _column(count, dtype, shape) for name, (dtype, shape) in _COLUMNS.items()}
+        self._columns = RowColumns(count, {"rotation": (3, 3), "shift": (2,), "confidence": ()})
         self._noted: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @classmethod
@@ -58,9 +54,9 @@ class PoseMemory:
         self, rows: Int[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
         """Rotation, shift (Å), confidence and whether the particle was seen before."""
-        at = rows.cpu().numpy()
-        found = {name: torch.from_numpy(column[at]).to(rows.device) for name, column in self._columns.items()}
-        return found["rotation"], found["shift"], found["confidence"], found["seen"].bool()
+        values, seen = self._columns.read(rows.cpu().numpy())
+        found = {name: torch.from_numpy(column).to(rows.device) for name, column in values.items()}
+        return found["rotation"], found["shift"], found["confidence"], torch.from_numpy(seen).to(rows.device)
 
     def note(
         self,
@@ -85,23 +81,13 @@ class PoseMemory:
 
     def remember(self, found: Found) -> None:
         """Take in poses of some particles."""
-        for name in ("rotation", "shift", "confidence"):
-            self._columns[name][found.rows] = getattr(found, name)
-        self._columns["seen"][found.rows] = 1
-
-
-def _column(count: int, dtype: str, shape: tuple[int, ...]) -> NDArray:
-    """Zeros in a file without a name, which goes with the process; rows never written take no space."""
-    with tempfile.TemporaryFile() as handle:
-        return np.memmap(handle, dtype=dtype, mode="w+", shape=(count, *shape))
+        self._columns.write(found.rows, found._asdict())
 
 
 def save_found(run: RunFolder, rung: int, found: Found) -> None:
     """Write what a rung found into the run's folder."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **found._asdict())
     files.make_folder(run.path(FOLDER))
-    run.write(f"{FOLDER}/rung_{rung:04d}.npz", buffer.getvalue())
+    run.write(_name(rung), arrays_to_bytes(found._asdict()))
 
 
 def load_found(run: RunFolder, rung: int) -> Found:
@@ -110,12 +96,9 @@ def load_found(run: RunFolder, rung: int) -> Found:
     Raises:
         CheckpointError: its file is missing or damaged.
     """
-    path = run.path(FOLDER, f"rung_{rung:04d}.npz")
-    try:
-        with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as arrays:
-            return Found(*(arrays[name] for name in Found._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path}: the poses that rung {rung} found cannot be read ({error}): remove the checkpoints after rung "
-            f"{rung - 1} to go on from there, or start the run anew"
-        ) from None
+    repair = f"remove the checkpoints from rung {rung} on to go on before it, or start the run anew"
+    return Found(**read_arrays(run.path(_name(rung)), Found._fields, repair))
+
+
+def _name(rung: int) -> str:
+    return f"{FOLDER}/rung_{rung:04d}.npz"

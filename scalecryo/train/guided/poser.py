@@ -18,11 +18,12 @@ from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.image_formation import form_images
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import templates
-from scalecryo.train.assign import Posed, pictures_of
+from scalecryo.train.assign import pictures_of
 from scalecryo.train.guided.ladder import FIRST_PASSES, PASSES, HalfReferences, level_noise, references
 from scalecryo.train.guided.memory import PoseMemory
 from scalecryo.train.guided.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates, presence
 from scalecryo.train.observed import Observed, observe
+from scalecryo.train.posed import Posed
 
 MODES = 4
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
@@ -63,11 +64,14 @@ class GuidedPoser:
         self._encoder_noise = level_noise(state.noise, small, self._encoder_pixels)
         self._grid = grid
         self._shifts = shift_grid_px
-        self._generator = torch.Generator().manual_seed(config.train.seed)
+        self._seed = config.train.seed
+        self._generator = torch.Generator()
         self._onto_first = lay_onto(state.half_maps[1], state.half_maps[0])
 
     def pose(self, batch: Batch, *, pictures: bool) -> Posed:
         """Remembered poses polished once more; the others searched, then polished at rising radii."""
+        # The turned grids of a search depend on the batch alone: a resumed pass finds the same.
+        self._generator.manual_seed(self._seed + int(batch.rows[0]))  # host sync
         observed = observe(batch, self._store, self.level, self._pixels)
         rotation = torch.zeros(len(observed), 3, 3, device=observed.images.device)
         shift, confidence, shows = rotation[:, 0, :2].clone(), rotation[:, 0, 0].clone(), rotation[:, 0, 0].clone()

@@ -104,7 +104,7 @@ def train_guided(
         encoder = teacher.encoder if teacher is not None else None
         poser = guided_poser(config, store, state, memory, encoder, device)
         with watch.part("assign"):
-            assign_particles(config, store, poser, run, world, device)
+            assign_particles(config, store, poser, run, world, device, identity=str(number))
     logger.info("time on worker %d: %s", world.rank, watch.summary())
 
 
