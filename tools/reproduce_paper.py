@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -49,7 +50,8 @@ RECIPES: dict[str, dict[str, str]] = {
 def run_one(dataset: str, recipe: str, seed: int, steps: int, out: Path) -> dict[str, object]:
     """Convert, train and evaluate; one row of the table."""
     data = out / dataset / "particles"
-    if not data.exists():
+    if not (data / "particles.star").exists():  # the last file of a simulation
+        shutil.rmtree(data, ignore_errors=True)
         write_dataset(dataset, data)
     folder = out / dataset / f"{recipe}-{seed}"
     store = str(out / dataset / f"{recipe}-{seed}.zarr")
