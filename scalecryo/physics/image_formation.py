@@ -8,7 +8,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer, ctf_power_in_box
-from scalecryo.physics.fft import FourierPixels, irfft2_centred, rfft2_centred
+from scalecryo.physics.fft import FourierPixels, rfft2_centred
+
+_AT_ONCE = 16  # images on the padded box: few enough to stay in a processor's cache
 
 
 class Filtered(NamedTuple):
@@ -74,14 +76,23 @@ def filtered_on_padded_box(
         pixels: Fourier pixels of the n px box that are packed.
     """
     box_size = images.shape[-1]
-    box, edge = 2 * box_size, box_size // 2
-    ky, kx = torch.meshgrid(
-        torch.fft.fftfreq(box, 1 / box, device=images.device),
-        torch.arange(box // 2 + 1.0, device=images.device),
-        indexing="ij",
-    )
-    ctf = contrast_transfer(optics, kx.flatten(), ky.flatten(), box, pixel_size).view(-1, *kx.shape)
-    wide = irfft2_centred(rfft2_centred(torch.nn.functional.pad(images, (edge,) * 4)) * ctf, box)
-    inner = slice(edge, edge + box_size)
-    values = pixels.pack(rfft2_centred(wide[:, inner, inner]))
-    return Filtered(values, ctf_power_in_box(optics, pixels.kx, pixels.ky, box_size, pixel_size))
+    box = 2 * box_size
+    kx, ky = (k.flatten() for k in _half_plane(box, images.device))
+    parts = []
+    for start in range(0, len(images), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        ctf = contrast_transfer(optics.select(some), kx, ky, box, pixel_size).unflatten(-1, (box, -1))
+        # The CTF is real and even, so it filters wherever the image lies: here in a corner of the padded box. Rows and
+        # columns that are padding, or cropped, are not transformed.
+        wide = torch.fft.fft(torch.fft.rfft(images[some], n=box, dim=-1), n=box, dim=-2).mul_(ctf)
+        rows = torch.fft.ifft(wide, dim=-2)[:, :box_size]
+        back = torch.fft.irfft(rows, n=box, dim=-1)[:, :, :box_size]
+        parts.append(pixels.pack(rfft2_centred(back)))
+    return Filtered(torch.cat(parts), ctf_power_in_box(optics, pixels.kx, pixels.ky, box_size, pixel_size))
+
+
+def _half_plane(box: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """kx and ky of the half-complex transform of a box, each (box, box//2 + 1)."""
+    kx = torch.arange(box // 2 + 1.0, device=device)
+    ky = torch.fft.fftfreq(box, 1 / box, device=device)
+    return kx.expand(box, -1), ky[:, None].expand(-1, len(kx))
