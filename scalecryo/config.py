@@ -291,6 +291,16 @@ def describe() -> list[tuple[str, str, str]]:
     return rows
 
 
+def flat_settings(config: Config) -> dict[str, bool | int | float | str]:
+    """Every setting by `section.key`, lists as text."""
+    tables = dataclasses.asdict(config)
+    return {
+        f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
+        for section, table in tables.items()
+        for key, value in table.items()
+    }
+
+
 def describe_run(config: Config) -> str:
     """The configuration as a Markdown code block, for TensorBoard's text page."""
     return "".join(f"    {line}\n" for line in config_to_toml(config).splitlines())

@@ -68,7 +68,7 @@ def _train_autoencoder(
         store, level, order, rank=world.rank, world_size=world.size, start_step=start,
         columns=stream_columns(store), threads=config.stream.threads,
     )  # fmt: skip
-    monitor = Monitor(config, store, run, model, start_step=start) if world.leads else None
+    monitor = Monitor(config, store, run, model, start_step=start, world_size=world.size) if world.leads else None
     try:
         for step in range(start + 1, config.train.steps + 1):
             batch = next(stream).to(device)

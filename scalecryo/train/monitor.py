@@ -14,6 +14,7 @@ from scalecryo.data.stream import Batch
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.physics.fft import irfft2_centred
 from scalecryo.train.recorder import Recorder
+from scalecryo.train.resources import memory_mib
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.truth import Truth
 
@@ -26,10 +27,18 @@ class Monitor:
     """Collects a run's scalars and pictures and writes them every so many steps."""
 
     def __init__(
-        self, config: Config, store: ParticleStore, run: RunFolder, model: AutoEncoder, *, start_step: int
+        self,
+        config: Config,
+        store: ParticleStore,
+        run: RunFolder,
+        model: AutoEncoder,
+        *,
+        start_step: int,
+        world_size: int,
     ) -> None:
         self.config = config
         self.model = model
+        self._world_size = world_size
         self._recorder = Recorder(config, run, start_step=start_step)
         box_size = model.volume.box_size
         self._truth = Truth.load(config.monitor.truth, store, box_size) if config.monitor.truth else None
@@ -65,6 +74,8 @@ class Monitor:
             "pose_spread": float(pose_spread(output.rotation.detach())),
             "gradient_norm/volume": _gradient_norm(self.model.volume),
             "gradient_norm/poses": _gradient_norm(self.model.pose_source),
+            "world_size": self._world_size,
+            **memory_mib(output.rotation.device),
         }
         self._recorder.scalars(step, values)
         left = (self.config.train.steps - step) * (now - self._started) / max(step - self._start_step, 1)

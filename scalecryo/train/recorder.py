@@ -8,9 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
-from scalecryo.config import Config, describe_run
+from scalecryo.config import Config, describe_run, flat_settings
 from scalecryo.train.run_folder import RunFolder, trim_metrics
+
+RESULTS = ("halves/resolution_angstrom", "loss")
 
 
 class Recorder:
@@ -22,6 +25,11 @@ class Recorder:
         trim_metrics(self._path, start_step)
         self._writer = SummaryWriter(str(run.local / "tb"), purge_step=start_step + 1 if start_step else None)
         self._writer.add_text("config", describe_run(config), start_step)
+        events = self._writer.file_writer
+        if not start_step and events is not None:
+            # TensorBoard's table of runs; add_hparams would open a run of its own.
+            for summary in hparams(flat_settings(config), dict.fromkeys(RESULTS, 0.0)):
+                events.add_summary(summary)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """The same scalars to the event file and to metrics.jsonl."""
@@ -34,6 +42,11 @@ class Recorder:
     def picture(self, step: int, name: str, image: Float[Tensor, "y x"]) -> None:
         """One picture, scaled to its own range."""
         self._writer.add_image(name, _grey(image), step)
+
+    def histogram(self, step: int, name: str, values: Float[Tensor, " n"]) -> None:
+        """How some values are spread; nothing where there are none."""
+        if len(values):
+            self._writer.add_histogram(name, values, step)
 
     def volume(self, step: int, density: Float[Tensor, "n n n"]) -> None:
         """Central slices and projections of a map along its three axes."""

@@ -1,11 +1,13 @@
 """The workers that share a run, and the few collectives between them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from scalecryo.train.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    watch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
+    """Counts the seconds spent in the collectives below, waiting for slower workers included."""
 
     @property
     def leads(self) -> bool:
@@ -22,7 +26,9 @@ class World:
 
     def sum_(self, *tensors: Tensor) -> None:
         """Add each tensor over all workers, in place. Collective."""
-        if self.size > 1:
+        if self.size == 1:
+            return
+        with self.watch.part("reduce"):
             for tensor in tensors:
                 # gloo has no complex reduction: reduce the real view of the same memory.
                 dist.all_reduce(torch.view_as_real(tensor) if tensor.is_complex() else tensor)

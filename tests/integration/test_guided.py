@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scalecryo.commands import assign, convert, evaluate, simulate, train
 from scalecryo.config import Config, load_config
@@ -79,6 +80,20 @@ def test_it_converges_from_random_poses(
     assert set(np.unique(poses.half)) == {1, 2}
     assert poses.confidence is not None
     assert 0.3 < np.median(poses.confidence) <= 1.0
+
+
+def test_tensorboard_shows_the_ladder(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tb"))
+    events.Reload()
+    tags = events.Tags()
+    wanted = {"rung/radius", "halves/resolution_angstrom", "images_per_second", "images_per_second_slowest_worker",
+              "data_wait_share", "world_size", "memory/resident_mib", "seconds/polish", "encoder_loss"}  # fmt: skip
+    assert wanted <= set(tags["scalars"])
+    assert {"poses/tilt_deg", "poses/confidence"} <= set(tags["histograms"])
+    assert {"slice/z", "projection/x"} <= set(tags["images"])
+    assert [event.step for event in events.Scalars("rung/radius")] == list(
+        range(1, len(events.Scalars("rung/radius")) + 1)
+    )
 
 
 def test_particles_never_trained_on_are_posed_as_well(finished: Path, particles: tuple[Path, str]) -> None:

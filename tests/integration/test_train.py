@@ -94,7 +94,8 @@ def test_event_files_hold_scalars_and_pictures(simulated: SimulatedParticles, tm
     events.Reload()
     tags = events.Tags()
     wanted = {"loss", "images_per_second", "data_wait_share", "pose_spread", "gradient_norm/volume",
-              "gradient_norm/poses", "truth/rotation_error_median_deg", "truth/fsc_0.5_shell"}  # fmt: skip
+              "gradient_norm/poses", "truth/rotation_error_median_deg", "truth/fsc_0.5_shell", "world_size",
+              "memory/resident_mib"}  # fmt: skip
     assert wanted <= set(tags["scalars"])
     assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 7))

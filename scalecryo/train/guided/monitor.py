@@ -42,9 +42,12 @@ class GuidedMonitor:
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
             "halves/fsc_mean": float(state.curve.mean()), **rates,
         }  # fmt: skip
+        rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
+        rotation, _, confidence, seen = memory.read(rows)
+        tilt = torch.rad2deg(torch.arccos(rotation[seen][:, 2, 2].clamp(-1, 1)))
+        self._recorder.histogram(number, "poses/tilt_deg", tilt)
+        self._recorder.histogram(number, "poses/confidence", confidence[seen])
         if self._truth_folder:
-            rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
-            rotation, _, _, seen = memory.read(rows)
             truth = Truth.load(self._truth_folder, self._store, level)
             values |= truth.compare(rows[seen], rotation[seen], mean.cpu())
         self._recorder.scalars(number, values)

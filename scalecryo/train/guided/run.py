@@ -39,6 +39,7 @@ from scalecryo.train.guided.poser import ENCODER_RADIUS, GuidedPoser
 from scalecryo.train.guided.refine import Reference
 from scalecryo.train.guided.teacher import Teacher, lesson_of
 from scalecryo.train.observed import Observed, observe
+from scalecryo.train.resources import memory_mib
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.stopwatch import Stopwatch
 from scalecryo.train.world import World
@@ -48,6 +49,7 @@ FIRST_RADIUS = 14.0
 FIRST_LESSON = 2
 STILL = 0.02  # the search ends when fewer particles than this moved far in a rung
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
+SLOW = 0.6  # of the middle worker's images a second
 LEAST_AGREEMENT = 0.5  # mean correlation of the halves over shells 2 to 6, aligned, below which there is none
 
 
@@ -71,7 +73,7 @@ def train_guided(
         teacher.load(learnt)
     memory = PoseMemory.of_run(run, store.count, number)
     monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
-    watch = Stopwatch()
+    watch = world.watch
     try:
         if state is None:
             with watch.part("bootstrap"):
@@ -220,11 +222,30 @@ def _climb(
                         loss = teacher.teach(lesson_of(taken, plan.level, teacher.pixels, size, lesson), model)
         seconds = time.monotonic() - start
         watch.add("read", stream.wait_seconds)
-        rates = {"images_per_second": images / seconds, "data_wait_share": stream.wait_seconds / seconds}
+        rates = _rates(images, seconds, stream.wait_seconds, world, device)
         rates |= {f"seconds/{part}": total for part, total in watch.seconds.items()}
     if loss is not None:
         rates["encoder_loss"] = float(loss)  # host sync
     return rung.finish(world), rates
+
+
+def _rates(images: int, seconds: float, waited: float, world: World, device: torch.device) -> dict[str, float]:
+    """Images a second of all workers and of the slowest, the share of time spent waiting for data, memory. Collective.
+
+    A worker far slower than the others is named in the log: all wait for it at the end of each rung.
+    """
+    own = torch.tensor([[images / seconds, waited / seconds]], dtype=torch.float64)
+    every = torch.cat(world.all_gather(own))
+    slowest, middle = every[:, 0].min(), every[:, 0].median()
+    if world.leads and slowest < SLOW * middle:
+        logger.warning("worker %d is slow: %.0f images/s, the middle one %.0f", every[:, 0].argmin(), slowest, middle)
+    return {
+        "images_per_second": float(every[:, 0].sum()),
+        "images_per_second_slowest_worker": float(slowest),
+        "data_wait_share": float(every[:, 1].mean()),
+        "world_size": world.size,
+        **memory_mib(device),
+    }
 
 
 def _everywhere(true: bool, world: World, device: torch.device) -> bool:
