@@ -102,6 +102,9 @@ class PoseConfig:
 class GuidedConfig:
     """The guided method: bootstrap from random poses, then a ladder of streamed passes."""
 
+    start: Literal["nothing", "poses"] = option(
+        "nothing", "nothing: random poses; poses: those that came with the particles, refined without a search"
+    )
     seeds: int = option(2, "independent starts of the bootstrap; held-out likelihood picks the best")
     bootstrap_steps: int = option(100, "batches that the bootstrap learns from")
     bootstrap_batch: int = option(400, "particles in a bootstrap batch, over both halves and all workers")
@@ -119,6 +122,8 @@ class GuidedConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, str):
+                continue
             least = {"search_rungs": 0, "shift_radius_a": 0, "lessons": 0, "encoder_rate": 1e-7}.get(f.name, 1)
             _require(value >= least, f"guided.{f.name}", value, f"must be at least {least}")
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
+import starfile
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scipy.spatial.transform import Rotation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scalecryo.commands import assign, convert, evaluate, simulate, train
@@ -133,6 +135,41 @@ def test_assign_of_a_guided_run(finished: Path, particles: tuple[Path, str], tmp
     assign.run(str(finished), data=None, out=str(tmp_path / "again"))
     first, second = (read_poses(str(path / "particles.star")) for path in (finished, tmp_path / "again"))
     assert np.abs(first.rotation - second.rotation).max() < 1e-5
+
+
+def test_imported_poses_are_refined(
+    particles: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The true poses, each turned by 4° about a random axis and moved by half a pixel: the refinement must win most of
+    # that back, to the same bounds as from nothing, and the frame must stay: without any alignment.
+    truth = starfile.read(particles[0] / "truth.star", always_dict=True)
+    generator = np.random.default_rng(0)
+    true = read_poses(str(particles[0] / "truth.star")).rotation
+    off = Rotation.from_rotvec(np.radians(4) * random_units(generator, len(true)))
+    angles = Rotation.from_matrix(true @ off.as_matrix())
+    columns = ["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]
+    truth["particles"][columns] = angles.as_euler("ZYZ", degrees=True)
+    for name in ("rlnOriginXAngst", "rlnOriginYAngst"):
+        truth["particles"][name] += generator.choice([-0.5, 0.5], len(true)) * PIXEL_SIZE
+    starfile.write(truth, particles[0] / "moved.star")
+    store = store_of(particles[0] / "moved.star", tmp_path / "moved.zarr")
+    start(store, tmp_path / "run", guided__start="poses", guided__rungs="4", guided__lessons="0")
+    poses = read_poses(str(tmp_path / "run" / "particles.star"))
+    cosine = (np.einsum("nij,nij->n", poses.rotation, true) - 1) / 2
+    assert np.median(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) < 1.2
+    found = errors(tmp_path / "run", particles[0], capsys)
+    assert found["shift_error_median_px"] < 0.25
+    assert found["fsc_0.5_shell"] > 24
+
+
+def random_units(generator: np.random.Generator, count: int) -> np.ndarray:
+    vectors = generator.standard_normal((count, 3))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_poses_that_are_not_there_cannot_be_refined(particles: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="the store has none"):
+        start(particles[1], tmp_path / "run", guided__start="poses")
 
 
 def test_an_assignment_that_was_killed_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,13 @@ def poses_of(rows: list[int], seed: int = 0) -> Poses:
             torch.rand(count, generator=generator))  # fmt: skip
 
 
+def resumed(run: RunFolder, rungs: int) -> PoseMemory:
+    memory = PoseMemory(20)
+    for rung in range(1, rungs + 1):
+        memory.remember(load_found(run, rung))
+    return memory
+
+
 def test_noted_poses_are_read_only_after_the_rung() -> None:
     memory, noted = PoseMemory(50), poses_of([3, 49, 7])
     memory.note(*noted)
@@ -43,11 +50,11 @@ def test_a_resumed_memory_is_the_one_that_was_left(tmp_path: Path) -> None:
         memory.note(*poses_of(rows, seed=rung))
         save_found(run, rung, memory.settle(World()))
     rows = torch.arange(20)
-    for left, found in zip(memory.read(rows), PoseMemory.of_run(run, 20, 3).read(rows), strict=True):
+    for left, found in zip(memory.read(rows), resumed(run, 3).read(rows), strict=True):
         assert torch.equal(left, found)
     # A rung that was begun but not finished before the kill counts for nothing.
-    assert not PoseMemory.of_run(run, 20, 2).read(torch.tensor([19]))[3].any()
-    assert torch.equal(PoseMemory.of_run(run, 20, 1).read(torch.tensor([5]))[0], poses_of([1, 5, 9], seed=1)[1][1:2])
+    assert not resumed(run, 2).read(torch.tensor([19]))[3].any()
+    assert torch.equal(resumed(run, 1).read(torch.tensor([5]))[0], poses_of([1, 5, 9], seed=1)[1][1:2])
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])

@@ -38,18 +38,6 @@ class PoseMemory:
         self._columns = RowColumns(count, {"rotation": (3, 3), "shift": (2,), "confidence": ()})
         self._noted: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
-    @classmethod
-    def of_run(cls, run: RunFolder, count: int, rungs: int) -> "PoseMemory":
-        """What a run's first `rungs` rungs found.
-
-        Raises:
-            CheckpointError: the poses of one of them are missing or damaged.
-        """
-        memory = cls(count)
-        for rung in range(1, rungs + 1):
-            memory.remember(load_found(run, rung))
-        return memory
-
     def read(
         self, rows: Int[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, " b"], Bool[Tensor, " b"]]:

@@ -5,40 +5,34 @@
 3. Assign: one pass poses every particle and writes the maps.
 """
 
-import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.order import BatchOrder
 from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import ParticleStream
-from scalecryo.errors import CheckpointError, TrainingError
-from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.errors import CheckpointError
 from scalecryo.model.grid_encoder import GridEncoder
-from scalecryo.physics.fft import FourierPixels, fourier_pixels
-from scalecryo.physics.fsc import fsc, resolution
-from scalecryo.physics.mask import mask_from_map
+from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.fsc import resolution
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.search import shift_grid, with_mates
+from scalecryo.pose.search import with_mates
 from scalecryo.train.assign import assign_particles
-from scalecryo.train.batches import stream_columns
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
-from scalecryo.train.guided.bootstrap import HALF_GRID, FirstMaps, bootstrap
-from scalecryo.train.guided.checks import check_contrast, check_count, check_images
+from scalecryo.train.guided.bootstrap import HALF_GRID
 from scalecryo.train.guided.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
-from scalecryo.train.guided.memory import PoseMemory, save_found
+from scalecryo.train.guided.memory import PoseMemory, load_found, save_found
 from scalecryo.train.guided.monitor import GuidedMonitor
 from scalecryo.train.guided.poser import ENCODER_RADIUS, GuidedPoser
 from scalecryo.train.guided.refine import Reference
+from scalecryo.train.guided.start import from_nothing, from_poses, remember_imported
+from scalecryo.train.guided.streams import open_stream, search_shifts, stream_steps
 from scalecryo.train.guided.teacher import Teacher, lesson_of
-from scalecryo.train.observed import Observed, observe
+from scalecryo.train.observed import observe
 from scalecryo.train.resources import memory_mib
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.stopwatch import Stopwatch
@@ -48,9 +42,7 @@ logger = logging.getLogger(__name__)
 FIRST_RADIUS = 14.0
 FIRST_LESSON = 2
 STILL = 0.02  # the search ends when fewer particles than this moved far in a rung
-NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
 SLOW = 0.6  # of the middle worker's images a second
-LEAST_AGREEMENT = 0.5  # mean correlation of the halves over shells 2 to 6, aligned, below which there is none
 
 
 def train_guided(
@@ -71,17 +63,18 @@ def train_guided(
     teacher = _teacher(config, store, world, device)
     if teacher is not None and learnt is not None:
         teacher.load(learnt)
-    memory = PoseMemory.of_run(run, store.count, number)
+    imported = config.guided.start == "poses"
+    memory = _memory(config, store, run, number)
     monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
     watch = world.watch
     try:
         if state is None:
-            with watch.part("bootstrap"):
-                state = _first_state(config, store, world, device)
-            radius = FIRST_RADIUS
+            with watch.part("start"):
+                state = (from_poses if imported else from_nothing)(config, store, world, device)
+            radius = max(FIRST_RADIUS, _shared_shell(state)) if imported else FIRST_RADIUS
         settled = 0
         while number < config.guided.rungs and settled < config.guided.settled_rungs:
-            searching = number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
+            searching = not imported and number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
             plan = plan_rung(
                 min(radius, _limit(config, store)), _levels(config, store), number,
                 search=searching, shifted=not config.pose.centred,
@@ -135,56 +128,21 @@ def load_guided_poser(
     state, rungs, _, learnt = _restore(run, store if same_store else None, device)
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
-    memory = PoseMemory.of_run(run, store.count, rungs) if same_store else None
+    memory = _memory(config, store, run, rungs) if same_store else None
     teacher = _teacher(config, store, World(), device)
     if teacher is not None and learnt is not None:
         teacher.load(learnt)
     return guided_poser(config, store, state, memory, teacher.encoder if teacher else None, device)
 
 
-def _first_state(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
-    """Bootstrap at the store's smallest level; the second half-map is turned onto the first."""
-    check_count(min(config.train.rows or store.count, store.count), config.run.data)
-    level = min(store.levels)
-    pixels = fourier_pixels(level, min(level / 2 - 1, 14.0)).to(device)
-    shifts = search_shifts(config, store, level).to(device)
-    with open_stream(config, store, level, config.guided.bootstrap_batch, world, 0) as stream:
-        batches = _observed(stream, store, level, pixels)
-        batch = next(batches)
-        check_images(batch, pixels, config.run.data)
-        first = bootstrap(
-            itertools.chain([batch], batches), pixels, shifts, world,
-            seeds=config.guided.seeds, steps=config.guided.bootstrap_steps, seed=config.train.seed,
-        )  # fmt: skip
-    maps = torch.stack(first.half_maps)
-    if world.leads:
-        alignment = align_maps(maps[1].cpu(), maps[0].cpu())
-        maps[1] = apply_alignment(maps[1].cpu(), alignment).to(device)
-        if alignment.mirrored:
-            logger.info("bootstrap: the second half had the other hand and was mirrored")
-    else:
-        maps.zero_()
-    world.sum_(maps)  # worker 0's, to all
-    _refuse_noise(first, float(fsc(maps[0], maps[1])[2:7].mean()), config)
-    check_contrast(maps.mean(0), config.run.data)
-    mask = mask_from_map(maps.mean(0), store.level_pixel_size(level))
-    curve = fsc(maps[0] * mask, maps[1] * mask).float()
-    shell, _ = resolution(curve, level, 1.0, 0.5)
-    logger.info(
-        "bootstrap: the halves agree to shell %.1f, %.1f Å", shell, store.level_pixel_size(level) * level / shell
-    )
-    return HalfReferences((maps[0], maps[1]), curve, torch.ones(level // 2 + 1, device=device), 12.0)
-
-
-def _refuse_noise(first: FirstMaps, agreement: float, config: Config) -> None:
-    """Raise where the maps explain held-out images no better than nothing, or the halves found different things."""
-    gain, error = min(zip(first.gain, first.gain_error, strict=True))
-    if gain < NO_SIGNAL_ERRORS * error or agreement < LEAST_AGREEMENT:
-        raise TrainingError(
-            f"{config.run.data}: the bootstrap found no structure: held-out images gain {gain:.2f} ± {error:.2f} in "
-            f"log-likelihood over an empty map, and the two halves' maps correlate by {agreement:.2f}: check contrast "
-            "sign, pixel size and box, use more particles, or raise guided.bootstrap_steps and guided.seeds"
-        )
+def _memory(config: Config, store: ParticleStore, run: RunFolder, rungs: int) -> PoseMemory:
+    """What is known of each particle after so many rungs."""
+    memory = PoseMemory(store.count)
+    if config.guided.start == "poses":
+        remember_imported(store, memory)
+    for rung in range(1, rungs + 1):
+        memory.remember(load_found(run, rung))
+    return memory
 
 
 def _climb(
@@ -279,14 +237,6 @@ def _lesson_reference(state: HalfReferences, teacher: Teacher) -> Reference:
     return references(both, teacher.pixels.box_size, teacher.pixels)[0]
 
 
-def search_shifts(config: Config, store: ParticleStore, level: int) -> Tensor:
-    """Shift hypotheses in px of a level: none when particles are centred, else a disc with a step of about 1.5 px."""
-    if config.pose.centred:
-        return torch.zeros(1, 2)
-    radius = config.guided.shift_radius_a / store.level_pixel_size(level)
-    return shift_grid(radius, min(1.5, max(radius / 2, 0.5)))
-
-
 def _restore(
     run: RunFolder, store: ParticleStore | None, device: torch.device
 ) -> tuple[HalfReferences | None, int, float, dict[str, Any] | None]:
@@ -313,6 +263,12 @@ def _checkpoint(store: ParticleStore, state: HalfReferences, radius: float, teac
     }
 
 
+def _shared_shell(state: HalfReferences) -> float:
+    """Shell at which the halves' correlation falls to 0.5."""
+    shell, _ = resolution(state.curve, state.half_maps[0].shape[-1], 1.0, 0.5)
+    return shell
+
+
 def _is_settled(before: HalfReferences, after: HalfReferences) -> bool:
     """Whether a rung at the same level brought the halves no closer: less than half a percent of their correlation."""
     return len(before.curve) == len(after.curve) and float(after.curve.mean()) < 1.005 * float(before.curve.mean())
@@ -326,37 +282,3 @@ def _levels(config: Config, store: ParticleStore) -> tuple[int, ...]:
 def _limit(config: Config, store: ParticleStore) -> float:
     """The largest radius that is ever polished: just inside the largest level's Nyquist."""
     return max(_levels(config, store)) / 2 - 2.0
-
-
-def open_stream(
-    config: Config, store: ParticleStore, level: int, batch_size: int, world: World, epoch: int
-) -> ParticleStream:
-    """A stream of batches at a level, started at an epoch of its own."""
-    order = stream_order(config, store, level, batch_size)
-    return ParticleStream(
-        store, level, order, rank=world.rank, world_size=world.size, start_step=epoch * order.steps_per_epoch,
-        columns=stream_columns(store), threads=config.stream.threads,
-    )  # fmt: skip
-
-
-def stream_order(config: Config, store: ParticleStore, level: int, batch_size: int) -> BatchOrder:
-    """The order of a pass at a level over the training rows."""
-    return BatchOrder(
-        count=min(config.train.rows or store.count, store.count),
-        block_rows=store.block_rows(level),
-        batch_size=batch_size,
-        seed=config.train.seed,
-        max_lanes=config.stream.lanes,
-        window_blocks=config.stream.window_blocks,
-    )
-
-
-def stream_steps(config: Config, store: ParticleStore, level: int) -> int:
-    """Batches of a rung: one pass, or as many as hold `guided.rung_particles`."""
-    steps = stream_order(config, store, level, config.guided.rung_batch).steps_per_epoch
-    return min(steps, -(-config.guided.rung_particles // config.guided.rung_batch))
-
-
-def _observed(stream: ParticleStream, store: ParticleStore, level: int, pixels: FourierPixels) -> Iterator[Observed]:
-    for batch in stream:
-        yield observe(batch.to(pixels.kx.device), store, level, pixels)

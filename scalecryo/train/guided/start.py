@@ -1,0 +1,122 @@
+"""Where the ladder starts: from nothing, or from the poses that came with the particles."""
+
+import itertools
+import logging
+
+import torch
+from torch import Tensor
+
+from scalecryo.config import Config
+from scalecryo.data.store import ParticleStore
+from scalecryo.data.stream import sequential
+from scalecryo.errors import TrainingError
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.map.halfmaps import HalfMaps
+from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.fsc import fsc, resolution
+from scalecryo.physics.image_formation import filtered
+from scalecryo.physics.mask import mask_from_map
+from scalecryo.train.batches import stream_columns
+from scalecryo.train.guided.bootstrap import FirstMaps, bootstrap
+from scalecryo.train.guided.checks import check_contrast, check_count, check_images
+from scalecryo.train.guided.ladder import HalfReferences
+from scalecryo.train.guided.memory import Found, PoseMemory
+from scalecryo.train.guided.streams import observed_batches, open_stream, search_shifts
+from scalecryo.train.observed import observe
+from scalecryo.train.world import World
+
+logger = logging.getLogger(__name__)
+NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
+LEAST_AGREEMENT = 0.5  # mean correlation of the halves over shells 2 to 6, aligned, below which there is none
+POSES_LEVEL = 64  # smallest box at which imported poses are put together, where the store has it
+POSES_BATCH = 1024
+
+
+def from_nothing(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
+    """Bootstrap at the store's smallest level; the second half-map is turned onto the first."""
+    check_count(min(config.train.rows or store.count, store.count), config.run.data)
+    level = min(store.levels)
+    pixels = fourier_pixels(level, min(level / 2 - 1, 14.0)).to(device)
+    shifts = search_shifts(config, store, level).to(device)
+    with open_stream(config, store, level, config.guided.bootstrap_batch, world, 0) as stream:
+        batches = observed_batches(stream, store, level, pixels)
+        batch = next(batches)
+        check_images(batch, pixels, config.run.data)
+        first = bootstrap(
+            itertools.chain([batch], batches), pixels, shifts, world,
+            seeds=config.guided.seeds, steps=config.guided.bootstrap_steps, seed=config.train.seed,
+        )  # fmt: skip
+    maps = torch.stack(first.half_maps)
+    if world.leads:
+        alignment = align_maps(maps[1].cpu(), maps[0].cpu())
+        maps[1] = apply_alignment(maps[1].cpu(), alignment).to(device)
+        if alignment.mirrored:
+            logger.info("bootstrap: the second half had the other hand and was mirrored")
+    else:
+        maps.zero_()
+    world.sum_(maps)  # worker 0's, to all
+    _refuse_noise(first, float(fsc(maps[0], maps[1])[2:7].mean()), config)
+    check_contrast(maps.mean(0), config.run.data)
+    return _references("bootstrap", maps, store, level)
+
+
+def _refuse_noise(first: FirstMaps, agreement: float, config: Config) -> None:
+    """Raise where the maps explain held-out images no better than nothing, or the halves found different things."""
+    gain, error = min(zip(first.gain, first.gain_error, strict=True))
+    if gain < NO_SIGNAL_ERRORS * error or agreement < LEAST_AGREEMENT:
+        raise TrainingError(
+            f"{config.run.data}: the bootstrap found no structure: held-out images gain {gain:.2f} ± {error:.2f} in "
+            f"log-likelihood over an empty map, and the two halves' maps correlate by {agreement:.2f}: check contrast "
+            "sign, pixel size and box, use more particles, or raise guided.bootstrap_steps and guided.seeds"
+        )
+
+
+def remember_imported(store: ParticleStore, memory: PoseMemory) -> None:
+    """Take the store's poses into the memory, shard by shard.
+
+    Raises:
+        TrainingError: the store has none.
+    """
+    if not store.has_pose:
+        raise TrainingError(
+            f"{store.url}: guided.start = 'poses' needs poses, and the store has none: convert a table with rotation "
+            "angles, or start from 'nothing'"
+        )
+    for start in range(0, store.count, store.shard_rows):
+        stop = min(start + store.shard_rows, store.count)
+        columns = store.read_columns(start, stop, ("rotation", "shift"))
+        rows = torch.arange(start, stop).numpy()
+        memory.remember(Found(rows, columns["rotation"], columns["shift"], torch.ones(len(rows)).numpy()))
+
+
+def from_poses(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
+    """Half-maps put together at the poses that came with the particles, from the training rows. Collective."""
+    rows = min(config.train.rows or store.count, store.count)
+    fits = [level for level in store.levels if level >= POSES_LEVEL]
+    level = min(fits) if fits else max(store.levels)
+    pixels = fourier_pixels(level).to(device)
+    halves = HalfMaps(level, device=device)
+    for batch in sequential(
+        store, level, rank=world.rank, world_size=world.size, batch_size=POSES_BATCH, columns=stream_columns(store),
+        rows_limit=rows,
+    ):  # fmt: skip
+        own = observe(batch.to(device), store, level, pixels)
+        shift = batch.columns["shift"].to(device) / store.level_pixel_size(level)
+        ones = torch.ones(len(own), device=device)
+        images = filtered(own.images, own.ctf)
+        halves.add(images, batch.columns["rotation"].to(device), shift, ones, own.half, pixels)
+    world.sum_(*halves.tensors())
+    maps = torch.stack(halves.solve(store.level_pixel_size(level)).half_maps)
+    check_contrast(maps.mean(0), config.run.data)
+    return _references("imported poses", maps, store, level)
+
+
+def _references(what: str, maps: Tensor, store: ParticleStore, level: int) -> HalfReferences:
+    """The state of a ladder before its first rung."""
+    mask = mask_from_map(maps.mean(0), store.level_pixel_size(level))
+    curve = fsc(maps[0] * mask, maps[1] * mask).float()
+    shell, _ = resolution(curve, level, 1.0, 0.5)
+    logger.info(
+        "%s: the halves agree to shell %.1f, %.1f Å", what, shell, store.level_pixel_size(level) * level / shell
+    )
+    return HalfReferences((maps[0], maps[1]), curve, torch.ones(level // 2 + 1, device=maps.device), 12.0)
