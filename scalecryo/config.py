@@ -64,6 +64,10 @@ class TrainConfig:
     batch_size: int = option(32, "particles in a global batch, over all workers")
     box: int = option(0, "level of the store to train on, px; 0: the full box")
     rows: int = option(0, "train on the first ROWS particles and hold out the others; 0: all")
+    half: int = option(0, "train on this half of the store alone, 1 or 2; 0: both")
+    optics_group: int = option(-1, "train on this optics group alone; -1: all")
+    index: str = option("", "train on the rows that this file lists: .txt (one a line, from 0) or .npy; any fsspec URL")
+    query: str = option("", "train on rows for which this holds, such as `defocus_u < 20000 and optics_group != 3`")
     seed: int = option(0, "seed of the start, the sample order and the noise")
     checkpoint_every: int = option(500, "steps between checkpoints")
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep")
@@ -75,6 +79,8 @@ class TrainConfig:
         for key in ("box", "rows", "seed"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "must not be negative")
         _require(self.box % 2 == 0, "train.box", self.box, "boxes are even: choose a level of the store")
+        _require(self.half in (0, 1, 2), "train.half", self.half, "choose 1 or 2, or 0 for both")
+        _require(self.optics_group >= -1, "train.optics_group", self.optics_group, "give a group, or -1 for all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +182,18 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """How particles stream from the store; memory is about 2 x lanes x window_blocks x one block."""
+    """How particles stream from the store; memory is lanes x window_blocks x one block, and what is read ahead."""
 
     lanes: int = option(32, "independent reading lanes; at least the largest number of workers")
     window_blocks: int = option(4, "blocks that a lane shuffles together")
-    threads: int = option(2, "reading threads in each worker")
+    threads: int = option(0, "reading threads in each worker; 0: 2 for files, 12 for object storage")
+    prefetch_mib: int = option(256, "most that a worker reads ahead, MiB; at least one window")
+    patience_seconds: float = option(120.0, "how long a request to an object store may keep failing")
 
     def __post_init__(self) -> None:
-        for key in ("lanes", "window_blocks", "threads"):
-            _require(getattr(self, key) >= 1, f"stream.{key}", getattr(self, key), "must be at least 1")
+        for key, least in {"lanes": 1, "window_blocks": 1, "threads": 0, "prefetch_mib": 1}.items():
+            _require(getattr(self, key) >= least, f"stream.{key}", getattr(self, key), f"must be at least {least}")
+        _require(self.patience_seconds >= 0, "stream.patience_seconds", self.patience_seconds, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,10 @@ class OutputExistsError(ScalecryoError, FileExistsError):
     """Writing would replace something that exists, and nobody asked for that."""
 
 
+class OutputError(ScalecryoError, OSError):
+    """Writing failed: the disk is full, or somebody else is writing to the same place."""
+
+
 class TrainingError(ScalecryoError, RuntimeError):
     """Training cannot start or go on."""
 

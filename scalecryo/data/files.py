@@ -4,18 +4,23 @@ Writes are all-or-nothing: a local file appears by rename, an object by a single
 credentials or query strings.
 """
 
+import errno
+import io
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
-from scalecryo.errors import InputError, MissingInputError
+from scalecryo.data.retry import Patience, cause, patiently
+from scalecryo.errors import InputError, MissingInputError, OutputError
+
+Result = TypeVar("Result")
 
 
 def shown(url: str) -> str:
@@ -77,8 +82,13 @@ def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL and the path inside it.
 
     Raises:
-        InputError: no such protocol, or the package that speaks it is not installed.
+        InputError: no such protocol, the package that speaks it is not installed, or the address holds credentials
+            that its protocol would take for a part of the name.
     """
+    if url.startswith(("s3://", "s3a://", "gs://", "gcs://")) and "@" in urlsplit(url).netloc:
+        raise InputError(
+            f"{shown(url)}: its address holds credentials; take them out, and give them by the environment or a profile"
+        )
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -110,7 +120,11 @@ def open_read(url: str) -> BinaryIO:
     """
     try:
         if is_local(url):
-            return open(local_path(url), "rb")
+            local = local_path(url)
+            # Opening a pipe waits for its writer, and a device never ends.
+            if local.exists() and not local.is_file() and not local.is_dir():
+                raise InputError(f"{shown(url)}: not a regular file; copy it to one")
+            return open(local, "rb")
         fs, path = filesystem(url)
         stream: BinaryIO = fs.open(path, "rb")
         return stream
@@ -121,13 +135,16 @@ def open_read(url: str) -> BinaryIO:
 
 
 def read_bytes(url: str) -> bytes:
-    """The whole file.
+    """The whole file; from an object store with patience (`retry.py`).
 
     Raises:
         MissingInputError: there is no such file.
+        StoreError: the object store kept failing.
     """
-    with open_read(url) as stream:
-        return stream.read()
+    if is_local(url):
+        with open_read(url) as stream:
+            return stream.read()
+    return _patient(url, lambda: fetch(url))
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -135,16 +152,29 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
     Raises:
         MissingInputError: there is no such file.
+        StoreError: the object store kept failing.
     """
     if is_local(url):
         with open_read(url) as stream:
             return os.pread(stream.fileno(), stop - start, start)
+    return _patient(url, lambda: fetch(url, start, stop))
+
+
+def fetch(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """A range of a remote file in one try, which fails as fsspec does."""
     fs, path = filesystem(url)
-    try:
-        data: bytes = fs.cat_file(path, start=start, end=stop)
-    except FileNotFoundError as error:
-        raise MissingInputError(f"{shown(url)}: no such file") from error
+    data: bytes = fs.cat_file(path, start=start, end=stop)
     return data
+
+
+def _patient(url: str, call: Callable[[], Result]) -> Result:
+    """A remote call with the usual patience; what does not pass is said in our terms."""
+    try:
+        return patiently(call, Patience(), shown(url))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingInputError(f"{shown(url)}: no such file") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{shown(url)}: cannot be read ({cause(error)})") from error
 
 
 def read_many(urls: Sequence[str]) -> list[bytes]:
@@ -158,9 +188,11 @@ def read_many(urls: Sequence[str]) -> list[bytes]:
     fs, _ = filesystem(urls[0])
     paths = [fs._strip_protocol(url) for url in urls]
     try:
-        found = fs.cat(paths, on_error="raise")
+        found = patiently(lambda: fs.cat(paths, on_error="raise"), Patience(), shown(parent(urls[0])))
     except FileNotFoundError as error:
-        raise MissingInputError(f"{shown(urls[0])} and {len(urls) - 1} more: one is missing ({error})") from error
+        raise MissingInputError(
+            f"{shown(urls[0])} and {len(urls) - 1} more: one is missing ({cause(error)})"
+        ) from error
     # One path alone comes back as bare bytes.
     return [found] if isinstance(found, bytes) else [found[path] for path in paths]
 
@@ -193,16 +225,29 @@ def fingerprint(url: str) -> tuple[int, str]:
     Raises:
         MissingInputError: there is no such file.
     """
-    try:
-        if is_local(url):
+    if is_local(url):
+        try:
             status = local_path(url).stat()
-            return status.st_size, str(status.st_mtime_ns)
-        fs, path = filesystem(url)
-        info = fs.info(path)
-    except FileNotFoundError as error:
-        raise MissingInputError(f"{shown(url)}: no such file") from error
+        except FileNotFoundError as error:
+            raise MissingInputError(f"{shown(url)}: no such file") from error
+        return status.st_size, str(status.st_mtime_ns)
+    fs, path = filesystem(url)
+    info = _patient(url, lambda: fs.info(path))
     version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if key in info), "")
     return int(info["size"]), str(version)
+
+
+@contextmanager
+def _full_disk_explained(url: str) -> Iterator[None]:
+    """Say in one line that there is no room to write; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutputError(
+            f"{shown(url)}: no room to write it ({error.strerror}); make room, then run the same command again"
+        ) from error
 
 
 @contextmanager
@@ -210,32 +255,63 @@ def atomic_path(url: str) -> Iterator[Path]:
     """A temporary local path to write; on leaving without an error it becomes the file at `url`.
 
     Missing folders are made. After an error the temporary file is removed and nothing appears at `url`.
+
+    Raises:
+        OutputError: the disk is full.
     """
     local = is_local(url)
     folder = local_path(url).parent if local else Path(tempfile.gettempdir())
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name(url)}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        yield temporary
-        if local:
-            os.replace(temporary, local_path(url))
-        else:
-            fs, path = filesystem(url)
-            make_folder(parent(url))
-            fs.put_file(str(temporary), path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _full_disk_explained(url):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name(url)}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            yield temporary
+            if local:
+                os.replace(temporary, local_path(url))
+            else:
+                fs, path = filesystem(url)
+                make_folder(parent(url))
+                patiently(lambda: fs.put_file(str(temporary), path), Patience(), shown(url))
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_stream(url: str) -> Iterator[BinaryIO]:
+    """A stream to write a whole file through; on leaving without an error it becomes the file at `url`.
+
+    A local file is written as it comes, an object is held in memory until it is sent, with patience (`retry.py`).
+
+    Raises:
+        OutputError: the disk is full.
+        StoreError: the object store kept failing.
+    """
+    if is_local(url):
+        with atomic_path(url) as temporary, open(temporary, "wb", buffering=0) as stream:
+            yield stream
+    else:
+        memory = io.BytesIO()
+        yield memory
+        fs, path = filesystem(url)
+        make_folder(parent(url))
+        data = memory.getvalue()
+        patiently(lambda: fs.pipe_file(path, data), Patience(), shown(url))
+
+
+def write_all(stream: BinaryIO, data: memoryview) -> None:
+    """Write all of `data`: an unbuffered stream may take it in several pieces."""
+    while data:
+        data = data[stream.write(data) :]
 
 
 def write_bytes_atomic(url: str, data: bytes | bytearray | memoryview) -> None:
-    """Write a whole file so that it is never seen half-written; missing folders are made."""
-    if is_local(url):
-        with atomic_path(url) as temporary, open(temporary, "wb") as stream:
-            stream.write(data)
-    else:
-        fs, path = filesystem(url)
-        make_folder(parent(url))
-        fs.pipe_file(path, bytes(data))
+    """Write a whole file so that it is never seen half-written; missing folders are made.
+
+    Raises:
+        OutputError: the disk is full.
+    """
+    with atomic_stream(url) as stream:
+        write_all(stream, memoryview(data).cast("B"))
 
 
 def make_folder(url: str) -> None:

@@ -3,30 +3,42 @@
     images/<level>       (N, n, n)   sharded; levels are the full box, then powers of two down to 32
     particles/<column>   (N, …)      one chunk for each image shard
     source/              the table that was converted, verbatim, and the names of its stacks
+    source/report.json   what conversion found; excluded.json: images that it left out
     _manifest/           length and CRC32C of every object, one file for each shard
+    _append/             only while particles are being added
 
 Images are protein-bright, rows keep the order of the source, and the group attribute `complete` is set last. Any
 Zarr v3 reader opens it.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data import files
+from scalecryo.data.arrays import ColumnArray, ImageArray, load_chunks
 from scalecryo.data.particles import COLUMNS, CTF_COLUMNS, POSE_COLUMNS, Columns, ParticleTable
-from scalecryo.data.shards import ColumnArray, ImageArray, load_chunks
+from scalecryo.data.ranges import RangeReader
+from scalecryo.data.startext import Text, text_of
 from scalecryo.errors import MissingInputError, StoreError
 
 FORMAT_VERSION = 1
 SOURCE_TABLE = "source/particles.star"
+SOURCE_CS = "source/particles.cs"
 SOURCE_STACKS = "source/stacks.json"
 MANIFESTS = "_manifest"
+_MANIFESTS_AT_ONCE = 256
 
-#: Columns that conversion adds: source = sign · (stored · image_scale + image_mean), at the store's full box.
-IMAGE_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {"image_mean": ("f4", ()), "image_scale": ("f4", ())}
+#: Columns that conversion adds: source = sign · (stored · image_scale + image_mean), at the store's full box, and the
+#: CRC32C of the source's pixels as float32.
+IMAGE_COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "image_mean": ("f4", ()),
+    "image_scale": ("f4", ()),
+    "image_crc32c": ("u4", ()),
+}
 
 
 def read_attributes(url: str) -> dict[str, Any]:
@@ -60,6 +72,7 @@ class ParticleStore:
         self.contrast = str(attrs["contrast"])
         self.columns: tuple[str, ...] = tuple(attrs["columns"])
         self.content_hash = str(attrs.get("content_hash", ""))
+        reader = RangeReader()  # one for all arrays: they share its connections
         self._images = {
             level: ImageArray(
                 files.join(url, "images", str(level)),
@@ -69,13 +82,19 @@ class ParticleStore:
                 self.dtype,
                 self.block_rows(level),
                 self.shard_rows,
+                reader,
             )
             for level in self.levels
         }
         known = {**COLUMNS, **IMAGE_COLUMNS}
         self._columns = {
             name: ColumnArray(
-                files.join(url, "particles", name), f"particles/{name}", self.count, *known[name], self.shard_rows
+                files.join(url, "particles", name),
+                f"particles/{name}",
+                self.count,
+                *known[name],
+                self.shard_rows,
+                reader,
             )
             for name in self.columns
         }
@@ -188,19 +207,37 @@ class ParticleStore:
         """
         arrays = {name: self.column_array(name) for name in names or self.columns}
         if stop - start <= self.shard_rows:
-            load_chunks(arrays.values(), {start, max(start, stop - 1)})
+            load_chunks(arrays.values(), {row // self.shard_rows for row in (start, max(start, stop - 1))})
         return {name: array.read(start, stop) for name, array in arrays.items()}
+
+    @property
+    def source_pixel_size(self) -> float:
+        """Pixel size of the source in Å, before any cropping."""
+        return self.pixel_size * self.box_size / int(self.attrs["source_box_size"])
 
     def table(self) -> ParticleTable:
         """The particle table that was converted, in memory: its pixel size is the source's, before any cropping."""
         names = [name for name in self.columns if name in COLUMNS]
-        pixel_size = self.pixel_size * self.box_size / int(self.attrs["source_box_size"])
-        return ParticleTable(pixel_size, self.stacks, self.read_columns(0, self.count, names))
+        document = json.loads(files.read_bytes(files.join(self.url, SOURCE_STACKS)))
+        # Where stacks differ; those that were added since are as the store is.
+        added = len(document["names"]) - len(document.get("boxes", []))
+        sizes = tuple(document["pixel_sizes"]) + (self.source_pixel_size,) * added if "boxes" in document else ()
+        boxes = tuple(document["boxes"]) + (int(self.attrs["source_box_size"]),) * added if sizes else ()
+        columns = self.read_columns(0, self.count, names)
+        return ParticleTable(self.source_pixel_size, tuple(document["names"]), columns, sizes, boxes)
 
-    def source_star(self) -> bytes | None:
+    def source_star(self) -> Text | None:
         """The source table as it was, when it was a .star file."""
+        return self._document(SOURCE_TABLE)
+
+    def source_cs(self) -> bytes | None:
+        """The source table as a .cs file, when it came from cryoSPARC."""
+        found = self._document(SOURCE_CS)
+        return None if found is None else bytes(found)
+
+    def _document(self, name: str) -> Text | None:
         try:
-            return files.read_bytes(files.join(self.url, SOURCE_TABLE))
+            return text_of(files.join(self.url, name))
         except MissingInputError:
             return None
 
@@ -219,17 +256,34 @@ class ParticleStore:
         return source * np.float32(self.attrs["sign"])
 
 
-def read_manifest(url: str, name: str) -> dict[str, dict[str, int]]:
+def read_manifest(url: str, name: str, folder: str = MANIFESTS) -> dict[str, dict[str, int]]:
     """One manifest of a store: length and CRC32C by object key.
 
     Raises:
         StoreError: it is missing or damaged.
     """
-    address = files.join(url, MANIFESTS, f"{name}.json")
-    try:
-        entries: dict[str, dict[str, int]] = json.loads(files.read_bytes(address))
-    except MissingInputError as error:
-        raise StoreError(f"{files.shown(address)}: the manifest is missing; convert again with --overwrite") from error
-    except ValueError as error:
-        raise StoreError(f"{files.shown(address)}: the manifest is damaged; convert again with --overwrite") from error
-    return entries
+    return read_manifests(url, [name], folder)[0]
+
+
+def read_manifests(url: str, names: Sequence[str], folder: str = MANIFESTS) -> list[dict[str, dict[str, int]]]:
+    """Several manifests of a store, from an object store many at a time.
+
+    Raises:
+        StoreError: one is missing or damaged.
+    """
+    found: list[dict[str, dict[str, int]]] = []
+    for start in range(0, len(names), _MANIFESTS_AT_ONCE):
+        addresses = [files.join(url, folder, f"{name}.json") for name in names[start : start + _MANIFESTS_AT_ONCE]]
+        try:
+            documents = files.read_many(addresses)
+        except MissingInputError as error:
+            gone = next((url for url in addresses if not files.exists(url)), addresses[0])
+            raise StoreError(f"{files.shown(gone)}: the manifest is missing; convert again with --overwrite") from error
+        for address, document in zip(addresses, documents, strict=True):
+            try:
+                found.append(json.loads(document))
+            except ValueError as error:
+                raise StoreError(
+                    f"{files.shown(address)}: the manifest is damaged; convert again with --overwrite"
+                ) from error
+    return found

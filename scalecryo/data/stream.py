@@ -1,9 +1,10 @@
 """Batches out of a store, read ahead of their use.
 
-`order.py` says which rows; this module fetches them. Each lane keeps the window in use and the next one, so memory is
-bounded by lanes × two windows whatever the number of particles.
+`order.py` says which rows, `prefetch.py` fetches them, and this module puts batches together: the next one while the
+last is in use. Each lane keeps the window in use, and what is read ahead is bounded, whatever the number of particles.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,16 +13,22 @@ from itertools import islice
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalecryo.data.order import BatchOrder, Rows
+from scalecryo.data import files
+from scalecryo.data.order import BatchOrder
 from scalecryo.data.particles import Columns
-from scalecryo.data.shards import load_chunks
+from scalecryo.data.permutation import Rows
+from scalecryo.data.prefetch import Window, WindowQueue
+from scalecryo.data.ranges import RangeReader
+from scalecryo.data.retry import Patience
 from scalecryo.data.store import ParticleStore
 from scalecryo.errors import StoreError
+
+PREFETCH_BYTES = 256 << 20
+_LOCAL_THREADS, _REMOTE_THREADS = 2, 12
 
 
 @dataclass
@@ -53,28 +60,49 @@ class Batch:
         )
 
 
-@dataclass
-class _Window:
-    """Rows of one lane's window in training order, and their data in the order in which it was read."""
+@dataclass(frozen=True)
+class StreamMetrics:
+    """What a stream has done so far.
 
-    epoch: int
-    first_slot: int
-    position: Rows
+    Args:
+        wait_seconds: time that the consumer has waited for data.
+        bytes_read, requests: from the store, images and columns.
+        retries: requests that failed and were made again.
+        bytes_ahead: pixels that are read or on their way, and not yet in use.
+        bytes_in_flight: of requests under way now.
+    """
+
+    wait_seconds: float
+    bytes_read: int
+    requests: int
+    retries: int
+    bytes_ahead: int
+    bytes_in_flight: int
+
+
+@dataclass
+class _HostBatch:
+    """A batch before it goes to its device: the stored dtype, pinned where that device is a GPU."""
+
     rows: Rows
-    images: npt.NDArray
+    images: Tensor
     columns: Columns
 
-    def holds(self, epoch: int, slot: int) -> bool:
-        return epoch == self.epoch and self.first_slot <= slot < self.first_slot + len(self.rows)
+    def to(self, device: torch.device) -> Batch:
+        weight = torch.from_numpy((self.rows >= 0).astype(np.float32))
+        columns = {name: torch.from_numpy(values).to(device) for name, values in self.columns.items()}
+        images = self.images.to(device, non_blocking=True).to(torch.float32)
+        return Batch(torch.from_numpy(self.rows).to(device), images, weight.to(device), columns)
 
 
-def _make_batch(rows: Rows, images: npt.NDArray, columns: Columns) -> Batch:
-    return Batch(
-        torch.from_numpy(rows),
-        torch.from_numpy(images).to(torch.float32),
-        torch.from_numpy((rows >= 0).astype(np.float32)),
-        {name: torch.from_numpy(values) for name, values in columns.items()},
-    )
+def _host_images(shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+    """Room for a batch's images; page-locked memory comes from torch's pool, which knows when a copy has ended."""
+    return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=device.type == "cuda")
+
+
+def reading_threads(url: str, threads: int) -> int:
+    """The number asked for; where it is 0, few for files and enough to hide an object store's latency."""
+    return threads or (_LOCAL_THREADS if files.is_local(url) else _REMOTE_THREADS)
 
 
 class ParticleStream:
@@ -85,12 +113,15 @@ class ParticleStream:
 
     Args:
         store: where the particles are.
-        level: box size, one of the store's levels.
+        level: box size, one of the store's levels; nothing else is read.
         order: which rows when; the first `count` rows of the store.
         rank, world_size: this process among all.
         start_step: global step of the first batch, counted over epochs.
         columns: particle columns to deliver with the images.
-        threads: threads that read ahead.
+        threads: that read; 0: 2 for files, 12 for object storage.
+        prefetch_bytes: pixels that are read ahead at most, but for one window.
+        patience: with an object store that fails.
+        device: of the batches; images go there in the stored dtype and become float32 there.
 
     Raises:
         StoreError: the store lacks the level or a column, or has fewer particles than the order.
@@ -107,71 +138,67 @@ class ParticleStream:
         world_size: int = 1,
         start_step: int = 0,
         columns: Sequence[str] = (),
-        threads: int = 2,
+        threads: int = 0,
+        prefetch_bytes: int = PREFETCH_BYTES,
+        patience: Patience | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if order.count > store.count:
             raise StoreError(f"{store.url}: holds {store.count} particles, the batch order is for {order.count}")
-        self._images = store.image_array(level)
-        self._columns = {name: store.column_array(name) for name in columns}
+        self._reader = RangeReader(patience)
+        self._images = dataclasses.replace(store.image_array(level), reader=self._reader)
+        arrays = {name: dataclasses.replace(store.column_array(name), reader=self._reader) for name in columns}
+        self._columns = arrays
         self._order = order
         self._lanes = order.lane_range(rank, world_size)
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="particle-stream")
+        self._device = torch.device(device)
         self.step = start_step  #: Global step of the batch that comes next.
         self.wait_seconds = 0.0  #: Time the consumer has waited for data, in total.
-        epoch, step = divmod(start_step, order.steps_per_epoch)
-        self._current: dict[int, _Window] = {}
-        self._ahead: dict[int, tuple[int, int, Future[_Window]]] = {}
-        for lane in self._lanes:
-            slot = min(step * order.rows_per_lane, order.lane_rows(lane) - 1)
-            self._submit(lane, epoch, order.window_of(lane, slot)[0])
+        self._current: dict[int, Window] = {}
+        self._rooms: dict[int, Tensor] = {}
+        self._windows = WindowQueue(
+            order, self._lanes, self._images, arrays, threads=reading_threads(store.url, threads),
+            limit=prefetch_bytes, start_step=start_step,
+        )  # fmt: skip
+        self._assembler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="particle-batch")
+        self._coming: Future[_HostBatch] = self._assembler.submit(self._assemble, start_step)
 
-    def _submit(self, lane: int, epoch: int, window: int) -> None:
-        self._ahead[lane] = (epoch, window, self._pool.submit(self._load, epoch, lane, window))
-
-    def _load(self, epoch: int, lane: int, window: int) -> _Window:
-        """Read the blocks of one window."""
-        order = self._order
-        size = order.block_rows
-        starts = order.window_blocks_of(epoch, lane, window) * size
-        stops = np.minimum(starts + size, order.count)
-        first = np.concatenate([[0], np.cumsum(stops - starts)])
-        box = self._images.box_size
-        images = np.empty((int(first[-1]), box, box), dtype=self._images.dtype)
-        load_chunks(self._columns.values(), starts.tolist())
-        columns = {
-            name: np.empty((int(first[-1]), *array.row_shape), dtype=array.dtype)
-            for name, array in self._columns.items()
-        }
-        for start, stop, begin, end in zip(starts, stops, first[:-1], first[1:], strict=True):
-            self._images.read(int(start), int(stop), images[begin:end])
-            for name, array in self._columns.items():
-                columns[name][begin:end] = array.read(int(start), int(stop))
-        rows = order.window_rows(epoch, lane, window)
-        read_order = np.argsort(starts)
-        block = read_order[np.searchsorted(starts[read_order], rows, side="right") - 1]
-        position = first[block] + rows - starts[block]
-        return _Window(epoch, order.window_start(lane, window) * size, position, rows, images, columns)
-
-    def _advance(self, lane: int) -> _Window:
-        """The lane's next window; the one after it starts to be read."""
-        epoch, window, future = self._ahead.pop(lane)
-        begun = time.perf_counter()
-        loaded = future.result()
-        self.wait_seconds += time.perf_counter() - begun
-        last = loaded.first_slot + len(loaded.rows) >= self._order.lane_rows(lane)
-        self._submit(lane, epoch + last, 0 if last else window + 1)
-        self._current[lane] = loaded
-        return loaded
+    @property
+    def metrics(self) -> StreamMetrics:
+        """What the stream has done so far."""
+        counts = self._reader.counts
+        return StreamMetrics(
+            self.wait_seconds, counts.bytes_read, counts.requests, counts.retries, self._windows.bytes_ahead,
+            counts.bytes_in_flight,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        begun = time.perf_counter()
+        batch = self._coming.result()
+        self.wait_seconds += time.perf_counter() - begun
+        self.step += 1
+        self._coming = self._assembler.submit(self._assemble, self.step)
+        return batch.to(self._device)
+
+    def _room(self, global_step: int, shape: tuple[int, ...]) -> Tensor:
+        """Room for a batch: that of the batch before last, where it has become another tensor on the way out."""
+        if self._device.type != "cpu" or self._images.dtype == "float32":
+            return _host_images(shape, self._images.dtype, self._device)
+        if global_step % 2 not in self._rooms:
+            self._rooms[global_step % 2] = _host_images(shape, self._images.dtype, self._device)
+        return self._rooms[global_step % 2]
+
+    def _assemble(self, global_step: int) -> _HostBatch:
+        """Gather this rank's rows of one batch from the lanes' windows."""
         order, per_lane = self._order, self._order.rows_per_lane
-        epoch, step = divmod(self.step, order.steps_per_epoch)
+        epoch, step = divmod(global_step, order.steps_per_epoch)
         box, size = self._images.box_size, len(self._lanes) * per_lane
         rows = np.full(size, -1, dtype=np.int64)
-        images = np.empty((size, box, box), dtype=self._images.dtype)
+        images = self._room(global_step, (size, box, box))
+        pixels = images.numpy()
         columns = {name: np.empty((size, *array.row_shape), dtype=array.dtype) for name, array in self._columns.items()}
         for number, lane in enumerate(self._lanes):
             slot, filled = step * per_lane, 0
@@ -180,25 +207,25 @@ class ParticleStream:
                 real = min(slot, order.lane_rows(lane) - 1)
                 window = self._current.get(lane)
                 if window is None or not window.holds(epoch, real):
-                    window = self._advance(lane)
+                    window = self._current[lane] = self._windows.take(window)
                 offset = real - window.first_slot
                 taken = min(len(window.rows) - offset, per_lane - filled) if real == slot else 1
                 here = slice(number * per_lane + filled, number * per_lane + filled + taken)
                 source = window.position[offset : offset + taken]
                 if real == slot:
                     rows[here] = window.rows[offset : offset + taken]
-                np.take(window.images, source, axis=0, out=images[here], mode="clip")
+                np.take(window.images, source, axis=0, out=pixels[here], mode="clip")
                 for name, values in columns.items():
                     values[here] = window.columns[name][source]
                 slot, filled = slot + taken, filled + taken
-        self.step += 1
-        return _make_batch(rows, images, columns)
+        return _HostBatch(rows, images, columns)
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.stop()
+        self._windows.close()
+        self._assembler.shutdown(wait=True, cancel_futures=True)
         self._current.clear()
-        self._ahead.clear()
 
     def __enter__(self) -> "ParticleStream":
         return self
@@ -229,7 +256,8 @@ def sequential(
     world_size: int = 1,
     columns: Sequence[str] = (),
     rows_limit: int | None = None,
-    threads: int = 2,
+    threads: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """All particles once, in the order of the store, each rank its own range; the last batch may be shorter.
 
@@ -240,17 +268,23 @@ def sequential(
         rank, world_size: this process among all.
         columns: particle columns to deliver with the images.
         rows_limit: only the first so many particles.
-        threads: batches that are read ahead.
+        threads: batches that are read ahead, within `PREFETCH_BYTES`; 0: 2 for files, 12 for object storage.
+        device: of the batches; images become float32 there.
 
     Raises:
         StoreError: the store lacks the level or a column, or a shard is missing or damaged.
     """
     owned = owned_rows(store, rank, world_size, rows_limit)
+    array, target = store.image_array(level), torch.device(device)
+    affordable = PREFETCH_BYTES // (batch_size * level**2 * np.dtype(store.dtype).itemsize)
+    threads = max(1, min(reading_threads(store.url, threads), affordable))
 
-    def load(start: int) -> Batch:
+    def load(start: int) -> _HostBatch:
         stop = min(start + batch_size, owned.stop)
         values = store.read_columns(start, stop, tuple(columns)) if columns else {}
-        return _make_batch(np.arange(start, stop), store.read_images(level, start, stop), values)
+        images = _host_images((stop - start, level, level), store.dtype, target)
+        array.read(start, stop, images.numpy())
+        return _HostBatch(np.arange(start, stop), images, values)
 
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="particle-sequential") as pool:
         starts = iter(range(owned.start, owned.stop, batch_size))
@@ -259,4 +293,4 @@ def sequential(
             batch = ahead.pop(0).result()
             if (start := next(starts, None)) is not None:
                 ahead.append(pool.submit(load, start))
-            yield batch
+            yield batch.to(target)

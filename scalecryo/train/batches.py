@@ -1,13 +1,18 @@
-"""From the store's batches to the model's inputs."""
+"""From the configuration to the store's batches, and from those to the model's inputs."""
 
 import torch
 
+from scalecryo.config import Config
+from scalecryo.data.order import BatchOrder
 from scalecryo.data.particles import CTF_COLUMNS
+from scalecryo.data.retry import Patience
 from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch
+from scalecryo.data.stream import Batch, ParticleStream
+from scalecryo.data.subset import Subset
 from scalecryo.errors import ConfigError
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters
+from scalecryo.train.world import World
 
 
 def stream_columns(store: ParticleStore) -> tuple[str, ...]:
@@ -29,6 +34,38 @@ def training_level(store: ParticleStore, box: int) -> int:
     return level
 
 
+def order_of(
+    config: Config, store: ParticleStore, level: int, batch_size: int, subset: Subset | None = None
+) -> BatchOrder:
+    """The order of batches over the training rows: a pure function of the configuration, the store and the subset.
+
+    Args:
+        batch_size: particles in a global batch.
+        subset: `data.subset.choose(config.train, store)`, made once in a run.
+    """
+    return BatchOrder(
+        count=min(config.train.rows or store.count, store.count),
+        block_rows=store.block_rows(level),
+        batch_size=batch_size,
+        seed=config.train.seed,
+        max_lanes=config.stream.lanes,
+        window_blocks=config.stream.window_blocks,
+        subset=subset,
+    )
+
+
+def stream_of(
+    config: Config, store: ParticleStore, level: int, order: BatchOrder, world: World, start_step: int,
+    device: torch.device,
+) -> ParticleStream:  # fmt: skip
+    """This worker's stream of batches at a level, on its device, from a global step on."""
+    return ParticleStream(
+        store, level, order, rank=world.rank, world_size=world.size, start_step=start_step,
+        columns=stream_columns(store), threads=config.stream.threads, device=device,
+        prefetch_bytes=config.stream.prefetch_mib << 20, patience=Patience(seconds=config.stream.patience_seconds),
+    )  # fmt: skip
+
+
 def particle_inputs(batch: Batch, store: ParticleStore, level: int) -> ParticleInputs:
     """The model's inputs for a batch; shifts in Å become pixels of the level."""
     columns = batch.columns
@@ -44,7 +81,13 @@ def particle_inputs(batch: Batch, store: ParticleStore, level: int) -> ParticleI
     )
 
 
-def half_of(batch: Batch) -> torch.Tensor:
-    """The half, 1 or 2, of each particle: as the table says, else by turns along the rows."""
+def half_of(batch: Batch, anew: bool = False) -> torch.Tensor:
+    """The half, 1 or 2, of each particle: as the table says, else by turns along the rows.
+
+    Args:
+        anew: new halves, which do not depend on the table's: for a run on one of them (`train.half`).
+    """
+    if anew:
+        return 1 + ((batch.rows * 2654435761) >> 16) % 2  # Knuth's multiplicative hash: no pattern along the rows
     half = batch.columns["half"].long()
     return torch.where(half > 0, half, 1 + batch.rows % 2)

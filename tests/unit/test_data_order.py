@@ -1,13 +1,15 @@
 """The order of batches: properties that follow from its definition, for any sizes."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalecryo.data.order import BatchOrder, permute
+from scalecryo.data.order import BatchOrder
+from scalecryo.data.permutation import permute
 from scalecryo.errors import ConfigError
 
 ORDERS = st.builds(
@@ -122,3 +124,41 @@ def test_sizes_below_one_are_refused(name: str) -> None:
 def test_unknown_rank_is_refused() -> None:
     with pytest.raises(ConfigError, match="rank 2 does not exist among 2 ranks"):
         BatchOrder(100, 4, 8, seed=0).lane_range(2, 2)
+
+
+def test_a_billion_particles_take_no_memory() -> None:
+    # What an order keeps does not grow with the number of particles: a few kB at most while a step is planned.
+    peaks = {}
+    for count in (10_000, 10**9):
+        tracemalloc.start()
+        order = BatchOrder(count, 64, 256, seed=0)
+        order.rows(3, order.steps_per_epoch - 1)
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[10**9] < peaks[10_000] + 50_000
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=ORDERS, epoch=st.integers(0, 2))
+def test_every_block_is_read_once_an_epoch(order: BatchOrder, epoch: int) -> None:
+    blocks = [
+        block
+        for lane in range(order.lanes)
+        for window in range(order.lane_blocks(lane) + 1)
+        for block in order.window_blocks_of(epoch, lane, window)
+    ]
+    assert sorted(blocks) == list(range(-(-order.count // order.block_rows)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=ORDERS, world_size=st.sampled_from([1, 2, 3, 5, 7, 16]))
+def test_ranks_take_equal_steps_and_weights_add_up(order: BatchOrder, world_size: int) -> None:
+    if world_size > order.lanes:
+        return
+    # One row counts once over all ranks and steps: Σ weight = count, though ranks and steps hold different numbers.
+    weights = [
+        [(order.rows(1, step, order.lane_range(rank, world_size)) >= 0).sum() for step in range(order.steps_per_epoch)]
+        for rank in range(world_size)
+    ]
+    assert {len(steps) for steps in weights} == {order.steps_per_epoch}
+    assert np.sum(weights) == order.count

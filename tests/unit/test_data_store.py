@@ -1,5 +1,6 @@
 """Layout rules, shard encoding against zarr-python, and what a damaged store says."""
 
+import io
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalecryo.data import files
+from scalecryo.data.arrays import ColumnArray, ImageArray
 from scalecryo.data.layout import block_rows_of, levels_of, metadata_of, shard_rows_of
-from scalecryo.data.shards import ColumnArray, ImageArray, ShardBuffer, encode_column
+from scalecryo.data.shards import ShardWriter, crc32c, encode_column
 from scalecryo.data.store import ParticleStore
 from scalecryo.errors import MissingInputError, StoreError
 
@@ -55,11 +57,13 @@ def _store(count: int, box: int, dtype: str, block: int, shard: int) -> tuple[di
     objects = metadata_of(attrs, {"half": ("i1", ()), "rotation": ("f4", (3, 3))})
     for number, start in enumerate(range(0, count, shard)):
         images = held["images"][start : start + shard]
-        buffer = ShardBuffer(len(images), shard, block, box, dtype)
-        for index, first in enumerate(range(0, len(images), block)):
-            part = images[first : first + block]
-            buffer.block(index)[: len(part)] = part
-        objects[f"images/{box}/c/{number}/0/0"] = buffer.finish().tobytes()
+        stream = io.BytesIO()
+        writer = ShardWriter(stream, shard, block, box, dtype)
+        for first in range(0, len(images), 3):  # pieces that no block is a multiple of
+            writer.append(images[first : first + 3])
+        entry = writer.finish()
+        data = objects[f"images/{box}/c/{number}/0/0"] = stream.getvalue()
+        assert entry == {"bytes": len(data), "crc32c": crc32c(data)}
         objects[f"particles/half/c/{number}"] = encode_column(held["half"][start : start + shard], shard).tobytes()
         rotation = encode_column(held["rotation"][start : start + shard], shard).tobytes()
         objects[f"particles/rotation/c/{number}/0/0"] = rotation
@@ -148,6 +152,8 @@ def test_missing_and_short_shards(images: tuple[Path, ImageArray]) -> None:
 def test_damaged_column(tmp_path: Path) -> None:
     path = tmp_path / "half" / "c" / "0"
     path.parent.mkdir(parents=True)
+    attrs = {"count": 5, "levels": [], "dtype": "float16", "shard_rows": 8, "block_rows": {}}
+    (tmp_path / "half" / "zarr.json").write_bytes(metadata_of(attrs, {"half": ("i1", ())})["particles/half/zarr.json"])
     array = ColumnArray(str(tmp_path / "half"), "half", 5, "i1", (), 8)
     with pytest.raises(StoreError, match="the object is missing"):
         array.read(0, 5)
