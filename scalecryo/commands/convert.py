@@ -1,10 +1,17 @@
-"""`scalecryo convert`: a particle table and its stacks become a store."""
+"""`scalecryo convert`: a particle table and its stacks become a store, or are added to one."""
 
+import json
 import time
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from scalecryo.commands.console import note, say
 from scalecryo.data import files
+from scalecryo.data.append import append, complete_append
+from scalecryo.data.append_plan import plan_append
 from scalecryo.data.convert import ConvertPlan, check_destination, convert, plan
+from scalecryo.data.quality import REPORT, BadImage, listed, report_lines
+from scalecryo.data.source import Reading
 from scalecryo.errors import UsageError
 
 
@@ -19,17 +26,45 @@ def run(
     overwrite: bool,
     invert: bool,
     uninvert: bool,
+    bad_images: Literal["refuse", "exclude"] = "refuse",
+    scheduler: str | None = None,
+    add: bool = False,
+    reading: Mapping[str, Any] | None = None,
 ) -> None:
-    """Plan, say what was found, and write the store."""
+    """Plan, say what was found, and write the store or add to it; `reading` holds the fields of `Reading`."""
     if invert and uninvert:
         raise UsageError("convert takes --invert or --uninvert, not both")
-    check_destination(store, overwrite)
+    if add and (overwrite or box):
+        raise UsageError("convert --append keeps the store's box and particles: leave out --box and --overwrite")
     sign = "invert" if invert else "uninvert" if uninvert else None
-    made = plan(source, data_dir, box, dtype, sign)
-    _describe(made, source)
-    progress = _Progress()
-    attrs = convert(made, store, workers=workers, overwrite=overwrite, report=progress)
-    say(f"{files.shown(store)}: {attrs['count']:,} particles in {made.shards} shards, complete")
+    looked = Progress("looked at")
+    how = Reading(**(reading or {}))
+    if add:
+        complete_append(store)
+        adding = plan_append(
+            source, store, data_dir, sign, bad_images, workers=workers, scheduler=scheduler, report=looked, how=how
+        )
+        _say_excluded(adding.excluded)
+        attrs = append(adding, workers=workers, scheduler=scheduler, report=Progress())
+        added = f", {adding.count:,} of them new"
+    else:
+        check_destination(store, overwrite)
+        made = plan(
+            source, data_dir, box, dtype, sign, bad_images, workers=workers, scheduler=scheduler, report=looked, how=how
+        )
+        _describe(made, source)
+        _say_excluded(made.excluded)
+        attrs = convert(made, store, workers=workers, scheduler=scheduler, overwrite=overwrite, report=Progress())
+        added = ""
+    for line in report_lines(json.loads(files.read_bytes(files.join(store, REPORT)))):
+        say(f"  {line}")
+    shards = -(-attrs["count"] // attrs["shard_rows"])
+    say(f"{files.shown(store)}: {attrs['count']:,} particles{added} in {shards} shards, complete")
+
+
+def _say_excluded(excluded: tuple[BadImage, ...]) -> None:
+    if excluded:
+        note(f"left out {len(excluded):,}: {listed(excluded)}")
 
 
 def _describe(made: ConvertPlan, source: str) -> None:
@@ -44,22 +79,33 @@ def _describe(made: ConvertPlan, source: str) -> None:
         + (f", with {known}" if table.has_ctf or table.has_pose else ", without CTF or poses")
     )
     say(f"  box {attrs['box_size']} px, {made.pixel_size:.4g} Å/px{cropped}; {made.dtype}")
+    if made.source.resampling:
+        sizes = table.stack_pixel_sizes
+        error = max(abs(how.error) for how in made.source.resampling)
+        say(
+            f"  pixel sizes from {min(sizes):.4g} to {max(sizes):.4g} Å resampled to {max(sizes):.4g} Å; even boxes "
+            f"leave an error of the pixel size of up to {100 * error:.2f} %"
+        )
+    if made.source.notes:
+        note(f"kept in the table, but not applied to the images: {', '.join(made.source.notes)}")
     say(f"  levels {', '.join(map(str, made.levels))} px; {made.shards} shards of {made.shard_rows:,} particles")
     say(f"  normalisation: {scale}")
     say(f"  contrast: {'turned' if made.recipe.sign < 0 else 'kept'} ({made.sign_reason})")
 
 
-class _Progress:
+class Progress:
     """Notes of the rate and the time left, at most one every two seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, verb: str = "") -> None:
+        self._verb = f"{verb} " if verb else ""
         self._start = self._told = time.monotonic()
         self._first: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
+        """Note how many of all particles are done."""
         now = time.monotonic()
         if self._first is None:
-            self._first = done
+            self._first, self._start = done, now
             if done:
                 note(f"going on after {done:,} of {total:,} particles")
             return
@@ -68,4 +114,4 @@ class _Progress:
         self._told = now
         rate = (done - self._first) / max(now - self._start, 1e-9)
         left = (total - done) / rate if rate else float("inf")
-        note(f"{done:,} of {total:,} particles, {rate:,.0f} a second, {left:,.0f} s left")
+        note(f"{self._verb}{done:,} of {total:,} particles, {rate:,.0f} a second, {left:,.0f} s left")

@@ -6,6 +6,7 @@ from scalecryo.commands.console import say
 from scalecryo.data import cryosparc, files, star
 from scalecryo.data.mrc import Stack
 from scalecryo.data.particles import ParticleTable
+from scalecryo.data.quality import REPORT, report_lines
 from scalecryo.data.store import ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError
 
@@ -16,7 +17,7 @@ def run(path: str) -> None:
     """Describe what is there in a few lines."""
     if path.endswith(".star"):
         _table(path, star.read_particles(path))
-    elif path.endswith(".cs"):
+    elif path.endswith((".cs", ".csg")):
         _table(path, cryosparc.read_particles(path))
     elif files.is_folder(path):
         if read_attributes(path):
@@ -68,6 +69,14 @@ def _store(path: str) -> None:
     say(f"  normalisation {attrs['normalisation']}, {store.contrast}{', turned' if attrs['sign'] < 0 else ''}")
     say(f"  {'CTF' if store.has_ctf else 'no CTF'}, {'poses' if store.has_pose else 'no poses'}")
     say(f"  from {attrs['source']}")
+    for added in attrs.get("appended", []):
+        say(f"  and {added['count']:,} particles from {added['source']}")
+    try:
+        report = json.loads(files.read_bytes(files.join(path, REPORT)))
+    except MissingInputError:
+        return
+    for line in report_lines(report):
+        say(f"  {line}")
 
 
 def _run(path: str) -> None:

@@ -7,6 +7,7 @@ from scalecryo.commands.console import note, say
 from scalecryo.data import files
 from scalecryo.data.integrity import Finding, check_objects, compare_with_source
 from scalecryo.data.normalise import one_torch_thread
+from scalecryo.data.shard_task import PENDING
 from scalecryo.data.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError, StoreError
 
@@ -17,6 +18,8 @@ def run(store: str, *, full: bool) -> None:
     shown = files.shown(store)
     checked, size, problems = _collect(check_objects(opened))
     say(f"{shown}: {checked:,} objects, {size / 1e6:,.1f} MB, checked against the manifests")
+    if files.list_folder(files.join(store, PENDING)):
+        note("particles were being added when that was interrupted: run the same `scalecryo convert --append` again")
     if not problems:
         try:
             with one_torch_thread():

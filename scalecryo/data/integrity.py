@@ -1,5 +1,7 @@
 """Is a store what its conversion wrote: every object against its manifest, and rows against the source."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -7,16 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data import files
-from scalecryo.data.convert import read_rows
+from scalecryo.data.layout import entry_of
 from scalecryo.data.mrc import Stack
-from scalecryo.data.normalise import Recipe, crop, normalise
+from scalecryo.data.normalise import Recipe, crops, normalise
 from scalecryo.data.particles import Columns
-from scalecryo.data.shards import crc32c
-from scalecryo.data.store import ParticleStore, read_manifest
+from scalecryo.data.resample import reopen
+from scalecryo.data.shard_task import PENDING, read_rows
+from scalecryo.data.store import MANIFESTS, ParticleStore, read_manifest
 from scalecryo.errors import MissingInputError, StoreError
 
 _SAMPLE = 64
 _BATCH = 64
+_NAMED = 5
+
+Entry = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -54,32 +60,51 @@ def _damaged_blocks(store: ParticleStore, key: str) -> str:
     return f"; damaged particles: {', '.join(lost)}" if lost else ""
 
 
-def _check_object(store: ParticleStore, key: str, length: int, checksum: int) -> Finding:
+def _check_object(store: ParticleStore, key: str, entry: Entry, coming: Entry | None) -> Finding:
     url = files.join(store.url, key)
     where = f"{files.shown(url)} (particles from shard {key.split('/')[3]})" if "/c/" in key else files.shown(url)
     try:
         data = files.read_bytes(url)
     except MissingInputError:
         return Finding(0, f"{where}: missing")
-    if len(data) == length and crc32c(data) == checksum:
+    if entry_of(data) in (entry, coming):
         return Finding(len(data))
+    length = entry["bytes"]
     what = f"{len(data)} bytes instead of {length}" if len(data) != length else "wrong CRC32C"
     return Finding(len(data), f"{where}: {what}" + (_damaged_blocks(store, key) if key.startswith("images/") else ""))
 
 
+def _manifest_names(store: ParticleStore) -> list[str]:
+    """Manifests that a store of its age has."""
+    documents = ["metadata"]
+    if "report" in (name.removesuffix(".json") for name in files.list_folder(files.join(store.url, MANIFESTS))):
+        documents.append("report")
+    return [*documents, *(f"{shard:08d}" for shard in range(store.shards))]
+
+
 def check_objects(store: ParticleStore) -> Iterator[Finding]:
-    """Length and CRC32C of every object of a store, and whether the manifests list every object."""
-    for name in ("metadata", *(f"{shard:08d}" for shard in range(store.shards))):
+    """Length and CRC32C of every object of a store, whether the manifests list every object, and the manifests' hash.
+
+    What an unfinished append has replaced may match that append's manifest instead.
+    """
+    replaced = {name.removesuffix(".json") for name in files.list_folder(files.join(store.url, PENDING))}
+    shards = []
+    for name in _manifest_names(store):
         try:
             manifest = read_manifest(store.url, name)
+            coming = read_manifest(store.url, name, PENDING) if name in replaced else {}
         except StoreError as error:
             yield Finding(0, str(error))
             continue
-        if name != "metadata":
+        if name.isdigit():
+            shards.append(manifest)
             for key in sorted(expected_keys(store, int(name)) - set(manifest)):
                 yield Finding(0, f"{files.shown(store.url)}: manifest {name} does not list {key}")
         for key, entry in manifest.items():
-            yield _check_object(store, key, entry["bytes"], entry["crc32c"])
+            yield _check_object(store, key, entry, coming.get(key))
+    hashed = hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+    if len(shards) == store.shards and not replaced and hashed != store.content_hash:
+        yield Finding(0, f"{files.shown(store.url)}: a manifest was changed after the conversion (their hash differs)")
 
 
 def _expected_rows(
@@ -89,9 +114,8 @@ def _expected_rows(
     attrs = store.attrs
     recipe = Recipe(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
     images, _, _ = normalise(read_rows(stacks, columns), recipe)
-    for level in store.levels:
-        images = crop(images, level)
-        yield images
+    yield images
+    yield from crops(images, store.levels[1:])
 
 
 def compare_with_source(store: ParticleStore, every_row: bool) -> Iterator[Finding]:
@@ -104,7 +128,7 @@ def compare_with_source(store: ParticleStore, every_row: bool) -> Iterator[Findi
         MissingInputError: a stack is no longer where it was.
         InputError: a stack can no longer be read.
     """
-    stacks = {number: Stack.open(url) for number, url in enumerate(store.stack_urls)}
+    stacks = dict(enumerate(reopen(store)))
     step = 1 if every_row else max(1, store.count // _SAMPLE)
     precision = float(np.finfo(store.dtype).eps)
     size = _BATCH if every_row else 1
@@ -116,9 +140,9 @@ def compare_with_source(store: ParticleStore, every_row: bool) -> Iterator[Findi
             allowed = precision * np.abs(expected) + 1e-5 * np.abs(expected).max()
             wrong = (np.abs(stored - expected) > allowed).any(axis=(1, 2))
             if wrong.any():
-                row = start + int(np.flatnonzero(wrong)[0])
-                yield Finding(
-                    0, f"{files.shown(store.url)}: particle {row + 1} of images/{level} differs from its source"
-                )
+                rows = (start + 1 + np.flatnonzero(wrong)).tolist()
+                named = ", ".join(map(str, rows[:_NAMED])) + (f" and {len(rows) - _NAMED} more" * (len(rows) > _NAMED))
+                differ = f"particle {named} of images/{level} differs from its source"
+                yield Finding(0, f"{files.shown(store.url)}: {differ}")
             else:
                 yield Finding(stored.nbytes)

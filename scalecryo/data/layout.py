@@ -1,10 +1,11 @@
 """How a store is cut into levels, blocks and shards, and the Zarr metadata that says so."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
@@ -73,11 +74,29 @@ def metadata_of(attrs: dict[str, Any], columns: Mapping[str, tuple[str, tuple[in
     return {key: value.to_bytes() for key, value in documents.items()}
 
 
+def image_key(level: int, shard: int) -> str:
+    """Key of one shard of a level."""
+    return f"images/{level}/c/{shard}/0/0"
+
+
+def column_key(name: str, shard: int, row_shape: Sequence[int]) -> str:
+    """Key of one chunk of a column."""
+    return "/".join([f"particles/{name}/c/{shard}", *("0" for _ in row_shape)])
+
+
+def entry_of(data: bytes | npt.NDArray) -> dict[str, int]:
+    """What a manifest says of an object."""
+    return {"bytes": len(data), "crc32c": crc32c(data)}
+
+
+def write_manifest(url: str, name: str, manifest: Mapping[str, Mapping[str, int]], folder: str = MANIFESTS) -> None:
+    """Write a manifest below a store: length and CRC32C of objects by key."""
+    document = json.dumps(manifest, indent=1).encode()
+    files.write_bytes_atomic(files.join(url, folder, f"{name}.json"), document)
+
+
 def write_objects(url: str, name: str, objects: Mapping[str, Any]) -> None:
-    """Write objects by key below a store, and then the manifest that lists their length and CRC32C."""
-    manifest = {}
+    """Write objects by key below a store, and then the manifest that lists them."""
     for key, data in objects.items():
         files.write_bytes_atomic(files.join(url, key), data)
-        manifest[key] = {"bytes": len(data), "crc32c": crc32c(data)}
-    document = json.dumps(manifest, indent=1).encode()
-    files.write_bytes_atomic(files.join(url, MANIFESTS, f"{name}.json"), document)
+    write_manifest(url, name, {key: entry_of(data) for key, data in objects.items()})

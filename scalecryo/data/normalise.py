@@ -4,7 +4,7 @@ The background is what lies outside a circle of 0.375 box around the centre (the
 Stacks without noise, simulations mostly, have no background σ worth dividing by: they share one scale.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scalecryo.physics.fft import fourier_crop_2d
+from scalecryo.data.background import measure_background, rescale
 
 Array = npt.NDArray[np.float32]
 
@@ -69,10 +69,28 @@ def _background_weight(box_size: int) -> Array:
 
 def crop(images: Array, box_size: int) -> Array:
     """Fourier-crop images (n, N, N) to a smaller box, noise preserving."""
-    if images.shape[-1] == box_size:
-        return images
-    cropped: Array = fourier_crop_2d(torch.from_numpy(aligned(images)), box_size).numpy()
-    return cropped
+    return images if images.shape[-1] == box_size else crops(images, (box_size,))[0]
+
+
+def crops(images: Array, box_sizes: Sequence[int]) -> list[Array]:
+    """Fourier-crop images (n, N, N) to several smaller boxes, as `fourier_crop_2d` does, from one transform of them.
+
+    Only the columns that some box keeps are transformed, and the origin stays where it is: centring would turn the sign
+    of every other coefficient, which cropping an even box to an even box turns back.
+    """
+    if not box_sizes:
+        return []
+    full, keep = images.shape[-1], max(box_sizes) // 2
+    rows = torch.fft.rfft(torch.from_numpy(aligned(images)))[..., :keep]
+    low = torch.fft.fft(rows, dim=-2)
+    out: list[Array] = []
+    for box in box_sizes:
+        half = box // 2
+        part = low.new_zeros((len(images), box, half + 1))
+        torch.mul(low[:, :half, :half], box / full, out=part[:, :half, :half])
+        torch.mul(low[:, full - half + 1 :, :half], box / full, out=part[:, half + 1 :, :half])
+        out.append(torch.fft.irfft2(part, s=(box, box)).numpy())
+    return out
 
 
 def aligned(images: Array) -> Array:
@@ -87,17 +105,11 @@ def aligned(images: Array) -> Array:
     return copied
 
 
-def centre_background(images: Array) -> tuple[Array, Array]:
-    """Subtract every image's background mean, in place; returns those means and the background's σ."""
-    # Torch for its products: unlike NumPy's they stay in the calling thread when it is told to use one.
-    flat = torch.from_numpy(images.reshape(len(images), -1))
-    weight = torch.from_numpy(_background_weight(images.shape[-1]))
-    mean = flat @ weight
-    flat -= mean[:, None]
-    # A second pass takes away what single precision left of a large offset.
-    rest = flat @ weight
-    flat -= rest[:, None]
-    return (mean + rest).numpy(), (flat.square() @ weight).sqrt().numpy()
+def _background(flat: Array) -> tuple[Array, Array, Array]:
+    """Background mean of every flat image (n, N²) in two parts, and the background's σ."""
+    mean, rest, sigma = (np.empty(len(flat), np.float32) for _ in range(3))
+    measure_background(flat, _background_weight(round(flat.shape[1] ** 0.5)), mean, rest, sigma)
+    return mean, rest, sigma
 
 
 def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
@@ -109,16 +121,17 @@ def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
         images: source (n, N, N); overwritten where no cropping is needed.
         recipe: how.
     """
-    images = aligned(crop(images, recipe.box_size))
-    mean, sigma = centre_background(images)
+    images = crop(images, recipe.box_size)
     flat = images.reshape(len(images), -1)
+    first, rest, sigma = _background(flat)
+    mean = first + rest
     if recipe.normalisation == "background":
         # A constant image leaves only the rounding of its mean.
         scale = np.where(sigma > 1e-6 * np.abs(mean), sigma, np.float32(np.nan))
     else:
         constant = flat.max(axis=1) == flat.min(axis=1)
         scale = np.where(constant, np.float32(np.nan), np.float32(recipe.common_scale))
-    flat *= (np.float32(recipe.sign) / scale)[:, None]
+    rescale(flat, first, rest, (recipe.sign / scale).astype(np.float32))
     return images, np.float32(recipe.sign) * mean, scale
 
 
@@ -131,8 +144,9 @@ def choose_recipe(sample: Array, box_size: int, sign: int | None) -> tuple[Recip
         sign: the sign asked for; None to judge by whether the centre is darker than the background.
     """
     images = crop(sample, box_size)
-    _, sigma = centre_background(images)
     flat = images.reshape(len(images), -1)
+    mean, rest, sigma = _background(flat)
+    rescale(flat, mean, rest, np.ones_like(mean))
     radius = _radius(box_size)
     inside = flat[:, radius <= BACKGROUND_RADIUS * box_size].std(axis=1)
     power = np.square(np.abs(np.fft.fft2(images)))

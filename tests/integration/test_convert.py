@@ -14,6 +14,7 @@ from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
 from scalecryo.data import convert as convert_module
 from scalecryo.data import files
+from scalecryo.data import scheduler as scheduler_module
 from scalecryo.data.convert import convert, plan
 from scalecryo.data.mrc import Stack, StackWriter
 from scalecryo.data.store import ParticleStore
@@ -339,7 +340,7 @@ def test_interrupted_conversion_goes_on(
         return write_shard(task)  # type: ignore[arg-type]
 
     monkeypatch.setattr(convert_module, "write_shard", fail_at_second)
-    monkeypatch.setattr(convert_module, "_TASKS_PER_WORKER", 1)  # one after the other
+    monkeypatch.setattr(scheduler_module, "_TASKS_PER_WORKER", 1)  # one after the other
     with pytest.raises(_Stop):
         _convert(tmp_path / "s.mrcs", again, workers=1)
     monkeypatch.undo()

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from scalecryo.data.mrc import Stack
-from scalecryo.data.normalise import Recipe, choose_recipe, normalise
+from scalecryo.data.normalise import Recipe, choose_recipe, crops, normalise
+from scalecryo.physics.fft import fourier_crop_2d
 
 
 def _images(count: int, box: int, contrast: float, offset: float = 0.0) -> np.ndarray:
@@ -90,3 +92,26 @@ def test_cropping_keeps_white_noise() -> None:
     # σ of a small box: the Nyquist row and column are empty, (31/32) of σ; error of σ from 20 · 500 px is 0.7 %.
     assert stored.shape == (20, 32, 32)
     assert scale.mean() == pytest.approx(2 * 31 / 32, rel=0.03)
+
+
+@pytest.mark.parametrize(("box", "levels"), [(128, (64, 32)), (44, (32,)), (320, (128, 64, 32)), (32, ())])
+def test_levels_from_one_transform(box: int, levels: tuple[int, ...]) -> None:
+    """Against `fourier_crop_2d`, which moves the origin and transforms each level anew."""
+    images = _images(3, box, 1.0, offset=5.0)
+    for level, cropped in zip(levels, crops(images, levels), strict=True):
+        expected = fourier_crop_2d(torch.from_numpy(images), level).numpy()
+        # Single precision of values up to 10, through log2(box²) sums.
+        assert cropped == pytest.approx(expected, abs=2e-5)
+
+
+def test_memory_that_starts_anywhere_gives_the_same_bytes() -> None:
+    source = _images(4, 44, 1.0)
+    reference, *_ = normalise(source.copy(), Recipe(44))
+    for offset in (4, 8, 20, 32):
+        memory = np.empty(source.nbytes + 64, np.uint8)
+        start = -memory.ctypes.data % 64 + offset
+        moved = memory[start : start + source.nbytes].view(np.float32).reshape(source.shape)
+        moved[:] = source
+        stored, *_ = normalise(moved, Recipe(44))
+        assert np.array_equal(stored, reference)
+        assert np.array_equal(crops(stored, (32,))[0], crops(reference, (32,))[0])
