@@ -1,22 +1,52 @@
 """`scalecryo export`: a run's map and poses as another package reads them."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
 from scalecryo.commands.console import note, say
-from scalecryo.data import cryodrgn, cryosparc, files, star
+from scalecryo.data import cryodrgn, cryosparc, csrows, files, star
 from scalecryo.data.mrc import read_map, write_map
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.store import read_attributes
+from scalecryo.data.store import ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError, ScalecryoError
 from scalecryo.train.run_folder import RunFolder
 
 _MAPS = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc")
 
 
+@dataclass(frozen=True)
+class _Result:
+    """A run's particle table.
+
+    Args:
+        run: its folder.
+        table: the particles.
+        poses: their poses in double precision.
+        box_size: of the images that the table names, px.
+    """
+
+    run: str
+    table: ParticleTable
+    poses: star.StarPoses
+    box_size: int
+
+    @property
+    def shift(self) -> npt.NDArray[np.float64]:
+        """(N, 2) Å."""
+        return np.zeros((len(self.table), 2)) if self.poses.shift is None else self.poses.shift
+
+
 def run(run: str, *, format: str, out: str) -> None:
     """Write the tables of one package, and the maps, into the folder `out`.
 
-    relion: particles.star. cryosparc: particles.cs and particles.csg, for the Import Result Group job. cryodrgn:
-    poses.pkl and, when the particles have a CTF, ctf.pkl. Image paths stay as the source table gave them.
+    relion: particles.star. cryosparc: particles.cs and particles.csg, for the Import Result Group job; where the store
+    came from a .cs file, its own rows, uids and fields with new poses. cryodrgn: poses.pkl and, when the particles have
+    a CTF, ctf.pkl. Image paths stay as the source table gave them.
     """
+    writers: dict[str, Callable[[_Result, str], None]]
     writers = {"relion": _relion, "cryosparc": _cryosparc, "cryodrgn": _cryodrgn}
     if format not in writers:
         raise InputError(f"format {format} is not known: choose relion, cryosparc or cryodrgn")
@@ -26,32 +56,82 @@ def run(run: str, *, format: str, out: str) -> None:
         )
     if files.list_folder(out):
         raise OutputExistsError(f"{files.shown(out)} is not empty: remove it, or name another folder with --out")
-    volume, pixel_size, _ = read_map(files.join(run, "map.mrc"))
-    table = star.read_particles(files.join(run, "particles.star"))
-    if not table.pixel_size:
-        table = ParticleTable(pixel_size, table.stacks, table.columns)
+    result = _read(run)
     for name in _MAPS:
         if files.exists(files.join(run, name)):
             density, size, origin = read_map(files.join(run, name))
             write_map(files.join(out, name), density, size, origin)
-    writers[format](run, out, table, volume.shape[-1])
-    say(f"{files.shown(out)}: {len(table):,} particles and the maps for {format}")
+    writers[format](result, out)
+    say(f"{files.shown(out)}: {len(result.table):,} particles and the maps for {format}")
 
 
-def _relion(run: str, out: str, table: ParticleTable, box_size: int) -> None:
-    files.write_bytes_atomic(files.join(out, "particles.star"), files.read_bytes(files.join(run, "particles.star")))
+def _read(run: str) -> _Result:
+    """The table and the box of its images, which the store may have cropped: only then the map's is another."""
+    path = files.join(run, "particles.star")
+    volume, pixel_size, _ = read_map(files.join(run, "map.mrc"))
+    table = star.read_particles(path)
+    if not table.pixel_size:
+        table = replace(table, pixel_size=pixel_size)
+    # The map is as wide as the images, in pixels of its own.
+    width = volume.shape[-1] * pixel_size
+    box_size = 2 * round(width / table.pixel_size / 2) if pixel_size else volume.shape[-1]
+    return _Result(run, table, star.read_poses(path), box_size)
 
 
-def _cryosparc(run: str, out: str, table: ParticleTable, box_size: int) -> None:
-    confidence = star.read_poses(files.join(run, "particles.star")).confidence
-    cryosparc.write_particles(files.join(out, "particles.cs"), table, box_size, _contrast_sign(run), confidence)
+def _relion(result: _Result, out: str) -> None:
+    files.write_bytes_atomic(
+        files.join(out, "particles.star"), files.read_bytes(files.join(result.run, "particles.star"))
+    )
+
+
+def _cryosparc(result: _Result, out: str) -> None:
+    path = files.join(out, "particles.cs")
+    table, poses, shift = result.table, result.poses, result.shift
+    own = _source_rows(result)
+    if own is None:
+        sign = _contrast_sign(result.run)
+        pose = (poses.rotation, shift)
+        cryosparc.write_particles(path, table, _boxes(result), sign, poses.confidence, pose)
+    else:
+        cryosparc.write_with_poses(path, *own, poses.rotation, shift, poses.confidence, poses.half)
     cryosparc.write_group(files.join(out, "particles.csg"), "particles.cs", table)
 
 
-def _cryodrgn(run: str, out: str, table: ParticleTable, box_size: int) -> None:
-    cryodrgn.write_poses(files.join(out, "poses.pkl"), table, box_size)
-    if table.has_ctf:
-        cryodrgn.write_ctf(files.join(out, "ctf.pkl"), table, box_size)
+def _boxes(result: _Result) -> npt.NDArray[np.integer] | int:
+    """Box of every image; of stacks in several pixel sizes the table must say it."""
+    if not result.table.stack_pixel_sizes:
+        return result.box_size
+    if not result.table.stack_boxes:
+        raise InputError(
+            f"{files.shown(result.run)}: stacks of several pixel sizes but no rlnImageSize in particles.star; add it "
+            "to its data_optics"
+        )
+    return np.array(result.table.stack_boxes)[result.table.columns["stack"]]
+
+
+def _cryodrgn(result: _Result, out: str) -> None:
+    if result.table.stack_pixel_sizes:
+        raise InputError("cryoDRGN takes one pixel size; the run's stacks have several: select one optics group")
+    cryodrgn.write_poses(files.join(out, "poses.pkl"), result.table, result.box_size)
+    if result.table.has_ctf:
+        cryodrgn.write_ctf(files.join(out, "ctf.pkl"), result.table, result.box_size)
+
+
+def _source_rows(result: _Result) -> tuple[npt.NDArray[np.void], npt.NDArray[np.integer]] | None:
+    """The .cs rows that the run's store came from, and which of them each particle is; None where there are none."""
+    try:
+        store = ParticleStore.open(RunFolder(result.run).config().run.data)
+        data = store.source_cs()
+        if data is None:
+            return None
+        rows, known = csrows.decode(data, files.shown(store.url)), store.table()
+    except ScalecryoError:
+        return None
+    place = known.columns["source_row"]
+    if known.image_names() != result.table.image_names() or place.max(initial=-1) >= len(rows):
+        note("the run's store holds other particles than its .cs table: a new table is written, with new uids")
+        return None
+    return rows, place
 
 
 def _contrast_sign(run: str) -> int:

@@ -5,9 +5,6 @@ identifier and gzip or bzip2 files; writes mode 2 (float32), little-endian. Head
 the file before anything is allocated.
 """
 
-import bz2
-import gzip
-import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,6 +15,7 @@ import numpy.typing as npt
 from mrcfile.dtypes import HEADER_DTYPE
 
 from scalecryo.data import files
+from scalecryo.data.unpack import Unpacker, is_packed
 from scalecryo.errors import InputError
 
 Array = npt.NDArray[np.float32]
@@ -25,13 +23,21 @@ Array = npt.NDArray[np.float32]
 _HEADER_BYTES = 1024
 _MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 _COMPRESSED_LIMIT = 1 << 30
+_ANY_LENGTH = 1 << 62
+_LARGEST_PIXEL = 1e6  # Å; what is larger was never meant
+_STAMPS = {0x44: "<", 0x11: ">"}  # first byte of the machine stamp
+_IMOD_STAMP = 1146047817  # at byte 152; bit 0 of the flags behind it says that bytes are signed
 
 
 def _parse_header(data: bytes, where: str) -> tuple[Any, str]:
-    """The header record and its byte order, judged by which order makes sense: some writers leave no machine stamp."""
+    """The header record and its byte order, which the machine stamp says unless the sizes make no sense in it.
+
+    Some writers leave no stamp, and some a wrong one.
+    """
     if len(data) < _HEADER_BYTES:
         raise InputError(f"{where}: not an MRC file ({len(data)} bytes are fewer than a header's {_HEADER_BYTES})")
-    for order in "<>":
+    stamped = _STAMPS.get(data[212], "<")
+    for order in (stamped, ">" if stamped == "<" else "<"):
         header = np.frombuffer(data, HEADER_DTYPE.newbyteorder(order), count=1)[0]
         sizes = [int(header[axis]) for axis in ("nx", "ny", "nz")]
         if 0 <= int(header["mode"]) <= 127 and all(0 < size < 1 << 24 for size in sizes):
@@ -39,11 +45,17 @@ def _parse_header(data: bytes, where: str) -> tuple[Any, str]:
     raise InputError(f"{where}: not an MRC file (no byte order gives its header a sensible size and mode)")
 
 
-def _decompress(data: bytes, where: str) -> bytes:
-    try:
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else bz2.decompress(data)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{where}: damaged compressed file ({error}); copy it again") from error
+def _kind(data: bytes, mode: int, order: str, where: str) -> str:
+    """NumPy's kind and size of a pixel.
+
+    Raises:
+        InputError: the mode is not supported.
+    """
+    if mode not in _MODES:
+        raise InputError(f"{where}: MRC mode {mode} is not supported; convert it to mode 2 (float32)")
+    stamp, flags = np.frombuffer(data, order + "i4", count=2, offset=152).tolist()
+    # Before MRC2014 IMOD wrote unsigned bytes, and still can.
+    return "u1" if mode == 0 and stamp == _IMOD_STAMP and not flags & 1 else _MODES[mode]
 
 
 @dataclass(frozen=True)
@@ -68,12 +80,12 @@ def _layout(data: bytes, length: int, where: str) -> _Layout:
         InputError: not an MRC file, unsupported mode, or truncated.
     """
     header, order = _parse_header(data, where)
-    mode = int(header["mode"])
-    if mode not in _MODES:
-        raise InputError(f"{where}: MRC mode {mode} is not supported; convert it to mode 2 (float32)")
+    kind = _kind(data, int(header["mode"]), order, where)
     nx, ny, nz = (int(header[axis]) for axis in ("nx", "ny", "nz"))
-    offset = _HEADER_BYTES + max(0, int(header["nsymbt"]))
-    image_bytes = nx * ny * np.dtype(_MODES[mode]).itemsize
+    if int(header["nsymbt"]) < 0:
+        raise InputError(f"{where}: its header says {header['nsymbt']} bytes of extended header; copy it again")
+    offset = _HEADER_BYTES + int(header["nsymbt"])
+    image_bytes = nx * ny * np.dtype(kind).itemsize
     if length < offset + nz * image_bytes:
         whole = max(0, length - offset) // image_bytes
         raise InputError(
@@ -87,14 +99,29 @@ def _layout(data: bytes, length: int, where: str) -> _Layout:
         count=nz,
         ny=ny,
         nx=nx,
-        dtype=order + _MODES[mode],
+        dtype=order + kind,
         offset=offset,
         # A header keeps float32: 5 decimals are all that a quotient of two such numbers holds.
-        pixel_size=round(pixel_size, 5),
+        pixel_size=round(pixel_size, 5) if pixel_size < _LARGEST_PIXEL else 0.0,
         nstart=(int(header["nxstart"]), int(header["nystart"]), int(header["nzstart"])),
         origin=tuple(float(header["origin"][axis]) for axis in "xyz"),  # type: ignore[arg-type]
         axes=axes if sorted(axes) == [1, 2, 3] else (1, 2, 3),  # type: ignore[arg-type]
     )
+
+
+def _unpacked_layout(url: str, fingerprint: tuple[int, str], where: str) -> tuple[_Layout, tuple[int, str], bytes]:
+    """Layout, fingerprint and unpacked bytes of a compressed stack; no more is unpacked than its header announces."""
+    if fingerprint[0] > _COMPRESSED_LIMIT:
+        raise InputError(f"{where}: a compressed file larger than 1 GiB; unpack it first")
+    stream = Unpacker(files.read_bytes(url), where)
+    head = stream.read(_HEADER_BYTES)
+    announced = _layout(head, _ANY_LENGTH, where)
+    length = announced.offset + announced.count * announced.ny * announced.nx * np.dtype(announced.dtype).itemsize
+    if length > _COMPRESSED_LIMIT:
+        raise InputError(f"{where}: larger than 1 GiB when unpacked ({length:,} bytes); unpack it first")
+    # One byte more, so that a file that ends there has its checksum checked.
+    unpacked = (head + stream.read(length + 1 - len(head)))[:length]
+    return _layout(head, len(unpacked), where), fingerprint, unpacked
 
 
 class Stack:
@@ -120,12 +147,14 @@ class Stack:
         where = files.shown(url)
         head = files.read_range(url, 0, _HEADER_BYTES)
         fingerprint = files.fingerprint(url)
-        if head[:2] == b"\x1f\x8b" or head[:3] == b"BZh":
-            if fingerprint[0] > _COMPRESSED_LIMIT:
-                raise InputError(f"{where}: a compressed file larger than 1 GiB; unpack it first")
-            unpacked = _decompress(files.read_bytes(url), where)
-            return cls(url, _layout(unpacked[:_HEADER_BYTES], len(unpacked), where), fingerprint, unpacked)
+        if is_packed(head):
+            return cls(url, *_unpacked_layout(url, fingerprint, where))
         return cls(url, _layout(head, fingerprint[0], where), fingerprint)
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Memory that a compressed stack takes; 0 for any other."""
+        return len(self._unpacked or b"")
 
     @property
     def count(self) -> int:
@@ -161,11 +190,12 @@ class Stack:
         """Å; 0 when the header does not say."""
         return self._layout.pixel_size
 
-    def read(self, indices: "slice | list[int] | npt.NDArray[np.integer]") -> Array:
+    def read(self, indices: "slice | list[int] | npt.NDArray[np.integer]", out: Array | None = None) -> Array:
         """Images as float32 (n, ny, nx), in the order asked for.
 
         Args:
             indices: a slice, or image numbers from 0.
+            out: where to put them, C-contiguous; a new array when absent.
 
         Raises:
             InputError: an index past the end, or the file ends early.
@@ -180,7 +210,8 @@ class Stack:
                 f"{files.shown(self.url)}: image {number} was asked for but the stack holds {self.count}; "
                 "the table and the stack do not belong together"
             )
-        out = np.empty((len(wanted), self.ny, self.nx), dtype=np.float32)
+        if out is None:
+            out = np.empty((len(wanted), self.ny, self.nx), dtype=np.float32)
         # Runs of consecutive images are read in one piece each.
         starts = np.flatnonzero(np.diff(wanted, prepend=-2) != 1)
         stops = np.append(starts[1:], len(wanted))[: len(starts)]

@@ -43,12 +43,91 @@ ALWAYS = ("stack", "stack_index", "source_row", "optics_group", "half")
 
 Columns = dict[str, npt.NDArray]
 
+_LARGEST_BOX = 1 << 24
+_SAME_PIXEL = 1e-4  # relative; less is rounding
+
 
 def _first_bad(values: npt.NDArray, bad: npt.NDArray, name: str, wanted: str) -> None:
     """Raise for the first row where `bad` holds."""
     if bad.any():
         row = int(np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0])
         raise InputError(f"particle table: {name} of row {row + 1} is {values[row].tolist()}, it must be {wanted}")
+
+
+class StackPixels:
+    """Smallest and largest pixel size and box of every stack's rows, gathered piece by piece."""
+
+    def __init__(self) -> None:
+        self._low, self._high = np.empty(0), np.empty(0)
+        self._least, self._most = np.empty(0), np.empty(0)
+
+    def add(
+        self,
+        stack: npt.NDArray[np.integer],
+        sizes: npt.NDArray[np.floating],
+        boxes: npt.NDArray[np.floating] | None = None,
+    ) -> None:
+        """Take in some rows: which stack each is in, and its image's pixel size in Å (0: not said) and box in px."""
+        grow = max(0, int(stack.max(initial=-1)) + 1 - len(self._low))
+        self._low, self._least = (np.append(values, np.full(grow, np.inf)) for values in (self._low, self._least))
+        self._high, self._most = (np.append(values, np.zeros(grow)) for values in (self._high, self._most))
+        for lowest, highest, values in ((self._low, self._high, sizes), (self._least, self._most, boxes)):
+            if values is not None:
+                np.minimum.at(lowest, stack, values)
+                np.maximum.at(highest, stack, values)
+
+    def boxes(self) -> tuple[int, ...]:
+        """The box of each stack's images, px; empty where the table does not say.
+
+        Raises:
+            InputError: the rows of one stack differ, or a box is no number of pixels.
+        """
+        if not self._most.any():
+            return ()
+        bad = (self._least != self._most) | (self._most != np.floor(self._most)) | (self._most > _LARGEST_BOX)
+        if bad.any():
+            stack = int(np.flatnonzero(bad)[0])
+            raise InputError(f"boxes from {self._least[stack]:g} to {self._most[stack]:g} px in one stack")
+        return tuple(int(box) for box in self._most)
+
+    def sizes(self) -> tuple[float, tuple[float, ...]]:
+        """The table's pixel size, and that of each stack where they differ (`ParticleTable`).
+
+        Raises:
+            InputError: the rows of one stack differ.
+        """
+        differ = self._high - self._low > _SAME_PIXEL * self._high
+        if differ.any():
+            stack = int(np.flatnonzero(differ)[0])
+            raise InputError(
+                f"pixel sizes from {self._low[stack]:g} to {self._high[stack]:g} Å in one stack; rescale the particles "
+                "to one pixel size"
+            )
+        if not len(self._high):
+            return 0.0, ()
+        largest = float(self._high.max())
+        if largest - self._high.min() <= _SAME_PIXEL * largest:
+            return float(self._high[0]), ()
+        return largest, tuple(self._high.tolist())
+
+
+def dense_groups(groups: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """Group numbers as they are, or counted from 1 where the column could not hold them."""
+    if len(groups) and groups.max() > np.iinfo(COLUMNS["optics_group"][0]).max:
+        return np.unique(groups, return_inverse=True)[1] + 1
+    return groups
+
+
+def _as_stored(values: npt.NDArray, name: str, dtype: str) -> npt.NDArray:
+    """Values in the column's dtype; a number that does not fit an integer column is refused, not wrapped around."""
+    wide = np.asarray(values)
+    if np.dtype(dtype).kind == "i" and wide.dtype != np.dtype(dtype):
+        limits = np.iinfo(dtype)
+        with np.errstate(invalid="ignore"):
+            bad = ~((wide >= limits.min) & (wide <= limits.max))
+        _first_bad(wide, bad, name, f"between {limits.min} and {limits.max}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(wide, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -59,9 +138,11 @@ class ParticleTable:
     Where U < V the two are swapped and the astigmatism angle turned by 90°.
 
     Args:
-        pixel_size: Å; 0 when the table does not say.
+        pixel_size: Å; 0 when the table does not say. Where stacks differ, that of the coarsest.
         stacks: names of the image stacks, as the source gives them.
         columns: arrays by name; converted to the dtypes of `COLUMNS`.
+        stack_pixel_sizes: Å of every stack, where they differ; empty where all have `pixel_size`.
+        stack_boxes: box that the table states for the images of every stack, px; empty where it does not say.
 
     Raises:
         InputError: a column is missing, of the wrong shape, not finite, or out of range.
@@ -70,6 +151,8 @@ class ParticleTable:
     pixel_size: float
     stacks: tuple[str, ...]
     columns: Columns
+    stack_pixel_sizes: tuple[float, ...] = ()
+    stack_boxes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.pixel_size) and self.pixel_size >= 0):
@@ -81,11 +164,13 @@ class ParticleTable:
             missing = [name for name in group if name not in self.columns]
             if missing and (group is ALWAYS or len(missing) < len(group)):
                 raise InputError(f"particle table: missing columns {', '.join(missing)}")
+        if self.stack_pixel_sizes and len(self.stack_pixel_sizes) != len(self.stacks):
+            raise InputError(f"particle table: {len(self.stack_pixel_sizes)} pixel sizes for {len(self.stacks)} stacks")
         count = len(self.columns["stack"])
         converted: Columns = {}
         for name, (dtype, shape) in COLUMNS.items():
             if name in self.columns:
-                values = np.ascontiguousarray(self.columns[name], dtype=dtype)
+                values = _as_stored(self.columns[name], name, dtype)
                 if values.shape != (count, *shape):
                     raise InputError(f"particle table: {name} has shape {values.shape}, not {(count, *shape)}")
                 converted[name] = values
@@ -129,7 +214,13 @@ class ParticleTable:
     def select(self, rows: npt.NDArray[np.integer] | slice) -> "ParticleTable":
         """The table of some rows; stacks are kept as they are."""
         picked = {name: values[rows] for name, values in self.columns.items()}
-        return ParticleTable(self.pixel_size, self.stacks, picked)
+        return ParticleTable(self.pixel_size, self.stacks, picked, self.stack_pixel_sizes, self.stack_boxes)
+
+    def pixel_sizes(self) -> npt.NDArray[np.float64]:
+        """Pixel size of every particle's image in its stack, Å; 0 where the table does not say."""
+        if not self.stack_pixel_sizes:
+            return np.full(len(self), self.pixel_size)
+        return np.array(self.stack_pixel_sizes)[self.columns["stack"]]
 
     def image_names(self) -> list[str]:
         """RELION's name of every image: `000001@stack`, counted from 1."""

@@ -3,7 +3,6 @@
 Atoms are (x, y, z) in Å in the frame of the file; maps are [z, y, x] with the chosen centre at index N//2.
 """
 
-import gzip
 from dataclasses import dataclass
 
 import gemmi
@@ -11,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalecryo.data import files
+from scalecryo.data.unpack import is_packed, unpack
 from scalecryo.errors import InputError
+
+_UNPACKED_LIMIT = 1 << 30
 
 # Names of water that gemmi's table of residues does not hold (CHARMM, GROMACS, AMBER).
 _MORE_WATERS = frozenset({"TIP", "TIP3", "TP3", "TIP4", "SOL", "SPC", "T3P", "T4P"})
@@ -73,10 +75,12 @@ def read_structure(path: str, *, keep_hydrogens: bool = True) -> Atoms:
     Raises MissingInputError when there is no such file and InputError when it is not a structure or holds no atoms.
     """
     data = files.read_bytes(path)
+    path = files.shown(path)
+    if is_packed(data):
+        data = unpack(data, path, _UNPACKED_LIMIT)
     try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8", errors="replace")
-        structure, guess = _parse(text)
-    except (ValueError, RuntimeError, IndexError, EOFError, gzip.BadGzipFile) as error:
+        structure, guess = _parse(data.decode("utf-8", errors="replace"))
+    except (ValueError, RuntimeError, IndexError) as error:
         raise InputError(
             f"{path} is neither a PDB nor an mmCIF file ({error}): give a structure such as 4ake.pdb or 4ake.cif.gz"
         ) from error

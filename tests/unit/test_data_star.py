@@ -280,8 +280,104 @@ def test_new_poses_without_a_source_table(tmp_path: Path) -> None:
 
 def test_poses_of_other_particles_are_refused(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "tricky" / "crlf.star"
-    table = read_particles(str(source)).select(slice(0, 3))
-    arrays = (np.broadcast_to(np.eye(3), (3, 3, 3)), np.zeros((3, 2)), np.ones(3), np.ones(3))
-    with pytest.raises(InputError, match="has 4 rows, the poses are for 3"):
-        write_with_poses(str(tmp_path / "x.star"), source.read_bytes(), table, *arrays)
+    table = read_particles(str(source))
+    arrays = (np.broadcast_to(np.eye(3), (4, 3, 3)), np.zeros((4, 2)), np.ones(4), np.ones(4))
+    for rows in ([0, 1, 2, 4], [0, 1, 2, 2]):
+        other = ParticleTable(table.pixel_size, table.stacks, table.columns | {"source_row": np.array(rows)})
+        with pytest.raises(InputError, match="has 4 rows, the poses are for 4 others"):
+            write_with_poses(str(tmp_path / "x.star"), source.read_bytes(), other, *arrays)
     assert not (tmp_path / "x.star").exists()
+
+
+def test_rows_without_a_pose_are_left_out(shared_data: Path, tmp_path: Path) -> None:
+    # Images that could not be stored have no pose; the others keep their lines.
+    source = shared_data / "tricky" / "crlf.star"
+    table = read_particles(str(source)).select(np.array([3, 1]))
+    shift = np.array([[3.0, -4.0], [1.0, 2.0]])
+    write_with_poses(
+        str(tmp_path / "x.star"), source.read_bytes(), table, np.stack([np.eye(3)] * 2), shift, np.ones(2), np.ones(2)
+    )
+    poses = read_poses(str(tmp_path / "x.star"))
+    assert [name.split("@")[0].lstrip("0") for name in poses.names] == ["2", "4"]
+    assert poses.shift is not None
+    assert poses.shift.tolist() == [[1, 2], [3, -4]]
+
+
+OPTICS = (
+    "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnImagePixelSize #2\n_rlnVoltage #3\n_rlnSphericalAberration #4\n"
+    "_rlnAmplitudeContrast #5\n7 1.0 300 2.7 0.1\n3 1.25 200 1.4 0.07\n\n"
+)
+PARTICLES = (
+    "data_particles\n\nloop_\n_rlnImageName #1\n_rlnOpticsGroup #2\n_rlnDefocusU #3\n_rlnDefocusV #4\n"
+    "_rlnDefocusAngle #5\n_rlnAngleRot #6\n_rlnAngleTilt #7\n_rlnAnglePsi #8\n_rlnOriginX #9\n_rlnOriginY #10\n"
+    "1@a.mrcs 7 15000 14000 10 1 2 3 4 0\n1@b.mrcs 3 15000 14000 10 1 2 3 4 0\n2@a.mrcs 7 15000 14000 10 1 2 3 -4 1\n\n"
+)
+
+
+@pytest.mark.parametrize("text", [OPTICS + PARTICLES, PARTICLES + OPTICS])
+def test_several_pixel_sizes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mixed.star").write_text(text)
+    table = read_particles(str(tmp_path / "mixed.star"))
+    assert (table.pixel_size, table.stacks, table.stack_pixel_sizes) == (1.25, ("a.mrcs", "b.mrcs"), (1.0, 1.25))
+    assert table.columns["voltage"].tolist() == [300, 200, 300]
+    # Origins in pixels are of each image's own size.
+    assert table.columns["shift"].tolist() == [[-4, 0], [-5, 0], [4, -1]]
+    assert table.pixel_sizes().tolist() == [1, 1.25, 1]
+    columns = table.columns
+    write_with_poses(
+        str(tmp_path / "out.star"), text.encode(), table, columns["rotation"], columns["shift"] * 2, np.ones(3),
+        np.array([1, 2, 1]),
+    )  # fmt: skip
+    out = starfile.read(tmp_path / "out.star")["particles"]
+    assert out["rlnOriginX"].tolist() == [8, 8, -8]
+    assert out["rlnOriginXAngst"].tolist() == [8, 10, -8]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("_rlnOriginY ", "_rlnOther "), "rlnOriginY is missing"),
+        (("_rlnAnglePsi ", "_rlnOther "), "rlnAnglePsi is missing"),
+        (("1@b.mrcs", "1@a.mrcs"), "pixel sizes from 1 to 1.25 Å in one stack"),
+        (("1@b.mrcs", "1e0@b.mrcs"), "row 2 is '1e0@b.mrcs'"),
+        (("1@b.mrcs", "18446744073709551617@b.mrcs"), "row 2 is '18446744073709551617@b.mrcs'"),
+        (("1@b.mrcs", "1@"), "row 2 is '1@'"),
+        (("1@b.mrcs 3 ", "1@b.mrcs 3.5 "), "rlnOpticsGroup of row 2 is 3.5"),
+        (("_rlnVoltage", "_rlnCtfDataAreCtfPremultiplied #9\n_rlnVoltage"), "values for 6 columns"),
+        (("1.25 200", "0 200"), "pixel size 0 Å of row 2"),
+        (("1.25 200", "1.25 1e400"), "rlnVoltage of optics group 3 is '1e400'"),
+        (("3 1.25", "7 1.25"), "describes an optics group twice"),
+        (("3 1.25", "x 1.25"), "not a whole number"),
+    ],
+)
+def test_silent_mistakes_are_refused(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    path = tmp_path / "x.star"
+    path.write_text((OPTICS + PARTICLES).replace(*change))
+    with pytest.raises(InputError, match=message):
+        read_particles(str(path))
+
+
+def test_images_that_no_ctf_here_fits_are_refused(tmp_path: Path) -> None:
+    text = (OPTICS + PARTICLES).replace("_rlnVoltage #3", "_rlnCtfDataAreCtfPremultiplied #3")
+    path = tmp_path / "x.star"
+    path.write_text(text.replace("1.0 300", "1.0 0").replace("1.25 200", "1.25 1"))
+    with pytest.raises(InputError, match="CTF-premultiplied; extract them again without"):
+        read_particles(str(path))
+
+
+def test_large_group_numbers_do_not_wrap_around(tmp_path: Path) -> None:
+    path = tmp_path / "x.star"
+    path.write_text((OPTICS + PARTICLES).replace("\n3 1.25", "\n65543 1.25").replace("mrcs 3 ", "mrcs 65543 "))
+    # 65543 = 2^16 + 7 is 7 in 16 bits.
+    assert read_particles(str(path)).columns["optics_group"].tolist() == [1, 2, 1]
+
+
+def test_poses_or_ctf_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.star"
+    path.write_text("data_\n\nloop_\n_rlnImageName\n_rlnAngleRot\n_rlnAngleTilt\n_rlnAnglePsi\n1@a.mrcs 10 20 30\n")
+    table = read_particles(str(path))
+    assert (table.has_ctf, table.has_pose) == (False, True)
+    assert table.columns["shift"].tolist() == [[0, 0]]
+    # psi alone, as 2D classification leaves it, is no pose.
+    path.write_text("data_\n\nloop_\n_rlnImageName\n_rlnAnglePsi\n_rlnOriginXAngst\n1@a.mrcs 10 20\n")
+    assert not read_particles(str(path)).has_pose

@@ -1,0 +1,96 @@
+"""`scalecryo select`: some particles of a table, as a table of either package."""
+
+import numpy as np
+import numpy.typing as npt
+
+from scalecryo.commands.console import note, say
+from scalecryo.data import cryosparc, csrows, files, star
+from scalecryo.data.mrc import Stack
+from scalecryo.data.particles import ParticleTable
+from scalecryo.data.selection import Selection
+from scalecryo.data.source import find_stack
+from scalecryo.data.startext import text_of
+from scalecryo.errors import InputError, OutputExistsError, ScalecryoError, UsageError
+
+_Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+
+
+def run(
+    source: str,
+    out: str,
+    *,
+    index: str | None = None,
+    query: str | None = None,
+    half: int | None = None,
+    min_confidence: float | None = None,
+    passthrough: tuple[str, ...] = (),
+    data_dir: str | None = None,
+) -> None:
+    """Write the rows that are asked for; a table of the source's own kind keeps every other byte or field."""
+    if not out.endswith((".star", ".cs")):
+        raise UsageError(f"{files.shown(out)}: name a .star or .cs file to write")
+    if files.exists(out):
+        raise OutputExistsError(f"{files.shown(out)}: exists already; name another file")
+    if files.is_folder(source):
+        source = files.join(source, "particles.star")
+    selection = Selection(index, query, half, min_confidence)
+    if source.endswith(".star"):
+        kept, count = _from_star(source, out, selection, data_dir)
+    elif source.endswith((".cs", ".csg")):
+        kept, count = _from_cs(source, out, selection, passthrough)
+    else:
+        raise InputError(f"{files.shown(source)}: give a .star, .cs or .csg table, or a run's folder")
+    say(f"{files.shown(out)}: {kept:,} of {count:,} particles")
+
+
+def _from_star(source: str, out: str, selection: Selection, data_dir: str | None) -> tuple[int, int]:
+    text = text_of(source)
+    table = star.read_particles(source, text)
+    own = star.OwnColumns(text, files.shown(source))
+    confidence = own.numbers(star.MAX_CONFIDENCE) if star.MAX_CONFIDENCE in own.names else None
+    keep = selection.mask(table, confidence, own.names, own.numbers)
+    if out.endswith(".star"):
+        star.write_rows(out, text, keep)
+        return int(keep.sum()), len(keep)
+    rows = np.flatnonzero(keep)
+    pose: _Pose | None = None
+    if table.has_pose:
+        poses = star.read_poses(source)
+        shift = np.zeros((len(table), 2)) if poses.shift is None else poses.shift
+        pose = poses.rotation[rows], shift[rows]
+    boxes = (
+        np.array(table.stack_boxes)[table.columns["stack"]] if table.stack_boxes else _box_of(table, source, data_dir)
+    )
+    note("blob/sign is set to 1, protein-bright, as RELION extracts particles; check it in cryoSPARC")
+    part = table.select(rows)
+    picked = None if confidence is None else confidence[rows]
+    cryosparc.write_particles(out, part, boxes[rows], confidence=picked, pose=pose)
+    return len(rows), len(keep)
+
+
+def _box_of(table: ParticleTable, source: str, data_dir: str | None) -> npt.NDArray[np.integer]:
+    """Box of every image, from the header of the first stack."""
+    try:
+        place, _ = find_stack(table.stacks[0], source, data_dir)
+        return np.full(len(table), Stack.open(place).box_size)
+    except ScalecryoError as error:
+        raise InputError(f"{error} (asked for the box size, since the table has no rlnImageSize)") from error
+
+
+def _from_cs(source: str, out: str, selection: Selection, passthrough: tuple[str, ...]) -> tuple[int, int]:
+    where = files.shown(source)
+    rows = csrows.read(source, passthrough)
+    table = cryosparc.table_of(rows, where)
+    keep = selection.mask(table, cryosparc.confidence_of(rows, where), (), lambda name: np.empty(0))
+    chosen = rows[keep]
+    if out.endswith(".cs"):
+        files.write_bytes_atomic(out, csrows.encode(chosen))
+        return len(chosen), len(keep)
+    part = table.select(np.flatnonzero(keep))
+    if cryosparc.sign_of(rows, where) == -1:
+        note("blob/sign is −1, protein-dark; RELION takes protein-bright images: invert the stacks for it")
+    names = part.image_names()
+    confidence = cryosparc.confidence_of(chosen, where)
+    pose = cryosparc.poses_of(chosen, where)
+    star.write_particles(out, names, part, pose is not None, confidence=confidence, pose=pose)
+    return len(chosen), len(keep)

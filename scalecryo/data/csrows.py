@@ -1,0 +1,173 @@
+"""cryoSPARC's files as rows: .cs tables, joined by `uid`, and .csg groups; nothing in them is executed.
+
+A .cs file is a NumPy .npy file of one structured array. Its header is checked against the length of the file before
+anything is allocated, and fields that hold pickled objects are refused.
+"""
+
+import ast
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import yaml
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from scalecryo.data import files
+from scalecryo.errors import InputError
+
+_HEADER_LIMIT = 100_000
+_GROUP_LIMIT = 256 << 10
+_LENGTH_BYTES = {(1, 0): 2, (2, 0): 4}
+
+
+def decode(data: bytes, where: str) -> NDArray[np.void]:
+    """The rows of a .cs file; they share its memory.
+
+    Raises:
+        InputError: not a .cs file, or it is cut short.
+    """
+    if data.startswith(b"\x94CSDAT"):
+        raise InputError(
+            f"{where}: in cryosparc-tools' compressed format; save it with format=NUMPY_FORMAT, or export the job"
+        )
+    try:
+        count, dtype, start = _header(data)
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: not a cryoSPARC table ({text})") from error
+    if dtype.hasobject:
+        raise InputError(f"{where}: not a cryoSPARC table (it holds pickled objects, which are never read)")
+    if dtype.names is None or not dtype.itemsize:
+        raise InputError(f"{where}: not a cryoSPARC table (blob/path and other fields are missing)")
+    if count < 0 or start + count * dtype.itemsize > len(data):
+        raise InputError(
+            f"{where}: truncated: {count} rows of {dtype.itemsize} bytes do not fit in {len(data) - start} bytes; "
+            "copy it again"
+        )
+    return np.frombuffer(data, dtype, count=count, offset=start)
+
+
+def _header(data: bytes) -> tuple[int, np.dtype, int]:
+    """Rows, their type, and where they begin, as the header of an .npy file says.
+
+    NumPy's own reader mends headers of Python 2, which cryoSPARC never wrote, by a tokenizer that fails in more ways.
+    """
+    version = npy.read_magic(io.BytesIO(data))
+    if version not in _LENGTH_BYTES:
+        raise ValueError(f"version {version[0]} of the .npy format")
+    first = npy.MAGIC_LEN + _LENGTH_BYTES[version]
+    length = int.from_bytes(data[npy.MAGIC_LEN : first], "little")
+    if length > _HEADER_LIMIT or first + length > len(data):
+        raise ValueError(f"a header of {length} bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the syntax of what may be no literal at all
+        said = ast.literal_eval(data[first : first + length].decode("latin-1"))
+    (count,) = said["shape"]
+    if not isinstance(count, int):
+        raise ValueError("a shape that is no number")
+    return count, npy.descr_to_dtype(said["descr"]), first + length
+
+
+def encode(rows: NDArray[np.void]) -> bytes:
+    """The .cs file of some rows."""
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def read(url: str, passthrough: Sequence[str] = ()) -> NDArray[np.void]:
+    """Rows of a .cs file, with the fields of its passthrough files; or of a .csg group.
+
+    Raises:
+        MissingInputError: a file does not exist.
+        InputError: a file cannot be used, or a particle is not in every file.
+    """
+    rows = _read_group(url) if url.endswith(".csg") else decode(files.read_bytes(url), files.shown(url))
+    for other in passthrough:
+        more = decode(files.read_bytes(other), files.shown(other))
+        own = set(rows.dtype.names or ())
+        rows = join(rows, more, [name for name in more.dtype.names or () if name not in own], files.shown(other))
+    return rows
+
+
+def _uids(rows: NDArray[np.void], where: str) -> NDArray[np.unsignedinteger]:
+    if "uid" not in (rows.dtype.names or ()) or rows.dtype["uid"].kind not in "iu" or rows.dtype["uid"].shape:
+        raise InputError(f"{where}: field uid is missing, by which cryoSPARC's files are joined")
+    found: NDArray[np.unsignedinteger] = rows["uid"].astype(np.uint64)
+    return found
+
+
+def join(rows: NDArray[np.void], more: NDArray[np.void], names: Sequence[str], where: str) -> NDArray[np.void]:
+    """`rows` with the fields `names` of another table's rows of the same uid, in place of its own of that name.
+
+    Raises:
+        InputError: a particle is missing in the other table, or stands there twice.
+    """
+    wanted, there = _uids(rows, where), _uids(more, where)
+    order = np.argsort(there, kind="stable")
+    ordered = there[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        raise InputError(f"{where}: a uid stands there twice; its rows cannot be joined")
+    place = np.searchsorted(ordered, wanted)
+    missing = ordered[np.minimum(place, len(ordered) - 1)] != wanted if len(ordered) else np.ones(len(wanted), bool)
+    if missing.any():
+        raise InputError(
+            f"{where}: lacks {np.count_nonzero(missing):,} of {len(wanted):,} particles, the first with uid "
+            f"{wanted[missing][0]}; give the files of one job"
+        )
+    picked = order[place]
+    own = [name for name in rows.dtype.names or () if name not in names]
+    return build(len(rows), {name: rows[name] for name in own} | {name: more[name][picked] for name in names})
+
+
+def build(count: int, fields: Mapping[str, NDArray]) -> NDArray[np.void]:
+    """A structured array from its fields."""
+    out = np.zeros(count, [(name, values.dtype, values.shape[1:]) for name, values in fields.items()])
+    for name, values in fields.items():
+        out[name] = values
+    return out
+
+
+def _read_group(url: str) -> NDArray[np.void]:
+    """The particles of a .csg file: each kind of result from the file that the group names for it."""
+    where = files.shown(url)
+    if files.size(url) > _GROUP_LIMIT:
+        raise InputError(f"{where}: not a cryoSPARC group file (it is larger than 256 KiB)")
+    try:
+        text = files.read_text(url)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("a value that stands for another: such files grow without end")
+        results = {kind: entry["metafile"] for kind, entry in yaml.safe_load(text)["results"].items()}
+        if not all(isinstance(word, str) for pair in results.items() for word in pair):
+            raise TypeError("a metafile that is no text")
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: not a cryoSPARC group file ({text})") from error
+    if not results:
+        raise InputError(f"{where}: not a cryoSPARC group file (it lists no results)")
+    names = {kind: metafile.removeprefix(">") for kind, metafile in results.items()}
+    for name in names.values():
+        if not name.isprintable():
+            raise InputError(f"{where}: names {name!r}, which is no file's name")
+        if name.startswith("/") or "://" in name or ".." in name.split("/"):
+            raise InputError(f"{where}: names {files.shown(name)}, which is not in the group's own folder")
+    # Files named passthrough hold more particles than the job's own, or the same.
+    ordered = sorted(set(names.values()), key=lambda name: ("passthrough" in name, name))
+    tables = {name: decode(files.read_bytes(files.join(files.parent(url), name)), name) for name in ordered}
+    rows = tables[ordered[0]]
+    for name in ordered[1:]:
+        kinds = tuple(f"{kind}/" for kind, file in names.items() if file == name)
+        fields = [field for field in tables[name].dtype.names or () if field.startswith(kinds)]
+        rows = join(rows, tables[name], fields, name)
+    return rows
