@@ -1,6 +1,7 @@
 """Ray Train at the edge: the only module that imports ray. The loop itself knows nothing of it."""
 
 import dataclasses
+import os
 from typing import Any
 
 import fsspec
@@ -32,9 +33,7 @@ def train_on_ray(config: Config) -> None:
     """
     low, high = config.run.worker_range
     if not ray.is_initialized():
-        # Without a dashboard Ray Train complains every second; its messages are for Ray's own logs.
-        quiet = ray.LoggingConfig(log_level="ERROR")
-        ray.init(object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_config=quiet)
+        _join_or_start()
     gpu = config.run.device == "cuda"
     resource = "GPU" if gpu else "CPU"
     there = ray.cluster_resources().get(resource, 0)
@@ -60,6 +59,16 @@ def train_on_ray(config: Config) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from error
+
+
+def _join_or_start() -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), else start one of this machine alone."""
+    quiet = ray.LoggingConfig(log_level="ERROR")  # its messages are for Ray's own logs
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_config=quiet)  # refuses resources and memory: those are the cluster's
+    else:
+        # Without a dashboard Ray Train complains every second. "local": another cluster on this machine is not ours.
+        ray.init("local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_config=quiet)
 
 
 def _worker(settings: dict[str, Any]) -> None:
