@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from scalecryo.data.mrc import read_map
-from scalecryo.data.star import read_poses
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch, sequential
+from scalecryo.data.formats.mrc import read_map
+from scalecryo.data.formats.star import read_poses
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import Batch, sequential
 from scalecryo.evaluate.align import align_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scalecryo.data.convert import convert, plan
-from scalecryo.data.mrc import StackWriter
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats.mrc import StackWriter
 
 _POOL = 512
 

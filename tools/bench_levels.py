@@ -15,9 +15,9 @@ from pathlib import Path
 from bench_stream import make_store
 
 from scalecryo.config import GuidedConfig
-from scalecryo.data.order import BatchOrder
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import ParticleStream
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import ParticleStream
 from scalecryo.train.guided.ladder import RungPlan, plan_rung
 from scalecryo.train.guided.run import FIRST_RADIUS
 

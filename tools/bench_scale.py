@@ -31,8 +31,8 @@ LATENCY = 0.020
 
 def make_small(work: Path, count: int = 16384) -> Path:
     """A store of noise with CTF columns: 64 and 32 px, float16."""
-    from scalecryo.data.convert import convert, plan
-    from scalecryo.data.mrc import StackWriter
+    from scalecryo.data.conversion.convert import convert, plan
+    from scalecryo.data.formats.mrc import StackWriter
 
     store = work / "small.zarr"
     if not store.exists():
@@ -58,7 +58,7 @@ class Run:
         import torch
 
         from scalecryo.config import load_config
-        from scalecryo.data.store import ParticleStore
+        from scalecryo.data.storage.store import ParticleStore
         from scalecryo.model.autoencoder import build_autoencoder
         from scalecryo.train.batches import order_of, stream_of
         from scalecryo.train.loop import build_optimiser
@@ -128,7 +128,7 @@ def stores_on_s3(work: Path, stack: ExitStack) -> dict[int, str]:
     import s3fs
     from fault_proxy import serve_process, wait_for
 
-    from scalecryo.data.store import ParticleStore
+    from scalecryo.data.storage.store import ParticleStore
 
     small = ParticleStore.open(str(make_small(work)))
     full = small.count // small.shard_rows

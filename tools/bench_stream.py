@@ -26,12 +26,12 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from scalecryo.data.convert import convert, plan
-from scalecryo.data.mrc import StackWriter
-from scalecryo.data.order import BatchOrder
-from scalecryo.data.ranges import RangeReader
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import ParticleStream, reading_threads
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.storage.ranges import RangeReader
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import ParticleStream, reading_threads
 
 BOX, BATCH = 128, 256
 _MOSAIC = """

@@ -53,8 +53,8 @@ def step(name: str, path: str) -> None:
     """One measurement, in this process; prints seconds and KiB."""
     import torch
 
-    from scalecryo.data import star
-    from scalecryo.data.startext import text_of
+    from scalecryo.data.formats import star
+    from scalecryo.data.formats.startext import text_of
 
     torch.set_num_threads(1)
     start, processor = time.perf_counter(), time.process_time()

@@ -76,7 +76,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _star(data: bytes) -> None:
-    from scalecryo.data import star
+    from scalecryo.data.formats import star
 
     table = star.read_particles("fuzzed.star", data)
     assert len(table) <= len(data)
@@ -94,7 +94,7 @@ def _star(data: bytes) -> None:
 
 
 def _mrc(data: bytes) -> None:
-    from scalecryo.data.mrc import Stack, read_map
+    from scalecryo.data.formats.mrc import Stack, read_map
 
     with tempfile.NamedTemporaryFile(dir=_SHARED, suffix=".mrcs") as file:
         file.write(data)
@@ -107,7 +107,7 @@ def _mrc(data: bytes) -> None:
 
 
 def _cs(data: bytes) -> None:
-    from scalecryo.data import cryosparc, csrows
+    from scalecryo.data.formats import cryosparc, csrows
 
     rows = csrows.decode(data, "fuzzed.cs")
     table = cryosparc.table_of(rows, "fuzzed.cs")
@@ -117,7 +117,7 @@ def _cs(data: bytes) -> None:
 
 
 def _csg(data: bytes) -> None:
-    from scalecryo.data import csrows
+    from scalecryo.data.formats import csrows
 
     with tempfile.TemporaryDirectory(dir=_SHARED) as folder:
         path = Path(folder) / "group.csg"
@@ -126,7 +126,7 @@ def _csg(data: bytes) -> None:
 
 
 def _pkl(data: bytes) -> None:
-    from scalecryo.data import cryodrgn, plainpickle
+    from scalecryo.data.formats import cryodrgn, plainpickle
 
     plainpickle.load(data, "fuzzed.pkl")
     with tempfile.NamedTemporaryFile(dir=_SHARED, suffix=".pkl") as file:
@@ -267,9 +267,9 @@ def main() -> None:
         import torch  # noqa: F401 - imported before, so that only the readers are instrumented
 
         with atheris.instrument_imports(include=["scalecryo.data"]):
-            from scalecryo.data import cryodrgn, cryosparc, csrows, mrc, plainpickle, star
+            from scalecryo.data.formats import star
     else:
-        from scalecryo.data import cryodrgn, cryosparc, csrows, mrc, plainpickle, star  # noqa: F401 - not on the clock
+        from scalecryo.data import star  # noqa: F401 - not on the clock
     campaign = Campaign(asked.kind, asked.keep)
     seeds = _seeds(asked.kind, asked.seeds)
     start = time.monotonic()

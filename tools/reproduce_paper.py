@@ -21,10 +21,10 @@ import torch
 from paper_datasets import DATASETS, TRAIN, write_dataset
 
 from scalecryo.commands import convert, evaluate, train
-from scalecryo.data.mrc import read_map
-from scalecryo.data.star import read_poses
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import sequential
+from scalecryo.data.formats.mrc import read_map
+from scalecryo.data.formats.star import read_poses
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import sequential
 from scalecryo.evaluate.align import align_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from scalecryo.data.layout import column_key, entry_of, image_key, metadata_of, write_objects
 from scalecryo.data.particles import COLUMNS
-from scalecryo.data.shards import ShardWriter, encode_column
-from scalecryo.data.store import IMAGE_COLUMNS, MANIFESTS, SOURCE_STACKS, ParticleStore
+from scalecryo.data.storage.layout import column_key, entry_of, image_key, metadata_of, write_objects
+from scalecryo.data.storage.shards import ShardWriter, encode_column
+from scalecryo.data.storage.store import IMAGE_COLUMNS, MANIFESTS, SOURCE_STACKS, ParticleStore
 from scalecryo.errors import OutputExistsError
 
 Manifest = dict[str, dict[str, int]]

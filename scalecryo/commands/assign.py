@@ -7,7 +7,7 @@ import torch
 from scalecryo.commands.console import say
 from scalecryo.config import config_from_dict
 from scalecryo.data import files
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.train.assign import Poser, assign_particles
 from scalecryo.train.checkpoint import newest_step
 from scalecryo.train.guided.run import load_guided_poser

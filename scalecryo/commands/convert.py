@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from scalecryo.commands.console import note, say
 from scalecryo.data import files
-from scalecryo.data.append import append, complete_append
-from scalecryo.data.append_plan import plan_append
-from scalecryo.data.convert import ConvertPlan, check_destination, convert, plan
-from scalecryo.data.quality import REPORT, BadImage, listed, report_lines
-from scalecryo.data.source import Reading
+from scalecryo.data.conversion.append import append, complete_append
+from scalecryo.data.conversion.append_plan import plan_append
+from scalecryo.data.conversion.convert import ConvertPlan, check_destination, convert, plan
+from scalecryo.data.conversion.quality import REPORT, BadImage, listed, report_lines
+from scalecryo.data.conversion.source import Reading
 from scalecryo.errors import UsageError
 
 

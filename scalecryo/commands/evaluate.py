@@ -7,8 +7,8 @@ import torch
 
 from scalecryo.commands.console import say
 from scalecryo.data import files
-from scalecryo.data.mrc import read_map
-from scalecryo.data.star import StarPoses, image_key, read_poses
+from scalecryo.data.formats.mrc import read_map
+from scalecryo.data.formats.star import StarPoses, image_key, read_poses
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.compare import MapComparison, compare_maps, compare_poses, summary

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
-from scalecryo.data import cryodrgn, cryosparc, csrows, files, star
-from scalecryo.data.mrc import read_map, write_map
+from scalecryo.data import files
+from scalecryo.data.formats import cryodrgn, cryosparc, csrows, star
+from scalecryo.data.formats.mrc import read_map, write_map
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.store import ParticleStore, read_attributes
+from scalecryo.data.storage.store import ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError, ScalecryoError
 from scalecryo.train.run_folder import RunFolder
 

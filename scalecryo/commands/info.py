@@ -3,11 +3,12 @@
 import json
 
 from scalecryo.commands.console import say
-from scalecryo.data import cryosparc, files, star
-from scalecryo.data.mrc import Stack
+from scalecryo.data import files
+from scalecryo.data.conversion.quality import REPORT, report_lines
+from scalecryo.data.formats import cryosparc, star
+from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.quality import REPORT, report_lines
-from scalecryo.data.store import ParticleStore, read_attributes
+from scalecryo.data.storage.store import ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError
 
 _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "report.html")

@@ -4,12 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
-from scalecryo.data import cryosparc, csrows, files, star
-from scalecryo.data.mrc import Stack
+from scalecryo.data import files
+from scalecryo.data.conversion.source import find_stack
+from scalecryo.data.formats import cryosparc, csrows, star
+from scalecryo.data.formats.mrc import Stack
+from scalecryo.data.formats.startext import text_of
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.selection import Selection
-from scalecryo.data.source import find_stack
-from scalecryo.data.startext import text_of
+from scalecryo.data.streaming.selection import Selection
 from scalecryo.errors import InputError, OutputExistsError, ScalecryoError, UsageError
 
 _Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]

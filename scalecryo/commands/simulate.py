@@ -7,11 +7,11 @@ import torch
 
 from scalecryo.commands.console import note, say
 from scalecryo.data import files
-from scalecryo.data.mrc import StackWriter, read_map, write_map
+from scalecryo.data.formats.mrc import StackWriter, read_map, write_map
+from scalecryo.data.formats.star import write_particles
+from scalecryo.data.formats.structure import potential_map, read_structure
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.simulation import Imaging, Projector, draw_particles, fit_map, noise_sigma
-from scalecryo.data.star import write_particles
-from scalecryo.data.structure import potential_map, read_structure
 from scalecryo.errors import InputError, OutputExistsError
 
 _CHUNK = 64

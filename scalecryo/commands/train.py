@@ -7,7 +7,7 @@ import torch
 from scalecryo.commands.console import say
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data import files
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import ConfigError, UsageError
 from scalecryo.train.logs import log_to_stderr
 from scalecryo.train.loop import train

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 from scalecryo.commands.console import note, say
 from scalecryo.data import files
-from scalecryo.data.integrity import Finding, check_objects, compare_with_source
-from scalecryo.data.normalise import one_torch_thread
-from scalecryo.data.shard_task import PENDING
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.conversion.normalise import one_torch_thread
+from scalecryo.data.conversion.shard_task import PENDING
+from scalecryo.data.storage.integrity import Finding, check_objects, compare_with_source
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError, StoreError
 
 

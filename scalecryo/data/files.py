@@ -17,7 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
-from scalecryo.data.retry import Patience, cause, patiently
+from scalecryo.data.storage.retry import Patience, cause, patiently
 from scalecryo.errors import InputError, MissingInputError, OutputError
 
 Result = TypeVar("Result")

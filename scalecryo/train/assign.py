@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch, sequential
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import Batch, sequential
 from scalecryo.map.halfmaps import HalfMaps
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred, rfft2_centred
 from scalecryo.physics.image_formation import Filtered, filtered, filtered_on_padded_box

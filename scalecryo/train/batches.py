@@ -3,12 +3,12 @@
 import torch
 
 from scalecryo.config import Config
-from scalecryo.data.order import BatchOrder
 from scalecryo.data.particles import CTF_COLUMNS
-from scalecryo.data.retry import Patience
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch, ParticleStream
-from scalecryo.data.subset import Subset
+from scalecryo.data.storage.retry import Patience
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import Batch, ParticleStream
+from scalecryo.data.streaming.subset import Subset
 from scalecryo.errors import ConfigError
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters

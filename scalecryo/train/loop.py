@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from scalecryo.config import Config
-from scalecryo.data.order import BatchOrder
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch, ParticleStream
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import Batch, ParticleStream
 from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput, build_autoencoder
 from scalecryo.model.inputs import ParticleInputs

@@ -1,8 +1,8 @@
 """The last pass of the auto-encoder: poses by its own pose source."""
 
 from scalecryo.config import Config
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import Batch
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.train.assign import correlation, pictures_of
 from scalecryo.train.batches import particle_inputs

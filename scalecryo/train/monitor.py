@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import Batch
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.physics.fft import irfft2_centred
 from scalecryo.train.recorder import Recorder

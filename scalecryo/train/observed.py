@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import Batch
 from scalecryo.physics.ctf import contrast_transfer
 from scalecryo.physics.fft import FourierPixels, rfft2_centred
 from scalecryo.train.batches import half_of, particle_inputs

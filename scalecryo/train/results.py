@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from scalecryo.config import Config
-from scalecryo.data import mrc, star
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.formats import mrc, star
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.evaluate.report import (
     Section,
     confidence_figure,

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalecryo.data import files, mrc, star
-from scalecryo.data.store import ParticleStore
+from scalecryo.data import files
+from scalecryo.data.formats import mrc, star
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError
 from scalecryo.evaluate.align import align_poses
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment

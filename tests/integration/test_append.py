@@ -10,11 +10,12 @@ import zarr
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import append as append_module
-from scalecryo.data import files, star
-from scalecryo.data.mrc import Stack, StackWriter
-from scalecryo.data.star_write import write_with_poses
-from scalecryo.data.store import ParticleStore
+from scalecryo.data import files
+from scalecryo.data.conversion import append as append_module
+from scalecryo.data.formats import star
+from scalecryo.data.formats.mrc import Stack, StackWriter
+from scalecryo.data.formats.star_write import write_with_poses
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, ScalecryoError, StoreError
 
 OPTIONS = {

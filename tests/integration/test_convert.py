@@ -12,13 +12,13 @@ import zarr
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import convert as convert_module
 from scalecryo.data import files
-from scalecryo.data import scheduler as scheduler_module
-from scalecryo.data.convert import convert, plan
-from scalecryo.data.mrc import Stack, StackWriter
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import sequential
+from scalecryo.data.conversion import convert as convert_module
+from scalecryo.data.conversion import scheduler as scheduler_module
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats.mrc import Stack, StackWriter
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import sequential
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError, ScalecryoError, StoreError
 
 OPTIONS = {

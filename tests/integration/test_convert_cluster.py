@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scalecryo.commands import convert as convert_command
-from scalecryo.data.mrc import StackWriter
+from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.errors import InputError
 
 OPTIONS = {
@@ -62,7 +62,7 @@ def test_cluster_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_no_scheduler_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("distributed")
-    monkeypatch.setattr("scalecryo.data.scheduler._CONNECT_SECONDS", 1)
+    monkeypatch.setattr("scalecryo.data.conversion.scheduler._CONNECT_SECONDS", 1)
     source = _stack(tmp_path / "s.mrcs", np.random.default_rng(0).normal(size=(8, 44, 44)).astype(np.float32))
     with pytest.raises(InputError, match=r"--scheduler tcp://127\.0\.0\.1:9: no dask scheduler answers there"):
         convert_command.run(str(source), str(tmp_path / "s"), scheduler="tcp://127.0.0.1:9", **OPTIONS)

@@ -15,11 +15,12 @@ import pytest
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import convert as convert_module
-from scalecryo.data import files, lock
-from scalecryo.data.convert import convert, plan
-from scalecryo.data.mrc import StackWriter
-from scalecryo.data.store import ParticleStore
+from scalecryo.data import files
+from scalecryo.data.conversion import convert as convert_module
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.storage import lock
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, OutputError, OutputExistsError, StoreError
 
 OPTIONS = {
@@ -54,7 +55,7 @@ def _objects(store: Path) -> dict[str, bytes]:
 # Children are forked from a process that has planned and compiled: what is killed is the writing.
 _KILLER = """
 import json, os, random, signal, sys, time, traceback
-from scalecryo.data.convert import convert, plan
+from scalecryo.data.conversion.convert import convert, plan
 source, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 made = plan(source)
 convert(made, folder + "/whole", workers=2)
@@ -236,7 +237,7 @@ def test_source_replaced_between_plan_and_run(tmp_path: Path, monkeypatch: pytes
             _stack(source, _noise(600, seed=1))
 
     if when == "within":
-        from scalecryo.data import shard_task
+        from scalecryo.data.conversion import shard_task
 
         normalise, calls = shard_task.normalise, []
 

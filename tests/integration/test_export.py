@@ -11,7 +11,7 @@ import pytest
 import starfile
 
 from scalecryo.commands import export, simulate
-from scalecryo.data import cryosparc, star
+from scalecryo.data.formats import cryosparc, star
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 
 MAPS = ["half1.mrc", "half2.mrc", "map.mrc", "mask.mrc"]

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scalecryo.commands import assign, convert, evaluate, simulate, train
 from scalecryo.config import Config, load_config
-from scalecryo.data.star import read_poses
-from scalecryo.data.stream import Batch
+from scalecryo.data.formats.star import read_poses
+from scalecryo.data.streaming.stream import Batch
 from scalecryo.errors import TrainingError
 from scalecryo.train import loop, posed_parts
 from scalecryo.train.guided.poser import GuidedPoser

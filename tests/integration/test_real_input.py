@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from scalecryo.commands import convert, evaluate, simulate, train
-from scalecryo.data import mrc, star
-from scalecryo.data.star import read_particles
+from scalecryo.data.formats import mrc, star
+from scalecryo.data.formats.star import read_particles
 
 
 def converted(source: Path, store: Path) -> str:

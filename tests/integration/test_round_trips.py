@@ -11,12 +11,12 @@ import pytest
 from scalecryo.cli import main
 from scalecryo.commands import export, select
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import cryosparc, csrows, star
-from scalecryo.data.mrc import StackWriter, write_map
-from scalecryo.data.source import Reading, read_source
-from scalecryo.data.star_values import not_applied, particle_block
-from scalecryo.data.startext import StarText, small_table
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.conversion.source import Reading, read_source
+from scalecryo.data.formats import cryosparc, csrows, star
+from scalecryo.data.formats.mrc import StackWriter, write_map
+from scalecryo.data.formats.star_values import not_applied, particle_block
+from scalecryo.data.formats.startext import StarText, small_table
+from scalecryo.data.storage.store import ParticleStore
 
 POSE_COLUMNS = {
     "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginX", "rlnOriginY", "rlnOriginXAngst", "rlnOriginYAngst",

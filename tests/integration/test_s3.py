@@ -14,9 +14,9 @@ import s3fs
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import verify as verify_command
 from scalecryo.data import files
-from scalecryo.data.mrc import StackWriter
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import sequential
+from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import sequential
 from scalecryo.errors import ScalecryoError, StoreError
 from tests.conftest import Seaweed
 

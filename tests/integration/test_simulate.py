@@ -11,9 +11,9 @@ import starfile
 from scipy.spatial.transform import Rotation
 
 from scalecryo.commands import evaluate, simulate
-from scalecryo.data import star
+from scalecryo.data.formats import star
+from scalecryo.data.formats.structure import Atoms, potential_map, read_structure
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.structure import Atoms, potential_map, read_structure
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 
 BOX, PIXEL_SIZE = 64, 1.6

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import s3fs
 
-from scalecryo.data.arrays import ImageArray
-from scalecryo.data.order import BatchOrder
-from scalecryo.data.ranges import RangeReader
-from scalecryo.data.retry import Patience
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch, ParticleStream, sequential
+from scalecryo.data.storage.arrays import ImageArray
+from scalecryo.data.storage.ranges import RangeReader
+from scalecryo.data.storage.retry import Patience
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import Batch, ParticleStream, sequential
 from scalecryo.errors import MissingInputError, StoreError
 from tests.conftest import Seaweed, SimulatedParticles
 from tools.fault_proxy import Fault, FaultProxy, no_faults

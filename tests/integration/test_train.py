@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scalecryo.cli import main
 from scalecryo.commands import assign, train
 from scalecryo.config import Config, load_config
-from scalecryo.data.mrc import read_map
-from scalecryo.data.star import read_poses
+from scalecryo.data.formats.mrc import read_map
+from scalecryo.data.formats.star import read_poses
 from scalecryo.errors import CheckpointError, ConfigError, OutputExistsError, ScalecryoError, StoreError, TrainingError
 from scalecryo.train import loop
 from scalecryo.train.run_folder import RunFolder

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scalecryo.data import cryodrgn
+from scalecryo.data.formats import cryodrgn
+from scalecryo.data.formats.star import read_particles
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.star import read_particles
 
 
 class PlainNumpy(pickle.Unpickler):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalecryo.data import cryosparc, star
+from scalecryo.data.formats import cryosparc, star
 from scalecryo.errors import InputError, MissingInputError
 
 TABLE = "metadata/cs/cryosparc_P12_J24_001_particles.cs"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalecryo.data import cryosparc, csrows
+from scalecryo.data.formats import cryosparc, csrows
 from scalecryo.errors import InputError
 
 TABLE = "metadata/cs/cryosparc_P12_J24_001_particles.cs"

@@ -6,7 +6,7 @@ import mrcfile
 import numpy as np
 import pytest
 
-from scalecryo.data.mrc import Stack, StackWriter, read_map, write_map
+from scalecryo.data.formats.mrc import Stack, StackWriter, read_map, write_map
 from scalecryo.errors import InputError, MissingInputError
 
 # How `tricky/` encodes ref_f32.mrcs (its README): stored = value · scale + offset, and how far rounding may go.

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from scalecryo.data.mrc import Stack
-from scalecryo.data.normalise import Recipe, choose_recipe, crops, normalise
+from scalecryo.data.conversion.normalise import Recipe, choose_recipe, crops, normalise
+from scalecryo.data.formats.mrc import Stack
 from scalecryo.physics.fft import fourier_crop_2d
 
 

@@ -4,8 +4,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scalecryo.data.conversion.quality import (
+    bad_images,
+    duplicates,
+    group_statistics,
+    identical,
+    listed,
+    repeated_rows,
+    storable,
+)
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.quality import bad_images, duplicates, group_statistics, identical, listed, repeated_rows, storable
 
 
 def _table(count: int, **columns: np.ndarray) -> ParticleTable:

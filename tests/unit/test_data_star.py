@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import starfile
 
+from scalecryo.data.formats.star import read_particles, read_poses, write_particles, write_with_poses
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.star import read_particles, read_poses, write_particles, write_with_poses
 from scalecryo.errors import InputError, MissingInputError
 
 # name: rows, pixel size, stacks, has CTF, has poses (from the data's README and the files themselves)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalecryo.data import files
-from scalecryo.data.arrays import ColumnArray, ImageArray
-from scalecryo.data.layout import block_rows_of, levels_of, metadata_of, shard_rows_of
-from scalecryo.data.shards import ShardWriter, crc32c, encode_column
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.storage.arrays import ColumnArray, ImageArray
+from scalecryo.data.storage.layout import block_rows_of, levels_of, metadata_of, shard_rows_of
+from scalecryo.data.storage.shards import ShardWriter, crc32c, encode_column
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import MissingInputError, StoreError
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from scalecryo.data.convert import convert, plan
-from scalecryo.data.mrc import StackWriter
-from scalecryo.data.order import BatchOrder
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch, ParticleStream, sequential
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import Batch, ParticleStream, sequential
 from scalecryo.errors import ConfigError, StoreError
 
 COUNT = 403

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalecryo.config import TrainConfig
-from scalecryo.data.convert import convert, plan
-from scalecryo.data.mrc import StackWriter
-from scalecryo.data.order import BatchOrder
-from scalecryo.data.query import Query
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import ParticleStream
-from scalecryo.data.subset import Subset, choose, read_index
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.query import Query
+from scalecryo.data.streaming.stream import ParticleStream
+from scalecryo.data.streaming.subset import Subset, choose, read_index
 from scalecryo.errors import ConfigError
 
 KNOWN = ("defocus_u", "defocus_v", "half")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from scalecryo.data.mrc import read_map
-from scalecryo.data.structure import Atoms, potential_map, read_structure
+from scalecryo.data.formats.mrc import read_map
+from scalecryo.data.formats.structure import Atoms, potential_map, read_structure
 from scalecryo.errors import InputError
 from scalecryo.evaluate.align import Alignment, align_poses, origin_offset
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment, mirror, rotational_symmetry

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalecryo.data import cryodrgn, plainpickle
+from scalecryo.data.formats import cryodrgn, plainpickle
 from scalecryo.errors import InputError, MissingInputError
 
 
@@ -68,7 +68,7 @@ def test_anything_else_is_refused(data: bytes) -> None:
 
 def test_cryodrgn_conversions(shared_data: Path) -> None:
     """Reference: what cryoDRGN's own parsers made of a RELION and of a cryoSPARC refinement."""
-    from scalecryo.data import cryosparc, star
+    from scalecryo.data.formats import cryosparc, star
 
     folder = shared_data / "metadata"
     rotation, fraction = cryodrgn.read_poses(str(folder / "star/pfcrt_relion30.pose.pkl"))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from scalecryo.data.formats.star import read_particles
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.simulation import Imaging, Projector, draw_particles, fit_map, noise_sigma
-from scalecryo.data.star import read_particles
 from scalecryo.errors import InputError
 
 N, SIGMA = 48, 1.8

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalecryo.data import csrows, files
-from scalecryo.data.mrc import Stack, StackWriter
-from scalecryo.data.resample import plan_resampling
-from scalecryo.data.source import Reading, read_source
+from scalecryo.data import files
+from scalecryo.data.conversion.resample import plan_resampling
+from scalecryo.data.conversion.source import Reading, read_source
+from scalecryo.data.formats import csrows
+from scalecryo.data.formats.mrc import Stack, StackWriter
 from scalecryo.errors import InputError, MissingInputError
 
 CTF = "voltage=300,spherical_aberration=2.7,amplitude_contrast=0.1,defocus_u=15000"
@@ -157,7 +158,7 @@ def test_compressed_bombs(tmp_path: Path) -> None:
 
 
 def test_structure_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scalecryo.data import structure
+    from scalecryo.data.formats import structure
 
     monkeypatch.setattr(structure, "_UNPACKED_LIMIT", 1 << 20)
     (tmp_path / "x.pdb.gz").write_bytes(gzip.compress(b"REMARK \n" * (1 << 18)))

@@ -9,9 +9,9 @@ import starfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalecryo.data import startext
-from scalecryo.data.star import read_particles, write_rows
-from scalecryo.data.startext import StarText, small_table
+from scalecryo.data.formats import startext
+from scalecryo.data.formats.star import read_particles, write_rows
+from scalecryo.data.formats.startext import StarText, small_table
 from scalecryo.errors import InputError
 
 

@@ -9,7 +9,7 @@ import mrcfile
 import numpy as np
 import pytest
 
-from scalecryo.data.structure import POTENTIAL_PER_SCATTERING, Atoms, potential_map, read_structure
+from scalecryo.data.formats.structure import POTENTIAL_PER_SCATTERING, Atoms, potential_map, read_structure
 from scalecryo.errors import InputError, MissingInputError
 
 # International Tables for Crystallography C (1999), table 4.3.2.2: electron scattering of neutral carbon and sulphur.

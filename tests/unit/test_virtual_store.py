@@ -8,9 +8,9 @@ import pytest
 import zarr
 
 from scalecryo.commands import verify as verify_command
-from scalecryo.data.convert import convert, plan
-from scalecryo.data.mrc import StackWriter
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import OutputExistsError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))

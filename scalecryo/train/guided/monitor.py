@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from scalecryo.config import Config
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.physics.fsc import resolution
 from scalecryo.train.guided.ladder import HalfReferences, RungPlan
 from scalecryo.train.guided.memory import PoseMemory

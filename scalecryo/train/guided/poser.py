@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import Batch
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import Batch
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from scalecryo.config import Config
-from scalecryo.data.store import ParticleStore
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import CheckpointError
 from scalecryo.model.grid_encoder import GridEncoder
 from scalecryo.physics.fft import fourier_pixels

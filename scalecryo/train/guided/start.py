@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import sequential
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import sequential
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment
 from scalecryo.map.halfmaps import HalfMaps

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.order import BatchOrder
-from scalecryo.data.store import ParticleStore
-from scalecryo.data.stream import ParticleStream
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import ParticleStream
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.pose.search import shift_grid
 from scalecryo.train.batches import stream_columns

@@ -1,0 +1,1 @@
+"""From tables and stacks to a store."""

@@ -1,0 +1,227 @@
+"""What adding particles to a store will do: they are checked to be of its kind, and get their numbers in it."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from scalecryo.data import files
+from scalecryo.data.conversion.normalise import Recipe
+from scalecryo.data.conversion.quality import EXCLUDED, BadImage
+from scalecryo.data.conversion.source import Reading, Source, read_source
+from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
+from scalecryo.data.formats.star_values import Optics, particle_block
+from scalecryo.data.formats.startext import StarText
+from scalecryo.data.particles import COLUMNS, Columns, ParticleTable
+from scalecryo.data.storage.store import SOURCE_STACKS, SOURCE_TABLE, ParticleStore
+from scalecryo.errors import InputError, MissingInputError
+
+_OPTICS_COLUMNS = ("voltage", "spherical_aberration", "amplitude_contrast")
+
+
+@dataclass(frozen=True)
+class AppendPlan:
+    """What an append will do, all of it decided.
+
+    Args:
+        store: as it is.
+        source: the new particles; its table names stacks by their number in the store.
+        recipe: how the store's images are normalised.
+        attrs: of the group when all is done, but for the content hash.
+        documents: source table, stacks and images left out, when all is done.
+        contrast: what the new optics groups' images suggest.
+        excluded: new images that are left out.
+    """
+
+    store: ParticleStore
+    source: Source
+    recipe: Recipe
+    attrs: dict[str, Any] = field(repr=False)
+    documents: dict[str, bytes] = field(repr=False)
+    contrast: tuple[dict[str, Any], ...]
+    excluded: tuple[BadImage, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of new particles."""
+        return len(self.source.table)
+
+
+def _refuse_other_kind(store: ParticleStore, found: Source, source: str) -> None:
+    """Raise when the new particles do not fit the store."""
+    shown = files.shown(source)
+    box, pixel_size = int(store.attrs["source_box_size"]), store.source_pixel_size
+    if found.box_size != box:
+        raise InputError(f"{shown}: box {found.box_size} px, the store's source had {box} px; extract in that box")
+    if abs(found.pixel_size / pixel_size - 1) > 1e-3:
+        raise InputError(
+            f"{shown}: pixel size {found.pixel_size:.4g} Å, the store's source had {pixel_size:.4g} Å; "
+            "rescale the particles, or make another store"
+        )
+    missing = [name for name in store.columns if name in COLUMNS and name not in found.table.columns]
+    if missing:
+        raise InputError(f"{shown}: has no {', '.join(missing)}, which the store has; make another store of it")
+
+
+def _store_recipe(store: ParticleStore, found: Source, source: str, sign: int | None, bad_images: str) -> Recipe:
+    """The store's recipe, after a look at whether the new images are of its kind."""
+    attrs = store.attrs
+    judged, reason = choose(found, store.box_size, None, bad_images)
+    shown = files.shown(source)
+    if judged.normalisation != attrs["normalisation"]:
+        kinds = {"background": "noisy", "common": "noise-free"}
+        raise InputError(
+            f"{shown}: its images look {kinds[judged.normalisation]}, the store's are {kinds[attrs['normalisation']]}; "
+            "make another store of them"
+        )
+    option = {1: "--uninvert", -1: "--invert"}
+    if sign is not None and sign != attrs["sign"]:
+        raise InputError(
+            f"{shown}: {option[sign]} was given, but the store was converted with {option[attrs['sign']]}; "
+            "make another store of it"
+        )
+    if sign is None and judged.sign != attrs["sign"] and "unclear" not in reason:
+        raise InputError(
+            f"{shown}: {reason}, unlike the store's; if that is wrong, say so by {option[attrs['sign']]}, "
+            "else make another store of it"
+        )
+    return Recipe(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
+
+
+def _renumbered(old: ParticleTable, new: Columns) -> Columns:
+    """Optics groups of the new particles, moved past the old ones where a number means other optics."""
+    groups = new["optics_group"]
+    for group in np.unique(groups):
+        before, after = old.columns["optics_group"] == group, groups == group
+        if not before.any() or "voltage" not in old.columns:
+            continue
+        ours = [float(old.columns[name][before][0]) for name in _OPTICS_COLUMNS]
+        if ours != [float(new[name][after][0]) for name in _OPTICS_COLUMNS]:
+            return {**new, "optics_group": groups + old.columns["optics_group"].max()}
+    return new
+
+
+def _joined_star(store: ParticleStore, found: Source, source: str) -> bytes | None:
+    """One source table out of two with the same columns and optics; None when they are not so."""
+    before = store.source_star()
+    if before is None or found.star is None:
+        return None
+    first, second = StarText(before, store.url), StarText(found.star, files.shown(source))
+    ours, theirs = particle_block(first), particle_block(second)
+    if ours.columns != theirs.columns or ours.single is not None or theirs.single is not None:
+        return None
+    optics = [Optics.read(text) for text in (first, second)]
+    tables = [None if found is None else (found.groups.tolist(), found.columns) for found in optics]
+    if tables[0] != tables[1]:
+        return None
+    rows = second.text[theirs.body : theirs.stop].strip(b"\n")
+    return bytes(first.text[: ours.stop].rstrip() + b"\n" + rows + b"\n\n" + first.text[ours.stop :])
+
+
+def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: str) -> tuple[Source, dict[str, Any]]:
+    """The new particles with the store's stack numbers and source rows, and the store's list of stacks.
+
+    Raises:
+        InputError: some of them are in the store already.
+    """
+    stacks = json.loads(files.read_bytes(files.join(store.url, SOURCE_STACKS)))
+    known = {pair: number for number, pair in enumerate(zip(stacks["names"], stacks["urls"], strict=True))}
+    numbers, opened = [], {}
+    for name, stack in zip(found.table.stacks, found.stacks, strict=True):
+        number = known.setdefault((name, files.shown(files.absolute(stack.url))), len(known))
+        numbers.append(number)
+        opened[number] = stack
+    columns = {name: values for name, values in found.table.columns.items() if name in store.columns}
+    columns["stack"] = np.array(numbers)[columns["stack"]]
+    columns["source_row"] = columns["source_row"] + int(store.attrs.get("source_rows", store.count))
+    there = _pairs(old.columns)
+    again = np.isin(_pairs(columns), there)
+    if again.any():
+        row = int(np.flatnonzero(again)[0])
+        raise InputError(
+            f"{files.shown(source)}: {int(again.sum()):,} of its {len(again):,} particles are in the store already, "
+            f"such as {found.table.image_names()[row]}; leave them out of the table"
+        )
+    names, urls = zip(*known, strict=True)
+    table = ParticleTable(found.table.pixel_size, tuple(names), columns)
+    every = tuple(opened.get(number, found.stacks[0]) for number in range(len(names)))
+    return replace(found, table=table, stacks=every), {**stacks, "names": names, "urls": urls}
+
+
+def _pairs(columns: Columns) -> npt.NDArray[np.int64]:
+    """Stack and image as one number."""
+    pairs: npt.NDArray[np.int64] = columns["stack"].astype(np.int64) << 40 | columns["stack_index"]
+    return pairs
+
+
+def plan_append(
+    source: str,
+    store_url: str,
+    data_dir: str | None = None,
+    sign: str | None = None,
+    bad_images: Literal["refuse", "exclude"] = "refuse",
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+    report: Report | None = None,
+    how: Reading | None = None,
+) -> AppendPlan:
+    """Read the new table and headers, and check that its particles are of the store's kind.
+
+    Args:
+        source: the new particles, as for `plan`.
+        store_url: a complete store.
+        data_dir, sign, bad_images, workers, scheduler, report, how: as for `plan`.
+
+    Raises:
+        MissingInputError: store, table or a stack does not exist.
+        StoreError: the store is not complete.
+        InputError: the particles do not fit the store, or are in it already.
+    """
+    store = ParticleStore.open(store_url)
+    found = read_source(source, data_dir, how)
+    if found.resampling:
+        raise InputError(
+            f"{files.shown(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
+        )
+    check_addresses(found)
+    _refuse_other_kind(store, found, source)
+    recipe = _store_recipe(store, found, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images)
+    excluded: tuple[BadImage, ...] = ()
+    if bad_images == "exclude":
+        excluded = look(found, recipe, store.dtype, workers, scheduler, report)
+        found = without(found, excluded)
+    old = store.table()
+    star = _joined_star(store, found, source)
+    placed, stacks = _in_store(store, old, found, source)
+    if star is None:
+        table = ParticleTable(placed.table.pixel_size, placed.table.stacks, _renumbered(old, placed.table.columns))
+        placed = replace(placed, table=table)
+    documents = {SOURCE_STACKS: json.dumps(stacks).encode()}
+    if star is not None:
+        documents[SOURCE_TABLE] = star
+    rows_before = int(store.attrs.get("source_rows", store.count))
+    left_out = _left_out(store, excluded, rows_before)
+    if left_out:
+        documents[EXCLUDED] = json.dumps(left_out, indent=1).encode()
+    attrs = {**store.attrs, "count": store.count + len(placed.table), "excluded": len(left_out)}
+    attrs["source_rows"] = rows_before + len(placed.table) + len(excluded)
+    attrs["appended"] = [
+        *store.attrs.get("appended", []),
+        {"source": files.shown(files.absolute(source)), "count": len(placed.table)},
+    ]
+    identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
+    attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return AppendPlan(store, placed, recipe, attrs, documents, contrast_of_groups(placed, store.box_size), excluded)
+
+
+def _left_out(store: ParticleStore, excluded: tuple[BadImage, ...], rows_before: int) -> list[dict[str, Any]]:
+    try:
+        before = json.loads(files.read_bytes(files.join(store.url, EXCLUDED)))
+    except MissingInputError:
+        before = []
+    rows = [{"source_row": rows_before + b.source_row, "image": b.name, "problem": b.problem} for b in excluded]
+    return [*before, *rows]

@@ -1,0 +1,323 @@
+"""From a particle table and its image stacks to a store.
+
+Everything that headers can tell is checked before anything is written. One task writes one whole shard of every array
+and then its manifest, so an interrupted conversion goes on where it stopped and repeats byte for byte; the attribute
+`complete` comes last.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from scalecryo import __version__
+from scalecryo.data import files
+from scalecryo.data.conversion.normalise import Recipe
+from scalecryo.data.conversion.quality import EXCLUDED, REPORT, BadImage, find_report
+from scalecryo.data.conversion.scheduler import run_tasks
+from scalecryo.data.conversion.shard_task import Done, ShardTask, shard_task, write_shard
+from scalecryo.data.conversion.source import Reading, Source, read_source
+from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
+from scalecryo.data.particles import COLUMNS, ParticleTable
+from scalecryo.data.storage.layout import block_rows_of, levels_of, metadata_of, shard_rows_of, write_objects
+from scalecryo.data.storage.lock import LOCK, writing
+from scalecryo.data.storage.store import (
+    FORMAT_VERSION,
+    IMAGE_COLUMNS,
+    MANIFESTS,
+    SOURCE_CS,
+    SOURCE_STACKS,
+    SOURCE_TABLE,
+    read_attributes,
+    read_manifests,
+)
+from scalecryo.errors import InputError, OutputError, OutputExistsError
+
+
+@dataclass(frozen=True)
+class ConvertPlan:
+    """What a conversion will do, all of it decided.
+
+    Args:
+        source: the table and its stacks, without the images that are left out.
+        recipe: how images are stored.
+        sign_reason: why with this sign.
+        dtype, levels, shard_rows: of the store.
+        attrs: of the store's group.
+        excluded: images that are left out.
+        contrast: for every optics group, the sign that its own images suggest and why.
+    """
+
+    source: Source
+    recipe: Recipe
+    sign_reason: str
+    dtype: str
+    levels: tuple[int, ...]
+    shard_rows: int
+    attrs: dict[str, Any] = field(repr=False)
+    excluded: tuple[BadImage, ...] = ()
+    contrast: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of particles."""
+        return len(self.source.table)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of every array."""
+        return -(-self.count // self.shard_rows)
+
+    @property
+    def pixel_size(self) -> float:
+        """Å of the full level."""
+        return float(self.attrs["pixel_size"])
+
+    def documents(self) -> dict[str, Any]:
+        """What lies beside the arrays: the source's table and stacks, and which images were left out."""
+        stacks: dict[str, Any] = {
+            "names": self.source.table.stacks,
+            "urls": [files.shown(files.absolute(stack.url)) for stack in self.source.stacks],
+        }
+        if self.source.resampling:
+            stacks["resampling"] = [[how.fourier_box, how.box_size] for how in self.source.resampling]
+            stacks["pixel_sizes"] = self.source.table.stack_pixel_sizes
+            stacks["boxes"] = self.source.table.stack_boxes
+        found: dict[str, Any] = {SOURCE_STACKS: json.dumps(stacks).encode()}
+        if self.source.star is not None:
+            found[SOURCE_TABLE] = np.frombuffer(self.source.star, np.uint8)
+        if self.source.cs is not None:
+            found[SOURCE_CS] = self.source.cs
+        if self.excluded:
+            rows = [{"source_row": bad.source_row, "image": bad.name, "problem": bad.problem} for bad in self.excluded]
+            found[EXCLUDED] = json.dumps(rows, indent=1).encode()
+        return found
+
+
+def plan(
+    source: str,
+    data_dir: str | None = None,
+    box: int | None = None,
+    dtype: str = "float16",
+    sign: str | None = None,
+    bad_images: Literal["refuse", "exclude"] = "refuse",
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+    report: Report | None = None,
+    how: Reading | None = None,
+) -> ConvertPlan:
+    """Read the table and the headers, look at a sample of images, and decide everything.
+
+    Args:
+        source: a table (`.star`, `.cs`, `.csg`) or an image stack (`.mrcs`, `.mrc`); path or URL.
+        data_dir: folder against which the table names its stacks.
+        box: full box of the store, px; the source's own by default.
+        dtype: `float16` or `float32`.
+        sign: None to judge, `invert`, or `uninvert` to keep the source's contrast.
+        bad_images: `exclude` looks at every image now and leaves out those that cannot be stored.
+        workers, scheduler: who looks (`run_tasks`).
+        report: called with particles looked at and particles in all.
+        how: what else to know for reading the source.
+
+    Raises:
+        MissingInputError: the table or a stack does not exist.
+        InputError: anything about them that cannot be used.
+    """
+    if dtype not in ("float16", "float32"):
+        raise InputError(f"--dtype {dtype}: images are stored as float16 or float32")
+    found = read_source(source, data_dir, how)
+    check_addresses(found)
+    if box is not None and (box % 2 or not 0 < box <= found.box_size):
+        raise InputError(f"--box {box}: the box must be even and at most the source's {found.box_size} px")
+    box = box or found.box_size
+    asked = {None: None, "invert": -1, "uninvert": 1}[sign]
+    recipe, reason = choose(found, box, asked or found.sign, bad_images)
+    if asked is None and found.sign is not None:
+        reason = "as blob/sign says"
+    excluded: tuple[BadImage, ...] = ()
+    if bad_images == "exclude":
+        excluded = look(found, recipe, dtype, workers, scheduler, report)
+        found = without(found, excluded)
+    attrs = _attributes(source, found, recipe, dtype, len(excluded))
+    contrast = contrast_of_groups(found, box)
+    return ConvertPlan(
+        found, recipe, reason, dtype, tuple(attrs["levels"]), attrs["shard_rows"], attrs, excluded, contrast
+    )
+
+
+def _attributes(source: str, found: Source, recipe: Recipe, dtype: str, excluded: int) -> dict[str, Any]:
+    """Attributes of a new store, with the hash of all that decides its bytes."""
+    box, count = recipe.box_size, len(found.table)
+    levels, shard_rows = levels_of(box), shard_rows_of(box, dtype, count)
+    attrs: dict[str, Any] = {
+        "scalecryo_version": __version__,
+        "format_version": FORMAT_VERSION,
+        "count": count,
+        "box_size": box,
+        "pixel_size": found.pixel_size * found.box_size / box,
+        "dtype": dtype,
+        "levels": list(levels),
+        "shard_rows": shard_rows,
+        "block_rows": {str(level): min(block_rows_of(level, dtype, count), shard_rows) for level in levels},
+        "columns": [*(name for name in COLUMNS if name in found.table.columns), *IMAGE_COLUMNS],
+        "contrast": "protein-bright",
+        "sign": recipe.sign,
+        "normalisation": recipe.normalisation,
+        "common_scale": recipe.common_scale,
+        "source": files.shown(files.absolute(source)),
+        "source_box_size": found.box_size,
+        "source_rows": count + excluded,
+        "excluded": excluded,
+    }
+    attrs["plan_hash"] = plan_hash(attrs, found)
+    return attrs
+
+
+def plan_hash(attrs: dict[str, Any], found: Source) -> str:
+    """Hash of attributes and source: conversions of one plan write the same bytes."""
+    identity = {key: value for key, value in attrs.items() if key not in ("scalecryo_version", "source")}
+    return hashlib.sha256(json.dumps([identity, found.fingerprint()], sort_keys=True).encode()).hexdigest()
+
+
+def _tasks(made: ConvertPlan, store_url: str, shards: list[int]) -> Iterator[ShardTask]:
+    block_rows = {level: int(made.attrs["block_rows"][str(level)]) for level in made.levels}
+    columns = tuple(made.attrs["columns"])
+    for shard in shards:
+        yield shard_task(store_url, made.source, made.recipe, made.dtype, made.shard_rows, block_rows, columns, shard)
+
+
+def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
+    """Attributes of the particle store at a place; empty when the place is free.
+
+    Raises:
+        OutputExistsError: something else is there, or a complete store that nobody asked to replace.
+    """
+    shown = files.shown(store_url)
+    attrs = read_attributes(store_url)
+    if not attrs:
+        if files.exists(store_url) and (not files.is_folder(store_url) or set(files.list_folder(store_url)) - {LOCK}):
+            raise OutputExistsError(f"{shown}: exists and is not a particle store; choose another place for the store")
+    elif attrs.get("complete") is True and not overwrite:
+        raise OutputExistsError(
+            f"{shown}: a store is there already; add --overwrite to replace it, or --append to add particles to it"
+        )
+    return attrs
+
+
+def write_group(store_url: str, group: dict[str, Any], attrs: dict[str, Any]) -> None:
+    """Write the group's `zarr.json` with other attributes."""
+    document = json.dumps({**group, "attributes": attrs}, indent=2).encode()
+    files.write_bytes_atomic(files.join(store_url, "zarr.json"), document)
+
+
+def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> None:
+    """Remove what may be replaced; leave this very conversion unfinished to go on; refuse anything else."""
+    attrs = check_destination(store_url, overwrite)
+    shown = files.shown(store_url)
+    if overwrite and attrs:
+        # No longer a store that can be read, but still known as one when this is interrupted.
+        known = {"scalecryo_version": __version__, "format_version": FORMAT_VERSION, "complete": False}
+        write_group(store_url, {"zarr_format": 3, "node_type": "group"}, known)
+        for name in set(files.list_folder(store_url)) - {LOCK, "zarr.json"}:
+            files.remove_tree(files.join(store_url, name))
+    elif attrs and attrs.get("plan_hash") != made.attrs["plan_hash"]:
+        raise OutputExistsError(
+            f"{shown}: holds an unfinished conversion of other data or with other options; "
+            "add --overwrite to replace it"
+        )
+    elif attrs:
+        files.remove_leftovers(store_url)
+
+
+def convert(
+    made: ConvertPlan,
+    store_url: str,
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Carry out a plan; an unfinished store of the same plan is completed.
+
+    Args:
+        made: from `plan`.
+        store_url: path or URL of the store.
+        workers, scheduler: who writes (`run_tasks`); each thread holds some tens of MiB on disk, one shard elsewhere.
+        overwrite: replace a store that is there.
+        report: called with particles done and particles in all.
+
+    Returns:
+        The attributes of the finished store.
+
+    Raises:
+        OutputExistsError: something is there already.
+        OutputError: another conversion writes there, or the disk is full.
+        InputError: an image cannot be used; what was written stays incomplete and is refused by readers.
+    """
+    check_destination(store_url, overwrite)
+    with writing(store_url, made.attrs["plan_hash"]) as renew:
+        _clear_destination(made, store_url, overwrite)
+        attrs = {**made.attrs, "complete": False}
+        known = {**COLUMNS, **IMAGE_COLUMNS}
+        documents = metadata_of(attrs, {name: known[name] for name in attrs["columns"]})
+        group = json.loads(documents.pop("zarr.json"))
+        write_group(store_url, group, attrs)
+        write_objects(store_url, "metadata", {**documents, **made.documents()})
+
+        _write_shards(made, store_url, renew, workers, scheduler, report)
+        if read_attributes(store_url).get("plan_hash") != made.attrs["plan_hash"]:
+            raise OutputError(f"{files.shown(store_url)}: another conversion took this place; choose another")
+        attrs = finish(store_url, attrs, made.source.table, made.contrast)
+        write_group(store_url, group, attrs)
+    return attrs
+
+
+def _write_shards(
+    made: ConvertPlan,
+    store_url: str,
+    renew: Callable[[], None],
+    workers: int,
+    scheduler: str | None,
+    report: Report | None,
+) -> None:
+    """Write the shards whose manifests are not there yet."""
+    present = set(files.list_folder(files.join(store_url, MANIFESTS)))
+    todo = [shard for shard in range(made.shards) if f"{shard:08d}.json" not in present]
+    done = made.count - sum(min(made.shard_rows, made.count - shard * made.shard_rows) for shard in todo)
+    if report:
+        report(done, made.count)
+
+    def finished(result: Done) -> None:
+        nonlocal done
+        done += result.rows
+        renew()
+        if report:
+            report(done, made.count)
+
+    run_tasks(write_shard, _tasks(made, store_url, todo), finished, workers=workers, scheduler=scheduler)
+
+
+def finish(
+    store_url: str, attrs: dict[str, Any], table: ParticleTable, contrast: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write the report of a store whose shards are all there; its attributes as they are when it is complete."""
+    found = find_report(store_url, attrs, table, contrast)
+    write_objects(store_url, "report", {REPORT: report_document(found)})
+    return {**attrs, "content_hash": content_hash(store_url, attrs), "complete": True}
+
+
+def report_document(found: dict[str, Any]) -> bytes:
+    """A report as it is stored."""
+    return json.dumps(found, indent=1).encode()
+
+
+def content_hash(store_url: str, attrs: dict[str, Any]) -> str:
+    """Hash of the manifests of all shards, and so of every byte of images and columns."""
+    shards = range(-(-attrs["count"] // attrs["shard_rows"]))
+    manifests = read_manifests(store_url, [f"{shard:08d}" for shard in shards])
+    return hashlib.sha256(json.dumps(manifests, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,214 @@
+"""What a conversion finds in its source: images that cannot be stored, particles that come twice, optics groups.
+
+The findings become `source/report.json` of the store.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from scalecryo.data import files
+from scalecryo.data.conversion.normalise import Array
+from scalecryo.data.particles import Columns, ParticleTable
+from scalecryo.data.storage.layout import column_key
+from scalecryo.data.storage.shards import CRC_BYTES, crc_holds
+from scalecryo.data.storage.store import IMAGE_COLUMNS
+from scalecryo.errors import InputError, StoreError
+
+REPORT = "source/report.json"
+EXCLUDED = "source/excluded.json"
+
+_LINES = 20  # of optics groups
+_NAMED = 5  # how many of many a line names
+_CHUNKS_AT_ONCE = 256  # of which an object store is asked together
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be stored.
+
+    Args:
+        source_row: its row in the source's table, from 0.
+        name: as a line names it.
+        problem: what is wrong with it.
+    """
+
+    source_row: int
+    name: str
+    problem: str
+
+
+def _named(table: ParticleTable, row: int) -> str:
+    stack, index = (int(table.columns[name][row]) for name in ("stack", "stack_index"))
+    return f"image {index + 1} of {table.stacks[stack]}"
+
+
+def _pixel_problem(image: Array) -> str:
+    """What is wrong with a source image by itself; empty when nothing is."""
+    if not np.isfinite(image).all():
+        return "has pixels that are not finite"
+    return f"every pixel is {image.flat[0]:g}" if image.max() == image.min() else ""
+
+
+def bad_pixels(images: Array, table: ParticleTable) -> list[BadImage]:
+    """Source images (n, N, N) of a table's rows that are constant or hold pixels that are not finite."""
+    problems = [_pixel_problem(image) for image in images]
+    rows = table.columns["source_row"]
+    return [BadImage(int(rows[row]), _named(table, row), problem) for row, problem in enumerate(problems) if problem]
+
+
+def storable(images: Array, dtype: str) -> bool:
+    """Whether normalised images (n, N, N) are all finite and fit a dtype."""
+    limit = float(np.finfo(dtype).max)
+    # Minimum and maximum carry NaN along, so one quick pass finds everything.
+    low, high = torch.aminmax(torch.from_numpy(images))
+    return -limit <= float(low) and float(high) <= limit
+
+
+def bad_images(images: Array, dtype: str, table: ParticleTable, sources: Array) -> list[BadImage]:
+    """Normalised images (n, N, N) of a table's rows that cannot be stored, and why, by their source's pixels."""
+    limit = float(np.finfo(dtype).max)
+    found = []
+    for row, (image, source) in enumerate(zip(images, sources, strict=True)):
+        problem = _pixel_problem(source)
+        if not problem and np.isnan(image).any():
+            problem = "its background is flat while others have noise"
+        elif not problem and np.abs(image).max() > limit:
+            problem = f"a pixel of {np.abs(image).max():.3g} σ does not fit {dtype}"
+        if problem:
+            found.append(BadImage(int(table.columns["source_row"][row]), _named(table, row), problem))
+    return found
+
+
+def listed(bad: Sequence[BadImage]) -> str:
+    """The first few images and how many more there are, in one line."""
+    lines = "; ".join(f"{image.name}: {image.problem}" for image in bad[:_NAMED])
+    return lines + (f"; and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else "")
+
+
+def refusal(bad: Sequence[BadImage]) -> InputError:
+    """The error that names images which cannot be stored."""
+    repair = "use --dtype float32, or " if any("does not fit" in image.problem for image in bad) else ""
+    return InputError(f"{listed(bad)}; {repair}leave out such images by --bad-images exclude")
+
+
+def repeated_rows(*columns: npt.NDArray) -> npt.NDArray[np.int64]:
+    """Rows whose values in all of some columns stood in an earlier row."""
+    order = np.lexsort(columns[::-1])
+    same = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for values in columns:
+        sorted_values = values[order]
+        same &= sorted_values[1:] == sorted_values[:-1]
+    # lexsort is stable: of equal rows the first stands first.
+    return np.sort(order[1:][same])
+
+
+def duplicates(table: ParticleTable) -> dict[str, Any]:
+    """Rows that ask for an image which an earlier row has asked for: how many, and the first few by name."""
+    rows = repeated_rows(table.columns["stack"], table.columns["stack_index"])
+    return {"count": len(rows), "first": [_named(table, int(row)) for row in rows[:_NAMED]]}
+
+
+def identical(columns: Columns, table: ParticleTable) -> dict[str, Any]:
+    """Images with the very pixels of an earlier one of the same stack, under another number.
+
+    Equal CRC32C, mean and scale: two different images agree in all three once in 10^20 pairs or so.
+    """
+    rows = repeated_rows(*(columns[name] for name in ("stack", "image_crc32c", "image_mean", "image_scale")))
+    again = repeated_rows(columns["stack"], columns["stack_index"])
+    rows = np.setdiff1d(rows, again)
+    return {"count": len(rows), "first": [_named(table, int(row)) for row in rows[:_NAMED]]}
+
+
+def group_statistics(columns: Columns, sign: int) -> list[dict[str, Any]]:
+    """Background of every optics group: the median over its images of the background's mean and σ, in source units."""
+    groups = columns["optics_group"]
+    found = []
+    for group in np.unique(groups):
+        rows = groups == group
+        found.append(
+            {
+                "optics_group": int(group),
+                "particles": int(rows.sum()),
+                # Shortest decimal of the float32: the same text from the same columns everywhere.
+                "background_mean": float(str(np.median(columns["image_mean"][rows]) * np.float32(sign))),
+                "scale": float(str(np.median(columns["image_scale"][rows]))),
+            }
+        )
+    return found
+
+
+def _stored_column(store_url: str, name: str, count: int, shard_rows: int) -> npt.NDArray:
+    """A column that conversion added, read from its chunks, whatever the array's own metadata says by now.
+
+    Raises:
+        StoreError: a chunk is damaged.
+        MissingInputError: a chunk is missing.
+    """
+    dtype = np.dtype(IMAGE_COLUMNS[name][0]).newbyteorder("<")
+    urls = [files.join(store_url, column_key(name, shard, ())) for shard in range(-(-count // shard_rows))]
+    values = np.empty(len(urls) * shard_rows, dtype)
+    for first in range(0, len(urls), _CHUNKS_AT_ONCE):
+        some = urls[first : first + _CHUNKS_AT_ONCE]
+        for number, (url, data) in enumerate(zip(some, files.read_many(some), strict=True), first):
+            body = np.frombuffer(data, np.uint8)[:-CRC_BYTES]
+            if len(body) != shard_rows * dtype.itemsize or not crc_holds(body, data[-CRC_BYTES:]):
+                raise StoreError(f"{files.shown(url)}: damaged while the store was written; convert with --overwrite")
+            values[number * shard_rows : (number + 1) * shard_rows] = body.view(dtype)
+    return values[:count]
+
+
+def find_report(
+    store_url: str, attrs: Mapping[str, Any], table: ParticleTable, contrast: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What was found in the particles of a store whose shards are all written.
+
+    Args:
+        store_url: the store.
+        attrs: its attributes: count, shard_rows, columns, sign, excluded.
+        table: its particles.
+        contrast: sign and reason by optics group, as judged when the conversion was planned.
+
+    Raises:
+        StoreError: a column is damaged.
+    """
+    names = [name for name in IMAGE_COLUMNS if name in attrs["columns"]]
+    stored = {name: _stored_column(store_url, name, attrs["count"], attrs["shard_rows"]) for name in names}
+    columns = {**table.columns, **stored}
+    judged = {item["optics_group"]: item for item in contrast}
+    groups = group_statistics(columns, int(attrs["sign"]))
+    found = {
+        "particles": len(table),
+        "excluded": int(attrs.get("excluded", 0)),
+        "optics_groups": [{**group, **judged.get(group["optics_group"], {})} for group in groups],
+        "duplicates": duplicates(table),
+    }
+    return found | ({"identical_images": identical(columns, table)} if "image_crc32c" in columns else {})
+
+
+def report_lines(found: Mapping[str, Any]) -> list[str]:
+    """What a person should know of a report: one line an optics group, and one for each kind of finding."""
+    lines = []
+    for group in found["optics_groups"][:_LINES]:
+        background = f"background {group['background_mean']:.4g} ± {group['scale']:.4g}"
+        reason = f"; {group['reason']}" if "reason" in group else ""
+        lines.append(f"optics group {group['optics_group']}: {group['particles']:,} particles, {background}{reason}")
+    if len(found["optics_groups"]) > _LINES:
+        lines.append(f"and {len(found['optics_groups']) - _LINES:,} more optics groups ({REPORT})")
+    signs = {group["sign"] for group in found["optics_groups"] if "unclear" not in group.get("reason", "unclear")}
+    if len(signs) > 1:
+        lines.append("WARNING: optics groups differ in contrast; convert them apart, or turn some of their stacks")
+    if found["excluded"]:
+        lines.append(f"left out: {found['excluded']:,} images that cannot be stored ({EXCLUDED})")
+    for key, what in (
+        ("duplicates", "named twice in the table"),
+        ("identical_images", "with the very pixels of another image of their stack"),
+    ):
+        item = found.get(key, {"count": 0})
+        if item["count"]:
+            lines.append(f"WARNING: {item['count']:,} particles {what}, such as {item['first'][0]}")
+    return lines

@@ -1,0 +1,313 @@
+"""What a conversion reads: a particle table, and the stacks it names, found and checked by their headers."""
+
+import hashlib
+import posixpath
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from scalecryo.data import files
+from scalecryo.data.conversion.given import with_ctf, with_poses
+from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
+from scalecryo.data.formats import cryosparc, csrows
+from scalecryo.data.formats.mrc import Stack
+from scalecryo.data.formats.star import read_particles as read_star
+from scalecryo.data.formats.star_values import not_applied
+from scalecryo.data.formats.startext import StarText, Text, text_of
+from scalecryo.data.particles import ParticleTable
+from scalecryo.errors import InputError, MissingInputError
+
+_STACK_ENDINGS = (".mrcs", ".mrc", ".mrcs.gz", ".mrc.gz", ".mrcs.bz2", ".mrc.bz2")
+_UNPACKED_LIMIT = 4 << 30
+_SAME_PIXEL = 1e-4
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    Args:
+        passthrough: cryoSPARC files of the same particles with more fields.
+        ctf: CTF in place of the table's: a cryoDRGN .pkl, or `voltage=300,defocus_u=15000,…` for every image.
+        poses: poses in place of the table's: a cryoDRGN .pkl.
+        pixel_size: Å, where neither table nor stack says it; it goes before a stack's header.
+        mixed_optics: what to do with stacks of several pixel sizes.
+        allow_outside: read stacks that a table names outside the data folder.
+    """
+
+    passthrough: tuple[str, ...] = ()
+    ctf: str | None = None
+    poses: str | None = None
+    pixel_size: float | None = None
+    mixed_optics: Literal["refuse", "resample"] = "refuse"
+    allow_outside: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table and its stacks, one for one with `table.stacks`.
+
+    Args:
+        table: the particles.
+        stacks: opened stacks; all square, even, and of one box size.
+        box_size: that box, px.
+        pixel_size: Å, of the table or else of the stacks' headers.
+        star: the table's file verbatim, when it is a .star file.
+        cs: the table as a .cs file, when it came from cryoSPARC; files that were joined are one.
+        sign: −1 or 1 where the table says that the images are protein-dark or bright.
+        notes: what the table says that is kept but not made use of.
+        resampling: how each stack's images were brought to one pixel size; empty where they have one.
+    """
+
+    table: ParticleTable
+    stacks: tuple[Stack, ...] = field(repr=False)
+    box_size: int
+    pixel_size: float
+    star: Text | None = field(repr=False, default=None)
+    cs: bytes | None = field(repr=False, default=None)
+    sign: int | None = None
+    notes: tuple[str, ...] = ()
+    resampling: tuple[Resampling, ...] = field(repr=False, default=())
+
+    def fingerprint(self) -> str:
+        """Hash of the table and of every stack's length and time of change."""
+        digest = hashlib.sha256()
+        for name, values in sorted(self.table.columns.items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(values).data)
+        for name, stack in zip(self.table.stacks, self.stacks, strict=True):
+            digest.update(repr((name, stack.fingerprint)).encode())
+        digest.update(repr(self.resampling).encode() if self.resampling else b"")
+        return digest.hexdigest()
+
+
+def _is_below(url: str, folder: str) -> bool:
+    """Whether an address lies below a folder by its name; symbolic links may lead anywhere."""
+    if ("://" in url) != ("://" in folder):
+        return False
+    scheme, _, path = url.rpartition("://")
+    own_scheme, _, base = folder.rpartition("://")
+    if "://" not in folder:
+        path, base = files.absolute(path), files.absolute(base)
+    root = posixpath.normpath(base).rstrip("/") + "/"
+    return scheme == own_scheme and posixpath.normpath(path).startswith(root)
+
+
+def _is_there(place: str) -> bool:
+    try:
+        return files.exists(place)
+    except OSError:  # a name that no file system takes
+        return False
+
+
+def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: bool = False) -> tuple[str, bool]:
+    """Where a stack that a table names is, and whether it was found by its file's name alone.
+
+    With `data_dir`: below it by the full name, or by the file's name alone. Otherwise beside the table, or below any
+    folder above it (RELION names stacks from the project's folder), or from the current folder.
+
+    Raises:
+        MissingInputError: it is in none of these places.
+        InputError: the name leads out of `data_dir`.
+    """
+    table, shown = files.shown(table_url), files.shown(name)
+    if "::" in name or "\0" in name:
+        raise InputError(f"{table}: its stack {shown!r} is no path or plain address; name the file itself")
+    if data_dir is None:
+        for folder in files.folders_above(table_url):
+            if _is_there(files.join(folder, name)):
+                return files.join(folder, name), False
+        if _is_there(name):
+            return name, False
+        places = files.folders_above(table_url)
+        raise MissingInputError(
+            f"{table}: its stack {shown} is not at {files.shown(files.join(places[0], name))} nor below any folder "
+            "above; give its folder by --data-dir"
+        )
+    full, alone = files.join(data_dir, name), files.join(data_dir, files.name(name) or name)
+    inside = allow_outside or _is_below(full, data_dir)
+    if inside and _is_there(full):
+        return full, False
+    if _is_below(alone, data_dir) and _is_there(alone):
+        return alone, True
+    if not inside:
+        raise InputError(
+            f"{table}: its stack {shown} is outside --data-dir {files.shown(data_dir)}; add --allow-outside to read it"
+        )
+    raise MissingInputError(
+        f"{table}: its stack {shown} is not at {files.shown(full)} nor there by its name alone; give its folder by "
+        "--data-dir"
+    )
+
+
+def _open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_outside: bool) -> tuple[Stack, ...]:
+    """The stacks of a table, several at a time: from an object store every header takes a few round trips."""
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        found = list(pool.map(lambda name: find_stack(name, source, data_dir, allow_outside), table.stacks))
+        by_place: dict[str, str] = {}
+        for name, (place, alone) in zip(table.stacks, found, strict=True):
+            other = by_place.setdefault(place, name)
+            if other != name and (alone or posixpath.normpath(other) != posixpath.normpath(name)):
+                raise InputError(
+                    f"{files.shown(source)}: its stacks {files.shown(other)} and {files.shown(name)} both lead to "
+                    f"{files.shown(place)}; give a --data-dir that holds their folders"
+                )
+        stacks = tuple(pool.map(lambda place: Stack.open(place[0]), found))
+    unpacked = sum(stack.unpacked_bytes for stack in stacks)
+    if unpacked > _UNPACKED_LIMIT:
+        raise InputError(
+            f"{files.shown(source)}: its compressed stacks hold {unpacked >> 30} GiB together; unpack them first"
+        )
+    return stacks
+
+
+def _check_indices(table: ParticleTable, stacks: tuple[Stack, ...], where: str) -> None:
+    """Refuse an image number past the end of its stack."""
+    last = np.full(len(stacks), -1, dtype=np.int64)
+    np.maximum.at(last, table.columns["stack"], table.columns["stack_index"])
+    past = last >= np.array([stack.count for stack in stacks])
+    if past.any():
+        number = int(np.flatnonzero(past)[0])
+        raise InputError(
+            f"{files.shown(stacks[number].url)}: {where} asks for image {last[number] + 1} but the stack holds "
+            f"{stacks[number].count}; they do not belong together"
+        )
+
+
+def _check_boxes(table: ParticleTable, stacks: tuple[Stack, ...], where: str) -> None:
+    """Refuse stacks of another box than the table states: its pixel size and origins would be of other images."""
+    for stack, stated in zip(stacks, table.stack_boxes, strict=False):
+        if stated != stack.box_size:
+            raise InputError(
+                f"{files.shown(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
+                "that it is about, or correct its box and pixel size"
+            )
+
+
+def _one_box(stacks: tuple[Stack, ...]) -> int:
+    """The common box size of stacks."""
+    box_size = stacks[0].box_size
+    for stack in stacks:
+        if stack.box_size != box_size:
+            raise InputError(
+                f"{files.shown(stack.url)}: box {stack.box_size} px, but {files.shown(stacks[0].url)} has {box_size} "
+                "px; rescale or pad them to one box"
+            )
+    if box_size % 2:
+        raise InputError(
+            f"{files.shown(stacks[0].url)}: box {box_size} px is odd; crop or pad the particles to an even box"
+        )
+    return box_size
+
+
+def _one_pixel_size(
+    table: ParticleTable, stacks: tuple[Stack, ...], how: Reading, where: str
+) -> tuple[ParticleTable, tuple[Stack, ...], tuple[Resampling, ...]]:
+    """The table and the stacks in one pixel size, and what was done to each."""
+    sizes = table.stack_pixel_sizes
+    if not sizes:
+        return table, stacks, ()
+    if how.mixed_optics == "refuse":
+        raise InputError(
+            f"{where}: pixel sizes from {min(sizes):g} to {max(sizes):g} Å; rescale the particles to one, or let "
+            "--mixed-optics resample do it"
+        )
+    boxes = [stack.box_size for stack in stacks]
+    odd = [stack for stack, box in zip(stacks, boxes, strict=True) if box % 2]
+    if odd:
+        raise InputError(
+            f"{files.shown(odd[0].url)}: box {odd[0].box_size} px is odd; crop or pad the particles to an even box"
+        )
+    plans = plan_resampling(boxes, sizes)
+    opened = tuple(resampled(stack, plan) for stack, plan in zip(stacks, plans, strict=True))
+    return replace(table, stack_boxes=tuple(boxes)), opened, plans
+
+
+def _stack_table(stack: Stack, pixel_size: float | None) -> ParticleTable:
+    """The table of a bare stack: every image, nothing known about it."""
+    rows = np.arange(stack.count)
+    zero = np.zeros(stack.count)
+    columns = {"stack": zero, "stack_index": rows, "source_row": rows, "optics_group": zero + 1, "half": zero}
+    return ParticleTable(pixel_size or stack.pixel_size, (files.name(stack.url),), columns)
+
+
+def _stated_pixel_size(table: ParticleTable, asked: float | None, where: str) -> ParticleTable:
+    """The table with the pixel size that was asked for, where it does not state another."""
+    if asked is None:
+        return table
+    if not (np.isfinite(asked) and asked > 0):
+        raise InputError(f"--pixel-size {asked:g}: a pixel size is positive, in Å")
+    stated = table.stack_pixel_sizes or ((table.pixel_size,) if table.pixel_size else ())
+    if any(abs(size - asked) > _SAME_PIXEL * asked for size in stated):
+        raise InputError(f"{where}: states a pixel size of {stated[0]:g} Å, not {asked:g}; leave out --pixel-size")
+    return replace(table, pixel_size=asked, stack_pixel_sizes=())
+
+
+def read_source(source: str, data_dir: str | None = None, how: Reading | None = None) -> Source:
+    """Read a table or a bare stack, open every stack's header, and check that all fits together.
+
+    Args:
+        source: `.star`, cryoSPARC's `.cs` or `.csg`, or `.mrcs`/`.mrc`; path or URL.
+        data_dir: folder against which the table names its stacks.
+        how: options.
+
+    Raises:
+        MissingInputError: the source or a stack does not exist.
+        InputError: an unknown kind of file, an odd or non-square box, stacks of unlike boxes or pixel sizes, an image
+            number past the end of a stack, no particles, or no pixel size anywhere.
+    """
+    how = how or Reading()
+    where = files.shown(source)
+    star, cs, sign = None, None, None
+    notes: tuple[str, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    if how.passthrough and not source.endswith((".cs", ".csg")):
+        raise InputError(f"{where}: --passthrough is for cryoSPARC's .cs files")
+    if source.endswith(".star"):
+        star = text_of(source)
+        table = read_star(source, star, how.pixel_size or 0.0)
+        notes = not_applied(StarText(star, where))
+    elif source.endswith((".cs", ".csg")):
+        rows = csrows.read(source, how.passthrough)
+        table, sign = cryosparc.table_of(rows, where), cryosparc.sign_of(rows, where)
+        cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
+    elif source.lower().endswith(_STACK_ENDINGS):
+        stacks = (Stack.open(source),)
+        table = _stack_table(stacks[0], how.pixel_size)
+    else:
+        raise InputError(
+            f"{where}: not a known kind of particle source; give a .star, .cs or .csg table, or an .mrcs or .mrc stack "
+            "(cryoDRGN's .pkl files go with it by --poses and --ctf)"
+        )
+    if not len(table):
+        raise InputError(f"{where}: holds no particles")
+    table = _stated_pixel_size(table, how.pixel_size, where)
+    stacks = stacks or _open_stacks(table, source, data_dir, how.allow_outside)
+    _check_indices(table, stacks, where)
+    _check_boxes(table, stacks, where)
+    if how.ctf is not None:
+        table = with_ctf(table, how.ctf, [stack.box_size for stack in stacks], where)
+    if not table.pixel_size:
+        table = replace(table, pixel_size=_header_pixel_size(stacks, where))
+    if how.poses is not None:
+        table = with_poses(table, how.poses, [stack.box_size for stack in stacks], where)
+    table, stacks, resampling = _one_pixel_size(table, stacks, how, where)
+    return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling)
+
+
+def _header_pixel_size(stacks: tuple[Stack, ...], where: str) -> float:
+    """The pixel size that all stacks' headers state."""
+    sizes = [stack.pixel_size for stack in stacks]
+    if not sizes[0]:
+        raise InputError(
+            f"{where}: no pixel size, neither in the table (rlnImagePixelSize) nor in the header of "
+            f"{files.shown(stacks[0].url)}; add one of them, or give --pixel-size"
+        )
+    if max(sizes) - min(sizes) > _SAME_PIXEL * max(sizes):
+        raise InputError(
+            f"{where}: its stacks' headers state pixel sizes from {min(sizes):g} to {max(sizes):g} Å, and the table "
+            "none; give --pixel-size"
+        )
+    return sizes[0]

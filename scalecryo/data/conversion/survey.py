@@ -1,0 +1,95 @@
+"""A first look at a source, before anything is written: a sample of its images, or all of them.
+
+What is decided here holds for every image; what is found here stands in the store's report.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from scalecryo.data import files
+from scalecryo.data.conversion.normalise import Recipe, choose_recipe
+from scalecryo.data.conversion.quality import BadImage, bad_pixels, listed, refusal
+from scalecryo.data.conversion.scheduler import run_tasks
+from scalecryo.data.conversion.shard_task import Done, look_at, read_rows, shard_task
+from scalecryo.data.conversion.source import Source
+from scalecryo.data.storage.layout import shard_rows_of
+from scalecryo.errors import InputError
+
+_SAMPLE = 128
+_GROUP_SAMPLE = 32
+_MOST_GROUPS = 64
+
+Report = Callable[[int, int], None]
+
+
+def check_addresses(found: Source) -> None:
+    """Refuse a table whose stacks' names carry credentials: the store keeps those names."""
+    for name in found.table.stacks:
+        if "://" in name and files.shown(name) != name:
+            raise InputError(
+                f"{files.shown(name)}: the table gives this stack's address with credentials or a query; "
+                "take them out, and give them by the environment or a profile"
+            )
+
+
+def choose(found: Source, box: int, sign: int | None, bad_images: str) -> tuple[Recipe, str]:
+    """The recipe, from a sample of the images; where one of them is bad it is refused, or left out."""
+    count = len(found.table)
+    part = found.table.select(np.unique(np.linspace(0, count - 1, min(_SAMPLE, count)).astype(np.int64)))
+    sample = read_rows(dict(enumerate(found.stacks)), part.columns)
+    bad = bad_pixels(sample, part)
+    if bad and (bad_images == "refuse" or len(bad) == len(sample)):
+        raise refusal(bad)
+    rows = {image.source_row for image in bad}
+    return choose_recipe(sample[[row not in rows for row in part.columns["source_row"].tolist()]], box, sign)
+
+
+def look(
+    found: Source, recipe: Recipe, dtype: str, workers: int, scheduler: str | None, report: Report | None
+) -> tuple[BadImage, ...]:
+    """Every image that cannot be stored, by row."""
+    bad: list[BadImage] = []
+    seen = 0
+
+    def finished(done: Done) -> None:
+        nonlocal seen
+        seen += done.rows
+        bad.extend(done.bad)
+        if report:
+            report(seen, len(found.table))
+
+    size = shard_rows_of(found.box_size, dtype, len(found.table))
+    shards = range(-(-len(found.table) // size))
+    made = (shard_task("", found, recipe, dtype, size, {}, (), shard) for shard in shards)
+    if report:
+        report(0, len(found.table))
+    run_tasks(look_at, made, finished, workers=workers, scheduler=scheduler)
+    return tuple(sorted(bad, key=lambda image: image.source_row))
+
+
+def without(found: Source, excluded: tuple[BadImage, ...]) -> Source:
+    """The source without some images."""
+    out = {image.source_row for image in excluded}
+    keep = np.flatnonzero([row not in out for row in found.table.columns["source_row"].tolist()])
+    if not len(keep):
+        raise InputError(f"none of {len(found.table):,} images can be stored: {listed(excluded)}")
+    return replace(found, table=found.table.select(keep))
+
+
+def contrast_of_groups(found: Source, box: int) -> tuple[dict[str, Any], ...]:
+    """The sign that each optics group's own images suggest; of many groups the first ones."""
+    groups = found.table.columns["optics_group"]
+    judged = []
+    for group in np.unique(groups)[:_MOST_GROUPS]:
+        rows = np.flatnonzero(groups == group)
+        part = found.table.select(rows[np.unique(np.linspace(0, len(rows) - 1, _GROUP_SAMPLE).astype(np.int64))])
+        sample = read_rows(dict(enumerate(found.stacks)), part.columns)
+        bad = {image.source_row for image in bad_pixels(sample, part)}
+        sample = sample[[row not in bad for row in part.columns["source_row"].tolist()]]
+        if len(sample):
+            recipe, reason = choose_recipe(sample, box, None)
+            judged.append({"optics_group": int(group), "sign": recipe.sign, "reason": reason})
+    return tuple(judged)

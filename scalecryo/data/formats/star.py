@@ -1,0 +1,231 @@
+"""RELION's particle tables. With `star_values` and `star_write` the only place that knows `rln…` names.
+
+RELION 3.0 (optics in every row, pixel size by magnification) and 3.1 to 5 (optics groups) are read; 3.1 is written.
+RELION's origin is minus our shift; its angles (rot, tilt, psi) make our rotation by `physics.rotation`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from scalecryo.data import files
+from scalecryo.data.formats.star_values import (
+    ANGLES,
+    DEFOCUS,
+    HALF,
+    OPTICS,
+    ORIGINS,
+    ORIGINS_PX,
+    Floats,
+    Values,
+    pieces,
+    split_names,
+)
+from scalecryo.data.formats.star_values import (
+    MAX_CONFIDENCE as MAX_CONFIDENCE,
+)
+from scalecryo.data.formats.star_write import write_particles as write_particles
+from scalecryo.data.formats.star_write import write_rows as write_rows
+from scalecryo.data.formats.star_write import write_with_poses as write_with_poses
+from scalecryo.data.formats.startext import StarText, Text
+from scalecryo.data.particles import COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
+from scalecryo.errors import InputError
+from scalecryo.physics.rotation import euler_to_rotation
+
+# What would make every image disagree with its CTF, or is no single particle image, and how to come by one.
+_REFUSED = {
+    "rlnCtfDataAreCtfPremultiplied": (1, "the images are CTF-premultiplied; extract them again without"),
+    "rlnCtfDataArePhaseFlipped": (1, "the images are phase-flipped; extract them again without"),
+    "rlnImageDimensionality": (3, "the images are volumes; give 2D particles"),
+}
+
+
+_BOX = "rlnImageSize"
+
+
+class StarPoses(NamedTuple):
+    """Poses of a table, row by row, in double precision.
+
+    Args:
+        names: image names, `i@stack`.
+        rotation: (N, 3, 3), image frame to volume frame.
+        shift: (N, 2) Å, where the content sits, (x, y); None when the file has no origins.
+        half: 1 or 2, 0 where not assigned.
+        confidence: 0 to 1; None when the file has none.
+    """
+
+    names: list[str]
+    rotation: npt.NDArray[np.float64]
+    shift: npt.NDArray[np.float64] | None
+    half: npt.NDArray[np.int8]
+    confidence: npt.NDArray[np.float64] | None
+
+
+def _ctf_columns(values: Values) -> Columns:
+    """The CTF columns, or none when the file has no defocus."""
+    if not any(name in values for name in DEFOCUS.values()):
+        return {}
+    values.require(list(DEFOCUS.values()), "the CTF needs both defoci and their angle")
+    values.require(list(OPTICS.values()), "the CTF needs it and defocus is given")
+    columns: Columns = {ours: values.numbers(theirs) for ours, theirs in {**DEFOCUS, **OPTICS}.items()}
+    phase = "rlnPhaseShift"
+    columns["phase_shift"] = values.numbers(phase) if phase in values else np.zeros(len(values))
+    return columns
+
+
+def _has_angles(values: Values) -> bool:
+    """Whether rows have all three angles; psi alone, as after 2D classification, is no pose."""
+    present = [name in values for name in ANGLES]
+    if any(present[:2]) and not all(present):
+        values.require(ANGLES, "a pose has three angles")
+    return all(present)
+
+
+def _rotation(values: Values) -> Floats:
+    angles = np.stack([values.numbers(name) for name in ANGLES], axis=-1)
+    rotation: Floats = euler_to_rotation(torch.from_numpy(angles)).numpy()
+    return rotation
+
+
+def _shift(values: Values, pixel_sizes: Floats) -> Floats | None:
+    """Shift in Å: minus RELION's origin; None where the file has no origins."""
+    for names, in_pixels in ((ORIGINS, False), (ORIGINS_PX, True)):
+        present = [name in values for name in names]
+        if any(present):
+            values.require(names, "an origin has x and y")
+            origin = np.stack([values.numbers(name) for name in names], axis=-1)
+            if not in_pixels:
+                return -origin
+            if origin.any() and not pixel_sizes.all():
+                raise InputError(
+                    f"{values.where}: origins are in pixels but there is no pixel size; add rlnImagePixelSize"
+                )
+            return -origin * pixel_sizes[:, None]
+    return None
+
+
+def _half(values: Values) -> Floats:
+    if HALF not in values:
+        return np.zeros(len(values))
+    subset = values.numbers(HALF)
+    return np.where(np.isin(subset, (1, 2)), subset, 0)
+
+
+def _refuse(values: Values) -> None:
+    for name, (refused, why) in _REFUSED.items():
+        if name in values and (values.numbers(name) == refused).any():
+            raise InputError(f"{values.where}: {name} is {refused}: {why}")
+
+
+def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) -> tuple[Columns, Floats]:
+    """Our columns of some rows, in the dtypes of the table, and their pixel sizes."""
+    _refuse(values)
+    sizes = values.pixel_sizes()
+    stack, index = split_names(values.rows, stacks)
+    columns: Columns = {
+        "stack": np.array(stack, dtype=np.int64),
+        "stack_index": np.array(index, dtype=np.int64),
+        "source_row": values.rows.first + np.arange(len(values)),
+        "optics_group": values.groups(),
+        "half": _half(values),
+        **_ctf_columns(values),
+    }
+    if _has_angles(values):
+        shift = _shift(values, np.where(sizes > 0, sizes, pixel_size))
+        columns["rotation"] = _rotation(values)
+        columns["shift"] = np.zeros((len(values), 2)) if shift is None else shift
+    with np.errstate(over="ignore"):  # the table refuses what becomes infinite
+        small = {name: array.astype(COLUMNS[name][0]) for name, array in columns.items() if array.dtype.kind == "f"}
+    return {**columns, **small}, sizes
+
+
+def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) -> ParticleTable:
+    """The particle table of a STAR file.
+
+    Poses are taken when the file has all three angles; shifts are 0 where it has no origins. Columns that this package
+    has no use for are left in the file.
+
+    Args:
+        url: the file.
+        text: its content, when it has been read.
+        pixel_size: Å, for origins in pixels where the file does not say.
+
+    Raises:
+        MissingInputError: there is no such file.
+        InputError: not a STAR file, not a particle table, a column missing or not numeric, or two pixel sizes in one
+            stack.
+    """
+    star = StarText.open(url) if text is None else StarText(text, files.shown(url))
+    stacks: dict[bytes, int] = {}
+    pixels = StackPixels()
+    parts: dict[str, list[npt.NDArray]] = {}
+    for values in pieces(star):
+        columns, sizes = _piece_columns(values, stacks, pixel_size)
+        pixels.add(columns["stack"], sizes, values.numbers(_BOX) if _BOX in values else None)
+        for name, array in columns.items():
+            parts.setdefault(name, []).append(array)
+    if not parts:
+        parts = {name: [np.zeros(0)] for name in ("stack", "stack_index", "source_row", "optics_group", "half")}
+    try:
+        stated, by_stack = pixels.sizes()
+        names = tuple(stack.decode() for stack in stacks)
+        # One column at a time: its pieces go as soon as it is whole.
+        whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+        whole["optics_group"] = dense_groups(whole["optics_group"])
+        return ParticleTable(stated, names, whole, by_stack, pixels.boxes())
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{star.where}: {error}") from error
+
+
+class OwnColumns:
+    """Any column of a particle table as numbers, by RELION's name, those of its optics groups included."""
+
+    def __init__(self, text: Text, where: str) -> None:
+        self._text = StarText(text, where)
+        first = next(pieces(self._text))
+        self.names = first.names()
+
+    def numbers(self, name: str) -> Floats:
+        """One column.
+
+        Raises:
+            InputError: it holds something else.
+        """
+        return np.concatenate([values.numbers(name) for values in pieces(self._text)])
+
+
+def image_key(name: str) -> tuple[int, str]:
+    """Index and bare file name of an image: tables that name the stack's folder differently still match."""
+    index, _, stack = name.partition("@")
+    return int(index), files.name(stack)
+
+
+def read_poses(url: str) -> StarPoses:
+    """Image names, rotations, shifts, halves and confidences of a STAR file.
+
+    Raises:
+        MissingInputError, InputError: as `read_particles`, or the file has no angles.
+    """
+    text = StarText.open(url)
+    names: list[str] = []
+    rotation, half = [np.zeros((0, 3, 3))], [np.zeros(0)]
+    shift: list[Floats] = []
+    confidence: list[Floats] = []
+    for values in pieces(text):
+        values.require(ANGLES, "poses were asked for")
+        split_names(values.rows, {})
+        names += [name.decode(errors="replace") for name in values.rows.strings("rlnImageName")]
+        rotation.append(_rotation(values))
+        half.append(_half(values))
+        moved = _shift(values, values.pixel_sizes())
+        shift += [] if moved is None else [moved]
+        confidence += [values.numbers(MAX_CONFIDENCE)] if MAX_CONFIDENCE in values else []
+    return StarPoses(
+        names,
+        np.concatenate(rotation),
+        np.concatenate(shift) if shift else None,
+        np.concatenate(half).astype(np.int8),
+        np.concatenate(confidence) if confidence else None,
+    )

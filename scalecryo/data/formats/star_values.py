@@ -1,0 +1,255 @@
+"""What a row of RELION's particle table says, its optics group's part included.
+
+RELION 3.0 keeps optics in every row, 3.1 to 5 in a table of groups, in any order of the blocks. A row's own column goes
+before its group's.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from scalecryo.data.formats.startext import Block, Rows, StarText, small_table
+from scalecryo.errors import InputError
+
+ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+ORIGINS = ("rlnOriginXAngst", "rlnOriginYAngst")
+ORIGINS_PX = ("rlnOriginX", "rlnOriginY")
+#: Our column and RELION's; the first three differ by row, the rest belong to the optics.
+DEFOCUS = {"defocus_u": "rlnDefocusU", "defocus_v": "rlnDefocusV", "astigmatism_angle": "rlnDefocusAngle"}
+OPTICS = {
+    "voltage": "rlnVoltage",
+    "spherical_aberration": "rlnSphericalAberration",
+    "amplitude_contrast": "rlnAmplitudeContrast",
+}
+MAX_CONFIDENCE = "rlnMaxValueProbDistribution"
+HALF = "rlnRandomSubset"
+GROUP = "rlnOpticsGroup"
+IMAGE_NAME = "rlnImageName"
+_LONGEST_NUMBER = 12
+#: What a column of aberrations comes to where it does nothing (`_digits`).
+_NOT_APPLIED = {
+    "rlnBeamTiltX": b"",
+    "rlnBeamTiltY": b"",
+    "rlnOddZernike": b"",
+    "rlnEvenZernike": b"",
+    "rlnMagMat00": b"1",
+    "rlnMagMat01": b"",
+    "rlnMagMat10": b"",
+    "rlnMagMat11": b"1",
+}
+
+Floats = npt.NDArray[np.float64]
+
+
+def particle_block(text: StarText) -> Block:
+    """The block that lists images.
+
+    Raises:
+        InputError: there is none.
+    """
+    if any(block.name == "model_general" for block in text.blocks):
+        raise InputError(f"{text.where}: a RELION model file, not a particle table; give the run's …_data.star")
+    found = [block for block in text.blocks if block.name != "optics" and IMAGE_NAME in block.columns]
+    if not found:
+        raise InputError(f"{text.where}: no block has the column rlnImageName; give a particle table")
+    return next((block for block in found if block.name == "particles"), found[0])
+
+
+@dataclass(frozen=True)
+class Optics:
+    """The optics groups of a table: their numbers, and every other column by name."""
+
+    groups: npt.NDArray[np.int64]
+    columns: dict[str, list[bytes]] = field(repr=False)
+    where: str
+
+    @classmethod
+    def read(cls, text: StarText) -> "Optics | None":
+        """The optics table; None when there is none.
+
+        Raises:
+            InputError: it has no group numbers, or one twice.
+        """
+        block = next((block for block in text.blocks if block.name == "optics"), None)
+        if block is None:
+            return None
+        columns = dict(small_table(text, block))
+        if GROUP not in columns:
+            raise InputError(
+                f"{text.where}: column {GROUP} is missing in data_optics (every optics group has a number); "
+                "add it to the file"
+            )
+        groups = [_whole(value) for value in columns.pop(GROUP)]
+        if -1 in groups:
+            raise InputError(f"{text.where}: data_optics names a group that is not a whole number from 0")
+        if len(set(groups)) < len(groups):
+            raise InputError(f"{text.where}: data_optics describes an optics group twice")
+        if not groups:
+            raise InputError(f"{text.where}: data_optics describes no optics group")
+        return cls(np.array(groups, dtype=np.int64), columns, text.where)
+
+    def numbers(self, name: str) -> Floats:
+        """A column as finite numbers, one for each group."""
+        out = np.empty(len(self.groups))
+        for row, value in enumerate(self.columns[name]):
+            try:
+                out[row] = float(value)
+            except ValueError:
+                out[row] = np.nan
+            if not np.isfinite(out[row]):
+                shown = value[:40].decode(errors="replace")
+                raise InputError(f"{self.where}: {name} of optics group {self.groups[row]} is {shown!r}, not a number")
+        return out
+
+    def places(self, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which line of the optics table describes each of some group numbers."""
+        order = np.argsort(self.groups)
+        place = order[np.minimum(np.searchsorted(self.groups, groups, sorter=order), len(order) - 1)]
+        unknown = self.groups[place] != groups
+        if unknown.any():
+            raise InputError(
+                f"{self.where}: optics group {groups[unknown][0]} is used by a particle but not described in "
+                "data_optics"
+            )
+        return place
+
+
+def _whole(value: bytes) -> int:
+    """A whole number from 0; −1 where the text is none."""
+    return int(value) if value.isdigit() and len(value) <= _LONGEST_NUMBER else -1
+
+
+class Values:
+    """Numbers of some rows, by RELION's name."""
+
+    def __init__(self, rows: Rows, optics: Optics | None) -> None:
+        self.rows = rows
+        self.where = rows.where
+        self._optics = optics
+        self._place: npt.NDArray[np.int64] | None = None
+        if optics is not None:
+            self._place = optics.places(self.groups())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows.columns or (self._optics is not None and name in self._optics.columns)
+
+    def names(self) -> tuple[str, ...]:
+        """Columns of the rows, and of their optics groups."""
+        optics = () if self._optics is None else tuple(self._optics.columns)
+        return tuple(dict.fromkeys((*self.rows.columns, *optics)))
+
+    def groups(self) -> npt.NDArray[np.int64]:
+        """Optics group of every row.
+
+        Raises:
+            InputError: one is no whole number, or rows do not say which of several they belong to.
+        """
+        if GROUP in self.rows.columns:
+            values = self.rows.numbers(GROUP)
+            bad = (values < 0) | (values != np.floor(values)) | (values >= 1e12)
+            if bad.any():
+                row = int(np.flatnonzero(bad)[0])
+                raise InputError(
+                    f"{self.where}: {GROUP} of row {self.rows.first + row + 1} is {values[row]:g}, not a group's number"
+                )
+            return values.astype(np.int64)
+        if self._optics is not None and len(self._optics.groups) > 1:
+            raise InputError(
+                f"{self.where}: column {GROUP} is missing (there are {len(self._optics.groups)} optics groups); "
+                "add it to the file"
+            )
+        first = 1 if self._optics is None else int(self._optics.groups[0])
+        return np.full(len(self), first, dtype=np.int64)
+
+    def numbers(self, name: str) -> Floats:
+        """A column as finite numbers.
+
+        Raises:
+            InputError: one is not.
+        """
+        if name in self.rows.columns:
+            return self.rows.numbers(name)
+        assert self._optics is not None
+        assert self._place is not None
+        return self._optics.numbers(name)[self._place]
+
+    def require(self, names: Sequence[str], why: str) -> None:
+        """Raise where columns are missing."""
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise InputError(f"{self.where}: column {', '.join(missing)} is missing ({why}); add it to the file")
+
+    def pixel_sizes(self) -> Floats:
+        """Å of every row; 0 when the file has none.
+
+        Raises:
+            InputError: one is not positive.
+        """
+        if "rlnImagePixelSize" in self:
+            sizes = self.numbers("rlnImagePixelSize")
+        elif "rlnMagnification" in self and "rlnDetectorPixelSize" in self:
+            # RELION ≤ 3.0: detector pixel in µm.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                sizes = 1e4 * self.numbers("rlnDetectorPixelSize") / self.numbers("rlnMagnification")
+        elif "rlnPixelSize" in self:
+            sizes = self.numbers("rlnPixelSize")
+        else:
+            return np.zeros(len(self))
+        bad = ~(np.isfinite(sizes) & (sizes > 0))
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise InputError(
+                f"{self.where}: pixel size {sizes[row]:g} Å of row {self.rows.first + row + 1}; it must be positive"
+            )
+        return sizes
+
+
+def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[int]]:
+    """Which stack and which image, from 0, every row names; `stacks` gains those not met before.
+
+    Raises:
+        InputError: a name does not read `number@stack`.
+    """
+    which, index = [], []
+    for row, value in enumerate(rows.strings(IMAGE_NAME)):
+        number, at, stack = value.partition(b"@")
+        image = _whole(number)
+        if image < 1 or not at or not stack:
+            shown = value[:80].decode(errors="replace")
+            raise InputError(
+                f"{rows.where}: rlnImageName of row {rows.first + row + 1} is {shown!r}; it must read number@stack, "
+                "numbers from 1"
+            )
+        which.append(stacks.setdefault(stack, len(stacks)))
+        index.append(image - 1)
+    return which, index
+
+
+def not_applied(text: StarText) -> tuple[str, ...]:
+    """Columns of aberrations and of magnification that are not zero (or not one), and that no CTF here knows."""
+    optics = Optics.read(text)
+    found = {} if optics is None else dict(optics.columns)
+    block = particle_block(text)
+    for rows in text.rows(block):
+        found |= {name: rows.strings(name) for name in _NOT_APPLIED if name in block.columns}
+        break  # these differ from row to row hardly ever
+    return tuple(
+        name for name, plain in _NOT_APPLIED.items() if any(_digits(value) != plain for value in found.get(name, []))
+    )
+
+
+def _digits(value: bytes) -> bytes:
+    """What is left of a number, or of a list of numbers, without signs, points and zeros: nothing, of zero."""
+    return value.translate(None, b"+-.0eE[], \t")
+
+
+def pieces(text: StarText) -> Iterator[Values]:
+    """The particles of a table, some rows at a time."""
+    optics = Optics.read(text)
+    for rows in text.rows(particle_block(text)):
+        yield Values(rows, optics)

@@ -1,0 +1,1 @@
+"""Particles in a reproducible order, prefetched."""

@@ -1,0 +1,190 @@
+"""Windows of blocks read ahead of their use, in the order in which they will be needed, within a number of bytes."""
+
+import heapq
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from scalecryo.data.particles import Columns
+from scalecryo.data.storage.arrays import ColumnArray, ImageArray
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.permutation import Rows
+
+
+@dataclass
+class Window:
+    """Rows of one lane's window in training order, and their data in the order in which it was read.
+
+    Args:
+        epoch, first_slot: of the lane.
+        rows: in the store, in training order.
+        position: where each of them lies in `images` and `columns`.
+        images: whole blocks, (n, box, box).
+        columns: of the same rows as `images`.
+    """
+
+    epoch: int
+    first_slot: int
+    rows: Rows
+    position: Rows
+    images: npt.NDArray
+    columns: Columns
+
+    def holds(self, epoch: int, slot: int) -> bool:
+        """Whether a lane's slot lies here."""
+        return epoch == self.epoch and self.first_slot <= slot < self.first_slot + len(self.rows)
+
+
+@dataclass
+class _Reading:
+    """A window on its way: the blocks' first rows, and what is still to come."""
+
+    epoch: int
+    lane: int
+    number: int
+    starts: Rows
+    stops: Rows
+    images: npt.NDArray
+    blocks: list[Future]
+    chunks: dict[tuple[str, int], Future]
+
+
+class WindowQueue:
+    """The windows of some lanes, each handed out once, in the order in which batches need them.
+
+    Reading runs ahead while all that was asked for and not yet handed out stays within `limit` bytes and two windows a
+    lane; one window is always read. Buffers are used again.
+
+    Args:
+        order: which blocks when.
+        lanes: the lanes of this rank.
+        images, columns: what is read.
+        threads: reading threads.
+        limit: bytes of pixels.
+        start_step: global step of the first batch, counted over epochs.
+    """
+
+    def __init__(
+        self,
+        order: BatchOrder,
+        lanes: Sequence[int],
+        images: ImageArray,
+        columns: Mapping[str, ColumnArray],
+        *,
+        threads: int,
+        limit: int,
+        start_step: int,
+    ) -> None:
+        self._order = order
+        self._images = images
+        self._columns = columns
+        self._limit = limit
+        self._most = 2 * len(lanes)
+        self._window_shape = (order.window_blocks * order.block_rows, images.box_size, images.box_size)
+        self._window_bytes = math.prod(self._window_shape) * np.dtype(images.dtype).itemsize
+        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="particle-reader")
+        self._free: list[npt.NDArray] = []
+        self._reading: deque[_Reading] = deque()
+        self._fetching: dict[tuple[str, int], Future] = {}
+        self.bytes_ahead = 0  #: Bytes of pixels asked for and not yet handed out.
+        epoch, step = divmod(start_step, order.steps_per_epoch)
+        # (epoch, step at which it is needed, lane, window): the order in which batches ask.
+        self._next: list[tuple[int, int, int, int]] = []
+        for lane in lanes:
+            slot = min(step * order.rows_per_lane, order.lane_rows(lane) - 1)
+            heapq.heappush(self._next, (epoch, step, lane, order.window_of(lane, slot)[0]))
+        self._read_ahead()
+
+    def take(self, used: Window | None) -> Window:
+        """The window that is needed next, once it is there; a window that is used up makes room.
+
+        Raises:
+            StoreError: a shard is missing or damaged, or the object store kept failing.
+        """
+        if used is not None:
+            self._free.append(used.images)
+        reading = self._reading.popleft()
+        for block in reading.blocks:
+            block.result()
+        window = self._finish(reading)
+        self.bytes_ahead -= self._window_bytes
+        self._read_ahead()
+        return window
+
+    def close(self) -> None:
+        """Stop reading."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reading.clear()
+        self._free.clear()
+
+    def _read_ahead(self) -> None:
+        order = self._order
+        # Windows count as the largest: what is planned here is read.
+        size = self._window_bytes
+        while not self._reading or (self.bytes_ahead + size <= self._limit and len(self._reading) < self._most):
+            epoch, _, lane, number = self._next[0]
+            blocks = order.window_blocks_of(epoch, lane, number)
+            self.bytes_ahead += size
+            self._reading.append(self._start(epoch, lane, number, blocks))
+            slot = order.window_slot(lane, number + 1)
+            # The lane's window after this one, in the next epoch where the lane ends.
+            following = (
+                (epoch, slot // order.rows_per_lane, lane, number + 1)
+                if slot < order.lane_rows(lane)
+                else (epoch + 1, 0, lane, 0)
+            )
+            heapq.heapreplace(self._next, following)
+
+    def _start(self, epoch: int, lane: int, number: int, blocks: Rows) -> _Reading:
+        order, size = self._order, self._order.block_rows
+        starts = blocks * size
+        stops = np.minimum(starts + size, order.count)
+        # Every window fits the largest: one size of buffer for all.
+        images = self._free.pop() if self._free else np.empty(self._window_shape, dtype=self._images.dtype)
+        chunks = {}
+        for name, column in self._columns.items():
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                for shard, *_ in _pieces(start, stop, column.shard_rows):
+                    if (name, shard) not in self._fetching:
+                        self._fetching[name, shard] = self._pool.submit(column.chunk, shard)
+                    chunks[name, shard] = self._fetching[name, shard]
+        futures = []
+        first = 0
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            view = images[first : first + stop - start]
+            futures.append(self._pool.submit(self._images.read, start, stop, view))
+            first += stop - start
+        return _Reading(epoch, lane, number, starts, stops, images, futures, chunks)
+
+    def _finish(self, reading: _Reading) -> Window:
+        order, starts, stops = self._order, reading.starts, reading.stops
+        first = np.concatenate([[0], np.cumsum(stops - starts)])
+        columns = {}
+        for name, column in self._columns.items():
+            values = np.empty((int(first[-1]), *column.row_shape), dtype=column.dtype)
+            for start, stop, begin in zip(starts.tolist(), stops.tolist(), first.tolist(), strict=False):
+                for shard, low, high in _pieces(start, stop, column.shard_rows):
+                    chunk = reading.chunks[name, shard].result()
+                    at = begin + shard * column.shard_rows + low - start
+                    values[at : at + high - low] = chunk[low:high]
+            columns[name] = values
+        for key in reading.chunks:
+            self._fetching.pop(key, None)
+        rows = order.window_rows(reading.epoch, reading.lane, reading.number, starts // order.block_rows)
+        ascending = np.argsort(starts)
+        block = ascending[np.searchsorted(starts[ascending], rows, side="right") - 1]
+        position = first[block] + rows - starts[block]
+        return Window(
+            reading.epoch, order.window_slot(reading.lane, reading.number), rows, position, reading.images, columns
+        )
+
+
+def _pieces(start: int, stop: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """The shards that rows start…stop−1 lie in, and the range inside each."""
+    for shard in range(start // size, (stop - 1) // size + 1):
+        yield shard, max(start - shard * size, 0), min(stop - shard * size, size)
