@@ -8,7 +8,9 @@ from scalecryo.commands.console import say
 from scalecryo.config import config_from_dict
 from scalecryo.data import files
 from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.subset import choose
 from scalecryo.train.assign import Poser, assign_particles
+from scalecryo.train.batches import data_hash
 from scalecryo.train.checkpoint import newest_step
 from scalecryo.train.guided.run import load_guided_poser
 from scalecryo.train.logs import log_to_stderr
@@ -39,7 +41,8 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     target = trained if out is None else RunFolder(files.absolute(out))
     if out is not None:
         target.create(config, resume=files.exists(target.path(PARTS)))  # a killed assignment goes on
-    identity = str(newest_step(trained))
-    assign_particles(config, store, poser, target, World(), device, identity=identity, learned=learned)
+    subset = choose(config.train, store) if same else None
+    identity = f"{data_hash(store, subset)[:32]}-{newest_step(trained)}"
+    assign_particles(config, store, poser, target, World(), device, identity=identity, subset=subset, learned=learned)
     target.close()
     say(f"assigned {store.count} particles: {target.path('particles.star')}")

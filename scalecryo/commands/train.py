@@ -59,7 +59,7 @@ def _resolve(path: str | None, overrides: dict[str, str], resume: bool) -> Confi
 def _absolute(config: Config) -> Config:
     """Local paths made absolute, since Ray workers run in another folder."""
     values = dataclasses.asdict(config)
-    for section, key in (("run", "data"), ("run", "out"), ("monitor", "truth")):
+    for section, key in (("run", "data"), ("run", "out"), ("monitor", "truth"), ("train", "index")):
         if values[section][key]:
             values[section][key] = files.absolute(values[section][key])
     return config_from_dict(values)

@@ -12,11 +12,12 @@ from torch import Tensor
 from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import Batch, sequential
+from scalecryo.data.streaming.subset import Subset
 from scalecryo.map.halfmaps import HalfMaps
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred, rfft2_centred
 from scalecryo.physics.image_formation import Filtered, filtered, filtered_on_padded_box
 from scalecryo.train.assignment import Assignment
-from scalecryo.train.batches import half_of, particle_inputs, stream_columns
+from scalecryo.train.batches import chosen_weight, half_of, particle_inputs, stream_columns
 from scalecryo.train.posed import Posed
 from scalecryo.train.posed_parts import PosedParts
 from scalecryo.train.results import write_results
@@ -49,6 +50,7 @@ def assign_particles(
     device: torch.device,
     *,
     identity: str,
+    subset: Subset | None = None,
     learned: Tensor | None = None,
 ) -> None:
     """Pose every particle, reconstruct both halves at the full box, and let worker 0 write the results.
@@ -56,27 +58,29 @@ def assign_particles(
     A pass that was killed goes on where it stood, if it was one of the same identity.
 
     Args:
-        identity: of what poses: the checkpoint's step.
+        identity: of what poses: the training data and the checkpoint's step.
+        subset: the particles that enter the maps; the others are posed only.
         learned: a trained volume to write beside the reconstruction.
     """
     halves = HalfMaps(store.box_size, device=device)
     pixels = fourier_pixels(store.box_size).to(device)
     collector = _Collector()
-    parts = PosedParts(run, f"{store.content_hash[:16]}-{identity}", store.count)
+    parts = PosedParts(run, f"{store.content_hash[:16]}-{identity}".replace(":", "-"), store.count)
     if parts.rows_before:
         logger.info("assign: %d particles were posed before", parts.rows_before)
-    for small, full in _both_levels(store, poser.level, world):
-        before = parts.posed(small.rows.to(device))
+    for small, full in _both_levels(store, poser.level, world, device):
+        before = parts.posed(small.rows)
         # The first batch is posed in any case: its pictures are wanted.
         if before is not None and not collector.wants_pictures:
             posed = before
         else:
-            posed = poser.pose(small.to(device), pictures=collector.wants_pictures)
+            posed = poser.pose(small, pictures=collector.wants_pictures)
         if before is None:
             parts.note(full.rows, posed)
-        full, half = full.to(device), half_of(full).to(device)
+        half = half_of(full, config.train.half > 0)
+        weight = posed.weight * chosen_weight(subset, full.rows)
         images = _filtered(full, store, pixels)
-        halves.add(images, posed.rotation, posed.shift / store.pixel_size, posed.weight, half, pixels)
+        halves.add(images, posed.rotation, posed.shift / store.pixel_size, weight, half, pixels)
         collector.add(full.rows, posed, half)
     parts.flush()
     world.sum_(*halves.tensors())
@@ -94,12 +98,14 @@ def _filtered(batch: Batch, store: ParticleStore, pixels: FourierPixels) -> Filt
     return filtered(pixels.pack(rfft2_centred(inputs.images)), None)
 
 
-def _both_levels(store: ParticleStore, level: int, world: World) -> Iterator[tuple[Batch, Batch]]:
+def _both_levels(store: ParticleStore, level: int, world: World, device: torch.device) -> Iterator[tuple[Batch, Batch]]:
     """This worker's particles at the poser's level and at the full box."""
 
     def read(box: int) -> Iterator[Batch]:
         columns = stream_columns(store)
-        return sequential(store, box, rank=world.rank, world_size=world.size, batch_size=BATCH, columns=columns)
+        return sequential(
+            store, box, rank=world.rank, world_size=world.size, batch_size=BATCH, columns=columns, device=device
+        )
 
     if level == store.box_size:
         return ((batch, dataclasses.replace(batch, rows=batch.rows.clone())) for batch in read(level))

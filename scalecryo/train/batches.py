@@ -1,5 +1,6 @@
 """From the configuration to the store's batches, and from those to the model's inputs."""
 
+import numpy as np
 import torch
 
 from scalecryo.config import Config
@@ -54,6 +55,11 @@ def order_of(
     )
 
 
+def data_hash(store: ParticleStore, subset: Subset | None) -> str:
+    """What was trained on: the store, and which of its particles."""
+    return store.content_hash if subset is None else f"{store.content_hash}:{subset.digest}"
+
+
 def stream_of(
     config: Config, store: ParticleStore, level: int, order: BatchOrder, world: World, start_step: int,
     device: torch.device,
@@ -79,6 +85,16 @@ def particle_inputs(batch: Batch, store: ParticleStore, level: int) -> ParticleI
         rotation=rotation,
         shift_px=None if shift is None else shift / store.level_pixel_size(level),
     )
+
+
+def chosen_weight(subset: Subset | None, rows: torch.Tensor) -> torch.Tensor:
+    """1 for the rows that a subset holds, else 0."""
+    if subset is None:
+        return torch.ones(len(rows), device=rows.device)
+    at = rows.cpu().numpy()  # host sync
+    inside = at < subset.store_rows
+    chosen = inside & subset.contains(np.where(inside, at, 0))
+    return torch.from_numpy(chosen).to(rows.device, torch.float32)
 
 
 def half_of(batch: Batch, anew: bool = False) -> torch.Tensor:

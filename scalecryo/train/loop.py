@@ -9,13 +9,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.stream import Batch, ParticleStream
+from scalecryo.data.streaming.stream import Batch
+from scalecryo.data.streaming.subset import choose
 from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput, build_autoencoder
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.train.assign import assign_particles
-from scalecryo.train.batches import particle_inputs, stream_columns, training_level
+from scalecryo.train.batches import data_hash, order_of, particle_inputs, stream_of, training_level
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
 from scalecryo.train.guided.run import train_guided
 from scalecryo.train.model_poser import ModelPoser
@@ -57,24 +57,23 @@ def _train_autoencoder(
     """The paper's recipe and its controls: gradient descent on pose source and volume together."""
     level = training_level(store, config.train.box)
     rows = min(config.train.rows or store.count, store.count)
+    subset = choose(config.train, store)
     model = build_autoencoder(config, level, store.level_pixel_size(level), rows).to(device)
     optimiser = build_optimiser(config, model)
     run = RunFolder(config.run.out)
-    start = _restore(run, store, model, optimiser)
-    order = batch_order(config, store, level, rows)
+    chosen = data_hash(store, subset)
+    start = _restore(run, chosen, model, optimiser)
+    order = order_of(config, store, level, config.train.batch_size, subset)
     replica: nn.Module = DistributedDataParallel(model, forward_sync_buffers=False) if world.size > 1 else model
 
-    stream = ParticleStream(
-        store, level, order, rank=world.rank, world_size=world.size, start_step=start,
-        columns=stream_columns(store), threads=config.stream.threads,
-    )  # fmt: skip
+    stream = stream_of(config, store, level, order, world, start, device)
     monitor = Monitor(config, store, run, model, start_step=start, world_size=world.size) if world.leads else None
     try:
         for step in range(start + 1, config.train.steps + 1):
-            batch = next(stream).to(device)
+            batch = next(stream)
             loss, output = train_step(replica, optimiser, batch, particle_inputs(batch, store, level), world, config)
             if monitor is not None:
-                monitor.after_step(step, loss, batch, output, stream.wait_seconds)
+                monitor.after_step(step, loss, batch, output, stream.metrics)
             if step % config.train.checkpoint_every == 0 or step == config.train.steps:
                 if not bool(torch.isfinite(loss)):  # host sync
                     raise TrainingError(
@@ -82,7 +81,7 @@ def _train_autoencoder(
                         "then --resume from the last checkpoint"
                     )
                 if world.leads:
-                    state = {"store_hash": store.content_hash, "model": model.state_dict(),
+                    state = {"store_hash": chosen, "model": model.state_dict(),
                              "optimiser": optimiser.state_dict()}  # fmt: skip
                     save_checkpoint(run, step, state, config.train.keep_checkpoints)
                     run.sync()
@@ -94,7 +93,8 @@ def _train_autoencoder(
     if config.train.assign:
         poser = ModelPoser(config, store, model)
         learned = model.volume.density()
-        assign_particles(config, store, poser, run, world, device, identity=str(config.train.steps), learned=learned)
+        identity = f"{chosen[:32]}-{config.train.steps}"
+        assign_particles(config, store, poser, run, world, device, identity=identity, subset=subset, learned=learned)
     if world.leads:
         run.close()
 
@@ -137,18 +137,6 @@ def build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Adam:
     return torch.optim.Adam(groups, fused=True)
 
 
-def batch_order(config: Config, store: ParticleStore, level: int, rows: int) -> BatchOrder:
-    """The order in which the run sees its particles: a pure function of the configuration and the store."""
-    return BatchOrder(
-        count=rows,
-        block_rows=store.block_rows(level),
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        max_lanes=config.stream.lanes,
-        window_blocks=config.stream.window_blocks,
-    )
-
-
 def _check_particles(config: Config, store: ParticleStore) -> None:
     if config.pose.source == "known" and not store.has_pose:
         raise TrainingError(
@@ -160,9 +148,9 @@ def _check_particles(config: Config, store: ParticleStore) -> None:
         raise TrainingError(f"{config.run.data}: {store.count} particles for {low} workers: use fewer workers")
 
 
-def _restore(run: RunFolder, store: ParticleStore, model: AutoEncoder, optimiser: torch.optim.Optimizer) -> int:
+def _restore(run: RunFolder, data_hash: str, model: AutoEncoder, optimiser: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint into model and optimiser; returns the number of finished steps."""
-    state = load_checkpoint(run, store_hash=store.content_hash)
+    state = load_checkpoint(run, store_hash=data_hash)
     if state is None:
         return 0
     _load_model(run, model, state)
@@ -179,7 +167,8 @@ def load_trained(config: Config, store: ParticleStore, run: RunFolder, *, same_s
     level = training_level(store, config.train.box)
     rows = min(config.train.rows or store.count, store.count)
     model = build_autoencoder(config, level, store.level_pixel_size(level), rows)
-    state = load_checkpoint(run, store_hash=store.content_hash if same_store else None)
+    chosen = data_hash(store, choose(config.train, store)) if same_store else None
+    state = load_checkpoint(run, store_hash=chosen)
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
     _load_model(run, model, state)

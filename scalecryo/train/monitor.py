@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.stream import Batch
+from scalecryo.data.streaming.stream import Batch, StreamMetrics
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.physics.fft import irfft2_centred
 from scalecryo.train.recorder import Recorder
@@ -47,14 +47,16 @@ class Monitor:
         self._started = time.monotonic()
         self._start_step = start_step
 
-    def after_step(self, step: int, loss: Tensor, batch: Batch, output: AutoEncoderOutput, wait_seconds: float) -> None:
-        """Record one step; `loss` is the global mean, `wait_seconds` the total time spent waiting for data."""
+    def after_step(
+        self, step: int, loss: Tensor, batch: Batch, output: AutoEncoderOutput, stream: StreamMetrics
+    ) -> None:
+        """Record one step; `loss` is the global mean."""
         self._recent.append((batch.rows[batch.weight > 0], output.rotation.detach()[batch.weight > 0]))
         while sum(len(rows) for rows, *_ in self._recent) > RECENT_POSES and len(self._recent) > 1:
             self._recent.popleft()
         last = step == self.config.train.steps
         if step % self.config.monitor.every == 0 or last:
-            self._scalars(step, loss, output, wait_seconds)
+            self._scalars(step, loss, output, stream)
         if step % self.config.monitor.pictures_every == 0 or last:
             self._pictures(step, output)
 
@@ -62,15 +64,17 @@ class Monitor:
         """Flush the event file."""
         self._recorder.close()
 
-    def _scalars(self, step: int, loss: Tensor, output: AutoEncoderOutput, wait_seconds: float) -> None:
+    def _scalars(self, step: int, loss: Tensor, output: AutoEncoderOutput, stream: StreamMetrics) -> None:
         before, then, waited = self._mark
         now = time.monotonic()
         seconds = max(now - then, 1e-9)
-        self._mark = (step, now, wait_seconds)
+        self._mark = (step, now, stream.wait_seconds)
         values = {
             "loss": float(loss),  # host sync, as are those below: once in monitor.every steps
             "images_per_second": (step - before) * self.config.train.batch_size / seconds,
-            "data_wait_share": (wait_seconds - waited) / seconds,
+            "data_wait_share": (stream.wait_seconds - waited) / seconds,
+            "stream/retries": stream.retries,
+            "stream/mib_read": stream.bytes_read / 2**20,
             "pose_spread": float(pose_spread(output.rotation.detach())),
             "gradient_norm/volume": _gradient_norm(self.model.volume),
             "gradient_norm/poses": _gradient_norm(self.model.pose_source),

@@ -42,8 +42,10 @@ class Observed:
         return Observed(self.rows, self.half, self.images[:, :count], None if self.ctf is None else self.ctf[:, :count])
 
 
-def observe(batch: Batch, store: ParticleStore, level: int, pixels: FourierPixels) -> Observed:
-    """Transform and pack a batch's images; padding rows are dropped."""
+def observe(
+    batch: Batch, store: ParticleStore, level: int, pixels: FourierPixels, *, new_halves: bool = False
+) -> Observed:
+    """Transform and pack a batch's images; padding rows are dropped. `new_halves`: not the table's, see `half_of`."""
     present = batch.weight > 0
     if not bool(present.all()):  # host sync: the ragged end of an epoch
         batch = Batch(
@@ -56,4 +58,4 @@ def observe(batch: Batch, store: ParticleStore, level: int, pixels: FourierPixel
     ctf = None
     if inputs.ctf is not None:
         ctf = contrast_transfer(inputs.ctf, pixels.kx, pixels.ky, level, store.level_pixel_size(level))
-    return Observed(batch.rows, half_of(batch), pixels.pack(rfft2_centred(batch.images)), ctf)
+    return Observed(batch.rows, half_of(batch, new_halves), pixels.pack(rfft2_centred(batch.images)), ctf)

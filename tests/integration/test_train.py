@@ -17,8 +17,11 @@ from scalecryo.commands import assign, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.subset import choose
 from scalecryo.errors import CheckpointError, ConfigError, OutputExistsError, ScalecryoError, StoreError, TrainingError
 from scalecryo.train import loop
+from scalecryo.train.batches import order_of
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 from tests.conftest import SimulatedParticles
@@ -100,6 +103,30 @@ def test_event_files_hold_scalars_and_pictures(simulated: SimulatedParticles, tm
     assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 7))
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run), rel=1e-6)
+
+
+def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    # Every third row by number; the order holds no other, and another part is not resumed.
+    rows = tmp_path / "rows.txt"
+    rows.write_text("\n".join(str(row) for row in range(0, simulated.count, 3)))
+    start(simulated.store, tmp_path / "run", train__index=rows, train__assign="false")
+    seen = load_config(None, {"train.index": str(rows), "train.batch_size": "16"})
+    store = ParticleStore.open(simulated.store)
+    order = order_of(seen, store, 32, 16, choose(seen.train, store))
+    assert order.rows_per_epoch == simulated.count // 3
+    assert {int(row) % 3 for row in order.rows(0, 0) if row >= 0} == {0}
+    with pytest.raises(CheckpointError, match="another store"):
+        start(simulated.store, tmp_path / "run", resume=True, train__index="", train__query="defocus_u < 1e9")
+
+
+def test_maps_hold_the_chosen_particles_only(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    # The chosen third alone, and the whole: another map, but every particle has its pose in both tables.
+    maps = []
+    for name, query in (("part", "source_row < 100"), ("whole", "")):
+        start(simulated.posed_store, tmp_path / name, pose__source="known", train__query=query, train__steps=1)
+        maps.append(read_map(str(tmp_path / name / "map.mrc"))[0])
+        assert len(read_poses(str(tmp_path / name / "particles.star")).names) == simulated.count
+    assert np.corrcoef(maps[0].ravel(), maps[1].ravel())[0, 1] < 0.999
 
 
 def test_resume_repeats_the_uninterrupted_run_bit_for_bit(simulated: SimulatedParticles, tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from scalecryo.config import Config
-from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import Batch
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align import Alignment
@@ -16,13 +14,16 @@ from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_fe
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.image_formation import form_images
+from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import templates
 from scalecryo.train.assign import pictures_of
+from scalecryo.train.guided.bootstrap import HALF_GRID
 from scalecryo.train.guided.ladder import FIRST_PASSES, PASSES, HalfReferences, level_noise, references
 from scalecryo.train.guided.memory import PoseMemory
+from scalecryo.train.guided.particles import Particles
 from scalecryo.train.guided.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates, presence
-from scalecryo.train.observed import Observed, observe
+from scalecryo.train.observed import Observed
 from scalecryo.train.posed import Posed
 
 MODES = 4
@@ -41,29 +42,27 @@ class GuidedPoser:
 
     def __init__(
         self,
-        config: Config,
-        store: ParticleStore,
+        particles: Particles,
         state: HalfReferences,
         memory: PoseMemory | None,
         encoder: GridEncoder | None,
-        grid: Tensor,
-        shift_grid_px: Tensor,
     ) -> None:
+        config, store, device = particles.config, particles.store, particles.device
         self.level = state.half_maps[0].shape[-1]
         self.pixel_size = store.level_pixel_size(self.level)
-        self._store = store
-        self._pixels = fourier_pixels(self.level).to(grid.device)
+        self._particles = particles
+        self._pixels = fourier_pixels(self.level).to(device)
         self._references = references(state, self.level, self._pixels)
         self._radius = min(state.radius, self.level / 2 - 1)
-        self._fit_shift = not config.pose.centred
+        self._fit_shift = particles.fit_shift
         self._shift_radius_px = config.guided.shift_radius_a / self.pixel_size if self._fit_shift else 0.0
         self._memory = memory
         self._encoder = encoder
         small = min(store.levels)
-        self._encoder_pixels = fourier_pixels(small, min(small / 2 - 1, ENCODER_RADIUS)).to(grid.device)
+        self._encoder_pixels = fourier_pixels(small, min(small / 2 - 1, ENCODER_RADIUS)).to(device)
         self._encoder_noise = level_noise(state.noise, small, self._encoder_pixels)
-        self._grid = grid
-        self._shifts = shift_grid_px
+        self._grid = so3_grid(HALF_GRID).to(device)
+        self._shifts = particles.shifts(self.level)
         self._seed = config.train.seed
         self._generator = torch.Generator()
         self._onto_first = lay_onto(state.half_maps[1], state.half_maps[0])
@@ -72,7 +71,7 @@ class GuidedPoser:
         """Remembered poses polished once more; the others searched, then polished at rising radii."""
         # The turned grids of a search depend on the batch alone: a resumed pass finds the same.
         self._generator.manual_seed(self._seed + int(batch.rows[0]))  # host sync
-        observed = observe(batch, self._store, self.level, self._pixels)
+        observed = self._particles.observe(batch, self.level, self._pixels)
         rotation = torch.zeros(len(observed), 3, 3, device=observed.images.device)
         shift, confidence, shows = rotation[:, 0, :2].clone(), rotation[:, 0, 0].clone(), rotation[:, 0, 0].clone()
         shown = None
@@ -130,7 +129,7 @@ class GuidedPoser:
         """
         if self._encoder is None:
             raise TrainingError("this run has no encoder: train it with guided.lessons >= 1")
-        own = observe(batch, self._store, self.level, self._pixels)
+        own = self._particles.observe(batch, self.level, self._pixels)
         return self._encoder.own_rotation(self._predict(own, self._encoder))
 
     def _predict(self, own: Observed, encoder: GridEncoder) -> GridPrediction:

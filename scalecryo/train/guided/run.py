@@ -15,27 +15,26 @@ import torch
 
 from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
+from scalecryo.data.streaming.stream import StreamMetrics
 from scalecryo.errors import CheckpointError
 from scalecryo.model.grid_encoder import GridEncoder
 from scalecryo.physics.fft import fourier_pixels
-from scalecryo.physics.fsc import resolution
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.search import with_mates
 from scalecryo.train.assign import assign_particles
-from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
+from scalecryo.train.batches import data_hash
 from scalecryo.train.guided.bootstrap import HALF_GRID
 from scalecryo.train.guided.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
 from scalecryo.train.guided.memory import PoseMemory, load_found, save_found
 from scalecryo.train.guided.monitor import GuidedMonitor
+from scalecryo.train.guided.particles import Particles
 from scalecryo.train.guided.poser import ENCODER_RADIUS, GuidedPoser
+from scalecryo.train.guided.progress import Progress, is_settled, load_progress, save_progress
 from scalecryo.train.guided.refine import Reference
 from scalecryo.train.guided.start import from_nothing, from_poses, remember_imported
-from scalecryo.train.guided.streams import open_stream, search_shifts, stream_steps
 from scalecryo.train.guided.teacher import Teacher, lesson_of
-from scalecryo.train.observed import observe
 from scalecryo.train.resources import memory_mib
 from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.stopwatch import Stopwatch
 from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
@@ -59,62 +58,38 @@ def train_guided(
         CheckpointError: see `load_checkpoint`.
     """
     run = RunFolder(config.run.out)
-    state, number, radius, learnt = _restore(run, store, device)
-    teacher = _teacher(config, store, world, device)
-    if teacher is not None and learnt is not None:
-        teacher.load(learnt)
-    imported = config.guided.start == "poses"
-    memory = _memory(config, store, run, number)
-    monitor = GuidedMonitor(config, store, run, start_step=number) if world.leads else None
-    watch = world.watch
+    particles = Particles.of(config, store, world, device)
+    chosen = data_hash(store, particles.subset)
+    progress, learnt = load_progress(run, chosen, device)
+    rungs = progress.rungs if progress else 0
+    teacher = _teacher(particles, learnt)
+    memory = _memory(config, store, run, rungs)
+    monitor = GuidedMonitor(config, store, run, start_step=rungs) if world.leads else None
     try:
-        if state is None:
-            with watch.part("start"):
-                state = (from_poses if imported else from_nothing)(config, store, world, device)
-            radius = max(FIRST_RADIUS, _shared_shell(state)) if imported else FIRST_RADIUS
-        settled = 0
-        while number < config.guided.rungs and settled < config.guided.settled_rungs:
-            searching = not imported and number < config.guided.search_rungs and (number < 2 or state.moved > STILL)
-            plan = plan_rung(
-                min(radius, _limit(config, store)), _levels(config, store), number,
-                search=searching, shifted=not config.pose.centred,
-            )  # fmt: skip
-            before = state
-            state, rates = _climb(config, store, memory, plan, state, number, teacher, watch, world, device)
-            number += 1
-            radius = next_radius(state, plan)
+        progress = progress or _start(particles)
+        while progress.rungs < config.guided.rungs and progress.settled < config.guided.settled_rungs:
+            plan = _plan(particles, progress)
+            progress, rates = _climb(particles, memory, plan, progress, teacher)
             found = memory.settle(world)
-            settled = settled + 1 if _is_settled(before, state) and not searching else 0
             if monitor is not None:
-                monitor.after_rung(number, plan, state, memory, rates)
+                monitor.after_rung(progress.rungs, plan, progress.state, memory, rates)
             if world.leads:
-                save_found(run, number, found)  # before the checkpoint that counts on it
-                save_checkpoint(run, number, _checkpoint(store, state, radius, teacher), config.train.keep_checkpoints)
+                save_found(run, progress.rungs, found)  # before the checkpoint that counts on it
+                taught = teacher.state() if teacher is not None else None
+                save_progress(run, progress, taught, chosen, config.train.keep_checkpoints)
                 run.sync()
-            at_checkpoint(number)
+            at_checkpoint(progress.rungs)
     finally:
         if monitor is not None:
             monitor.close()
     if config.train.assign:
-        encoder = teacher.encoder if teacher is not None else None
-        poser = guided_poser(config, store, state, memory, encoder, device)
-        with watch.part("assign"):
-            assign_particles(config, store, poser, run, world, device, identity=str(number))
-    logger.info("time on worker %d: %s", world.rank, watch.summary())
-
-
-def guided_poser(
-    config: Config,
-    store: ParticleStore,
-    state: HalfReferences,
-    memory: PoseMemory | None,
-    encoder: GridEncoder | None,
-    device: torch.device,
-) -> GuidedPoser:
-    """The poser of a run at the end of its ladder."""
-    level = state.half_maps[0].shape[-1]
-    shifts = search_shifts(config, store, level).to(device)
-    return GuidedPoser(config, store, state, memory, encoder, so3_grid(HALF_GRID).to(device), shifts)
+        poser = GuidedPoser(particles, progress.state, memory, teacher.encoder if teacher else None)
+        identity = f"{chosen[:32]}-{progress.rungs}"
+        with world.watch.part("assign"):
+            assign_particles(config, store, poser, run, world, device, identity=identity, subset=particles.subset)
+    logger.info("time on worker %d: %s", world.rank, world.watch.summary())
+    if world.leads:
+        run.close()
 
 
 def load_guided_poser(
@@ -125,14 +100,14 @@ def load_guided_poser(
     Raises:
         CheckpointError: there is none that can be read, or (with `same_store`) it saw another store.
     """
-    state, rungs, _, learnt = _restore(run, store if same_store else None, device)
-    if state is None:
+    particles = Particles.of(config, store, World(), device)
+    chosen = data_hash(store, particles.subset) if same_store else None
+    progress, learnt = load_progress(run, chosen, device)
+    if progress is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
-    memory = _memory(config, store, run, rungs) if same_store else None
-    teacher = _teacher(config, store, World(), device)
-    if teacher is not None and learnt is not None:
-        teacher.load(learnt)
-    return guided_poser(config, store, state, memory, teacher.encoder if teacher else None, device)
+    memory = _memory(config, store, run, progress.rungs) if same_store else None
+    teacher = _teacher(particles, learnt)
+    return GuidedPoser(particles, progress.state, memory, teacher.encoder if teacher else None)
 
 
 def _memory(config: Config, store: ParticleStore, run: RunFolder, rungs: int) -> PoseMemory:
@@ -145,54 +120,70 @@ def _memory(config: Config, store: ParticleStore, run: RunFolder, rungs: int) ->
     return memory
 
 
+def _start(particles: Particles) -> Progress:
+    """Before the first rung."""
+    imported = particles.config.guided.start == "poses"
+    with particles.world.watch.part("start"):
+        state = (from_poses if imported else from_nothing)(particles)
+    progress = Progress(state, 0, FIRST_RADIUS, 0)
+    return replace(progress, radius=max(FIRST_RADIUS, progress.shared_shell)) if imported else progress
+
+
+def _plan(particles: Particles, progress: Progress) -> RungPlan:
+    """The next rung; it searches while particles still jump, unless they came with poses."""
+    config, number = particles.config, progress.rungs
+    jumping = number < 2 or progress.state.moved > STILL
+    searching = config.guided.start == "nothing" and number < config.guided.search_rungs and jumping
+    radius = min(progress.radius, particles.largest_radius)
+    return plan_rung(radius, particles.levels, number, search=searching, shifted=particles.fit_shift)
+
+
 def _climb(
-    config: Config,
-    store: ParticleStore,
-    memory: PoseMemory,
-    plan: RungPlan,
-    state: HalfReferences,
-    number: int,
-    teacher: Teacher | None,
-    watch: Stopwatch,
-    world: World,
-    device: torch.device,
-) -> tuple[HalfReferences, dict[str, float]]:
-    """One rung: a pass over the particles, at most `guided.rung_particles` of them; and this worker's rates."""
+    particles: Particles, memory: PoseMemory, plan: RungPlan, progress: Progress, teacher: Teacher | None
+) -> tuple[Progress, dict[str, float]]:
+    """One rung: a pass over the particles, at most `guided.rung_particles` of them; and what to tell of it."""
+    config, world, device = particles.config, particles.world, particles.device
+    watch, number, before = world.watch, progress.rungs, progress.state
     start, images, loss = time.monotonic(), 0, None
     rung = Rung(
-        plan, state, store.level_pixel_size(plan.level),
+        plan, before, particles.store.level_pixel_size(plan.level),
         grid=so3_grid(HALF_GRID).to(device),
-        shift_grid_px=search_shifts(config, store, plan.level).to(device),
-        fit_shift=not config.pose.centred,
+        shift_grid_px=particles.shifts(plan.level),
+        fit_shift=particles.fit_shift,
         generator=torch.Generator().manual_seed(config.train.seed * 1000 + number),
         watch=watch,
     )  # fmt: skip
     # The first rungs' maps and poses are too coarse to learn from.
-    model = _lesson_reference(state, teacher) if teacher is not None and number >= FIRST_LESSON else None
-    with open_stream(config, store, plan.level, config.guided.rung_batch, world, number) as stream:
-        for _ in range(stream_steps(config, store, plan.level)):
-            taken = rung.take(observe(next(stream).to(device), store, plan.level, rung.pixels), memory)
+    model = _lesson_reference(before, teacher) if teacher is not None and number >= FIRST_LESSON else None
+    if teacher is not None:
+        teacher.begin(number)
+    with particles.stream(plan.level, config.guided.rung_batch, epoch=number) as stream:
+        for _ in range(particles.rung_steps(plan.level)):
+            taken = rung.take(particles.observe(next(stream), plan.level, rung.pixels), memory)
             images += sum(len(own) for own, _ in taken)
             if teacher is not None and model is not None and _everywhere(len(taken) > 0, world, device):
                 size = max(1, config.guided.lesson_size // world.size)
                 with watch.part("encoder"):
                     for lesson in range(config.guided.lessons):
                         loss = teacher.teach(lesson_of(taken, plan.level, teacher.pixels, size, lesson), model)
-        seconds = time.monotonic() - start
         watch.add("read", stream.wait_seconds)
-        rates = _rates(images, seconds, stream.wait_seconds, world, device)
-        rates |= {f"seconds/{part}": total for part, total in watch.seconds.items()}
+        rates = _rates(images, time.monotonic() - start, stream.metrics, world, device)
     if loss is not None:
         rates["encoder_loss"] = float(loss)  # host sync
-    return rung.finish(world), rates
+    after = rung.finish(world)
+    still = plan.modes == 0 and is_settled(before, after)
+    settled = progress.settled + 1 if still else 0
+    return Progress(after, number + 1, next_radius(after, plan), settled), rates
 
 
-def _rates(images: int, seconds: float, waited: float, world: World, device: torch.device) -> dict[str, float]:
-    """Images a second of all workers and of the slowest, the share of time spent waiting for data, memory. Collective.
+def _rates(images: int, seconds: float, stream: StreamMetrics, world: World, device: torch.device) -> dict[str, float]:
+    """Images a second of all workers and of the slowest, waits, requests, memory, seconds by part. Collective.
 
     A worker far slower than the others is named in the log: all wait for it at the end of each rung.
     """
-    own = torch.tensor([[images / seconds, waited / seconds]], dtype=torch.float64)
+    own = torch.tensor(
+        [[images / seconds, stream.wait_seconds / seconds, stream.retries, stream.bytes_read]], dtype=torch.float64
+    )
     every = torch.cat(world.all_gather(own))
     slowest, middle = every[:, 0].min(), every[:, 0].median()
     if world.leads and slowest < SLOW * middle:
@@ -201,7 +192,10 @@ def _rates(images: int, seconds: float, waited: float, world: World, device: tor
         "images_per_second": float(every[:, 0].sum()),
         "images_per_second_slowest_worker": float(slowest),
         "data_wait_share": float(every[:, 1].mean()),
+        "stream/retries": float(every[:, 2].sum()),
+        "stream/mib_read": float(every[:, 3].sum()) / 2**20,
         "world_size": world.size,
+        **{f"seconds/{part}": total for part, total in world.watch.seconds.items()},
         **memory_mib(device),
     }
 
@@ -215,19 +209,23 @@ def _everywhere(true: bool, world: World, device: torch.device) -> bool:
     return int(count) == world.size  # host sync
 
 
-def _teacher(config: Config, store: ParticleStore, world: World, device: torch.device) -> Teacher | None:
+def _teacher(particles: Particles, learnt: dict[str, Any] | None) -> Teacher | None:
     """The encoder and its teacher, at the store's smallest level; None where no lessons are wanted."""
+    config, store, world = particles.config, particles.store, particles.world
     if config.guided.lessons == 0:
         return None
     level = min(store.levels)
-    pixels = fourier_pixels(level, min(level / 2 - 1, ENCODER_RADIUS)).to(device)
-    sigma = 0.0 if config.pose.centred else config.guided.shift_radius_a / 2 / store.level_pixel_size(level)
+    pixels = fourier_pixels(level, min(level / 2 - 1, ENCODER_RADIUS)).to(particles.device)
+    sigma = config.guided.shift_radius_a / 2 / store.level_pixel_size(level) if particles.fit_shift else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         grid = with_mates(so3_grid(HALF_GRID))
-        encoder = GridEncoder(grid, len(pixels), config.guided.encoder_hidden, max(sigma, 0.1)).to(device)
-    return Teacher(encoder, pixels, rate=config.guided.encoder_rate, shift_sigma_px=sigma, world=world,
-                   seed=config.train.seed + world.rank)  # fmt: skip
+        encoder = GridEncoder(grid, len(pixels), config.guided.encoder_hidden, max(sigma, 0.1)).to(particles.device)
+    teacher = Teacher(encoder, pixels, rate=config.guided.encoder_rate, shift_sigma_px=sigma, world=world,
+                      seed=config.train.seed + world.rank)  # fmt: skip
+    if learnt is not None:
+        teacher.load(learnt)
+    return teacher
 
 
 def _lesson_reference(state: HalfReferences, teacher: Teacher) -> Reference:
@@ -235,50 +233,3 @@ def _lesson_reference(state: HalfReferences, teacher: Teacher) -> Reference:
     mean = (state.half_maps[0] + state.half_maps[1]) / 2
     both = replace(state, half_maps=(mean, mean))
     return references(both, teacher.pixels.box_size, teacher.pixels)[0]
-
-
-def _restore(
-    run: RunFolder, store: ParticleStore | None, device: torch.device
-) -> tuple[HalfReferences | None, int, float, dict[str, Any] | None]:
-    """State, number of finished rungs, next radius and the encoder's state of the newest checkpoint."""
-    saved = load_checkpoint(run, store_hash=store.content_hash if store else None)
-    if saved is None:
-        return None, 0, FIRST_RADIUS, None
-    maps = saved["half_maps"].to(device)
-    curve = saved["curve"].to(device)
-    state = HalfReferences((maps[0], maps[1]), curve, saved["noise"].to(device), saved["radius"], saved["moved"])
-    return state, int(saved["step"]), float(saved["next_radius"]), saved["teacher"]
-
-
-def _checkpoint(store: ParticleStore, state: HalfReferences, radius: float, teacher: Teacher | None) -> dict[str, Any]:
-    return {
-        "store_hash": store.content_hash,
-        "half_maps": torch.stack(state.half_maps).cpu(),
-        "curve": state.curve.cpu(),
-        "noise": state.noise.cpu(),
-        "radius": state.radius,
-        "moved": state.moved,
-        "next_radius": radius,
-        "teacher": teacher.state() if teacher is not None else None,
-    }
-
-
-def _shared_shell(state: HalfReferences) -> float:
-    """Shell at which the halves' correlation falls to 0.5."""
-    shell, _ = resolution(state.curve, state.half_maps[0].shape[-1], 1.0, 0.5)
-    return shell
-
-
-def _is_settled(before: HalfReferences, after: HalfReferences) -> bool:
-    """Whether a rung at the same level brought the halves no closer: less than half a percent of their correlation."""
-    return len(before.curve) == len(after.curve) and float(after.curve.mean()) < 1.005 * float(before.curve.mean())
-
-
-def _levels(config: Config, store: ParticleStore) -> tuple[int, ...]:
-    """The store's levels up to train.box."""
-    return tuple(level for level in store.levels if not config.train.box or level <= config.train.box)
-
-
-def _limit(config: Config, store: ParticleStore) -> float:
-    """The largest radius that is ever polished: just inside the largest level's Nyquist."""
-    return max(_levels(config, store)) / 2 - 2.0

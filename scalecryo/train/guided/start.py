@@ -16,14 +16,12 @@ from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.fsc import fsc, resolution
 from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.mask import mask_from_map
-from scalecryo.train.batches import stream_columns
+from scalecryo.train.batches import chosen_weight, stream_columns
 from scalecryo.train.guided.bootstrap import FirstMaps, bootstrap
 from scalecryo.train.guided.checks import check_contrast, check_count, check_images
 from scalecryo.train.guided.ladder import HalfReferences
 from scalecryo.train.guided.memory import Found, PoseMemory
-from scalecryo.train.guided.streams import observed_batches, open_stream, search_shifts
-from scalecryo.train.observed import observe
-from scalecryo.train.world import World
+from scalecryo.train.guided.particles import Particles
 
 logger = logging.getLogger(__name__)
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
@@ -32,14 +30,15 @@ POSES_LEVEL = 64  # smallest box at which imported poses are put together, where
 POSES_BATCH = 1024
 
 
-def from_nothing(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
+def from_nothing(particles: Particles) -> HalfReferences:
     """Bootstrap at the store's smallest level; the second half-map is turned onto the first."""
-    check_count(min(config.train.rows or store.count, store.count), config.run.data)
+    config, store, world, device = particles.config, particles.store, particles.world, particles.device
+    check_count(particles.count, config.run.data)
     level = min(store.levels)
     pixels = fourier_pixels(level, min(level / 2 - 1, 14.0)).to(device)
-    shifts = search_shifts(config, store, level).to(device)
-    with open_stream(config, store, level, config.guided.bootstrap_batch, world, 0) as stream:
-        batches = observed_batches(stream, store, level, pixels)
+    shifts = particles.shifts(level)
+    with particles.stream(level, config.guided.bootstrap_batch, epoch=0) as stream:
+        batches = particles.observed(stream, level, pixels)
         batch = next(batches)
         check_images(batch, pixels, config.run.data)
         first = bootstrap(
@@ -89,25 +88,25 @@ def remember_imported(store: ParticleStore, memory: PoseMemory) -> None:
         memory.remember(Found(rows, columns["rotation"], columns["shift"], torch.ones(len(rows)).numpy()))
 
 
-def from_poses(config: Config, store: ParticleStore, world: World, device: torch.device) -> HalfReferences:
+def from_poses(particles: Particles) -> HalfReferences:
     """Half-maps put together at the poses that came with the particles, from the training rows. Collective."""
-    rows = min(config.train.rows or store.count, store.count)
+    store, world, device = particles.store, particles.world, particles.device
     fits = [level for level in store.levels if level >= POSES_LEVEL]
     level = min(fits) if fits else max(store.levels)
     pixels = fourier_pixels(level).to(device)
     halves = HalfMaps(level, device=device)
-    for batch in sequential(
+    batches = sequential(
         store, level, rank=world.rank, world_size=world.size, batch_size=POSES_BATCH, columns=stream_columns(store),
-        rows_limit=rows,
-    ):  # fmt: skip
-        own = observe(batch.to(device), store, level, pixels)
-        shift = batch.columns["shift"].to(device) / store.level_pixel_size(level)
-        ones = torch.ones(len(own), device=device)
-        images = filtered(own.images, own.ctf)
-        halves.add(images, batch.columns["rotation"].to(device), shift, ones, own.half, pixels)
+        rows_limit=particles.rows, device=device,
+    )  # fmt: skip
+    for batch in batches:
+        own = particles.observe(batch, level, pixels)
+        shift = batch.columns["shift"] / store.level_pixel_size(level)
+        weight = chosen_weight(particles.subset, batch.rows)
+        halves.add(filtered(own.images, own.ctf), batch.columns["rotation"], shift, weight, own.half, pixels)
     world.sum_(*halves.tensors())
     maps = torch.stack(halves.solve(store.level_pixel_size(level)).half_maps)
-    check_contrast(maps.mean(0), config.run.data)
+    check_contrast(maps.mean(0), store.url)
     return _references("imported poses", maps, store, level)
 
 

@@ -84,7 +84,12 @@ class Teacher:
         if world.size > 1:
             self._replica = DistributedDataParallel(encoder, forward_sync_buffers=False)
         self._optimiser = torch.optim.Adam(encoder.parameters(), lr=rate, fused=True)
+        self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
+
+    def begin(self, rung: int) -> None:
+        """Draw a rung's augmentations from a seed of its own: a resumed worker draws the same."""
+        self._generator.manual_seed(self._seed + 1_000_003 * rung)
 
     def teach(self, lesson: Lesson, reference: Reference) -> Tensor:
         """One step of the optimiser on real images and as many projections; returns the loss. Collective."""
