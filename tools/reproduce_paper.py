@@ -48,12 +48,15 @@ RECIPES: dict[str, dict[str, str]] = {
 
 
 def run_one(dataset: str, recipe: str, seed: int, steps: int, out: Path) -> dict[str, object]:
-    """Convert, train and evaluate; one row of the table."""
+    """Convert, train and evaluate, unless that was done before; one row of the table."""
     data = out / dataset / "particles"
     if not (data / "particles.star").exists():  # the last file of a simulation
         shutil.rmtree(data, ignore_errors=True)
         write_dataset(dataset, data)
     folder = out / dataset / f"{recipe}-{seed}"
+    if (folder / "row.json").exists():  # finished before
+        return json.loads((folder / "row.json").read_text())
+    shutil.rmtree(folder, ignore_errors=True)
     store = str(out / dataset / f"{recipe}-{seed}.zarr")
     table = "truth.star" if recipe == "known" else "particles.star"
     start = time.monotonic()
