@@ -108,7 +108,7 @@ def test_memory_that_starts_anywhere_gives_the_same_bytes() -> None:
     source = _images(4, 44, 1.0)
     reference, *_ = normalise(source.copy(), Recipe(44))
     for offset in (4, 8, 20, 32):
-        memory = np.empty(source.nbytes + 64, np.uint8)
+        memory = np.empty(source.nbytes + 128, np.uint8)
         start = -memory.ctypes.data % 64 + offset
         moved = memory[start : start + source.nbytes].view(np.float32).reshape(source.shape)
         moved[:] = source

@@ -176,14 +176,24 @@ def _check_indices(table: ParticleTable, stacks: tuple[Stack, ...], where: str) 
         )
 
 
-def _check_boxes(table: ParticleTable, stacks: tuple[Stack, ...], where: str) -> None:
-    """Refuse stacks of another box than the table states: its pixel size and origins would be of other images."""
+def _check_boxes(
+    table: ParticleTable, stacks: tuple[Stack, ...], where: str, notes: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Compare the stacks' boxes with the table's.
+
+    A cryoSPARC table counts shifts in pixels of its own box: stacks of another are refused. STAR files of resampled
+    stacks often keep the old rlnImageSize beside the right pixel size: they are taken, and it is said.
+    """
     for stack, stated in zip(stacks, table.stack_boxes, strict=False):
-        if stated != stack.box_size:
-            raise InputError(
-                f"{files.shown(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
-                "that it is about, or correct its box and pixel size"
-            )
+        if stated == stack.box_size:
+            continue
+        if where.endswith(".star"):
+            return (*notes, f"rlnImageSize {stated} (the stack {files.name(stack.url)} has {stack.box_size} px)")
+        raise InputError(
+            f"{files.shown(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
+            "that it is about, or correct its box and pixel size"
+        )
+    return notes
 
 
 def _one_box(stacks: tuple[Stack, ...]) -> int:
@@ -286,7 +296,7 @@ def read_source(source: str, data_dir: str | None = None, how: Reading | None = 
     table = _stated_pixel_size(table, how.pixel_size, where)
     stacks = stacks or _open_stacks(table, source, data_dir, how.allow_outside)
     _check_indices(table, stacks, where)
-    _check_boxes(table, stacks, where)
+    notes = _check_boxes(table, stacks, where, notes)
     if how.ctf is not None:
         table = with_ctf(table, how.ctf, [stack.box_size for stack in stacks], where)
     if not table.pixel_size:
