@@ -8,7 +8,7 @@ from scalecryo.physics.fft import FourierPixels, irfft3_centred
 from scalecryo.physics.fourier_slice import add_plane_mates, gridding_correction, insert_slices, padded_box
 from scalecryo.physics.fsc import shell_index_3d
 from scalecryo.physics.image_formation import Filtered, shift_ramp
-from scalecryo.physics.kernels.cpu import insert_slices_cpu
+from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
 from scalecryo.physics.mask import soft_sphere
 
 
