@@ -2,9 +2,10 @@
 
     python tools/aot_kernels.py [--targets 80 90 100] [--kernels slice_forward ...] [--no-check]
 
-Prints a table: registers a thread, bytes of spills, and memory instructions as PTX counts them (a line of 8 neighbours is
-8 loads of a real and an imaginary part together: ld v2). Unless told not to, exits with 1 where a kernel spills, takes
-more than 64 registers (128 for the polish), loads the volume in single numbers, or adds to it without atomics.
+Prints a table: registers a thread, bytes of spills, and memory instructions as PTX counts them (the 8 neighbours of a
+sample are 8 loads of a real and an imaginary part together: ld v2). Unless told not to, exits with 1 where a kernel
+spills, takes more than 64 registers (128 for the polish), loads the volume in single numbers, or adds to it without
+atomics.
 """
 
 import argparse

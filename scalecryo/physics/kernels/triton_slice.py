@@ -16,8 +16,8 @@ def locate(rotation_ptr, kx, ky, scale, box):
     x = tl.load(rotation_ptr) * u + tl.load(rotation_ptr + 1) * v
     y = tl.load(rotation_ptr + 3) * u + tl.load(rotation_ptr + 4) * v
     z = tl.load(rotation_ptr + 6) * u + tl.load(rotation_ptr + 7) * v
-    mate = x < 0
-    sign = tl.where(mate, -1.0, 1.0)
+    # By the sign's bit: the reference takes the mate of -0 too.
+    sign = tl.where(x.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
     x, y, z = x * sign, y * sign, z * sign
     half = (box // 2).to(tl.float32)
     # This does nothing for rotations; anything else, NaN too, stays within the array.
