@@ -20,29 +20,53 @@ from scalecryo.physics.kernels.views import Gradients, Views, Wanted
 
 _Pixels = tuple[np.ndarray, np.ndarray, np.ndarray]
 """kx and ky times scale, and 1 inside the transform, else 0."""
+_Rows = tuple[Integer, Integer, Integer, Integer]
 _Work = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Where a block of samples falls (fraction, corner), and what is found there."""
 
 
 @part
-def _between(volume: np.ndarray, row: Integer, x: Real) -> complex:
-    """Interpolate along x from a flat index."""
-    at = np.uintp(row)
-    return volume[at] + (volume[at + np.uintp(1)] - volume[at]) * x
-
-
-@part
-def _corners(corner: np.ndarray, i: int, box: int) -> tuple[Integer, Integer, Integer, Integer]:
-    """Flat index of the lower x neighbour at (z, y), (z, y+1), (z+1, y), (z+1, y+1)."""
+def _corners(corner: np.ndarray, i: int, box: int) -> _Rows:
+    """Where the real part of the lower x neighbour lies at (z, y), (z, y+1), (z+1, y), (z+1, y+1)."""
     width, column = box // 2 + 1, np.intp(corner[0, i])
     low, high = np.intp(corner[1, i]), np.intp(corner[2, i])
     near, far = np.intp(corner[3, i]) * box, np.intp(corner[4, i]) * box
     return (
-        (near + low) * width + column,
-        (near + high) * width + column,
-        (far + low) * width + column,
-        (far + high) * width + column,
+        2 * ((near + low) * width + column),
+        2 * ((near + high) * width + column),
+        2 * ((far + low) * width + column),
+        2 * ((far + high) * width + column),
     )
+
+
+@part
+def _value(volume: np.ndarray, rows: _Rows, part: int, x: Real, y: Real, z: Real) -> Real:
+    """Trilinear interpolation of the real (part 0) or the imaginary parts (1)."""
+    a, b, c, d = np.uintp(rows[0] + part), np.uintp(rows[1] + part), np.uintp(rows[2] + part), np.uintp(rows[3] + part)
+    two = np.uintp(2)
+    near_0, near_1 = volume[a] + (volume[a + two] - volume[a]) * x, volume[b] + (volume[b + two] - volume[b]) * x
+    far_0, far_1 = volume[c] + (volume[c + two] - volume[c]) * x, volume[d] + (volume[d + two] - volume[d]) * x
+    near, far = near_0 + (near_1 - near_0) * y, far_0 + (far_1 - far_0) * y
+    value: Real = near + (far - near) * z
+    return value
+
+
+@part
+def _value_and_slopes(
+    volume: np.ndarray, rows: _Rows, part: int, x: Real, y: Real, z: Real
+) -> tuple[Real, Real, Real, Real]:
+    """As `_value`, with its derivatives along x, y, z."""
+    a, b, c, d = np.uintp(rows[0] + part), np.uintp(rows[1] + part), np.uintp(rows[2] + part), np.uintp(rows[3] + part)
+    two = np.uintp(2)
+    v_0, v_1, v_2, v_3 = volume[a], volume[b], volume[c], volume[d]
+    step_0, step_1 = volume[a + two] - v_0, volume[b + two] - v_1
+    step_2, step_3 = volume[c + two] - v_2, volume[d + two] - v_3
+    v_0, v_1, v_2, v_3 = v_0 + step_0 * x, v_1 + step_1 * x, v_2 + step_2 * x, v_3 + step_3 * x
+    rise_near, rise_far = v_1 - v_0, v_3 - v_2
+    near, far = v_0 + rise_near * y, v_2 + rise_far * y
+    step_near, step_far = step_0 + (step_1 - step_0) * y, step_2 + (step_3 - step_2) * y
+    slope_x, slope_y = step_near + (step_far - step_near) * z, rise_near + (rise_far - rise_near) * z
+    return near + (far - near) * z, slope_x, slope_y, far - near
 
 
 @part
@@ -51,13 +75,9 @@ def _interpolate(volume: np.ndarray, box: int, count: int, work: _Work) -> None:
     fraction, corner, values = work
     for i in range(count):
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-        a, b, c, d = _corners(corner, i, box)
-        line_0, line_1 = _between(volume, a, x), _between(volume, b, x)
-        line_2, line_3 = _between(volume, c, x), _between(volume, d, x)
-        line_0 += (line_1 - line_0) * y
-        line_2 += (line_3 - line_2) * y
-        value = line_0 + (line_2 - line_0) * z
-        values[0, i], values[1, i] = value.real, value.imag * fraction[3, i]
+        rows = _corners(corner, i, box)
+        values[0, i] = _value(volume, rows, 0, x, y, z)
+        values[1, i] = _value(volume, rows, 1, x, y, z) * fraction[3, i]
 
 
 @part
@@ -66,21 +86,10 @@ def _interpolate_with_slopes(volume: np.ndarray, box: int, count: int, work: _Wo
     fraction, corner, values = work
     for i in range(count):
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-        row_0, row_1, row_2, row_3 = _corners(corner, i, box)
-        a, b, c, d, one = np.uintp(row_0), np.uintp(row_1), np.uintp(row_2), np.uintp(row_3), np.uintp(1)
-        v_0, v_1, v_2, v_3 = volume[a], volume[b], volume[c], volume[d]
-        step_0, step_1 = volume[a + one] - v_0, volume[b + one] - v_1
-        step_2, step_3 = volume[c + one] - v_2, volume[d + one] - v_3
-        v_0, v_1, v_2, v_3 = v_0 + step_0 * x, v_1 + step_1 * x, v_2 + step_2 * x, v_3 + step_3 * x
-        rise_near, rise_far = v_1 - v_0, v_3 - v_2
-        near, far = v_0 + rise_near * y, v_2 + rise_far * y
-        step_near, step_far = step_0 + (step_1 - step_0) * y, step_2 + (step_3 - step_2) * y
-        slope_x, slope_y = step_near + (step_far - step_near) * z, rise_near + (rise_far - rise_near) * z
-        value, slope_z = near + (far - near) * z, far - near
-        values[0, i], values[1, i] = value.real, value.imag * fraction[3, i]
-        values[2, i], values[3, i] = slope_x.real, slope_x.imag
-        values[4, i], values[5, i] = slope_y.real, slope_y.imag
-        values[6, i], values[7, i] = slope_z.real, slope_z.imag
+        rows = _corners(corner, i, box)
+        values[0, i], values[2, i], values[4, i], values[6, i] = _value_and_slopes(volume, rows, 0, x, y, z)
+        imag, values[3, i], values[5, i], values[7, i] = _value_and_slopes(volume, rows, 1, x, y, z)
+        values[1, i] = imag * fraction[3, i]
 
 
 @kernel
@@ -96,7 +105,7 @@ def _extract(
     pixels: _Pixels,
     images: np.ndarray,
 ) -> None:
-    """One thread's images: every `shares`-th. images: pairs of real numbers. turns: -shift / (N scale)."""
+    """One thread's images: every `shares`-th. volume, images: pairs of real numbers. turns: -shift / (N scale)."""
     kx, ky, inside = pixels
     work = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32), np.empty((2, BLOCK), np.float32)
     values, count = work[2], kx.shape[0]
@@ -256,7 +265,7 @@ def forward(volume: Complex[Tensor, "d d h"], views: Views) -> Complex[Tensor, "
     """As `kernels.reference.forward`, single precision on the CPU."""
     images = torch.empty(len(views.rotation), len(views.kx), dtype=torch.complex64)
     values = torch.view_as_real(images).flatten(1).numpy()
-    in_threads(_extract, images.numel(), array(volume).ravel(), volume.shape[0], *_seen(volume, views), values)
+    in_threads(_extract, images.numel(), _pairs(volume), volume.shape[0], *_seen(volume, views), values)
     return images
 
 
@@ -270,7 +279,7 @@ def backward(
     local = np.empty_like(arriving)
     for_rotation, for_shift = torch.zeros(len(rotation), 3, 3), torch.zeros(len(rotation), 2)
     found = local, for_rotation.numpy(), for_shift.numpy()
-    flat = array(volume).ravel()
+    flat = _pairs(volume)
     in_threads(_pose_gradient, samples, flat, box, *seen, arriving, (wanted.rotation, wanted.shift), *found)
     grid = torch.zeros_like(volume, memory_format=torch.contiguous_format) if wanted.volume else volume.new_empty(0)
     if wanted.volume:
@@ -279,6 +288,11 @@ def backward(
     nothing = for_shift[:0, 0]
     given = for_rotation if wanted.rotation else nothing.clone(), for_shift if wanted.shift else nothing.clone()
     return Gradients(grid, *(values.to(views.rotation.dtype) for values in given))
+
+
+def _pairs(values: Tensor) -> np.ndarray:
+    """Flat, real and imaginary parts in turn."""
+    return torch.view_as_real(values.detach().resolve_conj().contiguous()).numpy().ravel()
 
 
 def _seen(volume: Tensor, views: Views) -> tuple[Any, ...]:
