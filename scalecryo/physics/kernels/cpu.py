@@ -18,8 +18,8 @@ from scalecryo.physics.kernels.jit import Integer, Real, in_threads, kernel, par
 from scalecryo.physics.kernels.trigonometry import sine_cosine
 from scalecryo.physics.kernels.views import Gradients, Views, Wanted
 
-_Pixels = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""kx and ky times scale, and 1 inside the transform, else 0."""
+_Pixels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""kx, ky, inside and order of `Geometry`."""
 _Rows = tuple[Integer, Integer, Integer, Integer]
 _Work = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Where a block of samples falls (fraction, corner), and what is found there."""
@@ -106,7 +106,7 @@ def _extract(
     images: np.ndarray,
 ) -> None:
     """One thread's images: every `shares`-th. volume, images: pairs of real numbers. turns: -shift / (N scale)."""
-    kx, ky, inside = pixels
+    kx, ky, inside, order = pixels
     work = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32), np.empty((2, BLOCK), np.float32)
     values, count = work[2], kx.shape[0]
     for b in range(share, rotation.shape[0], shares):
@@ -116,13 +116,13 @@ def _extract(
             locate(rotation[b], kx, ky, start, block, box, work[0], work[1])
             _interpolate(volume, box, block, work)
             for i in range(block):
-                p = start + i
-                keep = contrast[p] * inside[p]
+                p, at = start + i, order[start + i]
+                keep = contrast[at] * inside[p]
                 real, imag = values[0, i] * keep, values[1, i] * keep
                 if moved:
                     sine, cosine = sine_cosine(kx[p] * turn_x + ky[p] * turn_y)
                     real, imag = real * cosine - imag * sine, real * sine + imag * cosine
-                images[b, 2 * p], images[b, 2 * p + 1] = real, imag
+                images[b, 2 * at], images[b, 2 * at + 1] = real, imag
 
 
 @kernel
@@ -142,11 +142,12 @@ def _pose_gradient(
     for_rotation: np.ndarray,
     for_shift: np.ndarray,
 ) -> None:
-    """One thread's images. wanted: by the rotation, by the shift. local becomes the gradient by the slices.
+    """One thread's images. wanted: by the rotation, by the shift.
 
+    local becomes the gradient by the slices, in the order of kx.
     The sums leave out constant factors: scale^-1 for kx, ky given scaled, and -2 pi / N for the shift.
     """
-    kx, ky, inside = pixels
+    kx, ky, inside, order = pixels
     work = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32), np.empty((8, BLOCK), np.float32)
     fraction, values = work[0], work[2]
     for b in range(share, rotation.shape[0], shares):
@@ -155,9 +156,9 @@ def _pose_gradient(
         for start in range(0, kx.shape[0], BLOCK):
             block = min(BLOCK, kx.shape[0] - start)
             for i in range(block):
-                p = start + i
-                keep = contrast[p] * inside[p]
-                real, imag = gradient[b, 2 * p] * keep, gradient[b, 2 * p + 1] * keep
+                p, at = start + i, order[start + i]
+                keep = contrast[at] * inside[p]
+                real, imag = gradient[b, 2 * at] * keep, gradient[b, 2 * at + 1] * keep
                 if moved:
                     sine, cosine = sine_cosine(kx[p] * turn_x + ky[p] * turn_y)
                     real, imag = real * cosine + imag * sine, imag * cosine - real * sine
@@ -274,7 +275,7 @@ def backward(
 ) -> Gradients:
     """As `kernels.reference.backward`. Bit for bit the same for any number of threads."""
     box, samples, seen = volume.shape[0], gradient.numel(), _seen(volume, views)
-    rotation, (kx, ky, _) = seen[0], seen[4]
+    rotation, (kx, ky, _, _) = seen[0], seen[4]
     arriving = torch.view_as_real(gradient.resolve_conj().contiguous()).flatten(1).numpy()
     local = np.empty_like(arriving)
     for_rotation, for_shift = torch.zeros(len(rotation), 3, 3), torch.zeros(len(rotation), 2)
@@ -298,10 +299,10 @@ def _pairs(values: Tensor) -> np.ndarray:
 def _seen(volume: Tensor, views: Views) -> tuple[Any, ...]:
     """Rotation, whether there are shifts, turns, CTF and pixels, as the kernels take them."""
     rotation, shift_px, ctf, kx, ky, scale, box_size = views
-    turned, x, y, inside = geometry(rotation, kx, ky, scale, volume.shape[0])
+    turned, *pixels = geometry(rotation, kx, ky, scale, volume.shape[0])
     moved = shift_px is not None
     turns = np.zeros((len(rotation), 2), np.float32)
     if shift_px is not None:
         turns[:] = array(shift_px.float() * (-1 / (box_size * scale)))
     contrast = np.ones((1, len(kx)), np.float32) if ctf is None else array(ctf.float())
-    return turned, moved, turns, contrast, (x, y, inside)
+    return turned, moved, turns, contrast, tuple(pixels)

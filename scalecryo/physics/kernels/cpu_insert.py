@@ -45,6 +45,7 @@ def _insert(
     kx: np.ndarray,
     ky: np.ndarray,
     inside: np.ndarray,
+    order: np.ndarray,
     box: int,
     numerator: np.ndarray,
     denominator: np.ndarray,
@@ -64,8 +65,9 @@ def _insert(
                 i = todo[j]
                 x, y, z, keep = fraction[0, i], fraction[1, i], fraction[2, i], inside[start + i]
                 low, high, column = np.intp(corner[1, i]), np.intp(corner[2, i]), np.intp(corner[0, i])
-                real, imag = values[b, start + i].real * keep, values[b, start + i].imag * keep * fraction[3, i]
-                amount = power[b, start + i] * keep
+                at = order[start + i]
+                real, imag = values[b, at].real * keep, values[b, at].imag * keep * fraction[3, i]
+                amount = power[b, at] * keep
                 for plane, near in ((corner[3, i], np.float32(1) - z), (corner[4, i], z)):
                     if mine[plane]:
                         r, m, a = real * near, imag * near, amount * near
@@ -126,16 +128,12 @@ def insert_slices_cpu(
             raise InputError(f"{name} has shape {tuple(given.shape)}: rotations and pixels need {needed}")
     if not bool((rotation.abs() <= 2).all()):
         raise InputError("rotation holds entries that are not finite or beyond 2: check the poses")
-    turned, x, y, inside = geometry(rotation, kx, ky, scale, box)
     in_threads(
         _insert,
         values.numel(),
         array(values),
         array(power),
-        turned,
-        x,
-        y,
-        inside,
+        *geometry(rotation, kx, ky, scale, box),
         box,
         torch.view_as_real(numerator).numpy().ravel(),
         denominator.numpy().ravel(),

@@ -3,6 +3,8 @@
 numba notices changes here only when the kernels' own files change too: touch them.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -76,14 +78,30 @@ def list_mine(mine: np.ndarray, corner: np.ndarray, count: int, todo: np.ndarray
     return found
 
 
-def geometry(
-    rotation: Tensor, kx: Tensor, ky: Tensor, scale: float, box: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rotations, scaled frequencies and the mask of those within |k| scale <= box/2 - 1, as arrays."""
+class Geometry(NamedTuple):
+    """Poses, and the pixels in the order in which they are worked on."""
+
+    rotation: np.ndarray
+    kx: np.ndarray
+    """Times scale."""
+    ky: np.ndarray
+    inside: np.ndarray
+    """1 where |k| scale <= box/2 - 1, else 0."""
+    order: np.ndarray
+    """Where each of these pixels is packed."""
+
+
+def geometry(rotation: Tensor, kx: Tensor, ky: Tensor, scale: float, box: int) -> Geometry:
+    """Line by line: neighbouring samples then share their voxels, which packing by radius scatters (1.3 times slower).
+
+    Raises:
+        InputError: an odd box.
+    """
     check_even_box(box)
     x, y = scale * kx.float(), scale * ky.float()
-    inside = (torch.hypot(x, y) <= box // 2 - 1 + 1e-4).float()
-    return array(rotation.float()), array(x), array(y), array(inside)
+    inside = array((torch.hypot(x, y) <= box // 2 - 1 + 1e-4).float())
+    order = np.lexsort((array(x), array(y))).astype(np.int32)
+    return Geometry(array(rotation.float()), array(x)[order], array(y)[order], inside[order], order)
 
 
 def array(tensor: Tensor) -> np.ndarray:
