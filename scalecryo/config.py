@@ -18,6 +18,7 @@ from scalecryo.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 PoseSourceName = Literal["guided", "encoder", "known", "table"]
 Parameterisation = Literal["s2s2", "quaternion", "euler"]
+KernelName = Literal["auto", "reference", "cpu", "cuda"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -158,6 +159,9 @@ class VolumeConfig:
     padding: float = option(2.0, "oversampling of the transform that is sliced: 1, 1.5 or 2")
     gridding_correction: bool = option(True, "divide by the sinc squared of trilinear interpolation")
     initial_scale: float = option(1.0, "uniform random start in [0, SCALE / box)")
+    kernels: KernelName = option(
+        "auto", "what slices the map: auto: as --device; reference: plain torch; cpu: numba; cuda: Triton"
+    )
 
     def __post_init__(self) -> None:
         _require(1.0 <= self.padding <= 4.0, "volume.padding", self.padding, "must lie between 1 and 4")

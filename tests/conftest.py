@@ -15,6 +15,11 @@ from pathlib import Path
 from urllib.error import URLError
 
 import pytest
+import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter. It reads this when they are first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from scalecryo.physics.fft import FourierPixels, irfft3_centred
 from scalecryo.physics.fourier_slice import add_plane_mates, gridding_correction, insert_slices, padded_box
 from scalecryo.physics.fsc import shell_index_3d
 from scalecryo.physics.image_formation import Filtered, shift_ramp
-from scalecryo.physics.kernels.cpu import insert_slices_cpu
+from scalecryo.physics.kernels.backend import choose_backend, cuda_kernels
+from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
 from scalecryo.physics.mask import soft_sphere
 
 
@@ -41,8 +42,11 @@ class MapAccumulator:
         values = images.values * centring * share
         power = share if images.power is None else share * images.power
         geometry = rotation, pixels.kx, pixels.ky, self.scale
-        if self.numerator.device.type == "cpu":
-            insert_slices_cpu(values, power.contiguous(), *geometry, self.numerator, self.denominator)
+        backend, grids = choose_backend(self.numerator), (self.numerator, self.denominator)
+        if backend == "cpu":
+            insert_slices_cpu(values, power.contiguous(), *geometry, *grids)
+        elif backend == "cuda":
+            cuda_kernels().insert_slices_cuda(values, power, *geometry, *grids)
         else:
             insert_slices(values, *geometry, self.padded_box, out=self.numerator)
             insert_slices(power, *geometry, self.padded_box, out=self.denominator)

@@ -15,8 +15,8 @@ from scalecryo.model.pose_source import ROTATION_PARAMETERS, EncoderPoses, Known
 from scalecryo.model.volume import Volume
 from scalecryo.physics.ctf import contrast_transfer
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, rfft2_centred
-from scalecryo.physics.fourier_slice import extract_slices
-from scalecryo.physics.image_formation import form_images
+from scalecryo.physics.fourier_slice import fourier_slice
+from scalecryo.physics.kernels.backend import Backend
 
 
 class AutoEncoderOutput(NamedTuple):
@@ -40,8 +40,11 @@ class AutoEncoderOutput(NamedTuple):
 class AutoEncoder(nn.Module):
     """A pose source and the shared volume, compared with the images through the imaging model."""
 
-    def __init__(self, pose_source: nn.Module, volume: Volume, pixel_size: float) -> None:
+    def __init__(
+        self, pose_source: nn.Module, volume: Volume, pixel_size: float, backend: Backend | None = None
+    ) -> None:
         super().__init__()
+        self.backend = backend
         self.pose_source = pose_source
         self.volume = volume
         self.pixel_size = pixel_size
@@ -62,8 +65,8 @@ class AutoEncoder(nn.Module):
         pixels: FourierPixels,
     ) -> Complex[Tensor, "b p"]:
         """Predicted images: central slice, CTF, shift (equation 1 of Nashed et al. 2021)."""
-        slices = extract_slices(transform, rotation, pixels.kx, pixels.ky, self.volume.scale)
-        return form_images(slices, ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
+        geometry = pixels.kx, pixels.ky, self.volume.scale, pixels.box_size
+        return fourier_slice(transform, rotation, shift_px, ctf, *geometry, backend=self.backend)
 
     def forward(self, inputs: ParticleInputs) -> AutoEncoderOutput:
         """Score every candidate without gradient, then the best one with it (winner takes all)."""
@@ -111,13 +114,16 @@ def build_autoencoder(config: Config, box_size: int, pixel_size: float, rows: in
         config.volume.initial_scale,
         generator,
     )
+    source: nn.Module
     if pose.source == "known":
-        return AutoEncoder(KnownPoses(), volume, pixel_size)
-    if pose.source == "table":
-        return AutoEncoder(PoseTable(rows, pose.parameterisation, pose.centred, generator), volume, pixel_size)
-    encoder = _build_encoder(config, box_size, outputs)
-    source = EncoderPoses(encoder, pose.parameterisation, pose.centred, pose.symmetric_loss)
-    return AutoEncoder(source, volume, pixel_size)
+        source = KnownPoses()
+    elif pose.source == "table":
+        source = PoseTable(rows, pose.parameterisation, pose.centred, generator)
+    else:
+        encoder = _build_encoder(config, box_size, outputs)
+        source = EncoderPoses(encoder, pose.parameterisation, pose.centred, pose.symmetric_loss)
+    kernels = config.volume.kernels
+    return AutoEncoder(source, volume, pixel_size, None if kernels == "auto" else kernels)
 
 
 def _build_encoder(config: Config, box_size: int, outputs: int) -> PoseEncoder:

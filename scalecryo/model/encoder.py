@@ -5,6 +5,7 @@ then two layers of 512 units. Nothing in it mixes particles (no batch normalisat
 workers gives the same result as a whole one.
 """
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -58,7 +59,8 @@ class PoseEncoder(nn.Module):
         """Pose parameters of each head; images are cropped in Fourier space to the network's box first."""
         if images.shape[-1] != self.input_box:
             images = fourier_crop_2d(images, self.input_box)
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16):
+        narrow = self.precision == torch.bfloat16
+        with torch.autocast(images.device.type, dtype=torch.bfloat16) if narrow else nullcontext():
             features = self.convolutions(images[:, None].contiguous(memory_format=torch.channels_last))
             parameters = self.perceptron(features)
         return parameters.float().reshape(-1, self.heads, self.outputs)

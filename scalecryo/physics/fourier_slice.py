@@ -5,14 +5,18 @@ against the images. Sample (b, p) sits at q = scale R_b (kx, ky, 0), R as in `ro
 is taken instead and the value conjugated, so the eight neighbours always lie in the stored half kx >= 0.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Complex, Float, Int, Shaped
+from jaxtyping import Complex, Float, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from scalecryo.errors import InputError
 from scalecryo.physics.fft import check_even_box
+from scalecryo.physics.kernels.backend import Backend, backend_module, choose_backend
+from scalecryo.physics.kernels.reference import locate, scatter
+from scalecryo.physics.kernels.views import Views, Wanted
 
 
 def padded_box(box_size: int, padding: float) -> int:
@@ -37,111 +41,127 @@ def gridding_correction(
     return (line[:, None, None] * line[None, :, None] * line[None, None, :]).to(dtype)
 
 
-class _Samples(NamedTuple):
-    """Where b*p samples fall in a half-complex volume."""
-
-    rows: tuple[Int[Tensor, "b*p"], ...]
-    """Flat index of the lower x neighbour, at (z, y), (z, y+1), (z+1, y), (z+1, y+1)."""
-    fraction: tuple[Float[Tensor, "b p"], ...]
-    """Position between neighbours along x, y, z."""
-    sign: Float[Tensor, "b p"]
-    """-1 where the mate -q was taken, else 1."""
-    inside: Float[Tensor, "p"]
-    """1 where scale |k| <= d/2 - 1, else 0."""
-
-
-def _wrap(position: Float[Tensor, "b p"], box: int) -> Float[Tensor, "b p"]:
-    """Add the box to negative whole numbers: for them the clamp is 1, for others 0 (torch.where is 5 times slower)."""
-    return position.add((-position).clamp_(0, 1), alpha=box)
+def _slice(
+    volume: Tensor,
+    rotation: Tensor,
+    shift_px: Tensor | None,
+    ctf: Tensor | None,
+    kx: Tensor,
+    ky: Tensor,
+    scale: float,
+    box_size: int,
+    backend: str,
+) -> Tensor:
+    views = Views(rotation, shift_px, ctf, kx, ky, scale, box_size)
+    return backend_module(backend).forward(volume, views)
 
 
-def _locate(
+def _slice_backward(
+    gradient: Tensor,
+    volume: Tensor,
+    rotation: Tensor,
+    shift_px: Tensor | None,
+    ctf: Tensor | None,
+    kx: Tensor,
+    ky: Tensor,
+    scale: float,
+    box_size: int,
+    backend: str,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    views = Views(rotation, shift_px, ctf, kx, ky, scale, box_size)
+    return tuple(backend_module(backend).backward(gradient, volume, views, Wanted(*wanted)))
+
+
+_ARGUMENTS = (
+    "Tensor volume, Tensor rotation, Tensor? shift_px, Tensor? ctf, Tensor kx, Tensor ky, "
+    "float scale, int box_size, str backend"
+)
+_OPERATOR = torch.library.custom_op(
+    "scalecryo::fourier_slice", _slice, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
+)
+_BACKWARD = torch.library.custom_op(
+    "scalecryo::fourier_slice_backward",
+    _slice_backward,
+    mutates_args=(),
+    schema=f"(Tensor gradient, {_ARGUMENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_OPERATOR.register_fake
+def _fake_slice(volume: Tensor, rotation: Tensor, _shift: Any, _ctf: Any, kx: Tensor, *_: Any) -> Tensor:
+    return volume.new_empty(rotation.shape[0], kx.shape[0])
+
+
+@_BACKWARD.register_fake
+def _fake_backward(gradient: Tensor, volume: Tensor, rotation: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    for_volume, for_rotation, for_shift = rest[-1]
+    return (
+        torch.empty_like(volume) if for_volume else volume.new_empty(0),
+        torch.empty_like(rotation) if for_rotation else rotation.new_empty(0),
+        rotation.new_empty(rotation.shape[0], 2) if for_shift else rotation.new_empty(0),
+    )
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """The backward pass recomputes the rest: 12 bytes a sample are kept at most (CTF and prediction)."""
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rest = inputs[6:]
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = [ctx.needs_input_grad[i] for i in range(3)]
+    found = _BACKWARD(gradient, *ctx.saved_tensors, *ctx.rest, wanted)
+    gradients = [value if asked else None for value, asked in zip(found, wanted, strict=True)]
+    return *gradients, None, None, None, None, None, None
+
+
+_OPERATOR.register_autograd(_differentiate, setup_context=_keep_inputs)
+
+
+def fourier_slice(
+    volume_rfft: Complex[Tensor, "d d h"],
     rotation: Float[Tensor, "b 3 3"],
+    shift_px: Float[Tensor, "b 2"] | None,
+    ctf: Float[Tensor, "b p"] | None,
     kx: Float[Tensor, "p"],
     ky: Float[Tensor, "p"],
     scale: float,
-    box: int,
-) -> _Samples:
-    half, width = box // 2, box // 2 + 1
-    kx, ky = scale * kx, scale * ky
-    # Not a matrix product: TF32 would cost whole voxels.
-    x, y, z = (torch.addcmul(rotation[:, i, :1] * kx, rotation[:, i, 1:2], ky) for i in range(3))
-    sign = torch.ones_like(x).copysign(x)
-    x, y, z = x * sign, y * sign, z * sign
-    # This does nothing for a rotation and a radius inside d/2 - 1; any other input stays within the array (NaN: NaN).
-    low_x = x.floor().nan_to_num_().clamp_(0, half - 1)
-    low_y, low_z = (axis.floor().nan_to_num_().clamp_(-half, half - 1) for axis in (y, z))
-    column = low_x.long().flatten()
-    line_y, line_z = ((_wrap(low, box), _wrap(low + 1, box)) for low in (low_y, low_z))
-    # z * d + y is exact in single precision up to d = 4096.
-    rows = tuple(torch.add(column, (box * a + b).long().flatten(), alpha=width) for a in line_z for b in line_y)
-    inside = (torch.hypot(kx, ky) <= (half - 1) * (1 + 1e-6)).to(x.dtype)
-    return _Samples(rows, (x - low_x, y - low_y, z - low_z), sign, inside)
+    box_size: int,
+    *,
+    backend: Backend | None = None,
+) -> Complex[Tensor, "b p"]:
+    """Transforms of a volume's images at packed Fourier pixels: central slice, times CTF, content moved by +shift.
 
+    The slices are those of `extract_slices`, the rest that of `image_formation.form_images`, in one pass. A torch
+    operator (`scalecryo::fourier_slice`): differentiable once in volume, rotation and shift, not in the CTF.
 
-def _conjugate(values: Complex[Tensor, "b p"], sign: Float[Tensor, "b p"]) -> Complex[Tensor, "b p"]:
-    """Conjugate where sign is -1."""
-    return torch.complex(values.real, values.imag * sign)
+    Args:
+        volume_rfft: `rfft3_centred` of the (gridding corrected) volume, box d.
+        rotation: image frame to volume frame.
+        shift_px: (x, y) in px of the image box; None: centred.
+        ctf: None: none.
+        kx: cycles per image box. For a lower resolution give a prefix (`FourierPixels.prefix`), and of ctf.
+        ky: cycles per image box.
+        scale: padded_box / box_size.
+        box_size: image box, px.
+        backend: default what suits the device and the precision (`choose_backend`).
 
-
-def _scatter(values: Shaped[Tensor, "b p"], samples: _Samples, grid: Shaped[Tensor, "d d h"]) -> None:
-    """Add values, spread over their eight neighbours, to grid in place: the adjoint of interpolation."""
-    flat = grid.view(-1)
-    # Complex fractions: a product with a real tensor would convert it every time.
-    x, y, z = (fraction.to(values.dtype) for fraction in samples.fraction)
-    values = values * samples.inside
-    if values.is_complex():
-        values = _conjugate(values, samples.sign)
-    far = values * z
-    for plane, rows in ((values - far, samples.rows[:2]), (far, samples.rows[2:])):
-        outer = plane * y
-        for line, row in zip((plane - outer, outer), rows, strict=True):
-            right = line * x
-            # One-dimensional scatter_add is the one accumulation that torch does at memory speed (index_add_: half).
-            flat.scatter_add_(0, row, (line - right).flatten())
-            flat.scatter_add_(0, row + 1, right.flatten())
-
-
-class _ExtractSlices(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, volume: Tensor, rotation: Tensor, kx: Tensor, ky: Tensor, scale: float
-    ) -> Complex[Tensor, "b p"]:
-        samples = _locate(rotation, kx, ky, scale, volume.shape[0])
-        flat, shape = volume.reshape(-1), samples.sign.shape
-        x, y, z = (fraction.to(flat.dtype) for fraction in samples.fraction)
-        left = [flat.index_select(0, row).view(shape) for row in samples.rows]
-        step = [flat.index_select(0, row + 1).view(shape) - a for row, a in zip(samples.rows, left, strict=True)]
-        line = [torch.addcmul(a, s, x) for a, s in zip(left, step, strict=True)]
-        rise_near, rise_far = line[1] - line[0], line[3] - line[2]
-        near, far = torch.addcmul(line[0], rise_near, y), torch.addcmul(line[2], rise_far, y)
-        slope_z = far - near
-        slopes: tuple[Tensor, ...] = ()
-        if ctx.needs_input_grad[1]:
-            step_near = torch.addcmul(step[0], step[1] - step[0], y)
-            step_far = torch.addcmul(step[2], step[3] - step[2], y)
-            slope_x = torch.addcmul(step_near, step_far - step_near, z)
-            slope_y = torch.addcmul(rise_near, rise_far - rise_near, z)
-            slopes = (slope_x, slope_y, slope_z)
-        ctx.scale, ctx.shape = scale, volume.shape
-        ctx.save_for_backward(rotation, kx, ky, *slopes)
-        return _conjugate(torch.addcmul(near, slope_z, z), samples.sign) * samples.inside
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rotation, kx, ky, *slopes = ctx.saved_tensors
-        samples = _locate(rotation, kx, ky, ctx.scale, ctx.shape[0])
-        for_volume = for_rotation = None
-        if ctx.needs_input_grad[0]:
-            for_volume = gradient.new_zeros(ctx.shape)
-            _scatter(gradient, samples, for_volume)
-        if ctx.needs_input_grad[1]:
-            local = _conjugate(gradient, samples.sign) * (samples.inside * samples.sign)
-            along = torch.stack([local.real * s.real + local.imag * s.imag for s in slopes], dim=1)
-            first_two = ctx.scale * torch.stack([(along * kx).sum(-1), (along * ky).sum(-1)], dim=-1)
-            for_rotation = torch.nn.functional.pad(first_two, (0, 1))
-        return for_volume, for_rotation, None, None, None
+    Raises:
+        InputError: shapes that do not fit, a CTF that requires a gradient.
+    """
+    count, pixels = rotation.shape[0], kx.shape[0]
+    expected = [("rotation", rotation, (count, 3, 3)), ("ky", ky, (pixels,))]
+    expected += [("shift_px", shift_px, (count, 2))] if shift_px is not None else []
+    expected += [("ctf", ctf, (count, pixels))] if ctf is not None else []
+    for name, tensor, shape in expected:
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}: {count} images of {pixels} pixels need {shape}")
+    if ctf is not None and ctf.requires_grad:
+        raise InputError("the CTF requires a gradient, which the slice operator does not give: detach it")
+    chosen = choose_backend(volume_rfft, backend)
+    images: Tensor = _OPERATOR(volume_rfft, rotation, shift_px, ctf, kx, ky, float(scale), box_size, chosen)
+    return images
 
 
 def extract_slices(
@@ -150,6 +170,8 @@ def extract_slices(
     kx: Float[Tensor, "p"],
     ky: Float[Tensor, "p"],
     scale: float,
+    *,
+    backend: Backend | None = None,
 ) -> Complex[Tensor, "b p"]:
     """Central slices of a volume's transform at packed Fourier pixels.
 
@@ -165,8 +187,10 @@ def extract_slices(
         kx: cycles per image box.
         ky: cycles per image box.
         scale: padded_box / box_size.
+        backend: as in `fourier_slice`.
     """
-    return _ExtractSlices.apply(volume_rfft, rotation, kx, ky, scale)
+    # Without a shift the image's box plays no role.
+    return fourier_slice(volume_rfft, rotation, None, None, kx, ky, scale, 1, backend=backend)
 
 
 @torch.no_grad()
@@ -203,7 +227,7 @@ def insert_slices(
     check_even_box(padded_box)
     if out is None:
         out = values.new_zeros(padded_box, padded_box, padded_box // 2 + 1)
-    _scatter(values, _locate(rotation, kx, ky, scale, padded_box), out)
+    scatter(values, locate(rotation, kx, ky, scale, padded_box), out)
     return out
 
 

@@ -5,7 +5,8 @@ The cost of an image is its negative log-likelihood up to a constant,
     sum over pixels of w |Y - CTF ramp(shift) slice(R)|^2 / 2,    w = Hermitian weight / noise variance,
 
 and Gauss-Newton's matrix comes with the residual in one pass, by the analytic gradient of the trilinear interpolation.
-Compiled kernels on the CPU (`polish_cpu`), batched tensors elsewhere and in double precision (`polish_torch`).
+Compiled kernels on the CPU (`polish_cpu`); batched tensors elsewhere (`polish_torch`), whose sums over pixels come from
+one fused kernel on a GPU, and from torch in double precision.
 """
 
 import math
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from scalecryo.errors import InputError
 from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.kernels.backend import choose_backend
 from scalecryo.physics.kernels.jit import in_threads
 from scalecryo.pose import polish_cpu, polish_torch
 
-Backend = Literal["numba", "torch"]
+Backend = Literal["numba", "torch", "triton"]
 
 # Samples (images x pixels) that the torch backend works on at a time: about 1 GB of intermediate results.
 _SAMPLES_AT_ONCE = 1 << 22
@@ -76,7 +78,7 @@ def polish(
         fit_shift: False leaves the shifts exactly as they are.
         max_turn_deg: largest turn of one pass.
         max_shift_px: largest shift of one pass.
-        backend: default the compiled kernels for single precision on the CPU, else torch.
+        backend: default for single precision the compiled kernels of the device, else torch.
 
     Raises:
         InputError: shapes that do not fit, rotations that are none, a backend that cannot take the data.
@@ -86,8 +88,10 @@ def polish(
     if passes < 0:
         raise InputError(f"passes is {passes}: give 0 (cost only) or more")
     limits = passes, 5 if fit_shift else 3, math.radians(max_turn_deg), float(max_shift_px)
-    work = _polish_numba if backend == "numba" else _polish_torch
-    turned, moved, before, after = work(data, rotation, shift_px, limits)
+    if backend == "numba":
+        turned, moved, before, after = _polish_numba(data, rotation, shift_px, limits)
+    else:
+        turned, moved, before, after = _polish_batched(data, rotation, shift_px, limits, backend)
     better = after < before
     return Polished(
         rotation=torch.where(better[:, None, None], turned.to(rotation.dtype), rotation),
@@ -122,7 +126,7 @@ def evaluate_poses(
         poses = _float32(rotation), _float32(shift_px)
         in_threads(polish_cpu.score_poses, observed.numel() * candidates, *data.arrays(), *poses, cost.numpy())
         return cost
-    problem, beyond = data.tensors()
+    problem, beyond = data.tensors(backend)
     image = torch.arange(count, device=observed.device).repeat_interleave(candidates)
     turned, moved = rotation.flatten(0, 1), shift_px.flatten(0, 1)
     runs = _runs(len(image), observed.shape[1])
@@ -159,11 +163,13 @@ class _Data:
         # Elsewhere the check would wait for the device; and there a stray index is an error, not a crash.
         if on_cpu and not bool((rotation.abs() <= 2).all()):
             raise InputError("rotation holds entries that are not finite or beyond 2: check the poses")
-        fits = on_cpu and self.volume_rfft.dtype == self.observed.dtype == torch.complex64
-        if backend == "numba" and not fits:
+        single = self.volume_rfft.dtype == self.observed.dtype == torch.complex64
+        kernels = choose_backend(self.volume_rfft, "cuda" if backend == "triton" else None) if single else "reference"
+        suits: Backend = "numba" if kernels == "cpu" else "triton" if kernels == "cuda" else "torch"
+        if backend == "numba" and suits != "numba":
             found = f"{self.volume_rfft.dtype} and {self.observed.dtype} on {self.observed.device}"
             raise InputError(f"the numba backend takes complex64 on the CPU, not {found}: use the torch backend")
-        return backend or ("numba" if fits else "torch")
+        return suits if backend in (None, "triton") else backend
 
     def inside(self) -> int:
         """Number of pixels within the volume's transform (slices are zero beyond); the others follow them."""
@@ -180,8 +186,8 @@ class _Data:
         geometry = np.float32(self.scale), np.float32(1 / pixels.box_size)
         return (_compact(self.volume_rfft, half), half), table, images, contrast, inside, geometry
 
-    def tensors(self) -> tuple[polish_torch.Problem, Float[Tensor, "b"]]:
-        """The torch backend's problem, and the cost of the pixels outside the transform."""
+    def tensors(self, backend: Backend) -> tuple[polish_torch.Problem, Float[Tensor, "b"]]:
+        """The batched problem, and the cost of the pixels outside the transform."""
         inside, real, pixels = self.inside(), self.observed.real.dtype, self.pixels
         problem = polish_torch.Problem(
             volume_rfft=self.volume_rfft.to(self.observed.dtype),
@@ -192,6 +198,7 @@ class _Data:
             ky=pixels.ky[:inside].to(real),
             scale=self.scale,
             box_size=pixels.box_size,
+            fused=backend == "triton",
         )
         beyond = self.observed[:, inside:].abs().square().double() @ self.pixel_weight[inside:].double() / 2
         return problem, beyond
@@ -209,8 +216,10 @@ def _polish_numba(data: _Data, rotation: Tensor, shift_px: Tensor, limits: tuple
     return torch.from_numpy(turned), torch.from_numpy(moved), before, after
 
 
-def _polish_torch(data: _Data, rotation: Tensor, shift_px: Tensor, limits: tuple[int, int, float, float]) -> _Found:
-    problem, beyond = data.tensors()
+def _polish_batched(
+    data: _Data, rotation: Tensor, shift_px: Tensor, limits: tuple[int, int, float, float], backend: Backend
+) -> _Found:
+    problem, beyond = data.tensors(backend)
     parts = [
         polish_torch.polish_batch(problem.images(run), rotation[run], shift_px[run], *limits)
         for run in _runs(len(rotation), data.observed.shape[1])

@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from scalecryo.physics.kernels.jit import Integer, Real, kernel, part
+from scalecryo.physics.kernels.trigonometry import sine_cosine
 from scalecryo.pose.polish_step import (
     DAMPING_FALL,
     DAMPING_RISE,
@@ -131,35 +132,13 @@ def _read_derivatives(grid: _Grid, rotation: np.ndarray, pixels: _Pixels, block:
 
 
 @part
-def _sine_cosine(turns: Real) -> tuple[Real, Real]:
-    """Of an angle in turns, to 1e-7: Taylor series over a quarter turn, which vectorises (math.sin does not)."""
-    t = turns - np.floor(turns + np.float32(0.5))
-    far = abs(t) > np.float32(0.25)
-    x = np.float32(_TWO_PI) * (np.copysign(np.float32(0.5) - abs(t), t) if far else t)
-    square = x * x
-    sine = np.float32(-1 / 39916800)
-    sine = sine * square + np.float32(1 / 362880)
-    sine = sine * square - np.float32(1 / 5040)
-    sine = sine * square + np.float32(1 / 120)
-    sine = sine * square - np.float32(1 / 6)
-    cosine = np.float32(1 / 479001600)
-    cosine = cosine * square - np.float32(1 / 3628800)
-    cosine = cosine * square + np.float32(1 / 40320)
-    cosine = cosine * square - np.float32(1 / 720)
-    cosine = cosine * square + np.float32(1 / 24)
-    cosine = cosine * square - np.float32(0.5)
-    cosine = cosine * square + np.float32(1)
-    return x + x * square * sine, -cosine if far else cosine
-
-
-@part
 def _sum_cost(image: _Image, pixels: _Pixels, block: _Block, ramp: tuple[Real, Real], scratch: np.ndarray) -> Real:
     """Sum of w |e|^2 over a block. ramp: shift / N."""
     (observed, ctf), (kx, ky, weight), (start, count) = image, pixels, block
     total = np.float32(0)
     for i in range(count):
         p = start + i
-        sine, cosine = _sine_cosine(kx[p] * ramp[0] + ky[p] * ramp[1])
+        sine, cosine = sine_cosine(kx[p] * ramp[0] + ky[p] * ramp[1])
         real = observed[p].real * cosine - observed[p].imag * sine - ctf[p] * scratch[_P, i]
         imag = observed[p].real * sine + observed[p].imag * cosine - ctf[p] * scratch[_P + 1, i]
         total += weight[p] * (real * real + imag * imag)
@@ -184,7 +163,7 @@ def _sum_moments(
     for i in range(count):
         p = start + i
         x, y, w, c = kx[p], ky[p], weight[p], ctf[p]
-        sine, cosine = _sine_cosine(x * ramp[0] + y * ramp[1])
+        sine, cosine = sine_cosine(x * ramp[0] + y * ramp[1])
         real, imag = c * scratch[_P, i], c * scratch[_P + 1, i]
         e_real = observed[p].real * cosine - observed[p].imag * sine - real
         e_imag = observed[p].real * sine + observed[p].imag * cosine - imag

@@ -11,6 +11,8 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.kernels.backend import cuda_kernels
+from scalecryo.physics.kernels.views import Views
 from scalecryo.pose.polish_step import DAMPING_FALL, DAMPING_RISE, FIRST_DAMPING, LEAST_DAMPING
 
 
@@ -25,6 +27,8 @@ class Problem(NamedTuple):
     ky: Float[Tensor, "p"]
     scale: float
     box_size: int
+    fused: bool = False
+    """By the CUDA kernel, in one pass; else by torch."""
 
     def images(self, index: slice | Tensor) -> "Problem":
         """Some of the images."""
@@ -99,6 +103,8 @@ def _dot(a: Complex[Tensor, "b p"], b: Complex[Tensor, "b p"]) -> Float[Tensor, 
 
 def costs(problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"]) -> Float[Tensor, "b"]:
     """Sum of w |residual|^2 / 2, double precision."""
+    if problem.fused:
+        return _fused_sums(problem, rotation, shift_px, derivatives=False)[:, 0] / 2
     _, residual = _residual(problem, _slices(_locate(problem, rotation)), shift_px)
     return _dot(residual, residual) @ problem.weight.double() / 2
 
@@ -110,6 +116,38 @@ def normal_equations(
 
     w is the turn of `polish_cpu`, in the image frame (rad); t the shift (px). Double precision.
     """
+    if problem.fused:
+        sums = _fused_sums(problem, rotation, shift_px, derivatives=True)
+    else:
+        sums = _sums(problem, rotation, shift_px)
+    ee, aa_xx, aa_xy, aa_yy, uu_xx, uu_xy, uu_yy, au_xx, au_xy, au_yy, *rest = sums.unbind(-1)
+    at_x, at_y, tu_x, tu_y, tt, ae_x, ae_y, te, ue_x, ue_y = rest
+    matrix = torch.stack(
+        [
+            *(aa_yy, -aa_xy, at_y, au_xy, au_yy),
+            *(-aa_xy, aa_xx, -at_x, -au_xx, -au_xy),
+            *(at_y, -at_x, tt, tu_x, tu_y),
+            *(au_xy, -au_xx, tu_x, uu_xx, uu_xy),
+            *(au_yy, -au_xy, tu_y, uu_xy, uu_yy),
+        ],
+        dim=-1,
+    ).reshape(-1, 5, 5)
+    return ee / 2, matrix, torch.stack([ae_y, -ae_x, te, ue_x, ue_y], dim=-1)
+
+
+def _fused_sums(
+    problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"], *, derivatives: bool
+) -> Float[Tensor, "b s"]:
+    views = Views(rotation, shift_px, problem.ctf, problem.kx, problem.ky, problem.scale, problem.box_size)
+    kernels = cuda_kernels()
+    sums: Tensor = kernels.polish_sums(
+        problem.volume_rfft, problem.observed, views, problem.weight, derivatives=derivatives
+    )
+    return sums
+
+
+def _sums(problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"]) -> Float[Tensor, "b 20"]:
+    """The sums over pixels of `polish_cpu`, in its order."""
     cell = _locate(problem, rotation)
     prediction, e = _residual(problem, _slices(cell), shift_px)
     gx, gy, gz = _slopes(cell)
@@ -122,26 +160,12 @@ def normal_equations(
 
     linear = torch.stack([w * kx, w * ky], dim=-1)
     square = torch.stack([w * kx * kx, w * kx * ky, w * ky * ky], dim=-1)
-    aa_xx, aa_xy, aa_yy = (_dot(a, a) @ square).unbind(-1)
-    uu_xx, uu_xy, uu_yy = (_dot(u, u) @ square).unbind(-1)
-    au_xx, au_xy, au_yy = (_dot(a, u) @ square).unbind(-1)
-    at_x, at_y = (_dot(a, t) @ linear).unbind(-1)
-    tu_x, tu_y = (_dot(t, u) @ linear).unbind(-1)
-    tt = _dot(t, t) @ w
-    matrix = torch.stack(
-        [
-            *(aa_yy, -aa_xy, at_y, au_xy, au_yy),
-            *(-aa_xy, aa_xx, -at_x, -au_xx, -au_xy),
-            *(at_y, -at_x, tt, tu_x, tu_y),
-            *(au_xy, -au_xx, tu_x, uu_xx, uu_xy),
-            *(au_yy, -au_xy, tu_y, uu_xy, uu_yy),
-        ],
-        dim=-1,
-    ).reshape(-1, 5, 5)
-    ae_x, ae_y = (_dot(a, e) @ linear).unbind(-1)
-    ue_x, ue_y = (_dot(u, e) @ linear).unbind(-1)
-    gradient = torch.stack([ae_y, -ae_x, _dot(t, e) @ w, ue_x, ue_y], dim=-1)
-    return _dot(e, e) @ w / 2, matrix, gradient
+    one = w[:, None]
+    factors = (
+        *((e, e, one), (a, a, square), (u, u, square), (a, u, square), (a, t, linear), (t, u, linear), (t, t, one)),
+        *((a, e, linear), (t, e, one), (u, e, linear)),
+    )
+    return torch.cat([_dot(left, right) @ weight for left, right, weight in factors], dim=-1)
 
 
 def _damped_step(

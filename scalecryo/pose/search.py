@@ -27,7 +27,6 @@ from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fourier_slice import extract_slices
 from scalecryo.physics.image_formation import shift_ramp
-from scalecryo.physics.kernels.cpu import extract_slices_cpu
 from scalecryo.physics.rotation import random_rotations
 
 # Rows of a matrix product below which a core no longer works at full speed.
@@ -99,10 +98,8 @@ def templates(
 ) -> Complex[Tensor, "h p"]:
     """Slices of a reference at the grid rotations (without their mates), or at any others.
 
-    Arguments as `extract_slices`. Compiled for single precision on the CPU, else torch, some slices at a time.
+    Arguments as `extract_slices`; made some slices at a time.
     """
-    if volume_rfft.device.type == "cpu" and volume_rfft.dtype == torch.complex64:
-        return extract_slices_cpu(volume_rfft, rotations, pixels.kx, pixels.ky, scale)
     parts = torch.split(rotations, max(1, _SAMPLES_AT_ONCE // len(pixels)))
     return torch.cat([extract_slices(volume_rfft, part, pixels.kx, pixels.ky, scale) for part in parts])
 

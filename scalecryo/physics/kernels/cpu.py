@@ -1,67 +1,95 @@
-"""Slice extraction and insertion on the CPU, compiled: the semantics of `physics.fourier_slice`, without gradients.
+"""The slice operator on the CPU, compiled by numba: the semantics of `kernels.reference`.
 
-Single precision. Pixels are worked on in blocks: a vectorised pass finds where they fall, a second one reads or adds
-to the eight neighbours. Insertion gives every thread planes of its own, so it needs no atomics and every voxel
+Single precision. Pixels are worked on in blocks: a vectorised pass finds where they fall, a second one reads or adds to
+the eight neighbours. Adding to a volume gives every thread planes of its own, so it needs no atomics and every voxel
 receives its samples in the same order: results are the same, bit for bit, for any number of threads.
 """
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex
 from torch import Tensor
 
-from scalecryo.errors import InputError
-from scalecryo.physics.fft import check_even_box
+from scalecryo.physics.kernels.cpu_location import BLOCK, array, geometry, list_mine, locate, planes
 from scalecryo.physics.kernels.jit import Integer, Real, in_threads, kernel, part
+from scalecryo.physics.kernels.trigonometry import sine_cosine
+from scalecryo.physics.kernels.views import Gradients, Views, Wanted
 
-_BLOCK = 256
-# Planes that go to the same thread: long runs split fewer samples over two threads, short ones balance better.
-_SLAB = 8
+_Pixels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""kx, ky, inside and order of `Geometry`."""
+_Rows = tuple[Integer, Integer, Integer, Integer]
+_Work = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Where a block of samples falls (fraction, corner), and what is found there."""
 
 
 @part
-def _locate(
-    rotation: np.ndarray,
-    kx: np.ndarray,
-    ky: np.ndarray,
-    start: int,
-    count: int,
-    box: int,
-    fraction: np.ndarray,
-    corner: np.ndarray,
-) -> None:
-    """Where a block of samples falls.
+def _corners(corner: np.ndarray, i: int, box: int) -> _Rows:
+    """Where the real part of the lower x neighbour lies at (z, y), (z, y+1), (z+1, y), (z+1, y+1)."""
+    width, column = box // 2 + 1, np.intp(corner[0, i])
+    low, high = np.intp(corner[1, i]), np.intp(corner[2, i])
+    near, far = np.intp(corner[3, i]) * box, np.intp(corner[4, i]) * box
+    return (
+        2 * ((near + low) * width + column),
+        2 * ((near + high) * width + column),
+        2 * ((far + low) * width + column),
+        2 * ((far + high) * width + column),
+    )
 
-    fraction: x, y, z between neighbours and the sign (-1: the mate -q was taken). corner: x, then y, y+1, z, z+1 as
-    stored rows and planes.
-    """
-    half, size = np.float32(box // 2), np.int32(box)
-    zero, one = np.float32(0), np.float32(1)
-    xx, xy, yx, yy = rotation[0, 0], rotation[0, 1], rotation[1, 0], rotation[1, 1]
-    zx, zy = rotation[2, 0], rotation[2, 1]
+
+@part
+def _value(volume: np.ndarray, rows: _Rows, part: int, x: Real, y: Real, z: Real) -> Real:
+    """Trilinear interpolation of the real (part 0) or the imaginary parts (1)."""
+    a, b, c, d = np.uintp(rows[0] + part), np.uintp(rows[1] + part), np.uintp(rows[2] + part), np.uintp(rows[3] + part)
+    two = np.uintp(2)
+    near_0, near_1 = volume[a] + (volume[a + two] - volume[a]) * x, volume[b] + (volume[b + two] - volume[b]) * x
+    far_0, far_1 = volume[c] + (volume[c + two] - volume[c]) * x, volume[d] + (volume[d + two] - volume[d]) * x
+    near, far = near_0 + (near_1 - near_0) * y, far_0 + (far_1 - far_0) * y
+    value: Real = near + (far - near) * z
+    return value
+
+
+@part
+def _value_and_slopes(
+    volume: np.ndarray, rows: _Rows, part: int, x: Real, y: Real, z: Real
+) -> tuple[Real, Real, Real, Real]:
+    """As `_value`, with its derivatives along x, y, z."""
+    a, b, c, d = np.uintp(rows[0] + part), np.uintp(rows[1] + part), np.uintp(rows[2] + part), np.uintp(rows[3] + part)
+    two = np.uintp(2)
+    v_0, v_1, v_2, v_3 = volume[a], volume[b], volume[c], volume[d]
+    step_0, step_1 = volume[a + two] - v_0, volume[b + two] - v_1
+    step_2, step_3 = volume[c + two] - v_2, volume[d + two] - v_3
+    v_0, v_1, v_2, v_3 = v_0 + step_0 * x, v_1 + step_1 * x, v_2 + step_2 * x, v_3 + step_3 * x
+    rise_near, rise_far = v_1 - v_0, v_3 - v_2
+    near, far = v_0 + rise_near * y, v_2 + rise_far * y
+    step_near, step_far = step_0 + (step_1 - step_0) * y, step_2 + (step_3 - step_2) * y
+    slope_x, slope_y = step_near + (step_far - step_near) * z, rise_near + (rise_far - rise_near) * z
+    return near + (far - near) * z, slope_x, slope_y, far - near
+
+
+@part
+def _interpolate(volume: np.ndarray, box: int, count: int, work: _Work) -> None:
+    """Values, conjugated where the mate was taken."""
+    fraction, corner, values = work
     for i in range(count):
-        u, v = kx[start + i], ky[start + i]
-        x, y, z = xx * u + xy * v, yx * u + yy * v, zx * u + zy * v
-        sign = np.copysign(one, x)
-        x, y, z = x * sign, y * sign, z * sign
-        # No effect on rotations: they keep everything else within the arrays.
-        low_x = min(max(np.floor(x), zero), half - one)
-        low_y = min(max(np.floor(y), -half), half - one)
-        low_z = min(max(np.floor(z), -half), half - one)
-        fraction[0, i], fraction[1, i], fraction[2, i], fraction[3, i] = x - low_x, y - low_y, z - low_z, sign
-        row, plane = np.int32(low_y), np.int32(low_z)
-        corner[0, i] = np.int32(low_x)
-        corner[1, i] = row + size if row < 0 else row
-        corner[2, i] = row + 1 + size if row < -1 else row + 1
-        corner[3, i] = plane + size if plane < 0 else plane
-        corner[4, i] = plane + 1 + size if plane < -1 else plane + 1
+        x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
+        rows = _corners(corner, i, box)
+        values[0, i] = _value(volume, rows, 0, x, y, z)
+        values[1, i] = _value(volume, rows, 1, x, y, z) * fraction[3, i]
 
 
 @part
-def _between(volume: np.ndarray, row: Integer, x: Real) -> complex:
-    """Interpolate along x from a flat index."""
-    at = np.uintp(row)
-    return volume[at] + (volume[at + np.uintp(1)] - volume[at]) * x
+def _interpolate_with_slopes(volume: np.ndarray, box: int, count: int, work: _Work) -> None:
+    """Values as above; rows 2 to 7 the derivatives along x, y, z of the half that was read (real, imaginary)."""
+    fraction, corner, values = work
+    for i in range(count):
+        x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
+        rows = _corners(corner, i, box)
+        values[0, i], values[2, i], values[4, i], values[6, i] = _value_and_slopes(volume, rows, 0, x, y, z)
+        imag, values[3, i], values[5, i], values[7, i] = _value_and_slopes(volume, rows, 1, x, y, z)
+        values[1, i] = imag * fraction[3, i]
 
 
 @kernel
@@ -71,203 +99,210 @@ def _extract(
     volume: np.ndarray,
     box: int,
     rotation: np.ndarray,
-    kx: np.ndarray,
-    ky: np.ndarray,
-    inside: np.ndarray,
-    slices: np.ndarray,
+    moved: bool,
+    turns: np.ndarray,
+    ctf: np.ndarray,
+    pixels: _Pixels,
+    images: np.ndarray,
 ) -> None:
-    """One thread's images: every `shares`-th."""
-    fraction, corner = np.empty((4, _BLOCK), np.float32), np.empty((5, _BLOCK), np.int32)
-    width, count = box // 2 + 1, kx.shape[0]
+    """One thread's images: every `shares`-th. volume, images: pairs of real numbers. turns: -shift / (N scale)."""
+    kx, ky, inside, order = pixels
+    work = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32), np.empty((2, BLOCK), np.float32)
+    values, count = work[2], kx.shape[0]
     for b in range(share, rotation.shape[0], shares):
-        for start in range(0, count, _BLOCK):
-            block = min(_BLOCK, count - start)
-            _locate(rotation[b], kx, ky, start, block, box, fraction, corner)
+        contrast, (turn_x, turn_y) = ctf[min(b, ctf.shape[0] - 1)], turns[b]
+        for start in range(0, count, BLOCK):
+            block = min(BLOCK, count - start)
+            locate(rotation[b], kx, ky, start, block, box, work[0], work[1])
+            _interpolate(volume, box, block, work)
             for i in range(block):
-                x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-                column = np.intp(corner[0, i])
-                near, far = np.intp(corner[3, i]) * box, np.intp(corner[4, i]) * box
-                low, high = np.intp(corner[1, i]), np.intp(corner[2, i])
-                line_0 = _between(volume, (near + low) * width + column, x)
-                line_1 = _between(volume, (near + high) * width + column, x)
-                line_2 = _between(volume, (far + low) * width + column, x)
-                line_3 = _between(volume, (far + high) * width + column, x)
-                line_0 += (line_1 - line_0) * y
-                line_2 += (line_3 - line_2) * y
-                value = (line_0 + (line_2 - line_0) * z) * inside[start + i]
-                slices[b, start + i] = complex(value.real, value.imag * fraction[3, i])
-
-
-@part
-def _add(
-    numerator: np.ndarray, denominator: np.ndarray, row: Integer, x: Real, real: Real, imag: Real, power: Real
-) -> None:
-    """Add to two neighbours along x, in the flat grids (the numerator as pairs of real numbers)."""
-    at = np.uintp(row)
-    next_one, pair = at + np.uintp(1), at + at
-    real_x, imag_x, power_x = real * x, imag * x, power * x
-    numerator[pair] += real - real_x
-    numerator[pair + np.uintp(1)] += imag - imag_x
-    numerator[pair + np.uintp(2)] += real_x
-    numerator[pair + np.uintp(3)] += imag_x
-    denominator[at] += power - power_x
-    denominator[next_one] += power_x
-
-
-@part
-def _is_zero(values: np.ndarray, power: np.ndarray) -> bool:
-    return not (np.any(power) or np.any(values))
+                p, at = start + i, order[start + i]
+                keep = contrast[at] * inside[p]
+                real, imag = values[0, i] * keep, values[1, i] * keep
+                if moved:
+                    sine, cosine = sine_cosine(kx[p] * turn_x + ky[p] * turn_y)
+                    real, imag = real * cosine - imag * sine, real * sine + imag * cosine
+                images[b, 2 * at], images[b, 2 * at + 1] = real, imag
 
 
 @kernel
-def _insert(
+def _pose_gradient(
     share: int,
     shares: int,
+    volume: np.ndarray,
+    box: int,
+    rotation: np.ndarray,
+    moved: bool,
+    turns: np.ndarray,
+    ctf: np.ndarray,
+    pixels: _Pixels,
+    gradient: np.ndarray,
+    wanted: tuple[bool, bool],
+    local: np.ndarray,
+    for_rotation: np.ndarray,
+    for_shift: np.ndarray,
+) -> None:
+    """One thread's images. wanted: by the rotation, by the shift.
+
+    local becomes the gradient by the slices, in the order of kx.
+    The sums leave out constant factors: scale^-1 for kx, ky given scaled, and -2 pi / N for the shift.
+    """
+    kx, ky, inside, order = pixels
+    work = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32), np.empty((8, BLOCK), np.float32)
+    fraction, values = work[0], work[2]
+    for b in range(share, rotation.shape[0], shares):
+        contrast, (turn_x, turn_y) = ctf[min(b, ctf.shape[0] - 1)], turns[b]
+        total = np.zeros(8)
+        for start in range(0, kx.shape[0], BLOCK):
+            block = min(BLOCK, kx.shape[0] - start)
+            for i in range(block):
+                p, at = start + i, order[start + i]
+                keep = contrast[at] * inside[p]
+                real, imag = gradient[b, 2 * at] * keep, gradient[b, 2 * at + 1] * keep
+                if moved:
+                    sine, cosine = sine_cosine(kx[p] * turn_x + ky[p] * turn_y)
+                    real, imag = real * cosine + imag * sine, imag * cosine - real * sine
+                local[b, 2 * p], local[b, 2 * p + 1] = real, imag
+            if not (wanted[0] or wanted[1]):
+                continue
+            locate(rotation[b], kx, ky, start, block, box, fraction, work[1])
+            if wanted[0]:
+                _interpolate_with_slopes(volume, box, block, work)
+                _sum_turns(kx, ky, start, block, local[b], fraction, values, total)
+            else:
+                _interpolate(volume, box, block, work)
+            _sum_moves(kx, ky, start, block, local[b], values, total)
+        for axis in range(3):
+            for_rotation[b, axis, 0], for_rotation[b, axis, 1] = total[2 * axis], total[2 * axis + 1]
+        for_shift[b, 0], for_shift[b, 1] = total[6], total[7]
+
+
+@part
+def _sum_turns(
+    kx: np.ndarray,
+    ky: np.ndarray,
+    start: int,
+    count: int,
+    local: np.ndarray,
+    fraction: np.ndarray,
     values: np.ndarray,
-    power: np.ndarray,
+    total: np.ndarray,
+) -> None:
+    zero = np.float32(0)
+    xx = xy = yx = yy = zx = zy = zero
+    for i in range(count):
+        p = start + i
+        # For a mate -q the chain rule brings one minus sign, the conjugate another.
+        real, imag = local[2 * p] * fraction[3, i], local[2 * p + 1]
+        x = real * values[2, i] + imag * values[3, i]
+        y = real * values[4, i] + imag * values[5, i]
+        z = real * values[6, i] + imag * values[7, i]
+        u, v = kx[p], ky[p]
+        xx, xy, yx, yy, zx, zy = xx + x * u, xy + x * v, yx + y * u, yy + y * v, zx + z * u, zy + z * v
+    sums = (xx, xy, yx, yy, zx, zy)
+    for m in range(6):
+        total[m] += sums[m]
+
+
+@part
+def _sum_moves(
+    kx: np.ndarray, ky: np.ndarray, start: int, count: int, local: np.ndarray, values: np.ndarray, total: np.ndarray
+) -> None:
+    x = y = np.float32(0)
+    for i in range(count):
+        p = start + i
+        along = values[0, i] * local[2 * p + 1] - values[1, i] * local[2 * p]
+        x, y = x + along * kx[p], y + along * ky[p]
+    total[6] += x
+    total[7] += y
+
+
+@kernel
+def _scatter(
+    share: int,
+    shares: int,
+    local: np.ndarray,
     rotation: np.ndarray,
     kx: np.ndarray,
     ky: np.ndarray,
-    inside: np.ndarray,
     box: int,
-    numerator: np.ndarray,
-    denominator: np.ndarray,
+    grid: np.ndarray,
 ) -> None:
-    """Every image, but only one thread's planes: runs of _SLAB, dealt round."""
-    fraction, corner = np.empty((4, _BLOCK), np.float32), np.empty((5, _BLOCK), np.int32)
-    mine, todo = np.empty(box, np.int32), np.empty(_BLOCK + 1, np.int32)
-    for z_plane in range(box):
-        mine[z_plane] = (z_plane // _SLAB) % shares == share
+    """Every image, but only one thread's planes, as `_insert` does. local, grid: pairs of real numbers."""
+    fraction, corner = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32)
+    mine, todo = planes(share, shares, box), np.empty(BLOCK + 1, np.int32)
     width, count = box // 2 + 1, kx.shape[0]
     for b in range(rotation.shape[0]):
-        if _is_zero(values[b], power[b]):
-            continue
-        for start in range(0, count, _BLOCK):
-            block = min(_BLOCK, count - start)
-            _locate(rotation[b], kx, ky, start, block, box, fraction, corner)
-            # Listed first, without branches: they could not be predicted.
-            mine_here = 0
-            for i in range(block):
-                todo[mine_here] = i
-                mine_here += mine[corner[3, i]] | mine[corner[4, i]]
+        for start in range(0, count, BLOCK):
+            block = min(BLOCK, count - start)
+            locate(rotation[b], kx, ky, start, block, box, fraction, corner)
+            mine_here = list_mine(mine, corner, block, todo)
             for j in range(mine_here):
                 i = todo[j]
-                x, y, z, keep = fraction[0, i], fraction[1, i], fraction[2, i], inside[start + i]
+                x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
                 low, high, column = np.intp(corner[1, i]), np.intp(corner[2, i]), np.intp(corner[0, i])
-                real, imag = values[b, start + i].real * keep, values[b, start + i].imag * keep * fraction[3, i]
-                amount = power[b, start + i] * keep
+                at = 2 * (start + i)
+                real, imag = local[b, at], local[b, at + 1] * fraction[3, i]
                 for plane, near in ((corner[3, i], np.float32(1) - z), (corner[4, i], z)):
                     if mine[plane]:
-                        r, m, a = real * near, imag * near, amount * near
+                        r, m = real * near, imag * near
                         top, bottom = (plane * box + low) * width + column, (plane * box + high) * width + column
-                        _add(numerator, denominator, top, x, r - r * y, m - m * y, a - a * y)
-                        _add(numerator, denominator, bottom, x, r * y, m * y, a * y)
+                        _add_pair(grid, top, x, r - r * y, m - m * y)
+                        _add_pair(grid, bottom, x, r * y, m * y)
 
 
-def _geometry(
-    rotation: Tensor, kx: Tensor, ky: Tensor, scale: float, box: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rotations, scaled frequencies and the mask of those within |k| scale <= box/2 - 1, as arrays."""
-    check_even_box(box)
-    if not bool((rotation.abs() <= 2).all()):
-        raise InputError("rotation holds entries that are not finite or beyond 2: check the poses")
-    x, y = scale * kx.float(), scale * ky.float()
-    inside = (torch.hypot(x, y) <= box // 2 - 1 + 1e-4).float()
-    return _array(rotation.float()), _array(x), _array(y), _array(inside)
+@part
+def _add_pair(grid: np.ndarray, row: Integer, x: Real, real: Real, imag: Real) -> None:
+    """Add to two neighbours along x."""
+    pair = np.uintp(2 * row)
+    real_x, imag_x = real * x, imag * x
+    grid[pair] += real - real_x
+    grid[pair + np.uintp(1)] += imag - imag_x
+    grid[pair + np.uintp(2)] += real_x
+    grid[pair + np.uintp(3)] += imag_x
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().resolve_conj().contiguous().numpy()
+def forward(volume: Complex[Tensor, "d d h"], views: Views) -> Complex[Tensor, "b p"]:
+    """As `kernels.reference.forward`, single precision on the CPU."""
+    images = torch.empty(len(views.rotation), len(views.kx), dtype=torch.complex64)
+    values = torch.view_as_real(images).flatten(1).numpy()
+    in_threads(_extract, images.numel(), _pairs(volume), volume.shape[0], *_seen(volume, views), values)
+    return images
 
 
-def _require(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
-    if tensor.dtype != dtype or tensor.device.type != "cpu":
-        found = f"{tensor.dtype} on {tensor.device}"
-        raise InputError(f"{name} is {found}: the compiled kernels take {dtype} on the CPU; convert it")
+def backward(
+    gradient: Complex[Tensor, "b p"], volume: Complex[Tensor, "d d h"], views: Views, wanted: Wanted
+) -> Gradients:
+    """As `kernels.reference.backward`. Bit for bit the same for any number of threads."""
+    box, samples, seen = volume.shape[0], gradient.numel(), _seen(volume, views)
+    rotation, (kx, ky, _, _) = seen[0], seen[4]
+    arriving = torch.view_as_real(gradient.resolve_conj().contiguous()).flatten(1).numpy()
+    local = np.empty_like(arriving)
+    for_rotation, for_shift = torch.zeros(len(rotation), 3, 3), torch.zeros(len(rotation), 2)
+    found = local, for_rotation.numpy(), for_shift.numpy()
+    flat = _pairs(volume)
+    in_threads(_pose_gradient, samples, flat, box, *seen, arriving, (wanted.rotation, wanted.shift), *found)
+    grid = torch.zeros_like(volume, memory_format=torch.contiguous_format) if wanted.volume else volume.new_empty(0)
+    if wanted.volume:
+        in_threads(_scatter, samples, local, rotation, kx, ky, box, torch.view_as_real(grid).numpy().ravel())
+    for_shift *= -2 * math.pi / (views.box_size * views.scale)
+    nothing = for_shift[:0, 0]
+    given = for_rotation if wanted.rotation else nothing.clone(), for_shift if wanted.shift else nothing.clone()
+    return Gradients(grid, *(values.to(views.rotation.dtype) for values in given))
 
 
-def extract_slices_cpu(
-    volume_rfft: Complex[Tensor, "d d h"],
-    rotation: Float[Tensor, "b 3 3"],
-    kx: Float[Tensor, "p"],
-    ky: Float[Tensor, "p"],
-    scale: float,
-) -> Complex[Tensor, "b p"]:
-    """`fourier_slice.extract_slices` without gradients: central slices at scale R (kx, ky, 0).
-
-    Args:
-        volume_rfft: complex64, on the CPU.
-        rotation: image frame to volume frame; double precision is rounded to single.
-        kx: cycles per image box.
-        ky: cycles per image box.
-        scale: padded_box / box_size.
-
-    Raises:
-        InputError: another dtype or device, an odd box, rotations that are none.
-    """
-    _require(volume_rfft, torch.complex64, "volume_rfft")
-    box = volume_rfft.shape[0]
-    turned, x, y, inside = _geometry(rotation, kx, ky, scale, box)
-    slices = torch.empty(len(rotation), len(kx), dtype=torch.complex64)
-    in_threads(_extract, slices.numel(), _array(volume_rfft).ravel(), box, turned, x, y, inside, slices.numpy())
-    return slices
+def _pairs(values: Tensor) -> np.ndarray:
+    """Flat, real and imaginary parts in turn."""
+    return torch.view_as_real(values.detach().resolve_conj().contiguous()).numpy().ravel()
 
 
-def insert_slices_cpu(
-    values: Complex[Tensor, "b p"],
-    power: Float[Tensor, "b p"],
-    rotation: Float[Tensor, "b 3 3"],
-    kx: Float[Tensor, "p"],
-    ky: Float[Tensor, "p"],
-    scale: float,
-    numerator: Complex[Tensor, "d d h"],
-    denominator: Float[Tensor, "d d h"],
-) -> None:
-    """`fourier_slice.insert_slices` of complex values and of real weights, in one go, added to two grids in place.
-
-    Images whose values and weights are all zero cost nothing. The result does not depend on the number of threads.
-
-    Args:
-        values: complex64.
-        power: float32, the weights that belong to them.
-        rotation: image frame to volume frame; double precision is rounded to single.
-        kx: cycles per image box.
-        ky: cycles per image box.
-        scale: padded_box / box_size.
-        numerator: contiguous complex64, added to.
-        denominator: contiguous float32, added to.
-
-    Raises:
-        InputError: another dtype or device, arrays of the wrong shape, grids that are not contiguous, an odd box,
-            rotations that are none.
-    """
-    for name, tensor, dtype in (
-        ("values", values, torch.complex64),
-        ("power", power, torch.float32),
-        ("numerator", numerator, torch.complex64),
-        ("denominator", denominator, torch.float32),
-    ):
-        _require(tensor, dtype, name)
-    box = numerator.shape[0]
-    shape = (box, box, box // 2 + 1)
-    for name, grid in (("numerator", numerator), ("denominator", denominator)):
-        if tuple(grid.shape) != shape or not grid.is_contiguous() or grid.is_conj():
-            raise InputError(f"{name} has shape {tuple(grid.shape)}: give a contiguous grid of shape {shape}")
-    needed = (len(rotation), len(kx))
-    for name, given in (("values", values), ("power", power)):
-        if tuple(given.shape) != needed:
-            raise InputError(f"{name} has shape {tuple(given.shape)}: rotations and pixels need {needed}")
-    turned, x, y, inside = _geometry(rotation, kx, ky, scale, box)
-    in_threads(
-        _insert,
-        values.numel(),
-        _array(values),
-        _array(power),
-        turned,
-        x,
-        y,
-        inside,
-        box,
-        torch.view_as_real(numerator).numpy().ravel(),
-        denominator.numpy().ravel(),
-    )
+def _seen(volume: Tensor, views: Views) -> tuple[Any, ...]:
+    """Rotation, whether there are shifts, turns, CTF and pixels, as the kernels take them."""
+    rotation, shift_px, ctf, kx, ky, scale, box_size = views
+    turned, *pixels = geometry(rotation, kx, ky, scale, volume.shape[0])
+    moved = shift_px is not None
+    turns = np.zeros((len(rotation), 2), np.float32)
+    if shift_px is not None:
+        turns[:] = array(shift_px.float() * (-1 / (box_size * scale)))
+    contrast = np.ones((1, len(kx)), np.float32) if ctf is None else array(ctf.float())
+    return turned, moved, turns, contrast, tuple(pixels)
