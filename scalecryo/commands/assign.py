@@ -42,7 +42,7 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     if out is not None:
         target.create(config, resume=files.exists(target.path(PARTS)))  # a killed assignment goes on
     subset = choose(config.train, store) if same else None
-    identity = f"{data_hash(store, subset)[:32]}-{newest_step(trained)}"
+    identity = f"{data_hash(store, subset)}-{newest_step(trained)}"
     assign_particles(config, store, poser, target, World(), device, identity=identity, subset=subset, learned=learned)
     target.close()
     say(f"assigned {store.count} particles: {target.path('particles.star')}")

@@ -65,7 +65,7 @@ def assign_particles(
     halves = HalfMaps(store.box_size, device=device)
     pixels = fourier_pixels(store.box_size).to(device)
     collector = _Collector()
-    parts = PosedParts(run, f"{store.content_hash[:16]}-{identity}".replace(":", "-"), store.count)
+    parts = PosedParts(run, identity, store.count)
     if parts.rows_before:
         logger.info("assign: %d particles were posed before", parts.rows_before)
     for small, full in _both_levels(store, poser.level, world, device):

@@ -93,7 +93,7 @@ def _train_autoencoder(
     if config.train.assign:
         poser = ModelPoser(config, store, model)
         learned = model.volume.density()
-        identity = f"{chosen[:32]}-{config.train.steps}"
+        identity = f"{chosen}-{config.train.steps}"
         assign_particles(config, store, poser, run, world, device, identity=identity, subset=subset, learned=learned)
     if world.leads:
         run.close()

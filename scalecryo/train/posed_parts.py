@@ -4,6 +4,8 @@ Posing is the expensive part, so that is what is kept; the half-maps are summed 
 order. A file holds some thousand rows of one worker and is written whole, whoever reads it later.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -30,7 +32,8 @@ class PosedParts:
 
     def __init__(self, run: RunFolder, identity: str, count: int) -> None:
         self._run = run
-        self._folder = f"{FOLDER}/{identity}"
+        # Hashed: an identity may hold what no file name can, and cut short it would forget a subset.
+        self._folder = f"{FOLDER}/{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
         self._columns = RowColumns(count, _SHAPES)
         self._noted: list[dict[str, np.ndarray]] = []
         folder = run.path(self._folder)

@@ -53,6 +53,12 @@ class HalfReferences:
     radius: float
     moved: float = 1.0
 
+    @property
+    def shared_shell(self) -> float:
+        """Shell at which the halves' correlation falls to 0.5."""
+        shell, _ = resolution(self.curve, self.half_maps[0].shape[-1], 1.0, 0.5)
+        return shell
+
 
 def references(state: HalfReferences, level: int, pixels: FourierPixels) -> tuple[Reference, Reference]:
     """Both halves' maps, filtered by what they share, at another level.
@@ -233,6 +239,4 @@ class Rung:
 
 def next_radius(state: HalfReferences, plan: RungPlan) -> float:
     """Where the next rung polishes to: a little past the shell at which the halves' correlation falls to 0.5."""
-    box = state.half_maps[0].shape[-1]
-    shell, _ = resolution(state.curve, box, 1.0, 0.5)
-    return max(plan.radius, min(shell + 3.0, 1.6 * plan.radius, plan.reach))
+    return max(plan.radius, min(state.shared_shell + 3.0, 1.6 * plan.radius, plan.reach))

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from scalecryo.physics.fsc import resolution
 from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
 from scalecryo.train.guided.ladder import HalfReferences
 from scalecryo.train.run_folder import RunFolder
@@ -26,12 +25,6 @@ class Progress:
     rungs: int
     radius: float
     settled: int
-
-    @property
-    def shared_shell(self) -> float:
-        """Shell at which the halves' correlation falls to 0.5."""
-        shell, _ = resolution(self.state.curve, self.state.half_maps[0].shape[-1], 1.0, 0.5)
-        return shell
 
 
 def is_settled(before: HalfReferences, after: HalfReferences) -> bool:

@@ -84,7 +84,7 @@ def train_guided(
             monitor.close()
     if config.train.assign:
         poser = GuidedPoser(particles, progress.state, memory, teacher.encoder if teacher else None)
-        identity = f"{chosen[:32]}-{progress.rungs}"
+        identity = f"{chosen}-{progress.rungs}"
         with world.watch.part("assign"):
             assign_particles(config, store, poser, run, world, device, identity=identity, subset=particles.subset)
     logger.info("time on worker %d: %s", world.rank, world.watch.summary())
@@ -125,8 +125,7 @@ def _start(particles: Particles) -> Progress:
     imported = particles.config.guided.start == "poses"
     with particles.world.watch.part("start"):
         state = (from_poses if imported else from_nothing)(particles)
-    progress = Progress(state, 0, FIRST_RADIUS, 0)
-    return replace(progress, radius=max(FIRST_RADIUS, progress.shared_shell)) if imported else progress
+    return Progress(state, 0, max(FIRST_RADIUS, state.shared_shell) if imported else FIRST_RADIUS, 0)
 
 
 def _plan(particles: Particles, progress: Progress) -> RungPlan:

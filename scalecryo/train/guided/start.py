@@ -13,7 +13,7 @@ from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment
 from scalecryo.map.halfmaps import HalfMaps
 from scalecryo.physics.fft import fourier_pixels
-from scalecryo.physics.fsc import fsc, resolution
+from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.train.batches import chosen_weight, stream_columns
@@ -114,8 +114,7 @@ def _references(what: str, maps: Tensor, store: ParticleStore, level: int) -> Ha
     """The state of a ladder before its first rung."""
     mask = mask_from_map(maps.mean(0), store.level_pixel_size(level))
     curve = fsc(maps[0] * mask, maps[1] * mask).float()
-    shell, _ = resolution(curve, level, 1.0, 0.5)
-    logger.info(
-        "%s: the halves agree to shell %.1f, %.1f Å", what, shell, store.level_pixel_size(level) * level / shell
-    )
-    return HalfReferences((maps[0], maps[1]), curve, torch.ones(level // 2 + 1, device=maps.device), 12.0)
+    state = HalfReferences((maps[0], maps[1]), curve, torch.ones(level // 2 + 1, device=maps.device), 12.0)
+    angstrom = store.level_pixel_size(level) * level / state.shared_shell
+    logger.info("%s: the halves agree to shell %.1f, %.1f Å", what, state.shared_shell, angstrom)
+    return state
