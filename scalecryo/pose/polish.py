@@ -43,9 +43,23 @@ class Polished:
     """Of the poses given."""
 
 
+class PolishVolume:
+    """A transform that many batches are polished against: the compiled kernels' copies of it, by radius, are kept."""
+
+    def __init__(self, volume_rfft: Complex[Tensor, "d d h"]) -> None:
+        self.volume_rfft = volume_rfft
+        self._compact: dict[int, np.ndarray] = {}
+
+    def compact(self, half: int) -> np.ndarray:
+        """Frequencies up to `half` along each axis, as the compiled kernels want them."""
+        if half not in self._compact:
+            self._compact[half] = _compact(self.volume_rfft, half)
+        return self._compact[half]
+
+
 @torch.no_grad()
 def polish(
-    volume_rfft: Complex[Tensor, "d d h"],
+    volume: Complex[Tensor, "d d h"] | PolishVolume,
     observed: Complex[Tensor, "b p"],
     rotation: Float[Tensor, "b 3 3"],
     shift_px: Float[Tensor, "b 2"],
@@ -66,7 +80,7 @@ def polish(
     it, with a longer prefix of the pixels each time.
 
     Args:
-        volume_rfft: `rfft3_centred` of the gridding corrected map; box d = scale * pixels.box_size.
+        volume: `rfft3_centred` of the gridding corrected map; box d = scale * pixels.box_size.
         observed: transforms of the images at `pixels`.
         rotation: image frame to volume frame. A pass turns it on the right (in the image frame): R exp([w]x).
         shift_px: where the content sits, (x, y).
@@ -83,7 +97,7 @@ def polish(
     Raises:
         InputError: shapes that do not fit, rotations that are none, a backend that cannot take the data.
     """
-    data = _Data(volume_rfft, observed, ctf, pixel_weight, pixels, scale)
+    data = _Data(_as_volume(volume), observed, ctf, pixel_weight, pixels, scale)
     backend = data.check(rotation, shift_px, (len(observed),), backend)
     if passes < 0:
         raise InputError(f"passes is {passes}: give 0 (cost only) or more")
@@ -103,7 +117,7 @@ def polish(
 
 @torch.no_grad()
 def evaluate_poses(
-    volume_rfft: Complex[Tensor, "d d h"],
+    volume: Complex[Tensor, "d d h"] | PolishVolume,
     observed: Complex[Tensor, "b p"],
     rotation: Float[Tensor, "b k 3 3"],
     shift_px: Float[Tensor, "b k 2"],
@@ -118,7 +132,7 @@ def evaluate_poses(
 
     Arguments and errors as in `polish`.
     """
-    data = _Data(volume_rfft, observed, ctf, pixel_weight, pixels, scale)
+    data = _Data(_as_volume(volume), observed, ctf, pixel_weight, pixels, scale)
     count, candidates = len(observed), rotation.shape[1]
     backend = data.check(rotation, shift_px, (count, candidates), backend)
     if backend == "numba":
@@ -138,12 +152,16 @@ def evaluate_poses(
 class _Data:
     """What poses are judged by, as the caller gave it."""
 
-    volume_rfft: Complex[Tensor, "d d h"]
+    volume: PolishVolume
     observed: Complex[Tensor, "b p"]
     ctf: Float[Tensor, "b p"] | None
     pixel_weight: Float[Tensor, "p"]
     pixels: FourierPixels
     scale: float
+
+    @property
+    def volume_rfft(self) -> Complex[Tensor, "d d h"]:
+        return self.volume.volume_rfft
 
     def check(self, rotation: Tensor, shift_px: Tensor, poses: tuple[int, ...], backend: Backend | None) -> Backend:
         """Refuse what does not fit together; choose the backend."""
@@ -184,7 +202,7 @@ class _Data:
         images = self.observed.detach().resolve_conj().contiguous().numpy()
         contrast = np.ones((1, len(pixels)), np.float32) if self.ctf is None else _float32(self.ctf)
         geometry = np.float32(self.scale), np.float32(1 / pixels.box_size)
-        return (_compact(self.volume_rfft, half), half), table, images, contrast, inside, geometry
+        return (self.volume.compact(half), half), table, images, contrast, inside, geometry
 
     def tensors(self, backend: Backend) -> tuple[polish_torch.Problem, Float[Tensor, "b"]]:
         """The batched problem, and the cost of the pixels outside the transform."""
@@ -202,6 +220,10 @@ class _Data:
         )
         beyond = self.observed[:, inside:].abs().square().double() @ self.pixel_weight[inside:].double() / 2
         return problem, beyond
+
+
+def _as_volume(volume: Tensor | PolishVolume) -> PolishVolume:
+    return volume if isinstance(volume, PolishVolume) else PolishVolume(volume)
 
 
 _Found = tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, "b"], Float[Tensor, "b"]]

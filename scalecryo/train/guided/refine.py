@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -15,13 +16,14 @@ from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.modes import separated_modes
-from scalecryo.pose.polish import evaluate_poses, polish
+from scalecryo.pose.polish import PolishVolume, evaluate_poses, polish
 from scalecryo.pose.search import grid_posterior, templates, turned_grid, with_mates
 from scalecryo.train.observed import Observed
 
 SEPARATION_DEG = 25.0
 KEEP = 64
 HOPELESS, LEAST_MARGIN = 0.1, 20.0  # a share, and nats
+SAME = 15.0  # degrees times Fourier pixels: a quarter of the turn that moves the outermost pixel by one
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Reference:
     scale: float
     noise: NoiseSpectrum
     pixels: FourierPixels
+
+    @cached_property
+    def volume(self) -> PolishVolume:
+        """The transform as the polish takes it; what it prepares is kept for the next batch."""
+        return PolishVolume(self.transform)
 
 
 @dataclass(frozen=True)
@@ -96,12 +103,14 @@ def polish_candidates(
     steps: Sequence[tuple[float, int]],
     *,
     fit_shift: bool,
+    hopeless: float = HOPELESS,
 ) -> Refined:
     """Polish every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
 
-    On the way, those far behind their image's best are left: by more than `HOPELESS` of what the best gains over an
-    empty image, since one that starts at a grid's point has still some way to go. Two candidates that end within a
-    degree of each other are one: only separate ones share the probability.
+    On the way, those far behind their image's best are left: by more than `hopeless` of what the best gains over an
+    empty image, since one that starts at a grid's point has still some way to go. So are those that have arrived
+    where the best is. Two candidates that end within a degree of each other are one: only separate ones share the
+    probability.
     """
     count, each = candidates.rotation.shape[:2]
     image = torch.arange(count, device=own.images.device).repeat_interleave(each)
@@ -111,22 +120,30 @@ def polish_candidates(
         part = own.prefix(len(near))
         part = part if len(image) == count else part.select(image)  # one each: in the images' own order
         found = polish(
-            reference.transform, part.images, rotation, shift, part.ctf, reference.noise.pixel_weight(near), near,
+            reference.volume, part.images, rotation, shift, part.ctf, reference.noise.pixel_weight(near), near,
             reference.scale, passes=passes, fit_shift=fit_shift,
         )  # fmt: skip
         rotation, shift, cost = found.rotation, found.shift_px, found.cost
         lead = cost.new_full((count,), torch.inf).scatter_reduce_(0, image, cost, "amin")
         if each > 1 and number < len(steps) - 1:
             gain = empty_cost(own.images[:, : len(near)], reference.noise.pixel_weight(near)) - lead
-            margin = LEAST_MARGIN + HOPELESS * gain.clamp_min(0)
-            hopeful = (cost <= (lead + margin)[image]).nonzero()[:, 0]  # host sync
+            margin = LEAST_MARGIN + hopeless * gain.clamp_min(0)
+            best = _leaders(cost, lead, image)
+            apart = geodesic_angle(rotation, rotation[best[image]]) > SAME / radius
+            apart[best] = True
+            hopeful = ((cost <= (lead + margin)[image]) & apart).nonzero()[:, 0]  # host sync
             image, rotation, shift = image[hopeful], rotation[hopeful], shift[hopeful]
-    leads = (cost == lead[image]).nonzero()[:, 0]  # host sync; equals are the same pose twice: any of them
-    best = torch.zeros(count, dtype=torch.long, device=image.device).scatter_(0, image[leads], leads)
+    best = _leaders(cost, lead, image)
     apart = geodesic_angle(rotation, rotation[best[image]]) > 1.0
     rivals = torch.where(apart, (lead[image] - cost).exp(), torch.zeros_like(cost))
     others = torch.zeros_like(lead).scatter_add_(0, image, rivals)
     return Refined(rotation[best], shift[best], (1 / (1 + others)).float(), lead.float())
+
+
+def _leaders(cost: Tensor, lead: Tensor, image: Tensor) -> Tensor:
+    """Which candidate leads each image; of equals, which are the same pose twice, any."""
+    leads = (cost == lead[image]).nonzero()[:, 0]  # host sync
+    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_(0, image[leads], leads)
 
 
 def scatter(first: PoseCandidates, at_first: Tensor, second: PoseCandidates, at_second: Tensor) -> PoseCandidates:
@@ -168,7 +185,7 @@ def presence(
     near = reference.pixels.prefix(radius)
     part, weight = own.prefix(len(near)), reference.noise.pixel_weight(near)
     cost = evaluate_poses(
-        reference.transform, part.images, found.rotation[:, None], found.shift_px[:, None], part.ctf, weight, near,
+        reference.volume, part.images, found.rotation[:, None], found.shift_px[:, None], part.ctf, weight, near,
         reference.scale,
     )[:, 0]  # fmt: skip
     empty = empty_cost(part.images, weight)
