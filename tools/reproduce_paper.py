@@ -1,6 +1,6 @@
 """Datasets A to G of Nashed et al. 2021, by the guided method and by the paper's own recipes.
 
-    python tools/reproduce_paper.py OUT_DIR [--only D G] [--recipe guided s2s2 …] [--seeds 1] [--steps 3000]
+    python tools/reproduce_paper.py OUT_DIR [--only D G] [--recipe guided s2s2 …] [--seeds 1] [--steps 3000] [--box 0]
 
 For each dataset and recipe: simulate (once), convert, train, evaluate. Prints one table and writes it beside the
 paper's Figures 2 (loss and pose error over time), 3 (FSC to the truth) and 4 (slices) as PNG. `known` reconstructs
@@ -47,7 +47,7 @@ RECIPES: dict[str, dict[str, str]] = {
 }
 
 
-def run_one(dataset: str, recipe: str, seed: int, steps: int, out: Path) -> dict[str, object]:
+def run_one(dataset: str, recipe: str, seed: int, steps: int, box: int, out: Path) -> dict[str, object]:
     """Convert, train and evaluate, unless that was done before; one row of the table."""
     data = out / dataset / "particles"
     if not (data / "particles.star").exists():  # the last file of a simulation
@@ -66,7 +66,7 @@ def run_one(dataset: str, recipe: str, seed: int, steps: int, out: Path) -> dict
     if recipe == "known":  # the map comes from the true poses; the learnt volume is not looked at
         settings |= {"train.steps": "1", "train.box": "32"}
     elif recipe != "guided":
-        settings |= {"monitor.truth": str(data)}
+        settings |= {"monitor.truth": str(data), "train.box": str(box)}
     train.run(None, data=store, out=str(folder), workers="0", device="cpu", resume=False, overrides=settings)
     seconds = time.monotonic() - start
     with contextlib.redirect_stdout(io.StringIO()):
@@ -157,12 +157,13 @@ def main() -> None:
     parser.add_argument("--recipe", nargs="+", choices=sorted(RECIPES), default=["known", "guided"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3000, help="of the gradient recipes; the paper ran 10,000")
+    parser.add_argument("--box", type=int, default=0, help="level that the gradient recipes train on; 0: the full box")
     arguments = parser.parse_args()
     rows = []
     for dataset in arguments.only:
         for recipe in arguments.recipe:
             for seed in range(arguments.seeds if recipe != "known" else 1):
-                rows.append(run_one(dataset, recipe, seed, arguments.steps, arguments.out_dir))
+                rows.append(run_one(dataset, recipe, seed, arguments.steps, arguments.box, arguments.out_dir))
                 (arguments.out_dir / "table.md").write_text(table(rows) + "\n")
                 print(table(rows), flush=True)
     figures(rows, arguments.out_dir)
