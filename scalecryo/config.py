@@ -18,6 +18,7 @@ from scalecryo.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 PoseSourceName = Literal["guided", "encoder", "known", "table"]
 Parameterisation = Literal["s2s2", "quaternion", "euler"]
+VolumeTraffic = Literal["float32", "bfloat16"]
 KernelName = Literal["auto", "reference", "cpu", "cuda"]
 
 
@@ -39,8 +40,12 @@ class RunConfig:
     out: str = option("", "folder of the run, any fsspec URL")
     workers: str = option("0", "0: this process, no Ray; N or MIN:MAX: Ray Train workers")
     device: Device = option("cpu", "cpu or cuda")
+    max_failures: int = option(3, "lost workers or nodes in a row, without a new checkpoint, before a run gives up")
+    wait_minutes: float = option(0.0, "how long to wait for missing nodes at the start; 0: refuse at once")
 
     def __post_init__(self) -> None:
+        _require(self.max_failures >= 0, "run.max_failures", self.max_failures, "must be 0 or more")
+        _require(self.wait_minutes >= 0, "run.wait_minutes", self.wait_minutes, "must be 0 or more")
         low, high = self.worker_range
         _require(0 <= low <= high and (low > 0 or high == 0), "run.workers", self.workers,
                  "use 0, N >= 1, or MIN:MAX with 1 <= MIN <= MAX")  # fmt: skip
@@ -176,6 +181,7 @@ class OptimConfig:
     volume_rate: float = option(0.1, "learning rate of the voxels, as a share of their starting scale")
     table_rate: float = option(1e-2, "learning rate of the pose table")
     clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip")
+    volume_traffic: VolumeTraffic = option("float32", "what the volume's gradient travels in: float32 or bfloat16")
 
     def __post_init__(self) -> None:
         for key in ("encoder_rate", "volume_rate", "table_rate"):
