@@ -62,6 +62,7 @@ class Run:
         from scalecryo.model.autoencoder import build_autoencoder
         from scalecryo.train.batches import order_of, stream_of
         from scalecryo.train.loop import build_optimiser
+        from scalecryo.train.replica import Replica
         from scalecryo.train.world import World
 
         torch.set_num_threads(1)
@@ -69,6 +70,7 @@ class Run:
         self.config = load_config(None, settings)
         self.store = ParticleStore.open(url)
         self.model = build_autoencoder(self.config, LEVEL, self.store.level_pixel_size(LEVEL), self.store.count)
+        self.replica = Replica(self.model, World(), torch.float32)
         self.optimiser = build_optimiser(self.config, self.model)
         order = order_of(self.config, self.store, LEVEL, BATCH)
         self.stream = stream_of(self.config, self.store, LEVEL, order, World(), 0, torch.device("cpu"))
@@ -82,7 +84,7 @@ class Run:
         begun = time.perf_counter()
         batch = next(self.stream)
         inputs = particle_inputs(batch, self.store, LEVEL)
-        train_step(self.model, self.optimiser, batch, inputs, World(), self.config)
+        train_step(self.replica, self.optimiser, batch, inputs, World(), self.config)
         return time.perf_counter() - begun
 
 

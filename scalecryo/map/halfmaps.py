@@ -1,5 +1,6 @@
 """Two half-maps from one stream, their FSC and the map that they support together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +54,17 @@ class HalfMaps:
             if len(own):
                 accumulator.add(images.select(own), rotation[own], shift_px[own], weight[own], pixels)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All sums, to be reduced over workers."""
-        return tuple(tensor for half in self.halves for tensor in half.tensors())
+    def reduce(self, sum_: Callable[..., None], radius: float) -> None:
+        """Add what several workers inserted. Collective.
+
+        Args:
+            sum_: adds tensors over the workers, in place.
+            radius: Fourier pixels up to which images were inserted.
+        """
+        for half in self.halves:
+            parts = half.within(radius)
+            sum_(*parts)
+            half.put_within(radius, *parts)
 
     def solve(self, pixel_size: float) -> HalfMapResult:
         """Solve both halves, compare them and combine them.

@@ -1,7 +1,7 @@
 """From images and poses to a map: weighted insertion of slices and its Wiener-like solution."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.physics.fft import FourierPixels, irfft3_centred
@@ -62,8 +62,29 @@ class MapAccumulator:
         self.denominator *= keep
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The two sums, to be reduced over workers."""
+        """The two sums."""
         return self.numerator, self.denominator
+
+    def within(self, radius: float) -> tuple[Tensor, Tensor]:
+        """Both sums where images reach that were inserted up to a radius (Fourier pixels): all that is not zero.
+
+        A tenth of the grid at half the Nyquist radius: this is what crosses the network between workers.
+        """
+        where = self._reached(radius)
+        return self.numerator.view(-1).index_select(0, where), self.denominator.view(-1).index_select(0, where)
+
+    def put_within(self, radius: float, numerator: Tensor, denominator: Tensor) -> None:
+        """Put back what `within` took out."""
+        where = self._reached(radius)
+        self.numerator.view(-1).index_copy_(0, where, numerator)
+        self.denominator.view(-1).index_copy_(0, where, denominator)
+
+    def _reached(self, radius: float) -> Int[Tensor, " k"]:
+        """Flat positions of the grid within the radius and the neighbours that a sample is shared among."""
+        line = torch.fft.fftfreq(self.padded_box, 1 / self.padded_box, device=self.denominator.device).square()
+        half = line[: self.padded_box // 2 + 1]
+        squared = line[:, None, None] + line[:, None] + half
+        return (squared.view(-1) <= (radius * self.scale + 2) ** 2).nonzero()[:, 0]  # host sync: once per reduction
 
     def solve(self, regularisation: float = 1e-3) -> Float[Tensor, "n n n"]:
         """The map: numerator over denominator plus a share of the shell's mean weight, gridding-corrected, in a sphere.

@@ -83,7 +83,8 @@ def assign_particles(
         halves.add(images, posed.rotation, posed.shift / store.pixel_size, weight, half, pixels)
         collector.add(full.rows, posed, half)
     parts.flush()
-    world.sum_(*halves.tensors())
+    if world.size > 1:
+        halves.reduce(world.sum_, pixels.radius_limit)
     assignment = collector.gather(world)
     if assignment is not None:
         write_results(config, store, run, assignment, halves.solve(store.pixel_size), learned)

@@ -1,10 +1,11 @@
 """Checkpoints: model, optimiser and position in the sample order, written whole, checked when read."""
 
 import io
+import json
 import logging
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,33 +19,47 @@ _NAME = re.compile(r"step_(\d{10})\.pt$")
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(run: RunFolder, step: int, state: Mapping[str, Any], keep: int) -> None:
-    """Write `checkpoints/step_<step>.pt` and remove all but the newest `keep`.
+def save_checkpoint(run: RunFolder, step: int, state: Mapping[str, Any], keep: int, *, score: float) -> None:
+    """Write `checkpoints/step_<step>.pt`; remove all others but the newest `keep` and the best.
 
     Args:
         step: number of finished steps.
         state: tensors, numbers, strings and containers of them.
+        score: how good it is, larger for better; `checkpoints/best.json` names the best so far.
     """
-    buffer = io.BytesIO()
-    torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, buffer)
-    files.make_folder(run.path("checkpoints"))
-    run.write(f"checkpoints/step_{step:010d}.pt", buffer.getvalue())
-    for _, name in _list(run)[:-keep]:
-        files.remove_tree(run.path("checkpoints", name))
+    save_state(run, f"step_{step:010d}.pt", {"step": step, **state})
+    best = best_checkpoint(run)
+    if best is None or best[0] >= step or score > best[1]:  # a later one is of a run that was taken up before it
+        best = step, score
+        run.write("checkpoints/best.json", json.dumps({"step": step, "score": score}).encode())
+    for number, name in _list(run)[:-keep]:
+        if number != best[0]:
+            files.remove_tree(run.path("checkpoints", name))
 
 
-def load_checkpoint(run: RunFolder, *, store_hash: str | None) -> dict[str, Any] | None:
+def best_checkpoint(run: RunFolder) -> tuple[int, float] | None:
+    """Step and score of the best checkpoint; None where there is none yet."""
+    path = run.path("checkpoints", "best.json")
+    if not files.exists(path):
+        return None
+    found = json.loads(files.read_text(path))
+    return int(found["step"]), float(found["score"])
+
+
+def load_checkpoint(run: RunFolder, *, store_hash: str | None, wanted: Collection[str] = ()) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
     Args:
         store_hash: hash of the particle store, which must be the one trained on; None: any store.
+        wanted: what it must hold beside the step and the hash.
 
     Raises:
-        CheckpointError: none of the checkpoints can be read, or the run was trained on another store.
+        CheckpointError: none of the checkpoints can be read, or the run was trained on another store or by another
+            recipe or version.
     """
     names = _list(run)
     for step, name in reversed(names):
-        state = _read(run.path("checkpoints", name))
+        state = load_state(run, name)
         if state is None:
             logger.warning("checkpoint of step %d is damaged: falling back to the one before", step)
             continue
@@ -53,10 +68,24 @@ def load_checkpoint(run: RunFolder, *, store_hash: str | None) -> dict[str, Any]
                 f"{run.url}: its checkpoint was trained on another store (hash {state['store_hash']}, this one "
                 f"{store_hash}): name the store of the run with --data, or start a new run"
             )
+        missing = sorted(set(wanted) - state.keys())
+        if missing:
+            raise CheckpointError(
+                f"{run.url}: checkpoint {step} holds no {', '.join(missing)}: another recipe (pose.source) or version "
+                "of scalecryo wrote it: use that one, or start the run anew"
+            )
         return state
     if names:
         raise CheckpointError(f"{run.url}: none of its {len(names)} checkpoints can be read: start the run anew")
     return None
+
+
+def save_state(run: RunFolder, name: str, state: Mapping[str, Any]) -> None:
+    """Write a file of tensors into `checkpoints`, whole."""
+    buffer = io.BytesIO()
+    torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
+    files.make_folder(run.path("checkpoints"))
+    run.write(f"checkpoints/{name}", buffer.getvalue())
 
 
 def newest_step(run: RunFolder) -> int:
@@ -70,8 +99,13 @@ def _list(run: RunFolder) -> list[tuple[int, str]]:
     return sorted((int(match[1]), name) for name in names if (match := _NAME.search(name)))
 
 
-def _read(url: str) -> dict[str, Any] | None:
-    """A checkpoint's contents, or None where the file is damaged."""
+def load_state(run: RunFolder, name: str) -> dict[str, Any] | None:
+    """The contents of a file in `checkpoints`, or None where it is damaged.
+
+    Raises:
+        CheckpointError: another format.
+    """
+    url = run.path("checkpoints", name)
     data = files.read_bytes(url)
     try:
         # torch.load does not look at the archive's checksums.

@@ -1,11 +1,10 @@
 """The training loop: the same for one process and for many, with or without Ray."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
@@ -20,6 +19,7 @@ from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
 from scalecryo.train.guided.run import train_guided
 from scalecryo.train.model_poser import ModelPoser
 from scalecryo.train.monitor import Monitor
+from scalecryo.train.replica import Replica
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
@@ -45,10 +45,15 @@ def train(
     """
     store = ParticleStore.open(config.run.data)
     _check_particles(config, store)
-    if config.pose.source == "guided":
-        train_guided(config, store, world, device, at_checkpoint)
-    else:
-        _train_autoencoder(config, store, world, device, at_checkpoint)
+    recipe = train_guided if config.pose.source == "guided" else _train_autoencoder
+    try:
+        recipe(config, store, world, device, at_checkpoint)
+    except torch.OutOfMemoryError as error:
+        lower = "guided.rung_batch or train.box" if config.pose.source == "guided" else "train.batch_size or train.box"
+        raise TrainingError(
+            f"out of memory on {device} at box {training_level(store, config.train.box)}: lower {lower}, or use more "
+            f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _train_autoencoder(
@@ -64,14 +69,15 @@ def _train_autoencoder(
     chosen = data_hash(store, subset)
     start = _restore(run, chosen, model, optimiser)
     order = order_of(config, store, level, config.train.batch_size, subset)
-    replica: nn.Module = DistributedDataParallel(model, forward_sync_buffers=False) if world.size > 1 else model
-
+    replica = Replica(model, world, getattr(torch, config.optim.volume_traffic))
+    losses = torch.zeros((), device=device)  # since the last checkpoint
     stream = stream_of(config, store, level, order, world, start, device)
-    monitor = Monitor(config, store, run, model, start_step=start, world_size=world.size) if world.leads else None
+    monitor = Monitor(config, store, run, model, start_step=start, world=world) if world.leads else None
     try:
         for step in range(start + 1, config.train.steps + 1):
             batch = next(stream)
             loss, output = train_step(replica, optimiser, batch, particle_inputs(batch, store, level), world, config)
+            losses += loss
             if monitor is not None:
                 monitor.after_step(step, loss, batch, output, stream.metrics)
             if step % config.train.checkpoint_every == 0 or step == config.train.steps:
@@ -83,8 +89,10 @@ def _train_autoencoder(
                 if world.leads:
                     state = {"store_hash": chosen, "model": model.state_dict(),
                              "optimiser": optimiser.state_dict()}  # fmt: skip
-                    save_checkpoint(run, step, state, config.train.keep_checkpoints)
+                    mean = float(losses) / ((step - 1) % config.train.checkpoint_every + 1)
+                    save_checkpoint(run, step, state, config.train.keep_checkpoints, score=-mean)
                     run.sync()
+                losses.zero_()
                 at_checkpoint(step)
     finally:
         stream.close()
@@ -100,7 +108,7 @@ def _train_autoencoder(
 
 
 def train_step(
-    replica: nn.Module,
+    replica: Replica,
     optimiser: torch.optim.Optimizer,
     batch: Batch,
     inputs: ParticleInputs,
@@ -109,15 +117,16 @@ def train_step(
 ) -> tuple[Tensor, AutoEncoderOutput]:
     """One optimiser step; returns the global batch's mean loss and this worker's output.
 
-    The global loss is Σ weight·loss / Σ weight over all workers. DDP averages gradients over workers, so each
+    The global loss is Σ weight·loss / Σ weight over all workers. Gradients are averaged over workers, so each
     worker's share is scaled by their number: any split of the batch gives the same step.
     """
-    output = cast(AutoEncoderOutput, replica(inputs))
+    output = replica(inputs)
     total = torch.stack([(batch.weight * output.loss.detach()).sum(), batch.weight.sum()])
     world.sum_(total)
     share = (batch.weight * output.loss).sum() * (world.size / total[1])
     optimiser.zero_grad(set_to_none=True)
     share.backward()
+    replica.finish()
     if config.optim.clip_norm > 0:
         encoder = [p for g in optimiser.param_groups if g["name"] == "encoder" for p in g["params"]]
         nn.utils.clip_grad_norm_(encoder, config.optim.clip_norm)
@@ -150,7 +159,7 @@ def _check_particles(config: Config, store: ParticleStore) -> None:
 
 def _restore(run: RunFolder, data_hash: str, model: AutoEncoder, optimiser: torch.optim.Optimizer) -> int:
     """Load the newest checkpoint into model and optimiser; returns the number of finished steps."""
-    state = load_checkpoint(run, store_hash=data_hash)
+    state = load_checkpoint(run, store_hash=data_hash, wanted=("model", "optimiser"))
     if state is None:
         return 0
     _load_model(run, model, state)
@@ -168,7 +177,7 @@ def load_trained(config: Config, store: ParticleStore, run: RunFolder, *, same_s
     rows = min(config.train.rows or store.count, store.count)
     model = build_autoencoder(config, level, store.level_pixel_size(level), rows)
     chosen = data_hash(store, choose(config.train, store)) if same_store else None
-    state = load_checkpoint(run, store_hash=chosen)
+    state = load_checkpoint(run, store_hash=chosen, wanted=("model",))
     if state is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
     _load_model(run, model, state)

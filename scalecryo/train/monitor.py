@@ -17,6 +17,7 @@ from scalecryo.train.recorder import Recorder
 from scalecryo.train.resources import memory_mib
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.truth import Truth
+from scalecryo.train.world import World
 
 logger = logging.getLogger(__name__)
 RECENT_POSES = 1024
@@ -34,11 +35,11 @@ class Monitor:
         model: AutoEncoder,
         *,
         start_step: int,
-        world_size: int,
+        world: World,
     ) -> None:
         self.config = config
         self.model = model
-        self._world_size = world_size
+        self._world = world
         self._recorder = Recorder(config, run, start_step=start_step)
         box_size = model.volume.box_size
         self._truth = Truth.load(config.monitor.truth, store, box_size) if config.monitor.truth else None
@@ -46,6 +47,7 @@ class Monitor:
         self._mark = (start_step, time.monotonic(), 0.0)
         self._started = time.monotonic()
         self._start_step = start_step
+        self._reduced = (0.0, 0)
 
     def after_step(
         self, step: int, loss: Tensor, batch: Batch, output: AutoEncoderOutput, stream: StreamMetrics
@@ -78,7 +80,8 @@ class Monitor:
             "pose_spread": float(pose_spread(output.rotation.detach())),
             "gradient_norm/volume": _gradient_norm(self.model.volume),
             "gradient_norm/poses": _gradient_norm(self.model.pose_source),
-            "world_size": self._world_size,
+            "world_size": self._world.size,
+            **self._reductions(step - before),
             **memory_mib(output.rotation.device),
         }
         self._recorder.scalars(step, values)
@@ -87,6 +90,18 @@ class Monitor:
             "step %d of %d  loss %.4f  %.0f images/s  %.0f s left",
             step, self.config.train.steps, values["loss"], values["images_per_second"], left,
         )  # fmt: skip
+
+    def _reductions(self, steps: int) -> dict[str, float]:
+        """Seconds that this worker waited for the others' gradients, and what it sent, a step."""
+        if self._world.size == 1:
+            return {}
+        watch = self._world.watch
+        seconds, sent = watch.seconds.get("reduce", 0.0), watch.reduced_bytes
+        before, self._reduced = self._reduced, (seconds, sent)
+        return {
+            "reduce/seconds_a_step": (seconds - before[0]) / max(steps, 1),
+            "reduce/mib_a_step": (sent - before[1]) / 2**20 / max(steps, 1),
+        }
 
     @torch.no_grad()
     def _pictures(self, step: int, output: AutoEncoderOutput) -> None:

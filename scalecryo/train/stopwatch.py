@@ -6,10 +6,16 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Wall-clock seconds by part of the work, on this worker. On a GPU, kernels still in flight count where awaited."""
+    """Wall-clock seconds by part of the work, on this worker. On a GPU, kernels still in flight count where awaited.
+
+    Attributes:
+        seconds: by part.
+        reduced_bytes: that this worker gave to reductions over the workers.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.reduced_bytes = 0
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from scalecryo.train.stopwatch import Stopwatch
 
+TOGETHER_BYTES = 2**22  # smaller tensors are copied into one: a reduction costs a round trip each
+
 
 @dataclass(frozen=True)
 class World:
@@ -25,13 +27,24 @@ class World:
         return self.rank == 0
 
     def sum_(self, *tensors: Tensor) -> None:
-        """Add each tensor over all workers, in place. Collective."""
+        """Add each tensor over all workers, in place. Collective; small ones travel together."""
         if self.size == 1:
             return
         with self.watch.part("reduce"):
+            small: dict[torch.dtype, list[Tensor]] = {}
             for tensor in tensors:
                 # gloo has no complex reduction: reduce the real view of the same memory.
-                dist.all_reduce(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+                real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                self.watch.reduced_bytes += real.nbytes
+                if real.nbytes < TOGETHER_BYTES:
+                    small.setdefault(real.dtype, []).append(real)
+                else:
+                    dist.all_reduce(real)
+            for group in small.values():
+                flat = torch.cat([tensor.reshape(-1) for tensor in group])
+                dist.all_reduce(flat)
+                for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every worker's tensor, on worker 0 (an empty list elsewhere); first sizes may differ. Collective."""

@@ -22,7 +22,9 @@ from scalecryo.data.formats.star import read_poses
 from scalecryo.data.streaming.stream import Batch
 from scalecryo.errors import TrainingError
 from scalecryo.train import loop, posed_parts
+from scalecryo.train.checkpoint import load_checkpoint
 from scalecryo.train.guided.poser import GuidedPoser
+from scalecryo.train.guided.progress import SavedBootstrap
 from scalecryo.train.posed import Posed
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
@@ -129,6 +131,33 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         [(row["step"], row["halves/fsc_mean"], row.get("encoder_loss")) for row in rows] for rows in curves
     )
     assert first == second
+
+
+def test_a_bootstrap_that_was_killed_goes_on(
+    particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at step 45 of 60, it is taken up at its last save, step 40, and ends in the same maps bit for bit."""
+    options = {"guided__rungs": "1", "guided__lessons": "0", "train__assign": "false"}
+    start(particles[1], tmp_path / "whole", **options)
+    seen: list[int] = []
+    save = SavedBootstrap.after_step
+
+    def noted(self: SavedBootstrap, deadly: int = 45) -> None:
+        save(self)
+        seen.append(self._growing.step)
+        if seen == list(range(1, deadly + 1)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SavedBootstrap, "after_step", noted)
+    with pytest.raises(KeyboardInterrupt):
+        start(particles[1], tmp_path / "cut", **options)
+    start(particles[1], tmp_path / "cut", resume=True, **options)
+    assert seen == [*range(1, 46), *range(41, 61)]
+    first, second = (load_checkpoint(RunFolder(str(tmp_path / name)), store_hash=None) for name in ("whole", "cut"))
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first["half_maps"], second["half_maps"])
+    assert not (tmp_path / "cut" / "checkpoints" / "bootstrap.pt").exists()  # of no use any more
 
 
 def test_assign_of_a_guided_run(finished: Path, particles: tuple[Path, str], tmp_path: Path) -> None:

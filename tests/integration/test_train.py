@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import socket
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from scalecryo.data.streaming.subset import choose
 from scalecryo.errors import CheckpointError, ConfigError, OutputExistsError, ScalecryoError, StoreError, TrainingError
 from scalecryo.train import loop
 from scalecryo.train.batches import order_of
+from scalecryo.train.checkpoint import best_checkpoint, save_checkpoint
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 from tests.conftest import SimulatedParticles
@@ -175,6 +177,35 @@ def config_of(simulated: SimulatedParticles, out: Path, workers: int) -> Config:
     return dataclasses.replace(config, run=run)
 
 
+def test_the_best_checkpoint_is_kept(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.4), (5, 0.6)):
+        save_checkpoint(run, step, {"store_hash": "x"}, 2, score=score)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == [
+        f"step_{step:010d}.pt" for step in (2, 4, 5)
+    ]
+    assert best_checkpoint(run) == (2, 0.9)
+    save_checkpoint(run, 2, {"store_hash": "x"}, 2, score=0.2)  # of a run taken up at step 1: what was is gone
+    assert best_checkpoint(run) == (2, 0.2)
+
+
+def test_checkpoint_of_another_recipe_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    start(simulated.store, tmp_path / "run", train__assign="false")
+    with pytest.raises(CheckpointError, match="holds no half_maps, next_radius, settled, teacher: another recipe"):
+        start(simulated.store, tmp_path / "run", resume=True, pose__source="guided")
+
+
+def test_out_of_memory_names_the_settings_to_lower(
+    simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    with pytest.raises(TrainingError, match=r"box 32: lower train.batch_size .* \(CUDA out of memory"):
+        start(simulated.store, tmp_path / "run")
+
+
 def gloo_worker(rank: int, size: int, port: int, config: Config) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
@@ -184,20 +215,41 @@ def gloo_worker(rank: int, size: int, port: int, config: Config) -> None:
         dist.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def test_two_workers_of_half_a_batch_equal_one(simulated: SimulatedParticles, tmp_path: Path) -> None:
     # Gradients are sums over particles, so only the order of additions differs: single precision, five steps.
     one, two = tmp_path / "one", tmp_path / "two"
     for out, workers in ((one, 1), (two, 2)):
         RunFolder(str(out)).create(config_of(simulated, out, workers), resume=False)
     loop.train(config_of(simulated, one, 1), World(), torch.device("cpu"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(gloo_worker, args=(2, port, config_of(simulated, two, 2)), nprocs=2)
+    mp.spawn(gloo_worker, args=(2, free_port(), config_of(simulated, two, 2)), nprocs=2)
     assert losses(two) == pytest.approx(losses(one), rel=2e-5)
     # The learnt volume: in the reconstruction a particle whose two heads tie may fall either way.
     maps = [read_map(str(out / "volume.mrc"))[0] for out in (one, two)]
     assert np.corrcoef(maps[0].ravel(), maps[1].ravel())[0, 1] > 0.9999
+
+
+def test_the_volume_may_travel_in_bfloat16(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    """A quarter of the bytes of the whole float32 cube, and the losses of five steps within bfloat16's 2⁻⁸."""
+    for name, traffic in (("single", "float32"), ("brief", "bfloat16")):
+        config = config_of(simulated, tmp_path / name, 2)
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, volume_traffic=traffic))
+        RunFolder(config.run.out).create(config, resume=False)
+        mp.spawn(gloo_worker, args=(2, free_port(), config), nprocs=2)
+    assert losses(tmp_path / "brief") == pytest.approx(losses(tmp_path / "single"), rel=2**-8)
+    assert losses(tmp_path / "brief") != losses(tmp_path / "single")
+    mib = []
+    for name in ("single", "brief"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        mib.append(rows[-1]["reduce/mib_a_step"])
+    saved = 2**20 * (mib[0] - mib[1])
+    # A sphere is π/6 of its cube; its soft edge ends at the box's: 2 bytes saved a voxel inside.
+    assert saved == pytest.approx(2 * 32**3 * math.pi / 6, rel=0.05)
 
 
 @pytest.mark.ray

@@ -8,7 +8,7 @@ independent half-maps; held-out likelihood picks the best.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +44,6 @@ class Seedling:
     seed: int
     half: int
     accumulator: MapAccumulator
-    generator: torch.Generator
     evidence: list[float] = field(default_factory=list)
 
     def transform(self) -> Tensor:
@@ -77,76 +76,136 @@ def reference_transform(volume: Float[Tensor, "n n n"], padding: float) -> Tenso
     return rfft3_centred(volume * window * correction, int(box_size * padding))
 
 
-def bootstrap(
-    batches: Iterator[Observed],
-    pixels: FourierPixels,
-    shift_grid_px: Float[Tensor, "t 2"],
-    world: World,
-    *,
-    seeds: int,
-    steps: int,
-    seed: int,
-) -> FirstMaps:
-    """Grow `seeds` pairs of half-maps from random poses and return the best of each half.
+class Bootstrap:
+    """Grows `seeds` pairs of half-maps from random poses. Between two steps it can be saved, and taken up again."""
 
-    Args:
-        batches: endless, this worker's share of each global batch.
-        pixels: that the batches are packed by.
-        shift_grid_px: hypotheses for the shift, px of this level.
-        world: the workers among whom a batch is split.
-        seeds: independent starts.
-        steps: batches to learn from; a fifth as many more are read to judge.
-        seed: of the first start.
-    """
-    device = pixels.kx.device
-    box = pixels.box_size
-    seedlings = [
-        Seedling(
-            seed + number, half, MapAccumulator(box, PADDING, device), torch.Generator().manual_seed(seed + number)
-        )
-        for number in range(seeds)
-        for half in (1, 2)
-    ]
-    noise = NoiseSpectrum(int(pixels.shell.max()) + 1, device)
-    grid = so3_grid(HALF_GRID).to(device)
-    for step in range(steps):
-        radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(1.0, step / (MARCH_SHARE * steps))
-        near = pixels.prefix(radius)
-        batch = _learning(next(batches))
-        if step == 0:
-            noise.add(batch.images, None, pixels)
-            world.sum_(*noise.tensors())
+    def __init__(
+        self,
+        pixels: FourierPixels,
+        shift_grid_px: Float[Tensor, "t 2"],
+        world: World,
+        *,
+        seeds: int,
+        steps: int,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            pixels: that the batches are packed by.
+            shift_grid_px: hypotheses for the shift, px of this level.
+            world: the workers among whom a batch is split.
+            seeds: independent starts.
+            steps: batches to learn from; a fifth as many more are read to judge.
+            seed: of the first start.
+        """
+        device = pixels.kx.device
+        self.step = 0
+        self._pixels, self._shifts, self._world, self._steps = pixels, shift_grid_px, world, steps
+        self._grid = so3_grid(HALF_GRID).to(device)
+        self._noise = NoiseSpectrum(int(pixels.shell.max()) + 1, device)
+        self._seedlings = [
+            Seedling(seed + number, half, MapAccumulator(pixels.box_size, PADDING, device))
+            for number in range(seeds)
+            for half in (1, 2)
+        ]
+
+    def tensors(self) -> list[Tensor]:
+        """What the steps so far have come to; the same on every worker."""
+        return [*self._noise.tensors(), *(t for s in self._seedlings for t in s.accumulator.tensors())]
+
+    def load(self, step: int, tensors: list[Tensor]) -> None:
+        """Go on after so many steps."""
+        self.step = step
+        for own, saved in zip(self.tensors(), tensors, strict=True):
+            own.copy_(saved)
+
+    def run(self, batches: Iterator[Observed], after_step: Callable[[], None] = lambda: None) -> FirstMaps:
+        """The remaining steps; the best map of each half. Collective.
+
+        Args:
+            batches: endless, this worker's share of each global batch, from step `step` on.
+            after_step: called after each step.
+        """
+        while self.step < self._steps:
+            self._learn(_learning(next(batches)))
+            self.step += 1
+            after_step()
+        near = self._pixels.prefix(LAST_RADIUS)
+        for number in range(max(1, self._steps // 5)):
+            self._judge(next(batches), near, self._steps + number)
+        return _choose(self._seedlings, self._world)
+
+    def _learn(self, batch: Observed) -> None:
+        """One step of every seedling, and of the noise that they share; one reduction over the workers."""
+        noise = self._noise
+        radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(1.0, self.step / (MARCH_SHARE * self._steps))
+        near = self._pixels.prefix(radius)
+        if self.step == 0:
+            noise.add(batch.images, None, self._pixels)
+            self._world.sum_(*noise.tensors())
         noise.forget(FORGET)
-        part = NoiseSpectrum(len(noise.power), device)
-        for seedling in seedlings:
+        residuals = NoiseSpectrum(len(noise.power), near.kx.device)
+        # A worker that holds none of a half still takes part in the reduction.
+        grown = [self._grow(seedling, batch, near, residuals) for seedling in self._seedlings]
+        parts = [*residuals.tensors(), *(part for fresh in grown for part in fresh.within(radius))]
+        self._world.sum_(*parts)
+        noise.power += parts[0]
+        noise.count += parts[1]
+        for number, (seedling, fresh) in enumerate(zip(self._seedlings, grown, strict=True)):
+            fresh.put_within(radius, parts[2 + 2 * number], parts[3 + 2 * number])
             seedling.accumulator.forget(FORGET)
-            _grow(
-                seedling, batch.select(batch.half == seedling.half), grid, shift_grid_px, near, noise, part, world, step
-            )
-        world.sum_(*part.tensors())
-        noise.power += part.power
-        noise.count += part.count
-    for _ in range(max(1, steps // 5)):
-        _judge(seedlings, next(batches), grid, shift_grid_px, pixels.prefix(LAST_RADIUS), noise)
-    return _choose(seedlings, world)
+            seedling.accumulator.numerator += fresh.numerator
+            seedling.accumulator.denominator += fresh.denominator
 
+    def _grow(
+        self, seedling: Seedling, batch: Observed, near: FourierPixels, residuals: NoiseSpectrum
+    ) -> MapAccumulator:
+        """One step of one half-map on this worker: posterior of its images, insertion into a new accumulator."""
+        fresh = MapAccumulator(near.box_size, PADDING, near.kx.device)
+        images = batch.select(batch.half == seedling.half).prefix(len(near))
+        count = len(images)
+        if count and self.step == 0:
+            # Other poses on every worker; the turned grids of later steps are the same on all.
+            generator = torch.Generator().manual_seed(seedling.seed + 1009 * self._world.rank)
+            rotation = random_rotations(count, generator).to(near.kx.device)
+            shift = self._shifts[torch.randint(len(self._shifts), (count,), generator=generator)]
+            ones = torch.ones(count, device=near.kx.device)
+            fresh.add(filtered(images.images, images.ctf), rotation, shift, ones, near)
+        elif count:
+            turned, posterior, transform = self._search(seedling, images, near, self.step)
+            mass = (posterior.log_likelihood - posterior.log_likelihood[:, :1]).exp()
+            mass = mass / mass.sum(1, keepdim=True)
+            rotation, shift = turned[posterior.rotation_index], self._shifts[posterior.shift_index]
+            image, candidate = (mass > LEAST_SHARE).nonzero(as_tuple=True)  # host sync: how many are inserted
+            chosen = rotation[image, candidate], shift[image, candidate]
+            fresh.add(filtered(images.images, images.ctf).select(image), *chosen, mass[image, candidate], near)
+            predicted = templates(transform, rotation[:, 0], near, fresh.scale)
+            predicted = form_images(predicted, images.ctf, shift[:, 0], near.kx, near.ky, near.box_size)
+            residuals.add(images.images - predicted, None, near)
+        return fresh
 
-def _judge(
-    seedlings: list[Seedling],
-    batch: Observed,
-    grid: Float[Tensor, "h 3 3"],
-    shift_grid_px: Float[Tensor, "t 2"],
-    near: FourierPixels,
-    noise: NoiseSpectrum,
-) -> None:
-    """Note how much better than an empty map each seedling explains a batch's held-out particles."""
-    batch = batch.select(_held_out(batch))
-    hypotheses = math.log(2 * len(grid) * len(shift_grid_px))
-    for seedling in seedlings:
-        own = batch.select(batch.half == seedling.half)
-        if len(own):
-            _, posterior, _ = _search(seedling, own, grid, shift_grid_px, near, noise)
-            seedling.evidence += (posterior.log_evidence - hypotheses).tolist()
+    def _search(
+        self, seedling: Seedling, images: Observed, near: FourierPixels, step: int
+    ) -> tuple[Float[Tensor, "g 3 3"], Posterior, Tensor]:
+        """The turned grid, the posterior of a half's images over it, and the transform that it was formed with."""
+        # Of the step alone: a run that was taken up again turns its grids alike.
+        generator = torch.Generator().manual_seed(1_000_003 * seedling.seed + 2 * step + seedling.half)
+        half_grid = turned_grid(self._grid, generator)
+        transform = seedling.transform()
+        bank = templates(transform, half_grid, near, seedling.accumulator.scale)
+        weight = self._noise.pixel_weight(near)
+        posterior = grid_posterior(images.images, images.ctf, weight, bank, self._shifts, near, keep=KEEP)
+        return with_mates(half_grid), posterior, transform
+
+    def _judge(self, batch: Observed, near: FourierPixels, step: int) -> None:
+        """Note how much better than an empty map each seedling explains a batch's held-out particles."""
+        batch = batch.select(_held_out(batch))
+        hypotheses = math.log(2 * len(self._grid) * len(self._shifts))
+        for seedling in self._seedlings:
+            images = batch.select(batch.half == seedling.half).prefix(len(near))
+            if len(images):
+                _, posterior, _ = self._search(seedling, images, near, step)
+                seedling.evidence += (posterior.log_evidence - hypotheses).tolist()
 
 
 def _held_out(batch: Observed) -> Tensor:
@@ -156,63 +215,6 @@ def _held_out(batch: Observed) -> Tensor:
 
 def _learning(batch: Observed) -> Observed:
     return batch.select(~_held_out(batch))
-
-
-def _grow(
-    seedling: Seedling,
-    own: Observed,
-    grid: Float[Tensor, "h 3 3"],
-    shift_grid_px: Float[Tensor, "t 2"],
-    near: FourierPixels,
-    noise: NoiseSpectrum,
-    residuals: NoiseSpectrum,
-    world: World,
-    step: int,
-) -> None:
-    """One step of one half-map: posterior of its images, insertion, reduction over workers."""
-    accumulator = seedling.accumulator
-    fresh = MapAccumulator(accumulator.box_size, PADDING, near.kx.device)
-    images = own.prefix(len(near))
-    count = len(images)
-    # A worker that holds none of this half still takes part in the reduction.
-    if count and step == 0:
-        rotation = random_rotations(count, seedling.generator).to(near.kx.device)
-        shift = shift_grid_px[torch.randint(len(shift_grid_px), (count,), generator=seedling.generator)]
-        ones = torch.ones(count, device=near.kx.device)
-        fresh.add(filtered(images.images, images.ctf), rotation, shift, ones, near)
-    elif count:
-        turned, posterior, transform = _search(seedling, own, grid, shift_grid_px, near, noise)
-        mass = (posterior.log_likelihood - posterior.log_likelihood[:, :1]).exp()
-        mass = mass / mass.sum(1, keepdim=True)
-        rotation, shift = turned[posterior.rotation_index], shift_grid_px[posterior.shift_index]
-        image, candidate = (mass > LEAST_SHARE).nonzero(as_tuple=True)  # host sync: how many are inserted
-        chosen = rotation[image, candidate], shift[image, candidate]
-        fresh.add(filtered(images.images, images.ctf).select(image), *chosen, mass[image, candidate], near)
-        predicted = templates(transform, rotation[:, 0], near, accumulator.scale)
-        predicted = form_images(predicted, images.ctf, shift[:, 0], near.kx, near.ky, near.box_size)
-        residuals.add(images.images - predicted, None, near)
-    world.sum_(*fresh.tensors())
-    accumulator.numerator += fresh.numerator
-    accumulator.denominator += fresh.denominator
-
-
-def _search(
-    seedling: Seedling,
-    own: Observed,
-    grid: Float[Tensor, "h 3 3"],
-    shift_grid_px: Float[Tensor, "t 2"],
-    near: FourierPixels,
-    noise: NoiseSpectrum,
-) -> tuple[Float[Tensor, "g 3 3"], Posterior, Tensor]:
-    """The turned grid, the posterior of a half's images over it, and the transform that it was formed with."""
-    half_grid = turned_grid(grid, seedling.generator)
-    transform = seedling.transform()
-    bank = templates(transform, half_grid, near, seedling.accumulator.scale)
-    images = own.prefix(len(near))
-    posterior = grid_posterior(
-        images.images, images.ctf, noise.pixel_weight(near), bank, shift_grid_px, near, keep=KEEP
-    )
-    return with_mates(half_grid), posterior, transform
 
 
 def _choose(seedlings: list[Seedling], world: World) -> FirstMaps:

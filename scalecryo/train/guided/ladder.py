@@ -230,7 +230,9 @@ class Rung:
 
     def finish(self, world: World) -> HalfReferences:
         """Sum over the workers, solve, compare the halves. Collective."""
-        world.sum_(*self.halves.tensors(), *self.residuals.tensors(), self._moved)
+        if world.size > 1:
+            self.halves.reduce(world.sum_, self.pixels.radius_limit)
+        world.sum_(*self.residuals.tensors(), self._moved)
         result = self.halves.solve(self.pixel_size)
         variance = self.residuals.variance() / self.plan.level**2
         moved = float(self._moved[0] / self._moved[1]) if self._moved[1] > 0 else 1.0

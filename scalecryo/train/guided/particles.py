@@ -70,10 +70,10 @@ class Particles:
         radius = self.config.guided.shift_radius_a / self.store.level_pixel_size(level)
         return shift_grid(radius, min(1.5, max(radius / 2, 0.5))).to(self.device)
 
-    def stream(self, level: int, batch_size: int, *, epoch: int) -> ParticleStream:
-        """Batches at a level, over all workers of `batch_size`, from the start of an epoch."""
+    def stream(self, level: int, batch_size: int, *, epoch: int, skip: int = 0) -> ParticleStream:
+        """Batches at a level, over all workers of `batch_size`, from the start of an epoch or `skip` batches later."""
         order = order_of(self.config, self.store, level, batch_size, self.subset)
-        start = epoch * order.steps_per_epoch
+        start = epoch * order.steps_per_epoch + skip
         return stream_of(self.config, self.store, level, order, self.world, start, self.device)
 
     def rung_steps(self, level: int) -> int:

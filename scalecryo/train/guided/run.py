@@ -194,6 +194,7 @@ def _rates(images: int, seconds: float, stream: StreamMetrics, world: World, dev
         "stream/retries": float(every[:, 2].sum()),
         "stream/mib_read": float(every[:, 3].sum()) / 2**20,
         "world_size": world.size,
+        "reduce/mib_so_far": world.watch.reduced_bytes / 2**20,
         **{f"seconds/{part}": total for part, total in world.watch.seconds.items()},
         **memory_mib(device),
     }

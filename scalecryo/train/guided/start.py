@@ -17,11 +17,12 @@ from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.train.batches import chosen_weight, stream_columns
-from scalecryo.train.guided.bootstrap import FirstMaps, bootstrap
+from scalecryo.train.guided.bootstrap import Bootstrap, FirstMaps
 from scalecryo.train.guided.checks import check_contrast, check_count, check_images
 from scalecryo.train.guided.ladder import HalfReferences
 from scalecryo.train.guided.memory import Found, PoseMemory
 from scalecryo.train.guided.particles import Particles
+from scalecryo.train.guided.progress import SavedBootstrap
 
 logger = logging.getLogger(__name__)
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
@@ -37,14 +38,14 @@ def from_nothing(particles: Particles) -> HalfReferences:
     level = min(store.levels)
     pixels = fourier_pixels(level, min(level / 2 - 1, 14.0)).to(device)
     shifts = particles.shifts(level)
-    with particles.stream(level, config.guided.bootstrap_batch, epoch=0) as stream:
+    growing = Bootstrap(pixels, shifts, world, seeds=config.guided.seeds, steps=config.guided.bootstrap_steps,
+                        seed=config.train.seed)  # fmt: skip
+    saved = SavedBootstrap(particles, growing)
+    with particles.stream(level, config.guided.bootstrap_batch, epoch=0, skip=saved.load()) as stream:
         batches = particles.observed(stream, level, pixels)
         batch = next(batches)
         check_images(batch, pixels, config.run.data)
-        first = bootstrap(
-            itertools.chain([batch], batches), pixels, shifts, world,
-            seeds=config.guided.seeds, steps=config.guided.bootstrap_steps, seed=config.train.seed,
-        )  # fmt: skip
+        first = growing.run(itertools.chain([batch], batches), saved.after_step)
     maps = torch.stack(first.half_maps)
     if world.leads:
         alignment = align_maps(maps[1].cpu(), maps[0].cpu())
@@ -104,7 +105,8 @@ def from_poses(particles: Particles) -> HalfReferences:
         shift = batch.columns["shift"] / store.level_pixel_size(level)
         weight = chosen_weight(particles.subset, batch.rows)
         halves.add(filtered(own.images, own.ctf), batch.columns["rotation"], shift, weight, own.half, pixels)
-    world.sum_(*halves.tensors())
+    if world.size > 1:
+        halves.reduce(world.sum_, pixels.radius_limit)
     maps = torch.stack(halves.solve(store.level_pixel_size(level)).half_maps)
     check_contrast(maps.mean(0), store.url)
     return _references("imported poses", maps, store, level)
