@@ -112,8 +112,7 @@ class Monitor:
             irfft2_centred(pixels.unpack(packed[:EXAMPLES]), pixels.box_size)
             for packed in (output.observed, output.predicted)
         )
-        pairs = torch.cat([torch.cat(list(images), -1) for images in (observed, predicted)], -2)
-        self._recorder.picture(step, "images/observed_above_predicted", pairs)
+        self._recorder.pairs(step, observed, predicted)
         if self._truth is not None:
             rows, rotation = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
             self._recorder.scalars(step, self._truth.compare(rows, rotation, density.cpu()))

@@ -43,6 +43,14 @@ class Recorder:
         """One picture, scaled to its own range."""
         self._writer.add_image(name, _grey(image), step)
 
+    def pairs(self, step: int, observed: Float[Tensor, "b y x"], predicted: Float[Tensor, "b y x"]) -> None:
+        """Images in a row above what was predicted for them, each row scaled to its own range."""
+        rows = [torch.cat(list(images), -1).cpu() for images in (observed, predicted)]
+        spread = [row.std().clamp_min(1e-12) for row in rows]
+        self.picture(
+            step, "images/observed_above_predicted", torch.cat([r / s for r, s in zip(rows, spread, strict=True)])
+        )
+
     def histogram(self, step: int, name: str, values: Float[Tensor, " n"]) -> None:
         """How some values are spread; nothing where there are none."""
         if len(values):

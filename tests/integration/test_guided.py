@@ -91,10 +91,11 @@ def test_tensorboard_shows_the_ladder(finished: Path) -> None:
     events.Reload()
     tags = events.Tags()
     wanted = {"rung/radius", "halves/resolution_angstrom", "images_per_second", "images_per_second_slowest_worker",
-              "data_wait_share", "world_size", "memory/resident_mib", "seconds/polish", "encoder_loss"}  # fmt: skip
+              "data_wait_share", "world_size", "memory/resident_mib", "seconds/polish", "encoder_loss",
+              "likelihood_gain_an_image", "stream/retries"}  # fmt: skip
     assert wanted <= set(tags["scalars"])
-    assert {"poses/tilt_deg", "poses/confidence"} <= set(tags["histograms"])
-    assert {"slice/z", "projection/x"} <= set(tags["images"])
+    assert {"poses/tilt_deg", "poses/confidence", "images_per_second_by_worker"} <= set(tags["histograms"])
+    assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
     assert [event.step for event in events.Scalars("rung/radius")] == list(
         range(1, len(events.Scalars("rung/radius")) + 1)
     )

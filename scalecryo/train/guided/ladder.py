@@ -17,13 +17,22 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_3d
 from scalecryo.physics.fsc import resolution
-from scalecryo.physics.image_formation import filtered, form_images
+from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.rotation import geodesic_angle
-from scalecryo.pose.search import templates
+from scalecryo.train.assign import EXAMPLES, pictures_of
 from scalecryo.train.guided.bootstrap import reference_transform
 from scalecryo.train.guided.memory import PoseMemory
-from scalecryo.train.guided.refine import GridSearch, Reference, Refined, join, polish_candidates, scatter
+from scalecryo.train.guided.refine import (
+    GridSearch,
+    Reference,
+    Refined,
+    join,
+    likelihood_gain,
+    polish_candidates,
+    predictions,
+    scatter,
+)
 from scalecryo.train.observed import Observed
 from scalecryo.train.stopwatch import Stopwatch
 from scalecryo.train.world import World
@@ -149,6 +158,8 @@ class Rung:
         self.residuals = NoiseSpectrum(int(self.pixels.shell.max()) + 1, grid.device)
         self.fit_shift = fit_shift
         self._moved = torch.zeros(2, dtype=torch.float64, device=grid.device)  # particles that moved, of how many
+        self._gain = torch.zeros(2, dtype=torch.float64, device=grid.device)  # summed, of how many particles
+        self._shown: tuple[Tensor, Tensor] | None = None
         self._grid = grid
         self._shifts = shift_grid_px
         self._generator = generator
@@ -167,7 +178,7 @@ class Rung:
                 ones = refined.cost.new_ones(len(own))
                 images = filtered(own.images, own.ctf)
                 self.halves.halves[half - 1].add(images, refined.rotation, refined.shift_px, ones, self.pixels)
-            self._note_residuals(own, refined, reference)
+            self._note(own, refined, reference)
             memory.note(own.rows, refined.rotation, refined.shift_px * self.pixel_size, refined.confidence)
             taken.append((own, refined))
         return taken
@@ -219,20 +230,28 @@ class Rung:
         near = search.modes_near(own.select(old), shift_px[old], count)
         return scatter(near, old, search.modes(own.select(new), self._shifts, count), new)
 
-    def _note_residuals(self, own: Observed, refined: Refined, reference: Reference) -> None:
-        """Residuals of a few particles, for the noise spectrum."""
-        few = own.select(torch.arange(min(32, len(own)), device=own.rows.device))
-        rotation, shift = refined.rotation[:32], refined.shift_px[:32]
-        kx, ky = self.pixels.kx, self.pixels.ky
-        predicted = templates(reference.transform, rotation, self.pixels, reference.scale)
-        predicted = form_images(predicted, few.ctf, shift, kx, ky, self.pixels.box_size)
+    def _note(self, own: Observed, refined: Refined, reference: Reference) -> None:
+        """Residuals of a few particles, for the noise spectrum, and what the others tell the monitor."""
+        few, predicted = predictions(own, refined, reference, 32)
         self.residuals.add(few.images - predicted, None, self.pixels)
+        gain = likelihood_gain(own, refined, reference, self.plan.radius)
+        self._gain += torch.stack([gain.sum(), gain.new_tensor(float(len(own)))])
+        self._shown = few.images[:EXAMPLES], predicted[:EXAMPLES]
+
+    @property
+    def gain(self) -> float:
+        """Mean log-likelihood ratio an image over an empty map, at the rung's radius; of all workers once finished."""
+        return float(self._gain[0] / self._gain[1].clamp_min(1))
+
+    def pictures(self) -> tuple[Tensor, Tensor] | None:
+        """A few images of the last batch and what the map predicts for them, in real space; None before the first."""
+        return None if self._shown is None else pictures_of(*self._shown, self.pixels)
 
     def finish(self, world: World) -> HalfReferences:
         """Sum over the workers, solve, compare the halves. Collective."""
         if world.size > 1:
             self.halves.reduce(world.sum_, self.pixels.radius_limit)
-        world.sum_(*self.residuals.tensors(), self._moved)
+        world.sum_(*self.residuals.tensors(), self._moved, self._gain)
         result = self.halves.solve(self.pixel_size)
         variance = self.residuals.variance() / self.plan.level**2
         moved = float(self._moved[0] / self._moved[1]) if self._moved[1] > 0 else 1.0

@@ -2,20 +2,34 @@
 
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.physics.fsc import resolution
-from scalecryo.train.guided.ladder import HalfReferences, RungPlan
+from scalecryo.train.guided.ladder import HalfReferences, Rung
 from scalecryo.train.guided.memory import PoseMemory
 from scalecryo.train.recorder import Recorder
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.truth import Truth
 
 logger = logging.getLogger(__name__)
+
+
+class Rates(NamedTuple):
+    """How fast a rung went.
+
+    Attributes:
+        scalars: by name.
+        by_worker: images a second of each.
+    """
+
+    scalars: dict[str, float]
+    by_worker: Float[Tensor, " workers"]
 
 
 class GuidedMonitor:
@@ -28,10 +42,9 @@ class GuidedMonitor:
         self._recorder = Recorder(config, run, start_step=start_step)
         self._mark = time.monotonic()
 
-    def after_rung(
-        self, number: int, plan: RungPlan, state: HalfReferences, memory: PoseMemory, rates: dict[str, float]
-    ) -> None:
-        """Record one rung: radius, level, half-map resolution, rates, and errors where a truth is known."""
+    def after_rung(self, number: int, rung: Rung, state: HalfReferences, memory: PoseMemory, rates: Rates) -> None:
+        """Record one rung: radius, level, half-map resolution, rates, pictures, and errors where a truth is known."""
+        plan = rung.plan
         seconds, self._mark = time.monotonic() - self._mark, time.monotonic()
         level = state.half_maps[0].shape[-1]
         shell, angstrom = resolution(state.curve, level, self._store.level_pixel_size(level), 0.143)
@@ -40,7 +53,7 @@ class GuidedMonitor:
             "rung/radius": plan.radius, "rung/level": plan.level, "rung/modes": plan.modes, "rung/seconds": seconds,
             "rung/moved_share": state.moved,
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
-            "halves/fsc_mean": float(state.curve.mean()), **rates,
+            "halves/fsc_mean": float(state.curve.mean()), "likelihood_gain_an_image": rung.gain, **rates.scalars,
         }  # fmt: skip
         rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
         rotation, _, confidence, seen = memory.read(rows)
@@ -52,6 +65,10 @@ class GuidedMonitor:
             values |= truth.compare(rows[seen], rotation[seen], mean.cpu())
         self._recorder.scalars(number, values)
         self._recorder.volume(number, mean)
+        self._recorder.histogram(number, "images_per_second_by_worker", rates.by_worker)
+        shown = rung.pictures()
+        if shown is not None:
+            self._recorder.pairs(number, *shown)
         logger.info(
             "rung %d: polished to %.1f Å, the halves agree to %.2f Å, %.0f %% of the particles moved far, %.1f s",
             number, level * self._store.level_pixel_size(level) / plan.radius, angstrom, 100 * state.moved, seconds,

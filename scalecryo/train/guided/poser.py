@@ -13,16 +13,22 @@ from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
-from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes
-from scalecryo.pose.search import templates
-from scalecryo.train.assign import pictures_of
+from scalecryo.train.assign import EXAMPLES, pictures_of
 from scalecryo.train.guided.bootstrap import HALF_GRID
 from scalecryo.train.guided.ladder import FIRST_PASSES, PASSES, HalfReferences, level_noise, references
 from scalecryo.train.guided.memory import PoseMemory
 from scalecryo.train.guided.particles import Particles
-from scalecryo.train.guided.refine import SEPARATION_DEG, GridSearch, Reference, Refined, polish_candidates, presence
+from scalecryo.train.guided.refine import (
+    SEPARATION_DEG,
+    GridSearch,
+    Reference,
+    Refined,
+    polish_candidates,
+    predictions,
+    presence,
+)
 from scalecryo.train.observed import Observed
 from scalecryo.train.posed import Posed
 
@@ -84,7 +90,8 @@ class GuidedPoser:
             own = observed.select(at)
             found = self._pose_half(own, reference)
             if pictures and number == 1:
-                shown = self._pictures(own, found, reference)
+                few, predicted = predictions(own, found, reference, EXAMPLES)
+                shown = pictures_of(few.images, predicted, self._pixels)
             turned, moved = found.rotation, found.shift_px
             if number == 2:
                 turned = self._onto_first.rotation.to(turned) @ turned
@@ -147,13 +154,6 @@ class GuidedPoser:
         prediction = self._predict(own, encoder)
         found = separated_modes(encoder.candidates(prediction, 64), MODES, SEPARATION_DEG)
         return dataclasses.replace(found, shift_px=found.shift_px / factor)
-
-    def _pictures(self, own: Observed, found: Refined, reference: Reference) -> tuple[Tensor, Tensor]:
-        pixels = self._pixels
-        predicted = templates(reference.transform, found.rotation[:8], pixels, reference.scale)
-        ctf = None if own.ctf is None else own.ctf[:8]
-        predicted = form_images(predicted, ctf, found.shift_px[:8], pixels.kx, pixels.ky, pixels.box_size)
-        return pictures_of(own.images, predicted, pixels)
 
 
 def lay_onto(moving: Tensor, fixed: Tensor) -> Alignment:

@@ -13,7 +13,7 @@ from torch import Tensor
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels
-from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.image_formation import form_images, shift_ramp
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.polish import PolishVolume, evaluate_poses, polish
@@ -163,6 +163,20 @@ def join(first: PoseCandidates, second: PoseCandidates) -> PoseCandidates:
         torch.cat([first.shift_px, second.shift_px], 1),
         torch.cat([first.log_weight, second.log_weight], 1),
     )
+
+
+def predictions(own: Observed, found: Refined, reference: Reference, count: int) -> tuple[Observed, Tensor]:
+    """The first so many particles of a batch, and what the reference predicts for them at the poses found."""
+    few, pixels = own.select(torch.arange(min(count, len(own)), device=own.rows.device)), reference.pixels
+    predicted = templates(reference.transform, found.rotation[:count], pixels, reference.scale)
+    shift = found.shift_px[:count]
+    return few, form_images(predicted, few.ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
+
+
+def likelihood_gain(own: Observed, found: Refined, reference: Reference, radius: float) -> Float[Tensor, " b"]:
+    """Log-likelihood ratio of the poses found, polished to that radius, over an empty map."""
+    near = reference.pixels.prefix(radius)
+    return empty_cost(own.images[:, : len(near)], reference.noise.pixel_weight(near)) - found.cost
 
 
 def empty_cost(images: Tensor, pixel_weight: Tensor) -> Tensor:

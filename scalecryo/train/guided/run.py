@@ -26,7 +26,7 @@ from scalecryo.train.batches import data_hash
 from scalecryo.train.guided.bootstrap import HALF_GRID
 from scalecryo.train.guided.ladder import HalfReferences, Rung, RungPlan, next_radius, plan_rung, references
 from scalecryo.train.guided.memory import PoseMemory, load_found, save_found
-from scalecryo.train.guided.monitor import GuidedMonitor
+from scalecryo.train.guided.monitor import GuidedMonitor, Rates
 from scalecryo.train.guided.particles import Particles
 from scalecryo.train.guided.poser import ENCODER_RADIUS, GuidedPoser
 from scalecryo.train.guided.progress import Progress, is_settled, load_progress, save_progress
@@ -69,10 +69,10 @@ def train_guided(
         progress = progress or _start(particles)
         while progress.rungs < config.guided.rungs and progress.settled < config.guided.settled_rungs:
             plan = _plan(particles, progress)
-            progress, rates = _climb(particles, memory, plan, progress, teacher)
+            progress, rung, rates = _climb(particles, memory, plan, progress, teacher)
             found = memory.settle(world)
             if monitor is not None:
-                monitor.after_rung(progress.rungs, plan, progress.state, memory, rates)
+                monitor.after_rung(progress.rungs, rung, progress.state, memory, rates)
             if world.leads:
                 save_found(run, progress.rungs, found)  # before the checkpoint that counts on it
                 taught = teacher.state() if teacher is not None else None
@@ -139,7 +139,7 @@ def _plan(particles: Particles, progress: Progress) -> RungPlan:
 
 def _climb(
     particles: Particles, memory: PoseMemory, plan: RungPlan, progress: Progress, teacher: Teacher | None
-) -> tuple[Progress, dict[str, float]]:
+) -> tuple[Progress, Rung, Rates]:
     """One rung: a pass over the particles, at most `guided.rung_particles` of them; and what to tell of it."""
     config, world, device = particles.config, particles.world, particles.device
     watch, number, before = world.watch, progress.rungs, progress.state
@@ -168,14 +168,14 @@ def _climb(
         watch.add("read", stream.wait_seconds)
         rates = _rates(images, time.monotonic() - start, stream.metrics, world, device)
     if loss is not None:
-        rates["encoder_loss"] = float(loss)  # host sync
+        rates.scalars["encoder_loss"] = float(loss)  # host sync
     after = rung.finish(world)
     still = plan.modes == 0 and is_settled(before, after)
     settled = progress.settled + 1 if still else 0
-    return Progress(after, number + 1, next_radius(after, plan), settled), rates
+    return Progress(after, number + 1, next_radius(after, plan), settled), rung, rates
 
 
-def _rates(images: int, seconds: float, stream: StreamMetrics, world: World, device: torch.device) -> dict[str, float]:
+def _rates(images: int, seconds: float, stream: StreamMetrics, world: World, device: torch.device) -> Rates:
     """Images a second of all workers and of the slowest, waits, requests, memory, seconds by part. Collective.
 
     A worker far slower than the others is named in the log: all wait for it at the end of each rung.
@@ -187,7 +187,7 @@ def _rates(images: int, seconds: float, stream: StreamMetrics, world: World, dev
     slowest, middle = every[:, 0].min(), every[:, 0].median()
     if world.leads and slowest < SLOW * middle:
         logger.warning("worker %d is slow: %.0f images/s, the middle one %.0f", every[:, 0].argmin(), slowest, middle)
-    return {
+    scalars = {
         "images_per_second": float(every[:, 0].sum()),
         "images_per_second_slowest_worker": float(slowest),
         "data_wait_share": float(every[:, 1].mean()),
@@ -198,6 +198,7 @@ def _rates(images: int, seconds: float, stream: StreamMetrics, world: World, dev
         **{f"seconds/{part}": total for part, total in world.watch.seconds.items()},
         **memory_mib(device),
     }
+    return Rates(scalars, every[:, 0])
 
 
 def _everywhere(true: bool, world: World, device: torch.device) -> bool:
