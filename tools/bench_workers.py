@@ -34,6 +34,7 @@ from scaling_tables import plot, report
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from workers_report import (
+    LINK_BYTES,
     RUNG_BATCH,
     Figures,
     Result,
@@ -55,7 +56,6 @@ from scalecryo.train.world import World
 
 COUNT, BOX = 8192, 128
 WARM = 3  # steps, and rungs: lessons begin with the third
-SIZES = (2**12, 2**16, 2**20, 2**22, 2**24)  # float32 numbers of an all-reduce
 
 
 def make_store(work: Path) -> str:
@@ -190,7 +190,8 @@ def step_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tupl
     strong = Steps(url, box, batch, World(rank, 2), 0, steps)
     trials: Trials = {
         "alone": (1, own.run), "alone, half": (1, half.run), "apart": (2, own.run), "apart, half": (2, half.run),
-        "weak": (2, weak.run), "strong": (2, strong.run), "weak, gradients kept": (2, lambda: weak.run(reduce=False)),
+        "weak": (2, weak.run), "strong": (2, strong.run), "all-reduce": (2, all_reduces),
+        "weak, gradients kept": (2, lambda: weak.run(reduce=False)),
     }  # fmt: skip
     return trials, [own, half, weak, strong]
 
@@ -201,7 +202,7 @@ def rung_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tupl
     weak, strong = (Rungs(url, box, part, World(rank, 2), rungs, 2 * count) for part in (2 * count, count))
     trials: Trials = {
         "alone": (1, own.run), "alone, half": (1, half.run), "apart": (2, own.run), "apart, half": (2, half.run),
-        "weak": (2, weak.run), "strong": (2, strong.run),
+        "weak": (2, weak.run), "strong": (2, strong.run), "all-reduce": (2, all_reduces),
     }  # fmt: skip
     return trials, [own, half, weak, strong]
 
@@ -218,18 +219,19 @@ def settle_on(cores: set[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def all_reduces(rounds: int = 9) -> dict[int, float]:
-    """Median seconds of a bare all-reduce by its bytes. Collective."""
-    found = {}
-    for numbers in SIZES:
-        tensor, times = torch.ones(numbers), []
+def all_reduces(rounds: int = 5) -> Figures:
+    """Median seconds, by the clock and of CPU, of a bare all-reduce of few and of many bytes. Collective."""
+    begun, found = time.perf_counter(), {}
+    for size, moved in LINK_BYTES.items():
+        tensor, clocks = torch.ones(moved // 4), []
         for _ in range(rounds):
             dist.barrier()
-            begun = time.perf_counter()
+            before = time.perf_counter(), time.process_time()
             dist.all_reduce(tensor)
-            times.append(time.perf_counter() - begun)
-        found[4 * numbers] = statistics.median(times)
-    return found
+            clocks.append((time.perf_counter() - before[0], time.process_time() - before[1]))
+        wall, cpu = (statistics.median(column) for column in zip(*clocks, strict=True))
+        found |= {f"{size} seconds": wall, f"{size} cpu": cpu}
+    return {"images": 0, "seconds": time.perf_counter() - begun, **found}
 
 
 def take_turns(trials: Trials, rank: int, rounds: int) -> list[Result]:
@@ -246,7 +248,7 @@ def take_turns(trials: Trials, rank: int, rounds: int) -> list[Result]:
             result[name] = [figures for figures in gathered if figures is not None]
         results.append(result)
         if rank == 0:
-            shown = ", ".join(f"{name} {total(figures):.0f}" for name, figures in result.items())
+            shown = ", ".join(f"{name} {total(each):.0f}" for name, each in result.items() if name != "all-reduce")
             print(f"round {number + 1} of {rounds}, load {os.getloadavg()[0]:.1f}, images/s: {shown}", file=sys.stderr)
     return results
 
@@ -261,7 +263,6 @@ def worker(rank: int, port: int, url: str, args: argparse.Namespace, out: str) -
         for place in args.places:
             where = {cores[rank % len(cores)]} if place == "pinned" else set(cores)
             settle_on(where)
-            found[f"{place}/all_reduce"] = all_reduces()
             kinds = [("step", box, step_trials) for box in args.boxes] if args.rounds else []
             kinds += [("rung", box, rung_trials) for box in args.rung_boxes] if args.rung_rounds else []
             for kind, box, make in kinds:
@@ -288,7 +289,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="in a round")
     parser.add_argument("--rounds", type=int, default=5, help="0: no steps")
     parser.add_argument("--rung-boxes", type=int, nargs="+", default=[64])
-    parser.add_argument("--rung-particles", type=int, default=2048, help="of one worker")
+    parser.add_argument("--rung-particles", type=int, default=4096, help="of one worker")
     parser.add_argument("--rungs", type=int, default=2, help="in a round")
     parser.add_argument("--rung-rounds", type=int, default=3, help="0: no rungs")
     parser.add_argument("--places", nargs="+", choices=["pinned", "free"], default=["pinned", "free"],

@@ -12,7 +12,8 @@ from scaling_model import (
     volume_bytes,
 )  # fmt: skip
 
-RUNG_BATCH = 512  # of one worker
+RUNG_BATCH = 1024  # of one worker
+LINK_BYTES = {"small": 2**14, "large": 2**24}  # of a bare all-reduce
 SECONDS = {"step": "mean", "rung": "seconds"}  # the figure that a trial's parts add up to
 Figures = dict[str, float]
 Result = dict[str, list[Figures]]  # by trial, one entry a worker that took part
@@ -55,8 +56,6 @@ def report_rates(found: dict[str, Any]) -> None:
     )
     for name, results in found.items():
         place, kind, *box = name.split("/")
-        if kind == "all_reduce":
-            continue
         rates = [statistics.median(total(r[trial]) for r in results) for trial in ("alone", "apart", "weak", "strong")]
         robbed = [
             middle(results, trial, "stolen") / middle(results, trial, SECONDS[kind]) for trial in ("alone", "weak")
@@ -70,10 +69,9 @@ def report_rates(found: dict[str, Any]) -> None:
           "strong ÷ apart, half |\n" + "| --- " * 7 + "|")  # fmt: skip
     for name, results in found.items():
         place, kind, *box = name.split("/")
-        if kind != "all_reduce":
-            pairs = (("weak", "alone"), ("apart", "alone"), ("weak", "apart"), ("strong", "alone"),
-                     ("strong", "apart, half"))  # fmt: skip
-            print(f"| {kind}, {box[0]} px | {place} | {' | '.join(by_cpu(results, *pair) for pair in pairs)} |")
+        pairs = (("weak", "alone"), ("apart", "alone"), ("weak", "apart"), ("strong", "alone"),
+                 ("strong", "apart, half"))  # fmt: skip
+        print(f"| {kind}, {box[0]} px | {place} | {' | '.join(by_cpu(results, *pair) for pair in pairs)} |")
 
 
 def report_step_parts(found: dict[str, Any]) -> None:
@@ -116,34 +114,31 @@ def fitted(small: float, large: float, of: int) -> tuple[float, float]:
     return 2 * small - large, (large - small) / (of // 2)
 
 
-def fitted_link(times: dict[str, float]) -> tuple[float, float]:
-    """Bandwidth and latency of a hop, from all-reduces between two workers by their bytes."""
-    sizes = sorted(times, key=int)
-    small, large = sizes[0], sizes[-1]
-    bandwidth = (int(large) - int(small)) / max(times[large] - times[small], 1e-9)
-    return bandwidth, max(0.0, times[small] - int(small) / bandwidth) / 2
+def fitted_link(small: float, large: float) -> tuple[float, float]:
+    """Bandwidth and seconds a hop, from all-reduces of `LINK_BYTES` between two workers."""
+    bandwidth = (LINK_BYTES["large"] - LINK_BYTES["small"]) / max(large - small, 1e-9)
+    return bandwidth, max(0.0, small - LINK_BYTES["small"] / bandwidth) / 2
 
 
 def report_fit(found: dict[str, Any], batch: int, particles: int) -> None:
     """The model's terms fitted to two workers of one core, and how far their sum is from what was measured.
 
     Compute and overhead come from two workers apart, by two sizes; the link from bare all-reduces.
+    Every reduction counts in full: on one core it hides behind nothing.
     """
-
     print("\n| fitted to the control | seconds by | overhead, s | ms an image | link, GB/s | hop, ms | summed, MB | "
           "model: two joined, s | measured | model ÷ measured |\n" + "| --- " * 10 + "|")  # fmt: skip
     for name, results in found.items():
         place, kind, *rest = name.split("/")
-        if kind == "all_reduce":
-            continue
         box, of = int(rest[0]), batch if kind == "step" else particles
-        bandwidth, latency = fitted_link(found[f"{place}/all_reduce"])
         sums = [volume_bytes(box) + 4 * encoder_parameters(box), 8]
         if kind == "rung":
-            lessons = LESSONS * of // RUNG_BATCH
+            lessons = LESSONS * -(-of // RUNG_BATCH)
             sums = [4 * grid_encoder_parameters()] * lessons + [accumulator_bytes(box)]
-        reduction = sum(ring_seconds(moved, 2, bandwidth, latency) for moved in sums)
         for clock in ("seconds", "cpu"):
+            small, large = (middle(results, "all-reduce", f"{size} {clock}") for size in LINK_BYTES)
+            bandwidth, latency = fitted_link(small, large)
+            reduction = sum(ring_seconds(moved, 2, bandwidth, latency) for moved in sums)
             overhead, each = fitted(middle(results, "apart, half", clock), middle(results, "apart", clock), of)
             model, measured = overhead + each * of + reduction, middle(results, "weak", clock)
             print(f"| {kind}, {box} px, {place} | {'wall' if clock == 'seconds' else 'CPU'} | {overhead:.3f} | "
