@@ -50,7 +50,9 @@ def test_grid_encoder_is_as_large_as_the_real_one() -> None:
 @pytest.mark.parametrize("box", [16, 30])
 @pytest.mark.parametrize("padding", [1.0, 1.5, 2.0])
 def test_accumulators_are_as_large_as_the_half_maps(box: int, padding: float) -> None:
-    assert model.accumulator_bytes(box, padding) == size(*HalfMaps(box, padding).tensors())
+    assert model.accumulator_bytes(box, padding) == size(
+        *(t for half in HalfMaps(box, padding).halves for t in half.tensors())
+    )
 
 
 @pytest.mark.parametrize("radius", [0.0, 1.0, 2.5, 7.0])
