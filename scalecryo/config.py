@@ -18,7 +18,7 @@ from scalecryo.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 PoseSourceName = Literal["guided", "encoder", "known", "table"]
 Parameterisation = Literal["s2s2", "quaternion", "euler"]
-VolumeTraffic = Literal["float32", "bfloat16"]
+Traffic = Literal["float32", "bfloat16"]
 KernelName = Literal["auto", "reference", "cpu", "cuda"]
 
 
@@ -181,7 +181,7 @@ class OptimConfig:
     volume_rate: float = option(0.1, "learning rate of the voxels, as a share of their starting scale")
     table_rate: float = option(1e-2, "learning rate of the pose table")
     clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip")
-    volume_traffic: VolumeTraffic = option("float32", "what the volume's gradient travels in: float32 or bfloat16")
+    traffic: Traffic = option("float32", "what gradients travel in between workers: float32 or bfloat16")
 
     def __post_init__(self) -> None:
         for key in ("encoder_rate", "volume_rate", "table_rate"):

@@ -31,8 +31,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from scaling_tables import plot, report
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 from workers_report import (
     LINK_BYTES,
     RUNG_BATCH,
@@ -51,6 +49,7 @@ from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.train import loop
 from scalecryo.train.batches import order_of, particle_inputs, stream_of
 from scalecryo.train.loop import build_optimiser, train_step
+from scalecryo.train.replica import Replica
 from scalecryo.train.run_folder import RunFolder
 from scalecryo.train.world import World
 
@@ -73,28 +72,6 @@ def make_store(work: Path) -> str:
     return str(store)
 
 
-class InFlight:
-    """Seconds in which at least one gradient bucket was being reduced; most of them hide behind the backward pass."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._open, self._since = 0, 0.0
-
-    def hook(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """DDP's own all-reduce, timed."""
-        if self._open == 0:
-            self._since = time.perf_counter()
-        self._open += 1
-
-        def ended(done: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
-            self._open -= 1
-            if self._open == 0:
-                self.seconds += time.perf_counter() - self._since
-            return done.value()
-
-        return allreduce_hook(group, bucket).then(ended)
-
-
 class Steps:
     """Steps of the paper's auto-encoder from a store; the parts are those of one step, in seconds."""
 
@@ -102,13 +79,10 @@ class Steps:
         settings = {"pose.source": "encoder", "train.batch_size": batch, "train.box": box, "train.seed": seed}
         self.config = load_config(None, {key: str(value) for key, value in settings.items()})
         self.store, self.box, self.world, self.steps = ParticleStore.open(url), box, world, steps
-        self.batch, self.flight = batch // world.size, InFlight()
+        self.batch = batch // world.size
         model = build_autoencoder(self.config, box, self.store.level_pixel_size(box), self.store.count)
         self.optimiser = build_optimiser(self.config, model)
-        self.replica: torch.nn.Module = model
-        if world.size > 1:
-            self.replica = DistributedDataParallel(model, forward_sync_buffers=False)  # as the loop has it
-            self.replica.register_comm_hook(None, self.flight.hook)
+        self.replica = Replica(model, world, "float32")
         order = order_of(self.config, self.store, box, batch)
         self.stream = stream_of(self.config, self.store, box, order, world, 0, torch.device("cpu"))
 
@@ -119,23 +93,21 @@ class Steps:
 
     def run(self, reduce: bool = True) -> Figures:
         """Median of some steps; `reduce` False: gradients stay where they are, all else is the same."""
-        unjoined = isinstance(self.replica, DistributedDataParallel) and not reduce
-        with self.replica.no_sync() if unjoined else contextlib.nullcontext():
+        with contextlib.nullcontext() if reduce else self.replica.unjoined():
             times, watch = [], self.world.watch.seconds
             for number in range(1 + self.steps):
                 begun = time.perf_counter()
                 self._step()
                 if number == 0:  # warms caches that another trial used
                     busy, parts = time.process_time(), (watch.get("reduce", 0.0), self.stream.wait_seconds)
-                    flight, robbed = self.flight.seconds, stolen()
+                    robbed = stolen()
                 else:
                     times.append(time.perf_counter() - begun)
         return {"images": self.batch, "seconds": statistics.median(times),
                 "mean": statistics.mean(times), "cpu": (time.process_time() - busy) / self.steps,
                 "stolen": (stolen() - robbed) / self.steps,
-                "loss sum": (watch.get("reduce", 0.0) - parts[0]) / self.steps,
-                "read": (self.stream.wait_seconds - parts[1]) / self.steps,
-                "in flight": (self.flight.seconds - flight) / self.steps}  # fmt: skip
+                "reduce": (watch.get("reduce", 0.0) - parts[0]) / self.steps,
+                "read": (self.stream.wait_seconds - parts[1]) / self.steps}  # fmt: skip
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -76,22 +76,18 @@ def report_rates(found: dict[str, Any]) -> None:
 
 def report_step_parts(found: dict[str, Any]) -> None:
     """Where the time of a step goes."""
-    print("\n| step | cores | trial | s | CPU s | stolen | compute | gradients, exposed | loss sum and waiting for the "
-          "other | data wait | gradients in flight, s |\n" + "| --- " * 11 + "|")  # fmt: skip
+    print("\n| step | cores | trial | s | CPU s | stolen | compute | sums and waiting for the other | "
+          "data wait |\n" + "| --- " * 9 + "|")  # fmt: skip
     for name, results in found.items():
         place, kind, *box = name.split("/")
         if kind != "step":
             continue
-        kept = middle(results, "weak, gradients kept", "mean") - middle(results, "weak, gradients kept", "loss sum")
         for trial in ("alone", "apart", "weak", "strong", "weak, gradients kept"):
-            whole, loss, read, cpu, flight, robbed = (
-                middle(results, trial, key) for key in ("mean", "loss sum", "read", "cpu", "in flight", "stolen")
+            whole, reduce, read, cpu, robbed = (
+                middle(results, trial, key) for key in ("mean", "reduce", "read", "cpu", "stolen")
             )
-            exposed = max(0.0, whole - loss - kept) if trial == "weak" else 0.0
-            shown = f"{exposed / whole:.1%}" if trial == "weak" else "–"
             print(f"| {box[0]} px | {place} | {trial} | {whole:.3f} | {cpu:.3f} | {robbed / whole:.0%} | "
-                  f"{(whole - loss - read - exposed) / whole:.1%} | {shown} | {loss / whole:.1%} | "
-                  f"{read / whole:.1%} | {flight:.3f} |")  # fmt: skip
+                  f"{(whole - reduce - read) / whole:.1%} | {reduce / whole:.1%} | {read / whole:.1%} |")  # fmt: skip
 
 
 def report_rung_parts(found: dict[str, Any]) -> None:

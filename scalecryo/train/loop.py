@@ -69,7 +69,7 @@ def _train_autoencoder(
     chosen = data_hash(store, subset)
     start = _restore(run, chosen, model, optimiser)
     order = order_of(config, store, level, config.train.batch_size, subset)
-    replica = Replica(model, world, getattr(torch, config.optim.volume_traffic))
+    replica = Replica(model, world, config.optim.traffic)
     losses = torch.zeros((), device=device)  # since the last checkpoint
     stream = stream_of(config, store, level, order, world, start, device)
     monitor = Monitor(config, store, run, model, start_step=start, world=world) if world.leads else None
@@ -120,10 +120,12 @@ def train_step(
     The global loss is Σ weight·loss / Σ weight over all workers. Gradients are averaged over workers, so each
     worker's share is scaled by their number: any split of the batch gives the same step.
     """
+    weight = batch.weight.sum()
+    settle = world.sum_later(weight)  # its way is shorter than the forward pass
     output = replica(inputs)
-    total = torch.stack([(batch.weight * output.loss.detach()).sum(), batch.weight.sum()])
-    world.sum_(total)
-    share = (batch.weight * output.loss).sum() * (world.size / total[1])
+    loss = (batch.weight * output.loss).sum()
+    settle()
+    share = loss * (world.size / weight)
     optimiser.zero_grad(set_to_none=True)
     share.backward()
     replica.finish()
@@ -131,7 +133,9 @@ def train_step(
         encoder = [p for g in optimiser.param_groups if g["name"] == "encoder" for p in g["params"]]
         nn.utils.clip_grad_norm_(encoder, config.optim.clip_norm)
     optimiser.step()
-    return total[0] / total[1], output
+    total = loss.detach()
+    world.sum_(total)  # last: by now every worker is here, since all have each other's gradients
+    return total / weight, output
 
 
 def build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Adam:

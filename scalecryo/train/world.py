@@ -1,5 +1,6 @@
 """The workers that share a run, and the few collectives between them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,18 @@ class World:
                 dist.all_reduce(flat)
                 for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(part.view_as(tensor))
+
+    def sum_later(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to add a tensor over all workers, in place; call what is returned before it is used. Collective."""
+        if self.size == 1:
+            return lambda: None
+        work = dist.all_reduce(tensor, async_op=True)
+
+        def settle() -> None:
+            with self.watch.part("reduce"):
+                work.wait()
+
+        return settle
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every worker's tensor, on worker 0 (an empty list elsewhere); first sizes may differ. Collective."""

@@ -97,7 +97,7 @@ def test_a_teacher_brings_the_encoder_to_the_poses() -> None:
     reference = Reference(transform, 2.0, spectrum, pixels)
     torch.manual_seed(0)
     encoder = GridEncoder(with_mates(so3_grid(576)), len(pixels), 256, 1.0)
-    teacher = Teacher(encoder, pixels, rate=1e-3, shift_sigma_px=0.0, world=World(), seed=0)
+    teacher = Teacher(encoder, pixels, rate=1e-3, shift_sigma_px=0.0, world=World(), traffic="float32", seed=0)
     images, zero = clean + noise, torch.zeros(6000, 2)
     for start in 12 * list(range(0, 5500, 110)):
         rows = slice(start, start + 110)
@@ -122,7 +122,7 @@ def test_a_teacher_resumes_exactly() -> None:
     def fresh() -> Teacher:
         torch.manual_seed(1)
         return Teacher(GridEncoder(so3_grid(50), len(pixels), 16, 1.0), pixels, rate=1e-3, shift_sigma_px=1.0,
-                       world=World(), seed=7)  # fmt: skip
+                       world=World(), traffic="float32", seed=7)  # fmt: skip
 
     first, second = fresh(), fresh()
     first.teach(lesson, reference)

@@ -223,7 +223,7 @@ def _teacher(particles: Particles, learnt: dict[str, Any] | None) -> Teacher | N
         grid = with_mates(so3_grid(HALF_GRID))
         encoder = GridEncoder(grid, len(pixels), config.guided.encoder_hidden, max(sigma, 0.1)).to(particles.device)
     teacher = Teacher(encoder, pixels, rate=config.guided.encoder_rate, shift_sigma_px=sigma, world=world,
-                      seed=config.train.seed + world.rank)  # fmt: skip
+                      traffic=config.optim.traffic, seed=config.train.seed + world.rank)  # fmt: skip
     if learnt is not None:
         teacher.load(learnt)
     return teacher

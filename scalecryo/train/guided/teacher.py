@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from scalecryo.config import Traffic
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels
@@ -24,6 +24,7 @@ from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import templates
 from scalecryo.train.guided.refine import Reference, Refined
 from scalecryo.train.observed import Observed
+from scalecryo.train.replica import replicated
 from scalecryo.train.world import World
 
 LABEL_WIDTH_DEG, LABEL_NEAREST = 9.0, 16
@@ -74,6 +75,7 @@ class Teacher:
         rate: float,
         shift_sigma_px: float,
         world: World,
+        traffic: Traffic,
         seed: int,
     ) -> None:
         self.encoder = encoder
@@ -82,7 +84,7 @@ class Teacher:
         self._quarter_turn = pixels.quarter_turn()
         self._replica: nn.Module = encoder
         if world.size > 1:
-            self._replica = DistributedDataParallel(encoder, forward_sync_buffers=False)
+            self._replica = replicated(encoder, traffic)
         self._optimiser = torch.optim.Adam(encoder.parameters(), lr=rate, fused=True)
         self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
