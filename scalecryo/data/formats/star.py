@@ -30,7 +30,8 @@ from scalecryo.data.formats.star_write import write_particles as write_particles
 from scalecryo.data.formats.star_write import write_rows as write_rows
 from scalecryo.data.formats.star_write import write_with_poses as write_with_poses
 from scalecryo.data.formats.startext import StarText, Text
-from scalecryo.data.particles import COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
+from scalecryo.data.growing import GrowingColumns
+from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
 from scalecryo.physics.rotation import euler_to_rotation
 
@@ -160,19 +161,15 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
     star = StarText.open(url) if text is None else StarText(text, files.shown(url))
     stacks: dict[bytes, int] = {}
     pixels = StackPixels()
-    parts: dict[str, list[npt.NDArray]] = {}
+    growing = GrowingColumns()
     for values in pieces(star):
         columns, sizes = _piece_columns(values, stacks, pixel_size)
         pixels.add(columns["stack"], sizes, values.numbers(_BOX) if _BOX in values else None)
-        for name, array in columns.items():
-            parts.setdefault(name, []).append(array)
-    if not parts:
-        parts = {name: [np.zeros(0)] for name in ("stack", "stack_index", "source_row", "optics_group", "half")}
+        growing.add(columns)
     try:
         stated, by_stack = pixels.sizes()
         names = tuple(stack.decode() for stack in stacks)
-        # One column at a time: its pieces go as soon as it is whole.
-        whole = {name: np.concatenate(parts.pop(name)) for name in list(parts)}
+        whole = growing.whole() or {name: np.zeros(0) for name in ALWAYS}
         whole["optics_group"] = dense_groups(whole["optics_group"])
         return ParticleTable(stated, names, whole, by_stack, pixels.boxes())
     except (InputError, UnicodeDecodeError) as error:
