@@ -44,5 +44,6 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     subset = choose(config.train, store) if same else None
     identity = f"{data_hash(store, subset)}-{newest_step(trained)}"
     assign_particles(config, store, poser, target, World(), device, identity=identity, subset=subset, learned=learned)
+    target.sync()
     target.close()
     say(f"assigned {store.count} particles: {target.path('particles.star')}")

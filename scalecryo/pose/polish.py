@@ -255,7 +255,7 @@ def _float32(tensor: Tensor) -> np.ndarray:
 
 
 def _compact(volume_rfft: Tensor, half: int) -> np.ndarray:
-    """Frequencies up to half along each axis, origin in the middle, flat: less memory to cross, and no wrapping."""
+    """Frequencies up to half along each axis, origin in the middle, in bricks: no wrapping, fewer cache lines."""
     wrapped = volume_rfft.detach().resolve_conj().numpy()
     box, size = wrapped.shape[0], 2 * half + 1
     grid = np.empty((size, size, half + 1), np.complex64)
@@ -263,7 +263,7 @@ def _compact(volume_rfft: Tensor, half: int) -> np.ndarray:
     for plane, from_plane in parts:
         for row, from_row in parts:
             grid[plane, row] = wrapped[from_plane, from_row, : half + 1]
-    return grid.view(np.float32).ravel()
+    return polish_cpu.bricks(grid)
 
 
 def _runs(count: int, pixels: int) -> Iterator[slice]:

@@ -45,19 +45,29 @@ def train(
     """
     store = ParticleStore.open(config.run.data)
     _check_particles(config, store)
+    run = RunFolder(config.run.out)
     recipe = train_guided if config.pose.source == "guided" else _train_autoencoder
     try:
-        recipe(config, store, world, device, at_checkpoint)
+        recipe(config, store, run, world, device, at_checkpoint)
+        if world.leads:
+            run.sync()
     except torch.OutOfMemoryError as error:
         lower = "guided.rung_batch or train.box" if config.pose.source == "guided" else "train.batch_size or train.box"
         raise TrainingError(
             f"out of memory on {device} at box {training_level(store, config.train.box)}: lower {lower}, or use more "
             f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
         ) from error
+    finally:
+        run.close()
 
 
 def _train_autoencoder(
-    config: Config, store: ParticleStore, world: World, device: torch.device, at_checkpoint: Callable[[int], None]
+    config: Config,
+    store: ParticleStore,
+    run: RunFolder,
+    world: World,
+    device: torch.device,
+    at_checkpoint: Callable[[int], None],
 ) -> None:
     """The paper's recipe and its controls: gradient descent on pose source and volume together."""
     level = training_level(store, config.train.box)
@@ -65,7 +75,6 @@ def _train_autoencoder(
     subset = choose(config.train, store)
     model = build_autoencoder(config, level, store.level_pixel_size(level), rows).to(device)
     optimiser = build_optimiser(config, model)
-    run = RunFolder(config.run.out)
     chosen = data_hash(store, subset)
     start = _restore(run, chosen, model, optimiser)
     order = order_of(config, store, level, config.train.batch_size, subset)
@@ -87,11 +96,11 @@ def _train_autoencoder(
                         "then --resume from the last checkpoint"
                     )
                 if world.leads:
+                    run.sync()  # first: a checkpoint vouches for the curves up to it
                     state = {"store_hash": chosen, "model": model.state_dict(),
                              "optimiser": optimiser.state_dict()}  # fmt: skip
                     mean = float(losses) / ((step - 1) % config.train.checkpoint_every + 1)
                     save_checkpoint(run, step, state, config.train.keep_checkpoints, score=-mean)
-                    run.sync()
                 losses.zero_()
                 at_checkpoint(step)
     finally:
@@ -103,8 +112,6 @@ def _train_autoencoder(
         learned = model.volume.density()
         identity = f"{chosen}-{config.train.steps}"
         assign_particles(config, store, poser, run, world, device, identity=identity, subset=subset, learned=learned)
-    if world.leads:
-        run.close()
 
 
 def train_step(

@@ -5,7 +5,6 @@ Files that are appended to (event files, metrics.jsonl) need a disk: a run at a 
 """
 
 import json
-import shutil
 import tempfile
 import tomllib
 from pathlib import Path
@@ -79,10 +78,9 @@ class RunFolder:
                 self._uploaded[path] = state
 
     def close(self) -> None:
-        """Upload what is left and remove the staging copy."""
-        self.sync()
+        """Remove the staging copy; `sync` first, if what it holds is wanted."""
         if self._staging is not None:
-            shutil.rmtree(self._staging.name, ignore_errors=True)
+            self._staging.cleanup()
             self._staging = None
 
 

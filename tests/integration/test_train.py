@@ -6,6 +6,7 @@ import math
 import socket
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -33,7 +34,7 @@ RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", 
              "config.toml", "report.html", "fsc.png", "slices.png", "checkpoints", "tb"]  # fmt: skip
 
 
-def start(data: str, out: Path, *, resume: bool = False, **overrides: object) -> None:
+def start(data: str, out: Path | str, *, resume: bool = False, **overrides: object) -> None:
     settings = {"pose.source": "encoder", "train.steps": 6, "train.batch_size": 16, "monitor.every": 1,
                 "monitor.pictures_every": 3, "train.checkpoint_every": 3,
                 "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
@@ -188,6 +189,26 @@ def test_the_best_checkpoint_is_kept(simulated: SimulatedParticles, tmp_path: Pa
     assert best_checkpoint(run) == (2, 0.9)
     save_checkpoint(run, 2, {"store_hash": "x"}, 2, score=0.2)  # of a run taken up at step 1: what was is gone
     assert best_checkpoint(run) == (2, 0.2)
+
+
+def test_curves_reach_a_remote_run_before_the_checkpoint_that_follows_them(
+    simulated: SimulatedParticles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed right after its first checkpoint, a run whose folder is a URL still has every step when it is resumed."""
+    fs = fsspec.filesystem("memory")
+    save = loop.save_checkpoint
+
+    def deadly(*arguments: object, **options: object) -> None:
+        save(*arguments, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", deadly)
+    with pytest.raises(KeyboardInterrupt):
+        start(simulated.store, "memory://killed_run", train__assign="false")
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    start(simulated.store, "memory://killed_run", resume=True, train__assign="false")
+    steps = [json.loads(line)["step"] for line in fs.cat_file("/killed_run/metrics.jsonl").splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_checkpoint_of_another_recipe_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:

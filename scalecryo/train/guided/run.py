@@ -47,6 +47,7 @@ SLOW = 0.6  # of the middle worker's images a second
 def train_guided(
     config: Config,
     store: ParticleStore,
+    run: RunFolder,
     world: World,
     device: torch.device,
     at_checkpoint: Callable[[int], None],
@@ -57,7 +58,6 @@ def train_guided(
         TrainingError: the particles hold no structure that the bootstrap could find.
         CheckpointError: see `load_checkpoint`.
     """
-    run = RunFolder(config.run.out)
     particles = Particles.of(config, store, world, device)
     chosen = data_hash(store, particles.subset)
     progress, learnt = load_progress(run, chosen, device)
@@ -74,10 +74,11 @@ def train_guided(
             if monitor is not None:
                 monitor.after_rung(progress.rungs, rung, progress.state, memory, rates)
             if world.leads:
-                save_found(run, progress.rungs, found)  # before the checkpoint that counts on it
+                # Before the checkpoint, which counts on both.
+                save_found(run, progress.rungs, found)
+                run.sync()
                 taught = teacher.state() if teacher is not None else None
                 save_progress(run, progress, taught, chosen, config.train.keep_checkpoints)
-                run.sync()
             at_checkpoint(progress.rungs)
     finally:
         if monitor is not None:
@@ -88,8 +89,6 @@ def train_guided(
         with world.watch.part("assign"):
             assign_particles(config, store, poser, run, world, device, identity=identity, subset=particles.subset)
     logger.info("time on worker %d: %s", world.rank, world.watch.summary())
-    if world.leads:
-        run.close()
 
 
 def load_guided_poser(
