@@ -12,7 +12,7 @@ from typing import Any
 
 from scalecryo.config import Config, config_from_dict, config_to_toml
 from scalecryo.data import files
-from scalecryo.errors import MissingInputError, OutputExistsError
+from scalecryo.errors import MissingInputError, OutputError, OutputExistsError
 
 
 class RunFolder:
@@ -28,11 +28,19 @@ class RunFolder:
 
         Raises:
             OutputExistsError: the folder already holds a run and `resume` was not asked for.
+            OutputError: it cannot be written.
         """
         if files.exists(self.path("config.toml")) and not resume:
             raise OutputExistsError(f"run folder {self.url} already holds a run: add --resume, or name another --out")
-        files.make_folder(self.url)
-        self.write("config.toml", config_to_toml(config).encode())
+        try:
+            files.make_folder(self.url)
+            self.write("config.toml", config_to_toml(config).encode())
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise OutputError(
+                f"run folder {files.shown(self.url)} cannot be written ({reason}): name another --out, or mend its "
+                "permissions"
+            ) from error
 
     def config(self) -> Config:
         """The configuration that the run was made with.

@@ -21,7 +21,15 @@ from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.subset import choose
-from scalecryo.errors import CheckpointError, ConfigError, OutputExistsError, ScalecryoError, StoreError, TrainingError
+from scalecryo.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    OutputExistsError,
+    ScalecryoError,
+    StoreError,
+    TrainingError,
+)
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.train import loop
 from scalecryo.train.batches import order_of
@@ -306,6 +314,11 @@ def test_refusals(
 ) -> None:
     with pytest.raises(kind, match=fragment):
         start(simulated.store, tmp_path / "run", **overrides)
+
+
+def test_a_folder_that_cannot_be_written_is_said(simulated: SimulatedParticles) -> None:
+    with pytest.raises(OutputError, match="run folder /proc/run cannot be written .*name another --out"):
+        start(simulated.store, "/proc/run")
 
 
 def test_existing_run_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
