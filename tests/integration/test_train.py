@@ -317,7 +317,7 @@ def test_refusals(
 
 
 def test_a_folder_that_cannot_be_written_is_said(simulated: SimulatedParticles) -> None:
-    with pytest.raises(OutputError, match="run folder /proc/run cannot be written .*name another --out"):
+    with pytest.raises(OutputError, match=r"run folder /proc/run cannot be written .*name another --out"):
         start(simulated.store, "/proc/run")
 
 
