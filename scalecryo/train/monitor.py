@@ -74,6 +74,7 @@ class Monitor:
         values = {
             "loss": float(loss),  # host sync, as are those below: once in monitor.every steps
             "images_per_second": (step - before) * self.config.train.batch_size / seconds,
+            "images_per_second_a_worker": (step - before) * self.config.train.batch_size / seconds / self._world.size,
             "data_wait_share": (stream.wait_seconds - waited) / seconds,
             "stream/retries": stream.retries,
             "stream/mib_read": stream.bytes_read / 2**20,
@@ -113,6 +114,8 @@ class Monitor:
             for packed in (output.observed, output.predicted)
         )
         self._recorder.pairs(step, observed, predicted)
+        rotation = torch.cat([found for _, found in self._recent]).cpu()
+        self._recorder.histogram(step, "poses/tilt_deg", torch.rad2deg(torch.arccos(rotation[:, 2, 2].clamp(-1, 1))))
         if self._truth is not None:
             rows, rotation = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
             self._recorder.scalars(step, self._truth.compare(rows, rotation, density.cpu()))

@@ -113,6 +113,7 @@ def test_event_files_hold_scalars_and_pictures(simulated: SimulatedParticles, tm
               "memory/resident_mib"}  # fmt: skip
     assert wanted <= set(tags["scalars"])
     assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
+    assert "poses/tilt_deg" in tags["histograms"]
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 7))
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run), rel=1e-6)
 
