@@ -102,7 +102,8 @@ for store in stores:
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     source = _stack(tmp_path / "s.mrcs", _noise(1500))
     command = [sys.executable, "-c", _KILLER, str(source), str(tmp_path), "20"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process whose libraries keep threads must not be forked
+    # A process whose libraries keep threads must not be forked, and MKL's allocator spins for ever if it was in use.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     whole = _objects(tmp_path / "whole")
