@@ -201,28 +201,6 @@ def test_the_driver_is_killed(cluster: RayNodes, simulated: SimulatedParticles, 
     assert others == pytest.approx(values, rel=2e-5)
 
 
-def test_an_elastic_run_goes_on_with_fewer_workers(
-    cluster: RayNodes, simulated: SimulatedParticles, folder: Path
-) -> None:
-    """One to two workers: when the second node is lost the first goes on alone, through the same global batches."""
-    out = folder / "elastic"
-    run = started(cluster, out, simulated.store, ENCODER, workers="1:2")
-    run.reaches(KILL_AFTER)
-    assert len(cluster.training()) == 2
-    kill_tree(cluster.nodes[-1])
-    last = max(steps(out))
-    assert last < STEPS
-    run.ends()
-    cluster.add_node()  # for whoever comes next
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    resumed = last // EVERY * EVERY + 1
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert [row["world_size"] for row in rows] == [2] * (resumed - 1) + [1] * (STEPS - resumed + 1)
-    # As for the driver: only the order of additions differs.
-    undisturbed = [loss for _, loss in losses((folder / "encoder" / "metrics.jsonl").read_text())]
-    assert [row["loss"] for row in rows] == pytest.approx(undisturbed, rel=2e-5)
-
-
 def test_jobs_need_the_token_and_fail_in_one_line(cluster: RayNodes, folder: Path) -> None:
     (folder / "empty").mkdir()
     flags = ("--working-dir", str(folder / "empty"), "--", "scalecryo", "train", "--data", "nowhere.zarr", "--out", "x")
