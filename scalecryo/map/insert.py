@@ -36,16 +36,19 @@ class MapAccumulator:
         pixels: FourierPixels,
     ) -> None:
         """Insert images (packed by `pixels`, times their CTF) at their poses, each with a weight."""
-        centring = shift_ramp(-shift_px, pixels.kx, pixels.ky, pixels.box_size)
         # Half the Hermitian weight, and `add_plane_mates` when solving: every pixel and its mate count once.
-        share = weight[:, None] * (pixels.weight / 2)
-        values = images.values * centring * share
+        once, grids = pixels.weight / 2, (self.numerator, self.denominator)
+        backend = choose_backend(self.numerator)
+        if backend == "cpu":
+            power = torch.ones(1, len(pixels)) if images.power is None else images.power
+            pose = rotation, shift_px, pixels.kx, pixels.ky, pixels.box_size
+            insert_slices_cpu(images.values, power, weight, once, *pose, *grids)
+            return
+        share = weight[:, None] * once
+        values = images.values * shift_ramp(-shift_px, pixels.kx, pixels.ky, pixels.box_size) * share
         power = share if images.power is None else share * images.power
         geometry = rotation, pixels.kx, pixels.ky, self.scale
-        backend, grids = choose_backend(self.numerator), (self.numerator, self.denominator)
-        if backend == "cpu":
-            insert_slices_cpu(values, power.contiguous(), *geometry, *grids)
-        elif backend == "cuda":
+        if backend == "cuda":
             cuda_kernels().insert_slices_cuda(values, power, *geometry, *grids)
         else:
             insert_slices(values, *geometry, self.padded_box, out=self.numerator)

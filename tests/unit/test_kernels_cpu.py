@@ -7,11 +7,13 @@ import numba
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.fourier_slice import extract_slices, insert_slices
-from scalecryo.physics.kernels import jit
+from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.kernels import cpu_insert, jit
 from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
 from scalecryo.physics.rotation import euler_to_rotation, random_rotations
 
@@ -67,11 +69,49 @@ def test_insertion_is_that_of_the_reference(box: int, scale: float):
     values = torch.randn(len(rotation), len(pixels), dtype=torch.complex64, generator=generator)
     power = torch.rand(len(rotation), len(pixels), generator=generator)
     numerator, denominator = grids(padded)
-    insert_slices_cpu(values, power, rotation, pixels.kx, pixels.ky, scale, numerator, denominator)
+    insert(values, power, rotation, pixels, numerator, denominator, scale)
     for inserted, grid in ((values, numerator), (power, denominator)):
         # The reference in the same precision: on grid planes, double precision may pick the other half for a value.
         expected = insert_slices(inserted, rotation, pixels.kx, pixels.ky, scale, padded)
         assert (grid - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("at_once", [1, 5000])
+def test_shifts_and_weights_are_those_of_the_plain_composition(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu_insert, "_SAMPLES_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(6)
+    pixels, rotation = fourier_pixels(48), rotations(8)
+    values = torch.randn(len(rotation), len(pixels), dtype=torch.complex64, generator=generator)
+    shift, weight = (
+        torch.randn(len(rotation), 2, generator=generator) * 5,
+        torch.rand(len(rotation), generator=generator),
+    )
+    power = torch.rand(1, len(pixels), generator=generator)
+    numerator, denominator = grids(96)
+    insert(values, power, rotation, pixels, numerator, denominator, 2.0, weight, shift)
+    centred = values * shift_ramp(-shift, pixels.kx, pixels.ky, 48) * weight[:, None]
+    for inserted, grid in ((centred, numerator), (power * weight[:, None], denominator)):
+        expected = insert_slices(inserted, rotation, pixels.kx, pixels.ky, 2.0, 96)
+        # Phases of up to 50 rad are rounded to 4e-6 rad, a few of them add up in a voxel.
+        assert (grid - expected).abs().max() < TOLERANCE * expected.abs().max()
+
+
+def insert(
+    values: Tensor,
+    power: Tensor,
+    rotation: Tensor,
+    pixels: FourierPixels,
+    numerator: Tensor,
+    denominator: Tensor,
+    scale: float,
+    weight: Tensor | None = None,
+    shift_px: Tensor | None = None,
+) -> None:
+    """insert_slices_cpu, by default without shifts and weights."""
+    weight = torch.ones(len(rotation)) if weight is None else weight
+    shift_px = torch.zeros(len(rotation), 2) if shift_px is None else shift_px
+    pose = rotation, shift_px, pixels.kx, pixels.ky, round(len(numerator) / scale)
+    insert_slices_cpu(values, power, weight, torch.ones(len(pixels)), *pose, numerator, denominator)
 
 
 def grids(box: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +126,7 @@ def test_insertion_is_the_adjoint_of_extraction():
     volume = torch.randn(96, 96, 49, dtype=torch.complex64, generator=generator)
     values = torch.randn(40, len(pixels), dtype=torch.complex64, generator=generator)
     numerator, denominator = grids(96)
-    insert_slices_cpu(values, values.real, rotation, pixels.kx, pixels.ky, 2.0, numerator, denominator)
+    insert(values, values.real, rotation, pixels, numerator, denominator, 2.0)
     slices = extract_slices(volume, rotation, pixels.kx, pixels.ky, 2.0)
     left = (slices.conj() * values).real.double().sum()
     right = (volume.conj() * numerator).real.double().sum()
@@ -96,16 +136,15 @@ def test_insertion_is_the_adjoint_of_extraction():
     assert denominator.double().sum() == pytest.approx(values.real.double().sum().item(), abs=1e-6 * size.item())
 
 
-def test_insertion_adds_to_what_is_there_and_skips_zero_images():
+def test_insertion_adds_to_what_is_there_and_skips_images_without_weight():
     generator = torch.Generator().manual_seed(4)
     pixels, rotation = fourier_pixels(32), random_rotations(6, generator)
     values = torch.randn(6, len(pixels), dtype=torch.complex64, generator=generator)
     power = torch.rand(6, len(pixels), generator=generator)
-    values[::2], power[::2] = 0, 0
-    once, twice = grids(32), grids(32)
-    insert_slices_cpu(values[1::2], power[1::2], rotation[1::2], pixels.kx, pixels.ky, 1.0, *once)
+    once, twice, weight = grids(32), grids(32), torch.tensor([0.0, 1.0]).repeat(3)
+    insert(values[1::2], power[1::2], rotation[1::2], pixels, *once, 1.0)
     for _ in range(2):
-        insert_slices_cpu(values, power, rotation, pixels.kx, pixels.ky, 1.0, *twice)
+        insert(values, power, rotation, pixels, *twice, 1.0, weight=weight)
     for a, b in zip(once, twice, strict=True):
         # Adding everything a second time rounds differently from doubling: one unit in the last place a term.
         assert torch.allclose(2 * a, b, rtol=1e-5, atol=1e-5)
@@ -119,7 +158,7 @@ def test_samples_beyond_the_transform_are_zero_and_are_not_inserted():
     assert (slices[:, ~outside].abs() > 0).all()
     numerator, denominator = grids(20)
     values, power = torch.ones_like(slices), outside.float().expand(len(rotation), -1)
-    insert_slices_cpu(values * outside, power, rotation, pixels.kx, pixels.ky, 1.0, numerator, denominator)
+    insert(values * outside, power, rotation, pixels, numerator, denominator, 1.0)
     assert not numerator.any()
     assert not denominator.any()
 
@@ -133,7 +172,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
         numerator, denominator = grids(96)
-        insert_slices_cpu(values, values.abs(), rotation, pixels.kx, pixels.ky, 2.0, numerator, denominator)
+        insert(values, values.abs(), rotation, pixels, numerator, denominator, 2.0)
         slices = extract_slices(numerator, rotation, pixels.kx, pixels.ky, 2.0)
         results.append((numerator, denominator, slices))
     for other in results[1:]:
@@ -145,7 +184,7 @@ def test_empty_batches():
     numerator, denominator = grids(16)
     assert extract_slices(numerator, rotation, pixels.kx, pixels.ky, 1.0).shape == (0, len(pixels))
     values = torch.zeros(0, len(pixels), dtype=torch.complex64)
-    insert_slices_cpu(values, values.real, rotation, pixels.kx, pixels.ky, 1.0, numerator, denominator)
+    insert(values, values.real, rotation, pixels, numerator, denominator, 1.0)
     assert not numerator.any()
 
 
@@ -154,22 +193,20 @@ def test_bad_input_is_refused():
     values = torch.zeros(1, len(pixels), dtype=torch.complex64)
     numerator, denominator = grids(16)
 
-    def insert(**change: Any) -> None:
-        given = {"values": values, "power": values.real, "rotation": rotation, "kx": pixels.kx, "ky": pixels.ky}
-        given |= {"scale": 1.0, "numerator": numerator, "denominator": denominator}
-        insert_slices_cpu(**(given | change))
+    def refused(match: str, **change: Any) -> None:
+        given = {"values": values, "power": values.real, "rotation": rotation, "pixels": pixels}
+        given |= {"numerator": numerator, "denominator": denominator, "scale": 1.0}
+        with pytest.raises(InputError, match=match):
+            insert(**(given | change))
 
     for broken in (float("nan"), float("inf")):
-        with pytest.raises(InputError, match="rotation"):
-            insert(rotation=rotation * broken)
-    with pytest.raises(InputError, match="numerator has shape"):
-        insert(numerator=numerator[:, :, :5])
-    with pytest.raises(InputError, match="denominator has shape"):
-        insert(denominator=torch.zeros(16, 16, 18)[:, :, ::2])
-    with pytest.raises(InputError, match="power has shape"):
-        insert(power=values.real[:, :5].contiguous())
-    with pytest.raises(InputError, match="float32"):
-        insert(power=values.real.double())
+        refused("rotation", rotation=rotation * broken)
+    refused("numerator has shape", numerator=numerator[:, :, :5])
+    refused("denominator has shape", denominator=torch.zeros(16, 16, 18)[:, :, ::2])
+    refused("power has shape", power=values.real[:, :5].contiguous())
+    refused("shift_px has shape", shift_px=torch.zeros(1, 3))
+    refused("weight has shape", weight=torch.ones(2))
+    refused("float32", power=values.real.double())
 
 
 def test_work_is_shared_by_at_most_torchs_threads():

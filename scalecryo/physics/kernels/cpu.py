@@ -14,8 +14,9 @@ from jaxtyping import Complex
 from torch import Tensor
 
 from scalecryo.physics.kernels.cpu_location import BLOCK, array, geometry, list_mine, locate, planes
-from scalecryo.physics.kernels.jit import Integer, Real, in_threads, kernel, part
+from scalecryo.physics.kernels.jit import Integer, in_threads, kernel, part
 from scalecryo.physics.kernels.trigonometry import sine_cosine
+from scalecryo.physics.kernels.vectors import add_row, interpolate, interpolate_with_slopes
 from scalecryo.physics.kernels.views import Gradients, Views, Wanted
 
 _Pixels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -40,44 +41,14 @@ def _corners(corner: np.ndarray, i: int, box: int) -> _Rows:
 
 
 @part
-def _value(volume: np.ndarray, rows: _Rows, part: int, x: Real, y: Real, z: Real) -> Real:
-    """Trilinear interpolation of the real (part 0) or the imaginary parts (1)."""
-    a, b, c, d = np.uintp(rows[0] + part), np.uintp(rows[1] + part), np.uintp(rows[2] + part), np.uintp(rows[3] + part)
-    two = np.uintp(2)
-    near_0, near_1 = volume[a] + (volume[a + two] - volume[a]) * x, volume[b] + (volume[b + two] - volume[b]) * x
-    far_0, far_1 = volume[c] + (volume[c + two] - volume[c]) * x, volume[d] + (volume[d + two] - volume[d]) * x
-    near, far = near_0 + (near_1 - near_0) * y, far_0 + (far_1 - far_0) * y
-    value: Real = near + (far - near) * z
-    return value
-
-
-@part
-def _value_and_slopes(
-    volume: np.ndarray, rows: _Rows, part: int, x: Real, y: Real, z: Real
-) -> tuple[Real, Real, Real, Real]:
-    """As `_value`, with its derivatives along x, y, z."""
-    a, b, c, d = np.uintp(rows[0] + part), np.uintp(rows[1] + part), np.uintp(rows[2] + part), np.uintp(rows[3] + part)
-    two = np.uintp(2)
-    v_0, v_1, v_2, v_3 = volume[a], volume[b], volume[c], volume[d]
-    step_0, step_1 = volume[a + two] - v_0, volume[b + two] - v_1
-    step_2, step_3 = volume[c + two] - v_2, volume[d + two] - v_3
-    v_0, v_1, v_2, v_3 = v_0 + step_0 * x, v_1 + step_1 * x, v_2 + step_2 * x, v_3 + step_3 * x
-    rise_near, rise_far = v_1 - v_0, v_3 - v_2
-    near, far = v_0 + rise_near * y, v_2 + rise_far * y
-    step_near, step_far = step_0 + (step_1 - step_0) * y, step_2 + (step_3 - step_2) * y
-    slope_x, slope_y = step_near + (step_far - step_near) * z, rise_near + (rise_far - rise_near) * z
-    return near + (far - near) * z, slope_x, slope_y, far - near
-
-
-@part
 def _interpolate(volume: np.ndarray, box: int, count: int, work: _Work) -> None:
     """Values, conjugated where the mate was taken."""
     fraction, corner, values = work
     for i in range(count):
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-        rows = _corners(corner, i, box)
-        values[0, i] = _value(volume, rows, 0, x, y, z)
-        values[1, i] = _value(volume, rows, 1, x, y, z) * fraction[3, i]
+        a, b, c, d = _corners(corner, i, box)
+        real, imag = interpolate(volume, a, b, c, d, x, y, z)
+        values[0, i], values[1, i] = real, imag * fraction[3, i]
 
 
 @part
@@ -86,10 +57,10 @@ def _interpolate_with_slopes(volume: np.ndarray, box: int, count: int, work: _Wo
     fraction, corner, values = work
     for i in range(count):
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-        rows = _corners(corner, i, box)
-        values[0, i], values[2, i], values[4, i], values[6, i] = _value_and_slopes(volume, rows, 0, x, y, z)
-        imag, values[3, i], values[5, i], values[7, i] = _value_and_slopes(volume, rows, 1, x, y, z)
-        values[1, i] = imag * fraction[3, i]
+        a, b, c, d = _corners(corner, i, box)
+        found = interpolate_with_slopes(volume, a, b, c, d, x, y, z)
+        values[0, i], values[1, i], values[2, i], values[3, i] = found[0], found[1] * fraction[3, i], found[2], found[3]
+        values[4, i], values[5, i], values[6, i], values[7, i] = found[4], found[5], found[6], found[7]
 
 
 @kernel
@@ -247,19 +218,8 @@ def _scatter(
                     if mine[plane]:
                         r, m = real * near, imag * near
                         top, bottom = (plane * box + low) * width + column, (plane * box + high) * width + column
-                        _add_pair(grid, top, x, r - r * y, m - m * y)
-                        _add_pair(grid, bottom, x, r * y, m * y)
-
-
-@part
-def _add_pair(grid: np.ndarray, row: Integer, x: Real, real: Real, imag: Real) -> None:
-    """Add to two neighbours along x."""
-    pair = np.uintp(2 * row)
-    real_x, imag_x = real * x, imag * x
-    grid[pair] += real - real_x
-    grid[pair + np.uintp(1)] += imag - imag_x
-    grid[pair + np.uintp(2)] += real_x
-    grid[pair + np.uintp(3)] += imag_x
+                        add_row(grid, 2 * top, r - r * y, m - m * y, x)
+                        add_row(grid, 2 * bottom, r * y, m * y, x)
 
 
 def forward(volume: Complex[Tensor, "d d h"], views: Views) -> Complex[Tensor, "b p"]:
@@ -279,10 +239,10 @@ def backward(
     arriving = torch.view_as_real(gradient.resolve_conj().contiguous()).flatten(1).numpy()
     local = np.empty_like(arriving)
     for_rotation, for_shift = torch.zeros(len(rotation), 3, 3), torch.zeros(len(rotation), 2)
-    found = local, for_rotation.numpy(), for_shift.numpy()
     flat = _pairs(volume)
-    in_threads(_pose_gradient, samples, flat, box, *seen, arriving, (wanted.rotation, wanted.shift), *found)
     grid = torch.zeros_like(volume, memory_format=torch.contiguous_format) if wanted.volume else volume.new_empty(0)
+    found = local, for_rotation.numpy(), for_shift.numpy()
+    in_threads(_pose_gradient, samples, flat, box, *seen, arriving, (wanted.rotation, wanted.shift), *found)
     if wanted.volume:
         in_threads(_scatter, samples, local, rotation, kx, ky, box, torch.view_as_real(grid).numpy().ravel())
     for_shift *= -2 * math.pi / (views.box_size * views.scale)

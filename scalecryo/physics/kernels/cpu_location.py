@@ -97,11 +97,20 @@ def geometry(rotation: Tensor, kx: Tensor, ky: Tensor, scale: float, box: int) -
     Raises:
         InputError: an odd box.
     """
+    x, y, inside = scaled_pixels(kx, ky, scale, box)
+    order = np.lexsort((x, y)).astype(np.int32)
+    return Geometry(array(rotation.float()), x[order], y[order], inside[order], order)
+
+
+def scaled_pixels(kx: Tensor, ky: Tensor, scale: float, box: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """kx and ky times scale, in single precision, and 1 where they lie within the transform, else 0.
+
+    Raises:
+        InputError: an odd box.
+    """
     check_even_box(box)
     x, y = scale * kx.float(), scale * ky.float()
-    inside = array((torch.hypot(x, y) <= box // 2 - 1 + 1e-4).float())
-    order = np.lexsort((array(x), array(y))).astype(np.int32)
-    return Geometry(array(rotation.float()), array(x)[order], array(y)[order], inside[order], order)
+    return array(x), array(y), array((torch.hypot(x, y) <= box // 2 - 1 + 1e-4).float())
 
 
 def array(tensor: Tensor) -> np.ndarray:

@@ -1,0 +1,150 @@
+"""Vector instructions that numba does not find by itself: four neighbouring floats at a time.
+
+A row of a half-complex grid holds the two neighbours of a sample along x side by side (real, imaginary, real,
+imaginary), so one load or store of four floats does what four would. numba leaves such runs scalar (its superword
+vectoriser is off by default), hence LLVM's vector types, by numba's public `intrinsic`.
+
+numba notices changes here only when the kernels' own files change too: touch them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_FOUR = ir.VectorType(ir.FloatType(), 4)
+_INDEX, _LANE = ir.IntType(64), ir.IntType(32)
+# A product and a sum may become one instruction, as elsewhere in the kernels.
+_FUSE = ("contract",)
+_CORNERS = (types.intp,) * 4
+_PLACE = (types.float32,) * 3
+
+
+def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's `intrinsic`; its callers pass all but the first argument."""
+    return cast(Callable[..., Any], intrinsic(function))
+
+
+class _Vectors:
+    """LLVM code on vectors of four floats, at places of one array."""
+
+    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
+        self.builder = builder
+        self.start = context.make_array(array_type)(context, builder, array).data
+
+    def pointer(self, index: Any) -> Any:
+        return self.builder.bitcast(self.builder.gep(self.start, [index]), _FOUR.as_pointer())
+
+    def load(self, index: Any) -> Any:
+        return self.builder.load(self.pointer(index), align=4)
+
+    def add_to(self, index: Any, value: Any) -> None:
+        where = self.pointer(index)
+        self.builder.store(self.builder.fadd(self.builder.load(where, align=4), value), where, align=4)
+
+    def splat(self, value: Any) -> Any:
+        nothing = ir.Constant(_FOUR, ir.Undefined)
+        one = self.builder.insert_element(nothing, value, ir.Constant(_LANE, 0))
+        return self.builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_LANE, 4), [0] * 4))
+
+    def lane(self, value: Any, number: int) -> Any:
+        return self.builder.extract_element(value, ir.Constant(_LANE, number))
+
+    def along(self, low: Any, step: Any, share: Any) -> Any:
+        """low + step * share."""
+        return self.builder.fadd(low, self.builder.fmul(step, share, flags=_FUSE), flags=_FUSE)
+
+    def parts(self, value: Any, share: Any) -> Iterator[Any]:
+        """The real and the imaginary part between the two neighbours along x."""
+        for part in (0, 1):
+            low = self.lane(value, part)
+            yield self.along(low, self.builder.fsub(self.lane(value, part + 2), low), share)
+
+    def split(self, value: Any, share: Any) -> tuple[Any, Any]:
+        """value * (1 - share), value * share."""
+        far = self.builder.fmul(value, share)
+        return self.builder.fsub(value, far), far
+
+
+@_vector
+def interpolate(_: Any, volume: Any, a: Any, b: Any, c: Any, d: Any, x: Any, y: Any, z: Any) -> Any:
+    """(volume, a, b, c, d, x, y, z): trilinear interpolation of complex values; returns real, imaginary.
+
+    volume: flat, pairs of real numbers. a to d: where the lower x neighbour's real part stands at (z, y), (z, y + 1),
+    (z + 1, y), (z + 1, y + 1). x, y, z: places between neighbours, 0 to 1.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        vectors = _Vectors(context, builder, signature.args[0], arguments[0])
+        a, b, c, d = (vectors.load(corner) for corner in arguments[1:5])
+        x, y, z = arguments[5], vectors.splat(arguments[6]), vectors.splat(arguments[7])
+        near, far = (vectors.along(low, builder.fsub(high, low), y) for low, high in ((a, b), (c, d)))
+        value = vectors.along(near, builder.fsub(far, near), z)
+        return context.make_tuple(builder, signature.return_type, list(vectors.parts(value, x)))
+
+    return types.UniTuple(types.float32, 2)(volume, *_CORNERS, *_PLACE), generate
+
+
+@_vector
+def interpolate_with_slopes(_: Any, volume: Any, a: Any, b: Any, c: Any, d: Any, x: Any, y: Any, z: Any) -> Any:
+    """As `interpolate`; returns the value and its derivatives along x, y, z, each real, imaginary."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        vectors = _Vectors(context, builder, signature.args[0], arguments[0])
+        a, b, c, d = (vectors.load(corner) for corner in arguments[1:5])
+        x, y, z = arguments[5], vectors.splat(arguments[6]), vectors.splat(arguments[7])
+        rise_near, rise_far = builder.fsub(b, a), builder.fsub(d, c)
+        near, far = vectors.along(a, rise_near, y), vectors.along(c, rise_far, y)
+        slope_z = builder.fsub(far, near)
+        value, slope_y = vectors.along(near, slope_z, z), vectors.along(rise_near, builder.fsub(rise_far, rise_near), z)
+        slope_x = [builder.fsub(vectors.lane(value, part + 2), vectors.lane(value, part)) for part in (0, 1)]
+        found = [*vectors.parts(value, x), *slope_x, *vectors.parts(slope_y, x), *vectors.parts(slope_z, x)]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(types.float32, 8)(volume, *_CORNERS, *_PLACE), generate
+
+
+@_vector
+def add_row(_: Any, grid: Any, row: Any, real: Any, imaginary: Any, x: Any) -> Any:
+    """(grid, row, real, imaginary, x): add to two neighbours along x of a flat grid of pairs of real numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        vectors = _Vectors(context, builder, signature.args[0], arguments[0])
+        row, *pair, x = arguments[1:]
+        shares = [vectors.split(part, x) for part in pair]
+        value: Any = ir.Constant(_FOUR, ir.Undefined)
+        for number, one in enumerate((shares[0][0], shares[1][0], shares[0][1], shares[1][1])):
+            value = builder.insert_element(value, one, ir.Constant(_LANE, number))
+        vectors.add_to(row, value)
+        return context.get_dummy_value()
+
+    return types.void(grid, types.intp, *_PLACE), generate
+
+
+@_vector
+def add_record(_: Any, grid: Any, at: Any, line: Any, plane: Any, records: Any, first: Any) -> Any:
+    """(grid, at, line, plane, records, first): share a record of four floats among a sample's eight neighbours.
+
+    grid: flat, four floats a voxel. at: where the lowest neighbour stands. line, plane: floats between neighbours along
+    y and along z. records: flat; from `first` on stand the four floats, then x, y, z (0 to 1).
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        (at, line, plane), first = arguments[1:4], arguments[5]
+        vectors = _Vectors(context, builder, signature.args[0], arguments[0])
+        records = _Vectors(context, builder, signature.args[4], arguments[4])
+        beyond = (builder.add(first, ir.Constant(_INDEX, number)) for number in (4, 5, 6))
+        x, y, z = (vectors.splat(builder.load(builder.gep(records.start, [index]))) for index in beyond)
+        row = at
+        for share in vectors.split(records.load(first), z):
+            low, high = vectors.split(share, y)
+            for value, here in ((low, row), (high, builder.add(row, line))):
+                left, right = vectors.split(value, x)
+                vectors.add_to(here, left)
+                vectors.add_to(builder.add(here, ir.Constant(_INDEX, 4)), right)
+            row = builder.add(at, plane)
+        return context.get_dummy_value()
+
+    return types.void(grid, types.intp, types.intp, types.intp, records, types.intp), generate
