@@ -124,33 +124,40 @@ def seaweed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (folder / "ids.json").write_text(json.dumps({"identities": [identity]}))
-    names = ("s3.port", "master.port", "volume.port", "filer.port")
-    ports = {name: _free_port() for name in names}
-    flags = [f"-{name}={port}" for name, port in ports.items()]
+    env = {
+        "AWS_ACCESS_KEY_ID": access,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for attempt in range(3):  # another process may take a port that was free a moment ago
+        server, env["AWS_ENDPOINT_URL"] = _start_seaweed(weed, folder, folder / f"log{attempt}")
+        try:
+            if _makes_bucket(server, env, folder / f"log{attempt}"):
+                yield Seaweed(env["AWS_ENDPOINT_URL"], "particles", env)
+                return
+        finally:
+            server.kill()  # it would take long to close, and nothing of it is wanted any more
+            server.wait()
+    pytest.fail("SeaweedFS found its ports taken three times")
+
+
+def _start_seaweed(weed: str, folder: Path, log: Path) -> "tuple[subprocess.Popen[bytes], str]":
+    """The server and its S3 address."""
+    ports = {name: _free_port() for name in ("s3.port", "master.port", "volume.port", "filer.port")}
     command = [
         weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.config={folder}/ids.json",
-        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256", *flags,
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256",
+        *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
-    with open(folder / "log", "wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        endpoint = f"http://127.0.0.1:{ports['s3.port']}"
-        env = {
-            "AWS_ACCESS_KEY_ID": access,
-            "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-        _wait_for_bucket(server, endpoint, env, folder / "log")
-        yield Seaweed(endpoint, "particles", env)
-    finally:
-        server.kill()  # it would take long to close, and nothing of it is wanted any more
-        server.wait()
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT
+        ), f"http://127.0.0.1:{ports['s3.port']}"
 
 
-def _wait_for_bucket(server: "subprocess.Popen[bytes]", endpoint: str, env: dict[str, str], log: Path) -> None:
-    """Make the bucket as soon as the server lets us."""
+def _makes_bucket(server: "subprocess.Popen[bytes]", env: dict[str, str], log: Path) -> bool:
+    """Make the bucket as soon as the server lets us; false where it ended because a port was taken."""
     make = (
         "import s3fs; fs = s3fs.S3FileSystem(); fs.mkdir('particles'); fs.pipe_file('particles/ready', b'x'); "
         "fs.rm_file('particles/ready')"
@@ -158,13 +165,15 @@ def _wait_for_bucket(server: "subprocess.Popen[bytes]", endpoint: str, env: dict
     said = ""
     for _ in range(60):
         if server.poll() is not None:
+            if "address already in use" in log.read_text():
+                return False
             pytest.fail(f"SeaweedFS ended with {server.returncode}: {log.read_text()[-2000:]}")
-        if _answers(endpoint):
+        if _answers(env["AWS_ENDPOINT_URL"]):
             done = subprocess.run(
                 [sys.executable, "-c", make], env={**os.environ, **env}, capture_output=True, text=True
             )
             if done.returncode == 0:
-                return
+                return True
             said = done.stderr[-500:]
         time.sleep(0.5)
     pytest.fail(f"SeaweedFS did not answer within half a minute: {said}")

@@ -18,6 +18,7 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from scalecryo.config import Config, config_from_dict
 from scalecryo.data import files
@@ -32,6 +33,11 @@ logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20  # the particles never pass through it
 LEAST_WAIT_MINUTES = 2.0  # for a lost node to come back, or its loss to be noticed
 START_FAILURES = 3  # of Ray's own attempts to start the workers
+SETTLE_SECONDS = 10.0  # for what a lost attempt held to become free
+
+
+class _MoreWorkers(Exception):
+    """Worker 0 saw room for more workers, right after a checkpoint."""
 
 
 def train_on_ray(config: Config) -> None:
@@ -39,7 +45,11 @@ def train_on_ray(config: Config) -> None:
 
     Joins the cluster that RAY_ADDRESS or an earlier `ray.init` names, else starts one on this machine. After a loss
     the group starts again, on as many workers as there are, from the newest checkpoint; `run.max_failures` losses in
-    a row without a new checkpoint end the run.
+    a row without a new checkpoint end the run. A group smaller than `run.workers` allows starts again, larger, at the
+    first checkpoint after room appeared.
+
+    The number of workers of an attempt is fixed here and not left to Ray's own elastic groups: these count a dead node
+    for a minute, and wait three for what a killed driver had reserved (seen with Ray 2.60).
 
     Raises:
         TrainingError: the cluster is too small, or the workers failed for good.
@@ -49,16 +59,19 @@ def train_on_ray(config: Config) -> None:
         _join_or_start()
     run, failures, wait = RunFolder(config.run.out), 0, config.run.wait_minutes
     while True:
-        _await_workers(config, wait)
+        workers = _await_workers(config, wait)
         before = newest_step(run)
         try:
-            _fit(config)
+            _fit(config, workers)
             return
         except ray.train.TrainingFailedError as error:
             cause = _purpose(error)
             if cause is not None:
                 raise cause from error
             reached = newest_step(run)
+            if any(isinstance(failure, _MoreWorkers) for failure in _failures(error).values()):
+                logger.info("there is room for more workers: starting again from checkpoint %d", reached)
+                continue
             failures = 1 if reached > before else failures + 1
             if failures > config.run.max_failures:
                 raise TrainingError(
@@ -81,14 +94,13 @@ def _join_or_start() -> None:
         ray.init("local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_config=quiet)
 
 
-def _await_workers(config: Config, minutes: float) -> None:
-    """Return when the cluster can hold the smallest number of workers; an autoscaler is asked for it.
+def _await_workers(config: Config, minutes: float) -> int:
+    """Return how many workers the cluster can hold, at least the smallest number; an autoscaler is asked for that.
 
     Raises:
         TrainingError: it could not within so many minutes.
     """
-    low, high = config.run.worker_range
-    resource = "GPU" if config.run.device == "cuda" else "CPU"
+    (low, high), resource = config.run.worker_range, _resource(config)
     deadline, said = time.monotonic() + 60 * minutes, False
     while (there := ray.cluster_resources().get(resource, 0)) < low:
         if time.monotonic() >= deadline:
@@ -101,28 +113,48 @@ def _await_workers(config: Config, minutes: float) -> None:
             ray.autoscaler.sdk.request_resources(bundles=[{resource: 1}] * low)
             said = True
         time.sleep(1)
+    settled = time.monotonic() + SETTLE_SECONDS
+    while (free := _free(resource)) < min(high, there) and time.monotonic() < settled:
+        time.sleep(0.2)
+        there = ray.cluster_resources().get(resource, 0)
+    workers = max(low, min(high, free))
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    logger.info("starting %d workers on %d nodes with %g %ss", min(high, int(there)), nodes, there, resource)
+    logger.info("starting %d workers on %d nodes with %g %ss", workers, nodes, there, resource)
+    return workers
 
 
-def _fit(config: Config) -> None:
-    """One attempt: start the workers, wait for their end."""
-    low, high = config.run.worker_range
-    workers: Any = low if low == high else (low, high)
+def _resource(config: Config) -> str:
+    """What a worker takes one of."""
+    return "GPU" if config.run.device == "cuda" else "CPU"
+
+
+def _free(resource: str) -> int:
+    """How many of them nobody holds."""
+    return int(ray.available_resources().get(resource, 0))
+
+
+def _fit(config: Config, workers: int) -> None:
+    """One attempt: start the workers, wait for their end. Meanwhile the cluster is asked for room for those missing."""
     filesystem, path = fsspec.core.url_to_fs(config.run.out)
+    missing = config.run.worker_range[1] - workers
+    room = [placement_group([{_resource(config): 1}]) for _ in range(missing)]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": dataclasses.asdict(config), "asked": time.time()},
+        train_loop_config={"config": dataclasses.asdict(config), "asked": time.time(), "room": room},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=config.run.device == "cuda"),
         run_config=RunConfig(
             name="ray",
             storage_path=path,
             storage_filesystem=PyFileSystem(FSSpecHandler(filesystem)),
-            # Ray restarts after announced preemptions and to resize; what fails comes back to `train_on_ray`.
+            # Ray restarts after announced preemptions; what fails comes back to `train_on_ray`.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_FAILURES),  # type: ignore[call-arg]
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        for group in room:
+            remove_placement_group(group)
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -143,8 +175,13 @@ def _worker(settings: dict[str, Any]) -> None:
     device = get_device()
     if isinstance(device, list):
         device = device[0]
-    # A report is a barrier: only at checkpoints.
-    train(config, world, torch.device(device), at_checkpoint=lambda step: ray.train.report({"step": step}))
+
+    def at_checkpoint(step: int) -> None:
+        ray.train.report({"step": step})  # a barrier
+        if world.leads and any(group.wait(timeout_seconds=0.01) for group in settings["room"]):
+            raise _MoreWorkers
+
+    train(config, world, torch.device(device), at_checkpoint=at_checkpoint)
 
 
 def _failures(error: BaseException) -> dict[int, BaseException]:
