@@ -16,6 +16,7 @@ import numpy as np
 
 from scalecryo.physics.kernels.jit import Integer, Real, kernel, part
 from scalecryo.physics.kernels.trigonometry import sine_cosine
+from scalecryo.physics.kernels.vectors import interpolate_pairs, interpolate_pairs_with_slopes, prefetch
 from scalecryo.pose.polish_step import (
     DAMPING_FALL,
     DAMPING_RISE,
@@ -28,6 +29,9 @@ from scalecryo.pose.polish_step import (
 )
 
 _BLOCK = 256
+# How many samples ahead memory is asked for (measured: 8 and 16 do as well).
+# Samples ahead whose memory is asked for (measured: 8 and 16 do as well).
+_AHEAD = 12
 _TWO_PI = 2 * math.pi
 # Rows of the scratch array: where a sample falls (fractions between neighbours, sign of the half taken) ...
 _X, _Y, _Z, _SIGN = 0, 1, 2, 3
@@ -99,44 +103,27 @@ def _locate(half: int, rotation: np.ndarray, pixels: _Pixels, block: _Block, wor
 
 
 @part
-def _value(volume: np.ndarray, at: Integer, steps: tuple[Integer, Integer, Integer], x: Real, y: Real, z: Real) -> Real:
-    """Trilinear interpolation of the real or the imaginary parts."""
-    side, row, plane = 2 * steps[0], 2 * steps[1], 2 * steps[2]
-    a, b, c, d = at, at + row, at + plane, at + plane + row
-    near_0, near_1 = volume[a] + (volume[a + side] - volume[a]) * x, volume[b] + (volume[b + side] - volume[b]) * x
-    far_0, far_1 = volume[c] + (volume[c + side] - volume[c]) * x, volume[d] + (volume[d + side] - volume[d]) * x
-    near, far = near_0 + (near_1 - near_0) * y, far_0 + (far_1 - far_0) * y
-    value: Real = near + (far - near) * z
-    return value
-
-
-@part
-def _value_and_slopes(
-    volume: np.ndarray, at: Integer, steps: tuple[Integer, Integer, Integer], x: Real, y: Real, z: Real
-) -> tuple[Real, Real, Real, Real]:
-    """Trilinear interpolation of the real or the imaginary parts, and its derivatives along x, y, z."""
-    side, row, plane = 2 * steps[0], 2 * steps[1], 2 * steps[2]
-    a, b, c, d = at, at + row, at + plane, at + plane + row
-    v_0, v_1, v_2, v_3 = volume[a], volume[b], volume[c], volume[d]
-    step_0, step_1 = volume[a + side] - v_0, volume[b + side] - v_1
-    step_2, step_3 = volume[c + side] - v_2, volume[d + side] - v_3
-    v_0, v_1, v_2, v_3 = v_0 + step_0 * x, v_1 + step_1 * x, v_2 + step_2 * x, v_3 + step_3 * x
-    rise_near, rise_far = v_1 - v_0, v_3 - v_2
-    near, far = v_0 + rise_near * y, v_2 + rise_far * y
-    step_near, step_far = step_0 + (step_1 - step_0) * y, step_2 + (step_3 - step_2) * y
-    slope_x, slope_y = step_near + (step_far - step_near) * z, rise_near + (rise_far - rise_near) * z
-    return near + (far - near) * z, slope_x, slope_y, far - near
+def _fetch_ahead(grid: _Grid, corner: np.ndarray, i: int, count: int) -> None:
+    """Ask for the bricks of a later sample: at high resolution the map is far larger than the caches."""
+    volume, half = grid
+    at = np.intp(corner[min(i + _AHEAD, count - 1)])
+    side, row, plane = _steps(at, half)
+    prefetch(volume, 2 * at)
+    prefetch(volume, 2 * (at + row))
+    prefetch(volume, 2 * (at + plane))
+    prefetch(volume, 2 * (at + plane + row + side))
 
 
 @part
 def _read_values(grid: _Grid, count: int, work: _Work) -> None:
     (volume, half), (scratch, corner) = grid, work
     for i in range(count):
+        _fetch_ahead(grid, corner, i, count)
         at = np.intp(corner[i])
-        steps = _steps(at, half)
+        side, row, plane = _steps(at, half)
         x, y, z = scratch[_X, i], scratch[_Y, i], scratch[_Z, i]
-        scratch[_P, i] = _value(volume, 2 * at, steps, x, y, z)
-        scratch[_P + 1, i] = scratch[_SIGN, i] * _value(volume, 2 * at + 1, steps, x, y, z)
+        real, imag = interpolate_pairs(volume, 2 * at, 2 * side, 2 * row, 2 * plane, x, y, z)
+        scratch[_P, i], scratch[_P + 1, i] = real, scratch[_SIGN, i] * imag
 
 
 @part
@@ -145,21 +132,20 @@ def _read_derivatives(grid: _Grid, rotation: np.ndarray, pixels: _Pixels, block:
     (volume, half), (kx, ky, _), (start, count), (scratch, corner) = grid, pixels, block, work
     nx, ny, nz = rotation[0, 2], rotation[1, 2], rotation[2, 2]
     for i in range(count):
+        _fetch_ahead(grid, corner, i, count)
         at = np.intp(corner[i])
-        steps = _steps(at, half)
+        side, row, plane = _steps(at, half)
         x, y, z, sign = scratch[_X, i], scratch[_Y, i], scratch[_Z, i], scratch[_SIGN, i]
         u, v = kx[start + i], ky[start + i]
         tx = u * rotation[0, 1] - v * rotation[0, 0]
         ty = u * rotation[1, 1] - v * rotation[1, 0]
         tz = u * rotation[2, 1] - v * rotation[2, 0]
-        value, gx, gy, gz = _value_and_slopes(volume, 2 * at, steps, x, y, z)
-        scratch[_P, i] = value
-        scratch[_A, i] = sign * (gx * nx + gy * ny + gz * nz)
-        scratch[_T, i] = sign * (gx * tx + gy * ty + gz * tz)
-        value, gx, gy, gz = _value_and_slopes(volume, 2 * at + 1, steps, x, y, z)
-        scratch[_P + 1, i] = sign * value
-        scratch[_A + 1, i] = gx * nx + gy * ny + gz * nz
-        scratch[_T + 1, i] = gx * tx + gy * ty + gz * tz
+        found = interpolate_pairs_with_slopes(volume, 2 * at, 2 * side, 2 * row, 2 * plane, x, y, z)
+        scratch[_P, i], scratch[_P + 1, i] = found[0], sign * found[1]
+        scratch[_A, i] = sign * (found[2] * nx + found[4] * ny + found[6] * nz)
+        scratch[_T, i] = sign * (found[2] * tx + found[4] * ty + found[6] * tz)
+        scratch[_A + 1, i] = found[3] * nx + found[5] * ny + found[7] * nz
+        scratch[_T + 1, i] = found[3] * tx + found[5] * ty + found[7] * tz
 
 
 @part

@@ -12,14 +12,46 @@ from typing import Any, cast
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-_FOUR = ir.VectorType(ir.FloatType(), 4)
+_FOUR, _TWO = ir.VectorType(ir.FloatType(), 4), ir.VectorType(ir.FloatType(), 2)
 _INDEX, _LANE = ir.IntType(64), ir.IntType(32)
 # A product and a sum may become one instruction, as elsewhere in the kernels.
 _FUSE = ("contract",)
 _CORNERS = (types.intp,) * 4
 _PLACE = (types.float32,) * 3
+
+
+class _Pairs:
+    """LLVM code on complex values as vectors of two floats, at places of one array."""
+
+    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
+        self.builder = builder
+        self.start = context.make_array(array_type)(context, builder, array).data
+
+    def load(self, index: Any) -> Any:
+        where = self.builder.bitcast(self.builder.gep(self.start, [index]), _TWO.as_pointer())
+        return self.builder.load(where, align=4)
+
+    def corners(self, at: Any, side: Any, row: Any, plane: Any) -> list[tuple[Any, Any]]:
+        """The two x neighbours at (z, y), (z, y + 1), (z + 1, y), (z + 1, y + 1)."""
+        far = self.builder.add(at, plane)
+        lines = (at, self.builder.add(at, row), far, self.builder.add(far, row))
+        return [(self.load(line), self.load(self.builder.add(line, side))) for line in lines]
+
+    def splat(self, value: Any) -> Any:
+        both: Any = ir.Constant(_TWO, ir.Undefined)
+        for number in (0, 1):
+            both = self.builder.insert_element(both, value, ir.Constant(_LANE, number))
+        return both
+
+    def lanes(self, value: Any) -> list[Any]:
+        return [self.builder.extract_element(value, ir.Constant(_LANE, number)) for number in (0, 1)]
+
+    def along(self, low: Any, step: Any, share: Any) -> Any:
+        """low + step * share."""
+        return self.builder.fadd(low, self.builder.fmul(step, share, flags=_FUSE), flags=_FUSE)
 
 
 def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,6 +136,61 @@ def interpolate_with_slopes(_: Any, volume: Any, a: Any, b: Any, c: Any, d: Any,
         return context.make_tuple(builder, signature.return_type, found)
 
     return types.UniTuple(types.float32, 8)(volume, *_CORNERS, *_PLACE), generate
+
+
+@_vector
+def interpolate_pairs(_: Any, volume: Any, at: Any, side: Any, row: Any, plane: Any, x: Any, y: Any, z: Any) -> Any:
+    """As `interpolate`, for x neighbours that may stand apart: side, row and plane lead from `at` to the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        pairs = _Pairs(context, builder, signature.args[0], arguments[0])
+        corners, (x, y, z) = pairs.corners(*arguments[1:5]), (pairs.splat(share) for share in arguments[5:])
+        lines = [pairs.along(low, builder.fsub(high, low), x) for low, high in corners]
+        near, far = (pairs.along(a, builder.fsub(b, a), y) for a, b in (lines[:2], lines[2:]))
+        found = pairs.lanes(pairs.along(near, builder.fsub(far, near), z))
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(types.float32, 2)(volume, *_CORNERS, *_PLACE), generate
+
+
+@_vector
+def interpolate_pairs_with_slopes(
+    _: Any, volume: Any, at: Any, side: Any, row: Any, plane: Any, x: Any, y: Any, z: Any
+) -> Any:
+    """As `interpolate_with_slopes`, for the neighbours of `interpolate_pairs`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        pairs = _Pairs(context, builder, signature.args[0], arguments[0])
+        corners, (x, y, z) = pairs.corners(*arguments[1:5]), (pairs.splat(share) for share in arguments[5:])
+        steps = [builder.fsub(high, low) for low, high in corners]
+        lines = [pairs.along(low, step, x) for (low, _), step in zip(corners, steps, strict=True)]
+        rise_near, rise_far = builder.fsub(lines[1], lines[0]), builder.fsub(lines[3], lines[2])
+        near, far = pairs.along(lines[0], rise_near, y), pairs.along(lines[2], rise_far, y)
+        step_near, step_far = (pairs.along(a, builder.fsub(b, a), y) for a, b in (steps[:2], steps[2:]))
+        slope_z = builder.fsub(far, near)
+        slope_x = pairs.along(step_near, builder.fsub(step_far, step_near), z)
+        slope_y = pairs.along(rise_near, builder.fsub(rise_far, rise_near), z)
+        wanted = (pairs.along(near, slope_z, z), slope_x, slope_y, slope_z)
+        found = [lane for value in wanted for lane in pairs.lanes(value)]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(types.float32, 8)(volume, *_CORNERS, *_PLACE), generate
+
+
+@_vector
+def prefetch(_: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of a value that is needed soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        start = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        where = builder.bitcast(builder.gep(start, [arguments[1]]), ir.IntType(8).as_pointer())
+        flag = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [where.type, flag, flag, flag])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(fetch, [where, *(ir.Constant(flag, value) for value in (0, 3, 1))])  # to read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
 
 
 @_vector
