@@ -16,6 +16,8 @@ one that templates are made for, the second half its mates (`with_mates`).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -152,7 +154,8 @@ def grid_posterior(
         moved = torch.stack([moved.real, moved.imag])
         best = _Best(len(weighted), keep, work)
         for first in range(0, half, rotations_each):
-            scores = _pair_scores(moved, energy, bank[:, first : first + rotations_each], work)
+            with _tensor_cores():
+                scores = _pair_scores(moved, energy, bank[:, first : first + rotations_each], work)
             best.add(scores, work[1], first, half)
         parts.append((best.index, best.value, best.evidence))
     index, value, evidence = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -200,6 +203,21 @@ def weighted_images(
         return observed * pixel_weight, pixel_weight[None]
     weighted = ctf * pixel_weight
     return observed * weighted, weighted * ctf
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """TF32 products on CUDA, several times faster; nothing changes on other devices.
+
+    The ranking survives: scores err by 1.4 % at most of what parts the best hypothesis from the second, at 0 dB and at
+    -10 dB (tools/bench_search.py). Rotations elsewhere are products too, so this must not be on for long.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _pair_scores(

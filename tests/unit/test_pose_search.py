@@ -9,6 +9,7 @@ from scalecryo.errors import InputError
 from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose import search
 from scalecryo.pose.modes import separated_modes, soft_labels
 from scalecryo.pose.search import Posterior, grid_posterior, largest, shift_grid, turned_grid, with_mates
 from scalecryo.pose.subdivision import refine_candidates
@@ -217,3 +218,20 @@ def test_labels_keep_their_sum_in_single_precision():
     # Sums of 32 numbers in single precision.
     torch.testing.assert_close(value.sum(1), torch.ones(256), atol=1e-6, rtol=0)
     assert index.max() < 4608
+
+
+def test_tf32_is_on_for_the_products_of_the_search_alone(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    products = search._pair_scores
+
+    def watched(*arguments):
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return products(*arguments)
+
+    monkeypatch.setattr(search, "_pair_scores", watched)
+    pixels = fourier_pixels(16, 5.0)
+    bank = torch.randn(7, len(pixels), dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    grid_posterior(bank[:2], None, pixels.weight, bank, torch.zeros(1, 2), pixels, keep=1)
+    assert seen
+    assert all(seen)
+    assert not torch.backends.cuda.matmul.allow_tf32
