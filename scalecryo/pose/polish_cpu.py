@@ -29,7 +29,6 @@ from scalecryo.pose.polish_step import (
 )
 
 _BLOCK = 256
-# How many samples ahead memory is asked for (measured: 8 and 16 do as well).
 # Samples ahead whose memory is asked for (measured: 8 and 16 do as well).
 _AHEAD = 12
 _TWO_PI = 2 * math.pi
