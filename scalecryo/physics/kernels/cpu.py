@@ -199,7 +199,7 @@ def _scatter(
     box: int,
     grid: np.ndarray,
 ) -> None:
-    """Every image, but only one thread's planes, as `_insert` does. local, grid: pairs of real numbers."""
+    """Every image, but only one thread's planes, in runs dealt round. local, grid: pairs of real numbers."""
     fraction, corner = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32)
     mine, todo = planes(share, shares, box), np.empty(BLOCK + 1, np.int32)
     width, count = box // 2 + 1, kx.shape[0]
@@ -239,10 +239,10 @@ def backward(
     arriving = torch.view_as_real(gradient.resolve_conj().contiguous()).flatten(1).numpy()
     local = np.empty_like(arriving)
     for_rotation, for_shift = torch.zeros(len(rotation), 3, 3), torch.zeros(len(rotation), 2)
-    flat = _pairs(volume)
-    grid = torch.zeros_like(volume, memory_format=torch.contiguous_format) if wanted.volume else volume.new_empty(0)
     found = local, for_rotation.numpy(), for_shift.numpy()
+    flat = _pairs(volume)
     in_threads(_pose_gradient, samples, flat, box, *seen, arriving, (wanted.rotation, wanted.shift), *found)
+    grid = torch.zeros_like(volume, memory_format=torch.contiguous_format) if wanted.volume else volume.new_empty(0)
     if wanted.volume:
         in_threads(_scatter, samples, local, rotation, kx, ky, box, torch.view_as_real(grid).numpy().ravel())
     for_shift *= -2 * math.pi / (views.box_size * views.scale)

@@ -72,7 +72,7 @@ def insert_slices_cuda(
     numerator: Complex[Tensor, "d d h"],
     denominator: Float[Tensor, "d d h"],
 ) -> None:
-    """As `cpu_insert.insert_slices_cpu`; added in no fixed order."""
+    """As `fourier_slice.insert_slices`, of values and of their weights in one go; added in no fixed order."""
     if not values.numel():
         return
     box = numerator.shape[0]

@@ -1,4 +1,4 @@
-"""Vector instructions that numba does not find by itself: four neighbouring floats at a time.
+"""Vector instructions that numba does not find by itself: four neighbouring floats at a time, or two.
 
 A row of a half-complex grid holds the two neighbours of a sample along x side by side (real, imaginary, real,
 imaginary), so one load or store of four floats does what four would. numba leaves such runs scalar (its superword
@@ -15,43 +15,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_FOUR, _TWO = ir.VectorType(ir.FloatType(), 4), ir.VectorType(ir.FloatType(), 2)
 _INDEX, _LANE = ir.IntType(64), ir.IntType(32)
 # A product and a sum may become one instruction, as elsewhere in the kernels.
 _FUSE = ("contract",)
 _CORNERS = (types.intp,) * 4
 _PLACE = (types.float32,) * 3
-
-
-class _Pairs:
-    """LLVM code on complex values as vectors of two floats, at places of one array."""
-
-    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
-        self.builder = builder
-        self.start = context.make_array(array_type)(context, builder, array).data
-
-    def load(self, index: Any) -> Any:
-        where = self.builder.bitcast(self.builder.gep(self.start, [index]), _TWO.as_pointer())
-        return self.builder.load(where, align=4)
-
-    def corners(self, at: Any, side: Any, row: Any, plane: Any) -> list[tuple[Any, Any]]:
-        """The two x neighbours at (z, y), (z, y + 1), (z + 1, y), (z + 1, y + 1)."""
-        far = self.builder.add(at, plane)
-        lines = (at, self.builder.add(at, row), far, self.builder.add(far, row))
-        return [(self.load(line), self.load(self.builder.add(line, side))) for line in lines]
-
-    def splat(self, value: Any) -> Any:
-        both: Any = ir.Constant(_TWO, ir.Undefined)
-        for number in (0, 1):
-            both = self.builder.insert_element(both, value, ir.Constant(_LANE, number))
-        return both
-
-    def lanes(self, value: Any) -> list[Any]:
-        return [self.builder.extract_element(value, ir.Constant(_LANE, number)) for number in (0, 1)]
-
-    def along(self, low: Any, step: Any, share: Any) -> Any:
-        """low + step * share."""
-        return self.builder.fadd(low, self.builder.fmul(step, share, flags=_FUSE), flags=_FUSE)
 
 
 def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,14 +28,15 @@ def _vector(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Vectors:
-    """LLVM code on vectors of four floats, at places of one array."""
+    """LLVM code on vectors of two floats (a complex value) or four (two neighbours), at places of one array."""
 
-    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any) -> None:
-        self.builder = builder
+    def __init__(self, context: Any, builder: Any, array_type: Any, array: Any, width: int = 4) -> None:
+        self.builder, self.width = builder, width
+        self.kind = ir.VectorType(ir.FloatType(), width)
         self.start = context.make_array(array_type)(context, builder, array).data
 
     def pointer(self, index: Any) -> Any:
-        return self.builder.bitcast(self.builder.gep(self.start, [index]), _FOUR.as_pointer())
+        return self.builder.bitcast(self.builder.gep(self.start, [index]), self.kind.as_pointer())
 
     def load(self, index: Any) -> Any:
         return self.builder.load(self.pointer(index), align=4)
@@ -76,13 +45,20 @@ class _Vectors:
         where = self.pointer(index)
         self.builder.store(self.builder.fadd(self.builder.load(where, align=4), value), where, align=4)
 
+    def pack(self, values: Sequence[Any]) -> Any:
+        packed: Any = ir.Constant(self.kind, ir.Undefined)
+        for number, value in enumerate(values):
+            packed = self.builder.insert_element(packed, value, ir.Constant(_LANE, number))
+        return packed
+
     def splat(self, value: Any) -> Any:
-        nothing = ir.Constant(_FOUR, ir.Undefined)
-        one = self.builder.insert_element(nothing, value, ir.Constant(_LANE, 0))
-        return self.builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_LANE, 4), [0] * 4))
+        return self.pack([value] * self.width)
 
     def lane(self, value: Any, number: int) -> Any:
         return self.builder.extract_element(value, ir.Constant(_LANE, number))
+
+    def lanes(self, value: Any) -> list[Any]:
+        return [self.lane(value, number) for number in range(self.width)]
 
     def along(self, low: Any, step: Any, share: Any) -> Any:
         """low + step * share."""
@@ -98,6 +74,12 @@ class _Vectors:
         """value * (1 - share), value * share."""
         far = self.builder.fmul(value, share)
         return self.builder.fsub(value, far), far
+
+    def corners(self, at: Any, side: Any, row: Any, plane: Any) -> list[tuple[Any, Any]]:
+        """The two x neighbours at (z, y), (z, y + 1), (z + 1, y), (z + 1, y + 1)."""
+        far = self.builder.add(at, plane)
+        lines = (at, self.builder.add(at, row), far, self.builder.add(far, row))
+        return [(self.load(line), self.load(self.builder.add(line, side))) for line in lines]
 
 
 @_vector
@@ -143,7 +125,7 @@ def interpolate_pairs(_: Any, volume: Any, at: Any, side: Any, row: Any, plane: 
     """As `interpolate`, for x neighbours that may stand apart: side, row and plane lead from `at` to the others."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        pairs = _Pairs(context, builder, signature.args[0], arguments[0])
+        pairs = _Vectors(context, builder, signature.args[0], arguments[0], width=2)
         corners, (x, y, z) = pairs.corners(*arguments[1:5]), (pairs.splat(share) for share in arguments[5:])
         lines = [pairs.along(low, builder.fsub(high, low), x) for low, high in corners]
         near, far = (pairs.along(a, builder.fsub(b, a), y) for a, b in (lines[:2], lines[2:]))
@@ -160,7 +142,7 @@ def interpolate_pairs_with_slopes(
     """As `interpolate_with_slopes`, for the neighbours of `interpolate_pairs`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
-        pairs = _Pairs(context, builder, signature.args[0], arguments[0])
+        pairs = _Vectors(context, builder, signature.args[0], arguments[0], width=2)
         corners, (x, y, z) = pairs.corners(*arguments[1:5]), (pairs.splat(share) for share in arguments[5:])
         steps = [builder.fsub(high, low) for low, high in corners]
         lines = [pairs.along(low, step, x) for (low, _), step in zip(corners, steps, strict=True)]
@@ -201,10 +183,7 @@ def add_row(_: Any, grid: Any, row: Any, real: Any, imaginary: Any, x: Any) -> A
         vectors = _Vectors(context, builder, signature.args[0], arguments[0])
         row, *pair, x = arguments[1:]
         shares = [vectors.split(part, x) for part in pair]
-        value: Any = ir.Constant(_FOUR, ir.Undefined)
-        for number, one in enumerate((shares[0][0], shares[1][0], shares[0][1], shares[1][1])):
-            value = builder.insert_element(value, one, ir.Constant(_LANE, number))
-        vectors.add_to(row, value)
+        vectors.add_to(row, vectors.pack((shares[0][0], shares[1][0], shares[0][1], shares[1][1])))
         return context.get_dummy_value()
 
     return types.void(grid, types.intp, *_PLACE), generate
