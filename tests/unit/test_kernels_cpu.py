@@ -179,6 +179,27 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_what_is_kept_of_pixels_follows_the_pixels():
+    # The order of the pixels is kept from call to call: pixels written to, or that take freed memory, must be seen.
+    volume, rotation = hermitian_transform(32).to(torch.complex64), rotations(3)
+    pixels = fourier_pixels(32, 12)
+    kx, ky = pixels.kx.clone(), pixels.ky.clone()
+    extract_slices(volume, rotation, kx, ky, 1.0, backend="cpu")
+    kx, ky = kx.mul_(0.5), ky.mul_(0.5)
+    expected = extract_slices(volume, rotation, pixels.kx, pixels.ky, 0.5, backend="reference")
+    found = extract_slices(volume, rotation, kx, ky, 1.0, backend="cpu")
+    assert (found - expected).abs().max() < TOLERANCE
+    for angle in torch.linspace(0, 3, 40):  # more than are kept
+        kx, ky = angle.cos() * pixels.kx, angle.sin() * pixels.kx
+        expected = extract_slices(volume, rotation, kx, ky, 1.0, backend="reference")
+        found = extract_slices(volume, rotation, kx, ky, 1.0, backend="cpu")
+        assert (found - expected).abs().max() < TOLERANCE
+    with torch.inference_mode():  # tensors without a version
+        kx = pixels.kx * 1
+        found = extract_slices(volume, rotation, kx, pixels.ky, 1.0, backend="cpu")
+        assert torch.equal(found, extract_slices(volume, rotation, pixels.kx, pixels.ky, 1.0, backend="cpu"))
+
+
 def test_empty_batches():
     pixels, rotation = fourier_pixels(16), torch.zeros(0, 3, 3)
     numerator, denominator = grids(16)

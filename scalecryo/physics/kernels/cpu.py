@@ -16,8 +16,11 @@ from torch import Tensor
 from scalecryo.physics.kernels.cpu_location import BLOCK, array, geometry, list_mine, locate, planes
 from scalecryo.physics.kernels.jit import Integer, in_threads, kernel, part
 from scalecryo.physics.kernels.trigonometry import sine_cosine
-from scalecryo.physics.kernels.vectors import add_row, interpolate, interpolate_with_slopes
+from scalecryo.physics.kernels.vectors import add_row, interpolate, interpolate_with_slopes, prefetch
 from scalecryo.physics.kernels.views import Gradients, Views, Wanted
+
+# Samples between asking for memory and using it: the volume is far larger than the nearer caches.
+_AHEAD = 16
 
 _Pixels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """kx, ky, inside and order of `Geometry`."""
@@ -41,10 +44,21 @@ def _corners(corner: np.ndarray, i: int, box: int) -> _Rows:
 
 
 @part
+def _fetch(array: np.ndarray, corner: np.ndarray, later: int, box: int) -> None:
+    """Ask for the neighbours of a later sample."""
+    a, b, c, d = _corners(corner, later, box)
+    prefetch(array, a)
+    prefetch(array, b)
+    prefetch(array, c)
+    prefetch(array, d)
+
+
+@part
 def _interpolate(volume: np.ndarray, box: int, count: int, work: _Work) -> None:
     """Values, conjugated where the mate was taken."""
     fraction, corner, values = work
     for i in range(count):
+        _fetch(volume, corner, min(i + _AHEAD, count - 1), box)
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
         a, b, c, d = _corners(corner, i, box)
         real, imag = interpolate(volume, a, b, c, d, x, y, z)
@@ -56,6 +70,7 @@ def _interpolate_with_slopes(volume: np.ndarray, box: int, count: int, work: _Wo
     """Values as above; rows 2 to 7 the derivatives along x, y, z of the half that was read (real, imaginary)."""
     fraction, corner, values = work
     for i in range(count):
+        _fetch(volume, corner, min(i + _AHEAD, count - 1), box)
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
         a, b, c, d = _corners(corner, i, box)
         found = interpolate_with_slopes(volume, a, b, c, d, x, y, z)
@@ -142,7 +157,8 @@ def _pose_gradient(
                 _sum_turns(kx, ky, start, block, local[b], fraction, values, total)
             else:
                 _interpolate(volume, box, block, work)
-            _sum_moves(kx, ky, start, block, local[b], values, total)
+            if wanted[1]:
+                _sum_moves(kx, ky, start, block, local[b], values, total)
         for axis in range(3):
             for_rotation[b, axis, 0], for_rotation[b, axis, 1] = total[2 * axis], total[2 * axis + 1]
         for_shift[b, 0], for_shift[b, 1] = total[6], total[7]
@@ -210,6 +226,7 @@ def _scatter(
             mine_here = list_mine(mine, corner, block, todo)
             for j in range(mine_here):
                 i = todo[j]
+                _fetch(grid, corner, todo[min(j + _AHEAD, mine_here - 1)], box)
                 x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
                 low, high, column = np.intp(corner[1, i]), np.intp(corner[2, i]), np.intp(corner[0, i])
                 at = 2 * (start + i)
