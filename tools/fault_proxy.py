@@ -207,13 +207,15 @@ def serve_process(upstream: str, port: int, latency: float, shards: int) -> Iter
 
 def wait_for(connect: Callable[[], Any], bucket: str = "bench", seconds: float = 60.0) -> Any:
     """An fsspec file system, once its server lets it write to a bucket."""
+    from botocore.exceptions import BotoCoreError
+
     deadline = time.monotonic() + seconds
     while True:
         fs = connect()
         try:
             fs.makedirs(bucket, exist_ok=True)
             fs.pipe_file(f"{bucket}/ready", b"x")
-        except OSError:
+        except (OSError, BotoCoreError):
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
