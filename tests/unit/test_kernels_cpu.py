@@ -198,6 +198,8 @@ def test_what_is_kept_of_pixels_follows_the_pixels():
         kx = pixels.kx * 1
         found = extract_slices(volume, rotation, kx, pixels.ky, 1.0, backend="cpu")
         assert torch.equal(found, extract_slices(volume, rotation, pixels.kx, pixels.ky, 1.0, backend="cpu"))
+        turned = extract_slices(volume, rotation, -pixels.kx, pixels.ky, 1.0, backend="cpu")
+        assert torch.equal(extract_slices(volume, rotation, kx.neg_(), pixels.ky, 1.0, backend="cpu"), turned)
 
 
 def test_empty_batches():

@@ -42,7 +42,7 @@ class _Cache:
             return self._entries.get(key)
 
     def put(self, key: int, value: npt.NDArray) -> None:
-        value = value.copy()  # a view would hold all of the network's buffer
+        value = value.copy()  # of its own: an answer may be a piece of a far larger network buffer
         with self._lock:
             old = self._entries.pop(key, None)
             self._bytes += value.nbytes - (0 if old is None else old.nbytes)

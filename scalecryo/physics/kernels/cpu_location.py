@@ -112,7 +112,8 @@ class _Seen:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Seen":
-        version = None if tensor.is_inference() else tensor._version  # writing to it raises the version
+        # Writing to a tensor raises its version; one made in inference mode has none, and equals nothing.
+        version = object() if tensor.is_inference() else tensor._version
         return cls(tensor, (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version))
 
 
