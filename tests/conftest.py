@@ -147,7 +147,8 @@ def _start_seaweed(weed: str, folder: Path, log: Path) -> "tuple[subprocess.Pope
     ports = {name: _free_port() for name in ("s3.port", "master.port", "volume.port", "filer.port")}
     command = [
         weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.config={folder}/ids.json",
-        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=256", "-volume.max=100",
+        "-volume.minFreeSpace=64MiB",  # by default it refuses to write once 99 % of the disk is in use
         *(f"-{name}={port}" for name, port in ports.items()),
     ]  # fmt: skip
     with log.open("wb") as stream:
