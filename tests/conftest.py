@@ -22,6 +22,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that use Ray first: they take longest, and with `-n 2 --dist loadfile` the others run beside them."""
+    items.sort(key=lambda item: item.parent is None or item.parent.get_closest_marker("ray") is None)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real files and outside oracles, used in place; tests that need it skip where it is absent."""

@@ -143,7 +143,8 @@ def stores_on_s3(work: Path, stack: ExitStack) -> dict[int, str]:
     ports = {"s3": 28444, "master": 28333, "volume": 28080, "filer": 28888}
     flags = [f"-{name}.port={port}" for name, port in ports.items()]
     command = ["weed", "server", f"-dir={work}/weed", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", *flags,
-               f"-s3.config={work}/ids.json", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.minFreeSpace=64MiB"]  # fmt: skip
+               f"-s3.config={work}/ids.json", "-s3.port.iceberg=0", "-s3.port.lance=0",
+               "-volume.minFreeSpace=64MiB"]  # fmt: skip
     with open(work / "weed.log", "wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     stack.callback(server.wait)

@@ -28,5 +28,5 @@ def test_every_path_in_the_tree_exists() -> None:
 def test_ci_finds_the_test_command() -> None:
     script = "sed -n '/^<!-- test command -->$/,/^```$/p' README.md | sed '1,2d;$d'"
     command = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert command.strip().endswith("-m pytest -q")
+    assert " -m pytest -q " in command
     assert script.split(" README")[0] in (ROOT / ".ci" / "run").read_text()
