@@ -42,7 +42,7 @@ class Window:
 
 @dataclass
 class _Reading:
-    """A window on its way: the blocks' first rows, and what is still to come."""
+    """A window on its way: the blocks' first rows, and what is still to come: pixels, and the columns of each block."""
 
     epoch: int
     lane: int
@@ -50,8 +50,7 @@ class _Reading:
     starts: Rows
     stops: Rows
     images: npt.NDArray
-    blocks: list[Future]
-    chunks: dict[tuple[str, int], Future]
+    blocks: list[Future[Columns]]
 
 
 class WindowQueue:
@@ -90,7 +89,7 @@ class WindowQueue:
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="particle-reader")
         self._free: list[npt.NDArray] = []
         self._reading: deque[_Reading] = deque()
-        self._fetching: dict[tuple[str, int], Future] = {}
+        self._fetching: dict[tuple[str, int], Future[npt.NDArray]] = {}
         self.bytes_ahead = 0  #: Bytes of pixels asked for and not yet handed out.
         epoch, step = divmod(start_step, order.steps_per_epoch)
         # (epoch, step at which it is needed, lane, window): the order in which batches ask.
@@ -108,10 +107,7 @@ class WindowQueue:
         """
         if used is not None:
             self._free.append(used.images)
-        reading = self._reading.popleft()
-        for block in reading.blocks:
-            block.result()
-        window = self._finish(reading)
+        window = self._finish(self._reading.popleft())
         self.bytes_ahead -= self._window_bytes
         self._read_ahead()
         return window
@@ -146,35 +142,47 @@ class WindowQueue:
         stops = np.minimum(starts + size, order.count)
         # Every window fits the largest: one size of buffer for all.
         images = self._free.pop() if self._free else np.empty(self._window_shape, dtype=self._images.dtype)
-        chunks = {}
-        for name, column in self._columns.items():
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-                for shard, *_ in _pieces(start, stop, column.shard_rows):
-                    if (name, shard) not in self._fetching:
-                        self._fetching[name, shard] = self._pool.submit(column.chunk, shard)
-                    chunks[name, shard] = self._fetching[name, shard]
         futures = []
         first = 0
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            # Asked for first: a block's thread may wait for its chunks.
+            chunks = {
+                (name, shard): self._chunk(name, shard)
+                for name, column in self._columns.items()
+                for shard, *_ in _pieces(start, stop, column.shard_rows)
+            }
             view = images[first : first + stop - start]
-            futures.append(self._pool.submit(self._images.read, start, stop, view))
+            futures.append(self._pool.submit(self._read_block, start, stop, view, chunks))
             first += stop - start
-        return _Reading(epoch, lane, number, starts, stops, images, futures, chunks)
+        return _Reading(epoch, lane, number, starts, stops, images, futures)
+
+    def _chunk(self, name: str, shard: int) -> Future[npt.NDArray]:
+        """A chunk of a column, on its way once; forgotten as soon as it is there, for chunks are far more than rows."""
+        key = name, shard
+        future = self._fetching.get(key)
+        if future is None:
+            future = self._fetching[key] = self._pool.submit(self._columns[name].chunk, shard)
+            future.add_done_callback(lambda _: self._fetching.pop(key, None))
+        return future
+
+    def _read_block(
+        self, start: int, stop: int, images: npt.NDArray, chunks: Mapping[tuple[str, int], Future[npt.NDArray]]
+    ) -> Columns:
+        """Fill `images` with rows start…stop−1; their columns."""
+        self._images.read(start, stop, images)
+        columns = {}
+        for name, column in self._columns.items():
+            values = columns[name] = np.empty((stop - start, *column.row_shape), dtype=column.dtype)
+            for shard, low, high in _pieces(start, stop, column.shard_rows):
+                at = shard * column.shard_rows + low - start
+                values[at : at + high - low] = chunks[name, shard].result()[low:high]
+        return columns
 
     def _finish(self, reading: _Reading) -> Window:
         order, starts, stops = self._order, reading.starts, reading.stops
+        blocks = [block.result() for block in reading.blocks]
+        columns = {name: np.concatenate([block[name] for block in blocks]) for name in self._columns}
         first = np.concatenate([[0], np.cumsum(stops - starts)])
-        columns = {}
-        for name, column in self._columns.items():
-            values = np.empty((int(first[-1]), *column.row_shape), dtype=column.dtype)
-            for start, stop, begin in zip(starts.tolist(), stops.tolist(), first.tolist(), strict=False):
-                for shard, low, high in _pieces(start, stop, column.shard_rows):
-                    chunk = reading.chunks[name, shard].result()
-                    at = begin + shard * column.shard_rows + low - start
-                    values[at : at + high - low] = chunk[low:high]
-            columns[name] = values
-        for key in reading.chunks:
-            self._fetching.pop(key, None)
         rows = order.window_rows(reading.epoch, reading.lane, reading.number, starts // order.block_rows)
         ascending = np.argsort(starts)
         block = ascending[np.searchsorted(starts[ascending], rows, side="right") - 1]
