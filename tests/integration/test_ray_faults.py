@@ -103,7 +103,7 @@ class Run:
 
     def ends(self) -> None:
         """Wait for its good end."""
-        assert self.driver.wait(timeout=180) == 0, self.tail()
+        assert self.driver.wait(timeout=400) == 0, self.tail()
         assert (self.out / "map.mrc").exists()
 
     def tail(self) -> str:
