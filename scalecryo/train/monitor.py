@@ -40,9 +40,9 @@ class Monitor:
         self.config = config
         self.model = model
         self._world = world
-        self._recorder = Recorder(config, run, start_step=start_step)
         box_size = model.volume.box_size
         self._truth = Truth.load(config.monitor.truth, store, box_size) if config.monitor.truth else None
+        self._recorder = Recorder(config, run, start_step=start_step)
         self._recent: deque[tuple[Tensor, Tensor]] = deque()
         self._mark = (start_step, time.monotonic(), 0.0)
         self._started = time.monotonic()
