@@ -196,7 +196,7 @@ class StreamConfig:
 
     lanes: int = option(32, "independent reading lanes; at least the largest number of workers")
     window_blocks: int = option(4, "blocks that a lane shuffles together")
-    threads: int = option(0, "reading threads in each worker; 0: 2 for files, 12 for object storage")
+    threads: int = option(0, "reading threads in each worker; 0: 4 for files, 12 for object storage")
     prefetch_mib: int = option(256, "most that a worker reads ahead, MiB; at least one window")
     patience_seconds: float = option(120.0, "how long a request to an object store may keep failing")
 

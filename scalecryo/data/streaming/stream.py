@@ -28,7 +28,7 @@ from scalecryo.data.streaming.prefetch import Window, WindowQueue
 from scalecryo.errors import StoreError
 
 PREFETCH_BYTES = 256 << 20
-_LOCAL_THREADS, _REMOTE_THREADS = 2, 12
+_LOCAL_THREADS, _REMOTE_THREADS = 4, 12
 
 
 @dataclass
@@ -118,7 +118,7 @@ class ParticleStream:
         rank, world_size: this process among all.
         start_step: global step of the first batch, counted over epochs.
         columns: particle columns to deliver with the images.
-        threads: that read; 0: 2 for files, 12 for object storage.
+        threads: that read; 0: 4 for files, 12 for object storage.
         prefetch_bytes: pixels that are read ahead at most, but for one window.
         patience: with an object store that fails.
         device: of the batches; images go there in the stored dtype and become float32 there.
@@ -268,7 +268,7 @@ def sequential(
         rank, world_size: this process among all.
         columns: particle columns to deliver with the images.
         rows_limit: only the first so many particles.
-        threads: batches that are read ahead, within `PREFETCH_BYTES`; 0: 2 for files, 12 for object storage.
+        threads: batches that are read ahead, within `PREFETCH_BYTES`; 0: 4 for files, 12 for object storage.
         device: of the batches; images become float32 there.
 
     Raises:
