@@ -48,8 +48,6 @@ _Image = tuple[np.ndarray, np.ndarray]
 """Observed pixels, CTF."""
 _Work = tuple[np.ndarray, np.ndarray]
 """Scratch rows, and where the lowest of a sample's eight neighbours stands; bits 0 to 2 are its place in its brick."""
-_Block = tuple[int, int]
-"""First pixel, number of pixels."""
 
 
 def bricks(grid: np.ndarray) -> np.ndarray:
@@ -80,14 +78,21 @@ def _steps(at: Integer, half: int) -> tuple[Integer, Integer, Integer]:
 
 
 @part
-def _locate(half: int, rotation: np.ndarray, pixels: _Pixels, block: _Block, work: _Work) -> None:
-    (kx, ky, _), (start, count), (scratch, corner) = pixels, block, work
+def _cut(pixels: _Pixels, image: _Image, start: int, inside: int) -> tuple[_Pixels, _Image]:
+    """A block of pixels, counted from 0: numba makes gathers of kx[start + i]."""
+    (kx, ky, weight), (observed, ctf), stop = pixels, image, min(start + _BLOCK, inside)
+    return (kx[start:stop], ky[start:stop], weight[start:stop]), (observed[start:stop], ctf[start:stop])
+
+
+@part
+def _locate(half: int, rotation: np.ndarray, pixels: _Pixels, work: _Work) -> None:
+    (kx, ky, _), (scratch, corner) = pixels, work
     top, zero, one = np.float32(half), np.float32(0), np.float32(1)
     wide, high = _bricks_along(half)
     xx, xy, yx, yy = rotation[0, 0], rotation[0, 1], rotation[1, 0], rotation[1, 1]
     zx, zy = rotation[2, 0], rotation[2, 1]
-    for i in range(count):
-        u, v = kx[start + i], ky[start + i]
+    for i in range(kx.shape[0]):
+        u, v = kx[i], ky[i]
         x, y, z = xx * u + xy * v, yx * u + yy * v, zx * u + zy * v
         sign = np.copysign(one, x)
         x, y, z = x * sign, y * sign, z * sign
@@ -126,16 +131,17 @@ def _read_values(grid: _Grid, count: int, work: _Work) -> None:
 
 
 @part
-def _read_derivatives(grid: _Grid, rotation: np.ndarray, pixels: _Pixels, block: _Block, work: _Work) -> None:
+def _read_derivatives(grid: _Grid, rotation: np.ndarray, pixels: _Pixels, work: _Work) -> None:
     """Slice, A and T. For a mate -q the chain rule brings one minus sign, the conjugate another."""
-    (volume, half), (kx, ky, _), (start, count), (scratch, corner) = grid, pixels, block, work
+    (volume, half), (kx, ky, _), (scratch, corner) = grid, pixels, work
+    count = kx.shape[0]
     nx, ny, nz = rotation[0, 2], rotation[1, 2], rotation[2, 2]
     for i in range(count):
         _fetch_ahead(grid, corner, i, count)
         at = np.intp(corner[i])
         side, row, plane = _steps(at, half)
         x, y, z, sign = scratch[_X, i], scratch[_Y, i], scratch[_Z, i], scratch[_SIGN, i]
-        u, v = kx[start + i], ky[start + i]
+        u, v = kx[i], ky[i]
         tx = u * rotation[0, 1] - v * rotation[0, 0]
         ty = u * rotation[1, 1] - v * rotation[1, 0]
         tz = u * rotation[2, 1] - v * rotation[2, 0]
@@ -148,16 +154,15 @@ def _read_derivatives(grid: _Grid, rotation: np.ndarray, pixels: _Pixels, block:
 
 
 @part
-def _sum_cost(image: _Image, pixels: _Pixels, block: _Block, ramp: tuple[Real, Real], scratch: np.ndarray) -> Real:
+def _sum_cost(image: _Image, pixels: _Pixels, ramp: tuple[Real, Real], scratch: np.ndarray) -> Real:
     """Sum of w |e|^2 over a block. ramp: shift / N."""
-    (observed, ctf), (kx, ky, weight), (start, count) = image, pixels, block
+    (observed, ctf), (kx, ky, weight) = image, pixels
     total = np.float32(0)
-    for i in range(count):
-        p = start + i
-        sine, cosine = sine_cosine(kx[p] * ramp[0] + ky[p] * ramp[1])
-        real = observed[p].real * cosine - observed[p].imag * sine - ctf[p] * scratch[_P, i]
-        imag = observed[p].real * sine + observed[p].imag * cosine - ctf[p] * scratch[_P + 1, i]
-        total += weight[p] * (real * real + imag * imag)
+    for i in range(kx.shape[0]):
+        sine, cosine = sine_cosine(kx[i] * ramp[0] + ky[i] * ramp[1])
+        real = observed[i].real * cosine - observed[i].imag * sine - ctf[i] * scratch[_P, i]
+        imag = observed[i].real * sine + observed[i].imag * cosine - ctf[i] * scratch[_P + 1, i]
+        total += weight[i] * (real * real + imag * imag)
     return total
 
 
@@ -165,24 +170,22 @@ def _sum_cost(image: _Image, pixels: _Pixels, block: _Block, ramp: tuple[Real, R
 def _sum_moments(
     image: _Image,
     pixels: _Pixels,
-    block: _Block,
     ramp: tuple[Real, Real],
     step: Real,
     scratch: np.ndarray,
     moments: np.ndarray,
 ) -> None:
     """Add a block's sums (single precision) to the moments (double). ramp: shift / N. step: 2 pi / N."""
-    (observed, ctf), (kx, ky, weight), (start, count) = image, pixels, block
+    (observed, ctf), (kx, ky, weight) = image, pixels
     zero = np.float32(0)
     ee = aaxx = aaxy = aayy = uuxx = uuxy = uuyy = auxx = auxy = auyy = zero
     atx = aty = tux = tuy = tt = aex = aey = te = uex = uey = zero
-    for i in range(count):
-        p = start + i
-        x, y, w, c = kx[p], ky[p], weight[p], ctf[p]
+    for i in range(kx.shape[0]):
+        x, y, w, c = kx[i], ky[i], weight[i], ctf[i]
         sine, cosine = sine_cosine(x * ramp[0] + y * ramp[1])
         real, imag = c * scratch[_P, i], c * scratch[_P + 1, i]
-        e_real = observed[p].real * cosine - observed[p].imag * sine - real
-        e_imag = observed[p].real * sine + observed[p].imag * cosine - imag
+        e_real = observed[i].real * cosine - observed[i].imag * sine - real
+        e_imag = observed[i].real * sine + observed[i].imag * cosine - imag
         a_real, a_imag = c * scratch[_A, i], c * scratch[_A + 1, i]
         t_real, t_imag = c * scratch[_T, i], c * scratch[_T + 1, i]
         u_real, u_imag = step * imag, -step * real
@@ -218,10 +221,10 @@ def _image_cost(
     """Sum of w |e|^2 / 2 over the first `inside` pixels. rotation: times scale."""
     total: Real = 0.0
     for start in range(0, inside, _BLOCK):
-        block = start, min(_BLOCK, inside - start)
-        _locate(grid[1], rotation, pixels, block, work)
-        _read_values(grid, block[1], work)
-        total += _sum_cost(image, pixels, block, ramp, work[0])
+        here, seen = _cut(pixels, image, start, inside)
+        _locate(grid[1], rotation, here, work)
+        _read_values(grid, here[0].shape[0], work)
+        total += _sum_cost(seen, here, ramp, work[0])
     return total / 2
 
 
@@ -240,10 +243,10 @@ def _image_moments(
     """Fill the moments; returns what `_image_cost` does."""
     moments[:] = 0
     for start in range(0, inside, _BLOCK):
-        block = start, min(_BLOCK, inside - start)
-        _locate(grid[1], rotation, pixels, block, work)
-        _read_derivatives(grid, rotation, pixels, block, work)
-        _sum_moments(image, pixels, block, ramp, step, work[0], moments)
+        here, seen = _cut(pixels, image, start, inside)
+        _locate(grid[1], rotation, here, work)
+        _read_derivatives(grid, rotation, here, work)
+        _sum_moments(seen, here, ramp, step, work[0], moments)
     cost: Real = moments[0] / 2
     return cost
 

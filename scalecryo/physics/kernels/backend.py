@@ -44,8 +44,8 @@ def choose_backend(values: Tensor, wanted: Backend | None = None) -> Backend:
         return "reference"
     # Triton's interpreter takes tensors of the CPU.
     devices = ("cuda", "cpu") if kernels is not None and kernels.INTERPRETED else (wanted,)
-    # The CUDA kernels count real numbers in 32 bits: boxes up to 1280 px.
-    if single and device in devices and (wanted == "cpu" or values.numel() < 2**30):
+    # Kernels count in 32 bits, CUDA's real numbers (boxes up to 1280 px), the CPU's voxels (up to 1600 px).
+    if single and device in devices and values.numel() < (2**31 if wanted == "cpu" else 2**30):
         return wanted
     found = f"{tuple(values.shape)} {values.dtype} on {device}"
     _warn_once(f"the {wanted} kernels cannot take {found}: slices are made by plain torch")

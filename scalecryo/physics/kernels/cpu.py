@@ -14,7 +14,7 @@ from jaxtyping import Complex
 from torch import Tensor
 
 from scalecryo.physics.kernels.cpu_location import BLOCK, array, geometry, list_mine, locate, planes
-from scalecryo.physics.kernels.jit import Integer, in_threads, kernel, part
+from scalecryo.physics.kernels.jit import Integer, in_threads, kernel, part, shares_of
 from scalecryo.physics.kernels.trigonometry import sine_cosine
 from scalecryo.physics.kernels.vectors import add_row, interpolate, interpolate_with_slopes, prefetch
 from scalecryo.physics.kernels.views import Gradients, Views, Wanted
@@ -26,27 +26,31 @@ _Pixels = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """kx, ky, inside and order of `Geometry`."""
 _Rows = tuple[Integer, Integer, Integer, Integer]
 _Work = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Where a block of samples falls (fraction, corner), and what is found there."""
+"""Where a block of samples falls (fraction, line), and what is found there."""
 
 
 @part
-def _corners(corner: np.ndarray, i: int, box: int) -> _Rows:
-    """Where the real part of the lower x neighbour lies at (z, y), (z, y+1), (z+1, y), (z+1, y+1)."""
-    width, column = box // 2 + 1, np.intp(corner[0, i])
-    low, high = np.intp(corner[1, i]), np.intp(corner[2, i])
-    near, far = np.intp(corner[3, i]) * box, np.intp(corner[4, i]) * box
-    return (
-        2 * ((near + low) * width + column),
-        2 * ((near + high) * width + column),
-        2 * ((far + low) * width + column),
-        2 * ((far + high) * width + column),
-    )
+def _lines(corner: np.ndarray, count: int, box: int, line: np.ndarray) -> None:
+    """Where the lower x neighbour lies at (z, y), (z, y+1), (z+1, y), (z+1, y+1): worked out for many at a time."""
+    size, width = np.int32(box), np.int32(box // 2 + 1)
+    for i in range(count):
+        column, near, far = corner[0, i], corner[3, i] * size, corner[4, i] * size
+        line[0, i] = (near + corner[1, i]) * width + column
+        line[1, i] = (near + corner[2, i]) * width + column
+        line[2, i] = (far + corner[1, i]) * width + column
+        line[3, i] = (far + corner[2, i]) * width + column
 
 
 @part
-def _fetch(array: np.ndarray, corner: np.ndarray, later: int, box: int) -> None:
+def _at(line: np.ndarray, i: int) -> _Rows:
+    """The same of one sample, as places of real numbers."""
+    return 2 * np.intp(line[0, i]), 2 * np.intp(line[1, i]), 2 * np.intp(line[2, i]), 2 * np.intp(line[3, i])
+
+
+@part
+def _fetch(array: np.ndarray, line: np.ndarray, later: int) -> None:
     """Ask for the neighbours of a later sample."""
-    a, b, c, d = _corners(corner, later, box)
+    a, b, c, d = _at(line, later)
     prefetch(array, a)
     prefetch(array, b)
     prefetch(array, c)
@@ -54,25 +58,25 @@ def _fetch(array: np.ndarray, corner: np.ndarray, later: int, box: int) -> None:
 
 
 @part
-def _interpolate(volume: np.ndarray, box: int, count: int, work: _Work) -> None:
+def _interpolate(volume: np.ndarray, count: int, work: _Work) -> None:
     """Values, conjugated where the mate was taken."""
-    fraction, corner, values = work
+    fraction, line, values = work
     for i in range(count):
-        _fetch(volume, corner, min(i + _AHEAD, count - 1), box)
+        _fetch(volume, line, min(i + _AHEAD, count - 1))
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-        a, b, c, d = _corners(corner, i, box)
+        a, b, c, d = _at(line, i)
         real, imag = interpolate(volume, a, b, c, d, x, y, z)
         values[0, i], values[1, i] = real, imag * fraction[3, i]
 
 
 @part
-def _interpolate_with_slopes(volume: np.ndarray, box: int, count: int, work: _Work) -> None:
+def _interpolate_with_slopes(volume: np.ndarray, count: int, work: _Work) -> None:
     """Values as above; rows 2 to 7 the derivatives along x, y, z of the half that was read (real, imaginary)."""
-    fraction, corner, values = work
+    fraction, line, values = work
     for i in range(count):
-        _fetch(volume, corner, min(i + _AHEAD, count - 1), box)
+        _fetch(volume, line, min(i + _AHEAD, count - 1))
         x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-        a, b, c, d = _corners(corner, i, box)
+        a, b, c, d = _at(line, i)
         found = interpolate_with_slopes(volume, a, b, c, d, x, y, z)
         values[0, i], values[1, i], values[2, i], values[3, i] = found[0], found[1] * fraction[3, i], found[2], found[3]
         values[4, i], values[5, i], values[6, i], values[7, i] = found[4], found[5], found[6], found[7]
@@ -93,26 +97,47 @@ def _extract(
 ) -> None:
     """One thread's images: every `shares`-th. volume, images: pairs of real numbers. turns: -shift / (N scale)."""
     kx, ky, inside, order = pixels
-    work = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32), np.empty((2, BLOCK), np.float32)
-    values, count = work[2], kx.shape[0]
+    work = np.empty((4, BLOCK), np.float32), np.empty((4, BLOCK), np.int32), np.empty((2, BLOCK), np.float32)
+    corner, (fraction, line, values) = np.empty((5, BLOCK), np.int32), work
     for b in range(share, rotation.shape[0], shares):
-        contrast, (turn_x, turn_y) = ctf[min(b, ctf.shape[0] - 1)], turns[b]
-        for start in range(0, count, BLOCK):
-            block = min(BLOCK, count - start)
-            locate(rotation[b], kx, ky, start, block, box, work[0], work[1])
-            _interpolate(volume, box, block, work)
-            for i in range(block):
-                p, at = start + i, order[start + i]
-                keep = contrast[at] * inside[p]
-                real, imag = values[0, i] * keep, values[1, i] * keep
-                if moved:
-                    sine, cosine = sine_cosine(kx[p] * turn_x + ky[p] * turn_y)
-                    real, imag = real * cosine - imag * sine, real * sine + imag * cosine
-                images[b, 2 * at], images[b, 2 * at + 1] = real, imag
+        contrast = ctf[min(b, ctf.shape[0] - 1)]
+        for start in range(0, kx.shape[0], BLOCK):
+            block = min(BLOCK, kx.shape[0] - start)
+            stop = start + block
+            u, v, at = kx[start:stop], ky[start:stop], order[start:stop]
+            locate(rotation[b], u, v, box, fraction, corner)
+            _lines(corner, block, box, line)
+            _interpolate(volume, block, work)
+            _to_image(values, contrast, inside[start:stop], at, u, v, moved, turns[b], images[b])
+
+
+@part
+def _to_image(
+    values: np.ndarray,
+    contrast: np.ndarray,
+    inside: np.ndarray,
+    order: np.ndarray,
+    kx: np.ndarray,
+    ky: np.ndarray,
+    moved: bool,
+    turn: np.ndarray,
+    image: np.ndarray,
+) -> None:
+    """From a slice to its place in the image, with contrast and shift."""
+    if moved:
+        # Apart from the next loop, whose scattered writes keep it from being vectorised.
+        for i in range(kx.shape[0]):
+            sine, cosine = sine_cosine(kx[i] * turn[0] + ky[i] * turn[1])
+            real, imag = values[0, i], values[1, i]
+            values[0, i], values[1, i] = real * cosine - imag * sine, real * sine + imag * cosine
+    for i in range(kx.shape[0]):
+        at = order[i]
+        keep = contrast[at] * inside[i]
+        image[2 * at], image[2 * at + 1] = values[0, i] * keep, values[1, i] * keep
 
 
 @kernel
-def _pose_gradient(
+def _differentiate(
     share: int,
     shares: int,
     volume: np.ndarray,
@@ -123,68 +148,83 @@ def _pose_gradient(
     ctf: np.ndarray,
     pixels: _Pixels,
     gradient: np.ndarray,
-    wanted: tuple[bool, bool],
+    wanted: tuple[bool, bool, bool],
     local: np.ndarray,
     for_rotation: np.ndarray,
     for_shift: np.ndarray,
+    grid: np.ndarray,
 ) -> None:
-    """One thread's images. wanted: by the rotation, by the shift.
+    """One thread's images. wanted: by the rotation, by the shift; and to add to the grid at once, which one thread may.
 
-    local becomes the gradient by the slices, in the order of kx.
+    local becomes the gradient by the slices, in the order of kx; it keeps as many images as it has room for.
     The sums leave out constant factors: scale^-1 for kx, ky given scaled, and -2 pi / N for the shift.
     """
     kx, ky, inside, order = pixels
-    work = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32), np.empty((8, BLOCK), np.float32)
-    fraction, values = work[0], work[2]
+    work = np.empty((4, BLOCK), np.float32), np.empty((4, BLOCK), np.int32), np.empty((8, BLOCK), np.float32)
+    corner, (fraction, line, values) = np.empty((5, BLOCK), np.int32), work
+    mine, every = planes(0, 1, box), np.arange(BLOCK).astype(np.int32)
     for b in range(share, rotation.shape[0], shares):
-        contrast, (turn_x, turn_y) = ctf[min(b, ctf.shape[0] - 1)], turns[b]
-        total = np.zeros(8)
+        contrast, total, row = ctf[min(b, ctf.shape[0] - 1)], np.zeros(8), min(b, local.shape[0] - 1)
         for start in range(0, kx.shape[0], BLOCK):
             block = min(BLOCK, kx.shape[0] - start)
-            for i in range(block):
-                p, at = start + i, order[start + i]
-                keep = contrast[at] * inside[p]
-                real, imag = gradient[b, 2 * at] * keep, gradient[b, 2 * at + 1] * keep
-                if moved:
-                    sine, cosine = sine_cosine(kx[p] * turn_x + ky[p] * turn_y)
-                    real, imag = real * cosine + imag * sine, imag * cosine - real * sine
-                local[b, 2 * p], local[b, 2 * p + 1] = real, imag
-            if not (wanted[0] or wanted[1]):
+            here, stop = local[row, 2 * start : 2 * (start + block)], start + block
+            u, v, at = kx[start:stop], ky[start:stop], order[start:stop]
+            _from_image(gradient[b], contrast, inside[start:stop], at, u, v, moved, turns[b], here)
+            if not (wanted[0] or wanted[1] or wanted[2]):
                 continue
-            locate(rotation[b], kx, ky, start, block, box, fraction, work[1])
+            locate(rotation[b], u, v, box, fraction, corner)
+            _lines(corner, block, box, line)
             if wanted[0]:
-                _interpolate_with_slopes(volume, box, block, work)
-                _sum_turns(kx, ky, start, block, local[b], fraction, values, total)
-            else:
-                _interpolate(volume, box, block, work)
+                _interpolate_with_slopes(volume, block, work)
+                _sum_turns(u, v, here, fraction, values, total)
+            elif wanted[1]:
+                _interpolate(volume, block, work)
             if wanted[1]:
-                _sum_moves(kx, ky, start, block, local[b], values, total)
+                _sum_moves(u, v, here, values, total)
+            if wanted[2]:
+                _add_samples(grid, here, fraction, corner, line, mine, every, block)
         for axis in range(3):
             for_rotation[b, axis, 0], for_rotation[b, axis, 1] = total[2 * axis], total[2 * axis + 1]
         for_shift[b, 0], for_shift[b, 1] = total[6], total[7]
 
 
 @part
-def _sum_turns(
+def _from_image(
+    gradient: np.ndarray,
+    contrast: np.ndarray,
+    inside: np.ndarray,
+    order: np.ndarray,
     kx: np.ndarray,
     ky: np.ndarray,
-    start: int,
-    count: int,
+    moved: bool,
+    turn: np.ndarray,
     local: np.ndarray,
-    fraction: np.ndarray,
-    values: np.ndarray,
-    total: np.ndarray,
+) -> None:
+    """From the gradient by an image to that by its slice: contrast and shift undone, in the order of kx."""
+    for i in range(kx.shape[0]):
+        at = order[i]
+        keep = contrast[at] * inside[i]
+        local[2 * i], local[2 * i + 1] = gradient[2 * at] * keep, gradient[2 * at + 1] * keep
+    if moved:
+        for i in range(kx.shape[0]):
+            sine, cosine = sine_cosine(kx[i] * turn[0] + ky[i] * turn[1])
+            real, imag = local[2 * i], local[2 * i + 1]
+            local[2 * i], local[2 * i + 1] = real * cosine + imag * sine, imag * cosine - real * sine
+
+
+@part
+def _sum_turns(
+    kx: np.ndarray, ky: np.ndarray, local: np.ndarray, fraction: np.ndarray, values: np.ndarray, total: np.ndarray
 ) -> None:
     zero = np.float32(0)
     xx = xy = yx = yy = zx = zy = zero
-    for i in range(count):
-        p = start + i
+    for i in range(kx.shape[0]):
         # For a mate -q the chain rule brings one minus sign, the conjugate another.
-        real, imag = local[2 * p] * fraction[3, i], local[2 * p + 1]
+        real, imag = local[2 * i] * fraction[3, i], local[2 * i + 1]
         x = real * values[2, i] + imag * values[3, i]
         y = real * values[4, i] + imag * values[5, i]
         z = real * values[6, i] + imag * values[7, i]
-        u, v = kx[p], ky[p]
+        u, v = kx[i], ky[i]
         xx, xy, yx, yy, zx, zy = xx + x * u, xy + x * v, yx + y * u, yy + y * v, zx + z * u, zy + z * v
     sums = (xx, xy, yx, yy, zx, zy)
     for m in range(6):
@@ -192,16 +232,42 @@ def _sum_turns(
 
 
 @part
-def _sum_moves(
-    kx: np.ndarray, ky: np.ndarray, start: int, count: int, local: np.ndarray, values: np.ndarray, total: np.ndarray
-) -> None:
+def _sum_moves(kx: np.ndarray, ky: np.ndarray, local: np.ndarray, values: np.ndarray, total: np.ndarray) -> None:
     x = y = np.float32(0)
-    for i in range(count):
-        p = start + i
-        along = values[0, i] * local[2 * p + 1] - values[1, i] * local[2 * p]
-        x, y = x + along * kx[p], y + along * ky[p]
+    for i in range(kx.shape[0]):
+        along = values[0, i] * local[2 * i + 1] - values[1, i] * local[2 * i]
+        x, y = x + along * kx[i], y + along * ky[i]
     total[6] += x
     total[7] += y
+
+
+@part
+def _add_samples(
+    grid: np.ndarray,
+    local: np.ndarray,
+    fraction: np.ndarray,
+    corner: np.ndarray,
+    line: np.ndarray,
+    mine: np.ndarray,
+    todo: np.ndarray,
+    count: int,
+) -> None:
+    """Add a block's listed samples to the planes that are this thread's. grid, local: pairs of real numbers."""
+    for j in range(count):
+        i = todo[j]
+        _fetch(grid, line, todo[min(j + _AHEAD, count - 1)])
+        x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
+        real, imag = local[2 * i], local[2 * i + 1] * fraction[3, i]
+        a, b, c, d = _at(line, i)
+        if mine[corner[3, i]]:
+            near = np.float32(1) - z
+            r, m = real * near, imag * near
+            add_row(grid, a, r - r * y, m - m * y, x)
+            add_row(grid, b, r * y, m * y, x)
+        if mine[corner[4, i]]:
+            r, m = real * z, imag * z
+            add_row(grid, c, r - r * y, m - m * y, x)
+            add_row(grid, d, r * y, m * y, x)
 
 
 @kernel
@@ -217,26 +283,14 @@ def _scatter(
 ) -> None:
     """Every image, but only one thread's planes, in runs dealt round. local, grid: pairs of real numbers."""
     fraction, corner = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32)
-    mine, todo = planes(share, shares, box), np.empty(BLOCK + 1, np.int32)
-    width, count = box // 2 + 1, kx.shape[0]
+    mine, todo, line = planes(share, shares, box), np.empty(BLOCK + 1, np.int32), np.empty((4, BLOCK), np.int32)
     for b in range(rotation.shape[0]):
-        for start in range(0, count, BLOCK):
-            block = min(BLOCK, count - start)
-            locate(rotation[b], kx, ky, start, block, box, fraction, corner)
-            mine_here = list_mine(mine, corner, block, todo)
-            for j in range(mine_here):
-                i = todo[j]
-                _fetch(grid, corner, todo[min(j + _AHEAD, mine_here - 1)], box)
-                x, y, z = fraction[0, i], fraction[1, i], fraction[2, i]
-                low, high, column = np.intp(corner[1, i]), np.intp(corner[2, i]), np.intp(corner[0, i])
-                at = 2 * (start + i)
-                real, imag = local[b, at], local[b, at + 1] * fraction[3, i]
-                for plane, near in ((corner[3, i], np.float32(1) - z), (corner[4, i], z)):
-                    if mine[plane]:
-                        r, m = real * near, imag * near
-                        top, bottom = (plane * box + low) * width + column, (plane * box + high) * width + column
-                        add_row(grid, 2 * top, r - r * y, m - m * y, x)
-                        add_row(grid, 2 * bottom, r * y, m * y, x)
+        for start in range(0, kx.shape[0], BLOCK):
+            block = min(BLOCK, kx.shape[0] - start)
+            locate(rotation[b], kx[start : start + block], ky[start : start + block], box, fraction, corner)
+            _lines(corner, block, box, line)
+            here = list_mine(mine, corner, block, todo)
+            _add_samples(grid, local[b, 2 * start :], fraction, corner, line, mine, todo, here)
 
 
 def forward(volume: Complex[Tensor, "d d h"], views: Views) -> Complex[Tensor, "b p"]:
@@ -254,14 +308,16 @@ def backward(
     box, samples, seen = volume.shape[0], gradient.numel(), _seen(volume, views)
     rotation, (kx, ky, _, _) = seen[0], seen[4]
     arriving = torch.view_as_real(gradient.resolve_conj().contiguous()).flatten(1).numpy()
-    local = np.empty_like(arriving)
+    alone = shares_of(samples) == 1
+    local = np.empty((1 if alone else len(rotation), arriving.shape[1]), np.float32)
     for_rotation, for_shift = torch.zeros(len(rotation), 3, 3), torch.zeros(len(rotation), 2)
-    found = local, for_rotation.numpy(), for_shift.numpy()
-    flat = _pairs(volume)
-    in_threads(_pose_gradient, samples, flat, box, *seen, arriving, (wanted.rotation, wanted.shift), *found)
     grid = torch.zeros_like(volume, memory_format=torch.contiguous_format) if wanted.volume else volume.new_empty(0)
-    if wanted.volume:
-        in_threads(_scatter, samples, local, rotation, kx, ky, box, torch.view_as_real(grid).numpy().ravel())
+    sums = _pairs(grid)
+    asked = wanted.rotation, wanted.shift, wanted.volume and alone
+    found = local, for_rotation.numpy(), for_shift.numpy(), sums
+    in_threads(_differentiate, samples, _pairs(volume), box, *seen, arriving, asked, *found)
+    if wanted.volume and not alone:
+        in_threads(_scatter, samples, local, rotation, kx, ky, box, sums)
     for_shift *= -2 * math.pi / (views.box_size * views.scale)
     nothing = for_shift[:0, 0]
     given = for_rotation if wanted.rotation else nothing.clone(), for_shift if wanted.shift else nothing.clone()

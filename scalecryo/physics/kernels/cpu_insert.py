@@ -73,7 +73,7 @@ def _count(
             continue
         for start in range(0, kx.shape[0], BLOCK):
             block = min(BLOCK, kx.shape[0] - start)
-            locate(rotation[b], kx, ky, start, block, box, fraction, corner)
+            locate(rotation[b], kx[start : start + block], ky[start : start + block], box, fraction, corner)
             _columns(corner, block, box, bits, column, voxel)
             for i in range(block):
                 counts[share, column[i]] += 1
@@ -100,23 +100,25 @@ def _deal(
     for b in range(first, last):
         if weight[b] == 0:
             continue
-        ctf, (turn_x, turn_y) = power[min(b, power.shape[0] - 1)], turns[b]
+        observed, ctf, (turn_x, turn_y) = values[b], power[min(b, power.shape[0] - 1)], turns[b]
         for start in range(0, kx.shape[0], BLOCK):
             block = min(BLOCK, kx.shape[0] - start)
-            locate(rotation[b], kx, ky, start, block, box, fraction, corner)
+            stop = start + block
+            u, v, pixel, power_here = kx[start:stop], ky[start:stop], observed[start:stop], ctf[start:stop]
+            share_here = pixel_weight[start:stop]
+            locate(rotation[b], u, v, box, fraction, corner)
             _columns(corner, block, box, bits, column, voxel)
             for i in range(block):
-                wave[0, i], wave[1, i] = sine_cosine(kx[start + i] * turn_x + ky[start + i] * turn_y)
+                wave[0, i], wave[1, i] = sine_cosine(u[i] * turn_x + v[i] * turn_y)
             for i in range(block):
-                p = start + i
-                share_of_it, sine, cosine, value = weight[b] * pixel_weight[p], wave[0, i], wave[1, i], values[b, p]
+                share_of_it, sine, cosine, value = weight[b] * share_here[i], wave[0, i], wave[1, i], pixel[i]
                 at = starts[share, column[i]]
                 starts[share, column[i]] = at + 1
                 to = np.uintp(_RECORD * at)
                 records[to] = (value.real * cosine - value.imag * sine) * share_of_it
                 imag = (value.real * sine + value.imag * cosine) * share_of_it
                 records[to + np.uintp(1)] = imag * fraction[3, i]
-                records[to + np.uintp(2)], records[to + np.uintp(3)] = ctf[p] * share_of_it, np.float32(0)
+                records[to + np.uintp(2)], records[to + np.uintp(3)] = power_here[i] * share_of_it, np.float32(0)
                 for axis in range(3):
                     records[to + np.uintp(4 + axis)] = fraction[axis, i]
                 places[to + np.uintp(_VOXEL)] = voxel[i]

@@ -25,13 +25,11 @@ def locate(
     rotation: np.ndarray,
     kx: np.ndarray,
     ky: np.ndarray,
-    start: int,
-    count: int,
     box: int,
     fraction: np.ndarray,
     corner: np.ndarray,
 ) -> None:
-    """Where a block of samples falls.
+    """Where a block of samples falls. kx, ky: of this block, for numba makes gathers of kx[start + i].
 
     fraction: x, y, z between neighbours and the sign (-1: the mate -q was taken). corner: x, then y, y+1, z, z+1 as
     stored rows and planes.
@@ -40,8 +38,8 @@ def locate(
     zero, one = np.float32(0), np.float32(1)
     xx, xy, yx, yy = rotation[0, 0], rotation[0, 1], rotation[1, 0], rotation[1, 1]
     zx, zy = rotation[2, 0], rotation[2, 1]
-    for i in range(count):
-        u, v = kx[start + i], ky[start + i]
+    for i in range(kx.shape[0]):
+        u, v = kx[i], ky[i]
         x, y, z = xx * u + xy * v, yx * u + yy * v, zx * u + zy * v
         sign = np.copysign(one, x)
         x, y, z = x * sign, y * sign, z * sign

@@ -40,12 +40,14 @@ def kernel(function: _Function) -> _Function:
         return part(function)
 
 
-def in_threads(work: Callable[..., None], samples: int, *arguments: Any) -> None:
-    """Run work(share, shares, *arguments) for every share, each on a thread of its own.
+def shares_of(samples: int) -> int:
+    """Over how many threads work goes: never more than torch.get_num_threads(), fewer when there is little of it."""
+    return min(torch.get_num_threads(), 1 + samples // _SAMPLES_A_THREAD)
 
-    Shares never number more than torch.get_num_threads(), and are fewer when there are few samples to work on.
-    """
-    shares = min(torch.get_num_threads(), 1 + samples // _SAMPLES_A_THREAD)
+
+def in_threads(work: Callable[..., None], samples: int, *arguments: Any) -> None:
+    """Run work(share, shares, *arguments) for every share, each on a thread of its own."""
+    shares = shares_of(samples)
     if shares == 1:
         work(0, 1, *arguments)
         return
