@@ -62,5 +62,6 @@ class PoseEncoder(nn.Module):
         narrow = self.precision == torch.bfloat16
         with torch.autocast(images.device.type, dtype=torch.bfloat16) if narrow else nullcontext():
             features = self.convolutions(images[:, None].contiguous(memory_format=torch.channels_last))
-            parameters = self.perceptron(features)
-        return parameters.float().reshape(-1, self.heads, self.outputs)
+        # In single precision: it takes no longer, and the pose would be rounded to a tenth of a degree.
+        parameters = self.perceptron(features.float())
+        return parameters.reshape(-1, self.heads, self.outputs)
