@@ -20,6 +20,7 @@ from scalecryo.model.autoencoder import AutoEncoder, build_autoencoder
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer
 from scalecryo.physics.fft import rfft2_centred
+from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.image_formation import form_images
 from scalecryo.train.loop import build_optimiser
 
@@ -30,11 +31,11 @@ def particles(box: int, batch: int) -> ParticleInputs:
     return ParticleInputs(torch.randn(batch, box, box, generator=generator), torch.arange(batch), optics)
 
 
-def stock_loss(model: AutoEncoder, inputs: ParticleInputs) -> Tensor:
+def stock_loss(model: AutoEncoder, inputs: ParticleInputs, correction: Tensor) -> Tensor:
     """The same loss by the composition that one would write first."""
     volume, pixels = model.volume, model.pixels(inputs.images.device)
     n, d = volume.box_size, volume.padded_box
-    padded = torch.nn.functional.pad(volume.density() * volume.correction, [(d - n) // 2] * 6)
+    padded = torch.nn.functional.pad(volume.density() * correction, [(d - n) // 2] * 6)
     transform = torch.fft.rfftn(torch.fft.ifftshift(padded))
     found = model.pose_source(inputs)
     scaled = pixels.kx * volume.scale, pixels.ky * volume.scale
@@ -58,11 +59,11 @@ def step(model: AutoEncoder, optimiser: torch.optim.Optimizer, loss: Callable[[]
     return once
 
 
-def gradient_difference(ours: AutoEncoder, stock: AutoEncoder, inputs: ParticleInputs) -> str:
+def gradient_difference(ours: AutoEncoder, stock: AutoEncoder, inputs: ParticleInputs, correction: Tensor) -> str:
     """Between the two compositions on the same parameters."""
     ours.load_state_dict(stock.state_dict())
     found = torch.autograd.grad(ours(inputs).loss.sum(), list(ours.parameters()))
-    expected = torch.autograd.grad(stock_loss(stock, inputs), list(stock.parameters()))
+    expected = torch.autograd.grad(stock_loss(stock, inputs, correction), list(stock.parameters()))
     pairs = list(zip(found, expected, strict=True))
     largest = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
     length = max(float((a - b).norm() / b.norm()) for a, b in pairs)
@@ -89,14 +90,17 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
           f"torch {torch.__version__}, box {arguments.box}, B = {arguments.batch}, padding 2")  # fmt: skip
     stock = build_autoencoder(settings("float32"), arguments.box, 1.5, 1)
-    print(f"gradients of the composition differ from the stock's by {gradient_difference(stock, stock, inputs)}")
+    correction = gridding_correction(arguments.box, stock.volume.scale)
+    difference = gradient_difference(stock, stock, inputs, correction)
+    print(f"gradients of the composition differ from the stock's by {difference}")
     # The stock encoder keeps its tensors in torch's own order.
     stock.pose_source.encoder.convolutions.to(memory_format=torch.contiguous_format)
-    work = {"stock": step(stock, torch.optim.Adam(stock.parameters()), lambda: stock_loss(stock, inputs))}
+    work = {"stock": step(stock, torch.optim.Adam(stock.parameters()), lambda: stock_loss(stock, inputs, correction))}
     for precision in ("float32", "bfloat16"):
         config = settings(precision)
         model = build_autoencoder(config, arguments.box, 1.5, 1)
-        print(f"with convolutions in {precision}, channels last, by {gradient_difference(model, stock, inputs)}")
+        difference = gradient_difference(model, stock, inputs, correction)
+        print(f"with convolutions in {precision}, channels last, by {difference}")
         work[f"ours, {precision}"] = step(model, build_optimiser(config, model), lambda m=model: m(inputs).loss.sum())
         work[f"its encoder alone, {precision}"] = encoder_alone(model, inputs)
     found = quick(work, arguments.rounds)

@@ -30,11 +30,14 @@ class Volume(nn.Module):
         self.voxel_scale = initial_scale / box_size
         self.voxels = nn.Parameter(torch.rand((box_size,) * 3, generator=generator))
         window = soft_sphere(box_size, box_size / 2 - 3, edge_px=3)
-        correction = gridding_correction(box_size, self.padded_box / box_size)
+        weight = self.voxel_scale * window
+        if gridding:
+            weight = weight * gridding_correction(box_size, self.padded_box / box_size)
         self.register_buffer("window", window, persistent=False)
-        self.register_buffer("correction", correction if gridding else torch.ones_like(correction), persistent=False)
+        self.register_buffer("transform_weight", weight, persistent=False)
         self.window: Tensor
-        self.correction: Tensor
+        self.transform_weight: Tensor
+        """From voxels to what is transformed: scale, window and gridding correction in one product."""
 
     @property
     def scale(self) -> float:
@@ -47,4 +50,4 @@ class Volume(nn.Module):
 
     def forward(self) -> Complex[Tensor, "d d h"]:
         """Padded transform of the density, corrected for trilinear interpolation."""
-        return rfft3_centred(self.density() * self.correction, self.padded_box)
+        return rfft3_centred(self.voxels * self.transform_weight, self.padded_box)
