@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scalecryo.physics.kernels import triton_polish, triton_slice
+from scalecryo.physics.kernels import triton_refine, triton_slice
 from scalecryo.physics.kernels.cuda import BLOCK, OPTIONS
 
 _FLOATS = ("scale", "per_px", "radius")
@@ -51,8 +51,8 @@ VARIANTS = {
         {"HAS_SHIFT": True, "HAS_CTF": True, "FOR_VOLUME": True, "FOR_POSE": False}, 1, 16,
     ),
     "insert": Variant(triton_slice.insert, {}, 1, 24),
-    "polish_sums": Variant(triton_polish.polish_sums, {"HAS_CTF": True, "DERIVATIVES": True}, 9, 0, 128),
-    "polish_sums, cost": Variant(triton_polish.polish_sums, {"HAS_CTF": True, "DERIVATIVES": False}, 9, 0),
+    "polish_sums": Variant(triton_refine.polish_sums, {"HAS_CTF": True, "DERIVATIVES": True}, 9, 0, 128),
+    "polish_sums, cost": Variant(triton_refine.polish_sums, {"HAS_CTF": True, "DERIVATIVES": False}, 9, 0),
 }  # fmt: skip
 
 

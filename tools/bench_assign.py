@@ -21,10 +21,10 @@ from scalecryo.data.streaming.stream import Batch, sequential
 from scalecryo.evaluate.align import align_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors
+from scalecryo.runs.folder import RunFolder
 from scalecryo.train.batches import stream_columns
-from scalecryo.train.guided.poser import GuidedPoser
-from scalecryo.train.guided.run import load_guided_poser
-from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.guided_run import load_guided_poser
+from scalecryo.train.stages.guided_poser import GuidedPoser
 
 
 def held_out(store: ParticleStore, level: int, first: int, count: int, batch: int) -> list[Batch]:

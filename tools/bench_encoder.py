@@ -24,8 +24,8 @@ from scalecryo.data.formats.star import read_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.model.encoder import PoseEncoder
 from scalecryo.model.grid_encoder import GridEncoder, encoder_features
-from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_crop_2d, fourier_pixels, rfft2_centred
+from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import geodesic_angle, s2s2_to_rotation
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import soft_labels

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from bench_step import particles, settings, step
 
-from scalecryo.map.insert import MapAccumulator
+from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.model.memory import step_memory
@@ -23,7 +23,7 @@ from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice
 from scalecryo.physics.image_formation import Filtered
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.polish import evaluate_poses, polish
+from scalecryo.pose.local_refinement import evaluate_poses, polish
 from scalecryo.train.loop import build_optimiser
 
 Work = Callable[[], object]

@@ -15,12 +15,12 @@ import torch
 from bench_slice import quick
 from torch import Tensor
 
-from scalecryo.map.insert import MapAccumulator
+from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import extract_slices, gridding_correction, padded_box
 from scalecryo.physics.image_formation import Filtered
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.polish import polish
+from scalecryo.pose.local_refinement import polish
 
 
 def polish_rate(images: int, rounds: int) -> float:

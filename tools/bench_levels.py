@@ -18,8 +18,8 @@ from scalecryo.config import GuidedConfig
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import ParticleStream
-from scalecryo.train.guided.ladder import RungPlan, plan_rung
-from scalecryo.train.guided.run import FIRST_RADIUS
+from scalecryo.train.guided_run import FIRST_RADIUS
+from scalecryo.train.stages.refinement import RungPlan, plan_rung
 
 BATCH = 512
 

@@ -59,11 +59,11 @@ class Run:
 
         from scalecryo.config import load_config
         from scalecryo.data.storage.store import ParticleStore
+        from scalecryo.distributed.gradients import Replica
+        from scalecryo.distributed.world import World
         from scalecryo.model.autoencoder import build_autoencoder
         from scalecryo.train.batches import order_of, stream_of
         from scalecryo.train.loop import build_optimiser
-        from scalecryo.train.replica import Replica
-        from scalecryo.train.world import World
 
         torch.set_num_threads(1)
         settings = {"pose.source": "encoder", "train.batch_size": str(BATCH), "train.box": str(LEVEL)}
@@ -77,9 +77,9 @@ class Run:
 
     def step(self) -> float:
         """One step; the seconds it took."""
+        from scalecryo.distributed.world import World
         from scalecryo.train.batches import particle_inputs
         from scalecryo.train.loop import train_step
-        from scalecryo.train.world import World
 
         begun = time.perf_counter()
         batch = next(self.stream)

@@ -29,7 +29,7 @@ import zarr
 
 from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.formats.mrc import StackWriter
-from scalecryo.data.storage.ranges import RangeReader
+from scalecryo.data.io.ranges import RangeReader
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import ParticleStream, reading_threads

@@ -45,13 +45,13 @@ from workers_report import (
 
 from scalecryo.config import load_config
 from scalecryo.data.storage.store import ParticleStore
+from scalecryo.distributed.gradients import Replica
+from scalecryo.distributed.world import World
 from scalecryo.model.autoencoder import build_autoencoder
+from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
 from scalecryo.train.batches import order_of, particle_inputs, stream_of
 from scalecryo.train.loop import build_optimiser, train_step
-from scalecryo.train.replica import Replica
-from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.world import World
 
 COUNT, BOX = 8192, 128
 WARM = 3  # steps, and rungs: lessons begin with the third

@@ -27,8 +27,8 @@ import torch
 
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.physics.fsc import fsc
-from scalecryo.train.checkpoint import newest_step
-from scalecryo.train.run_folder import RunFolder
+from scalecryo.runs.checkpoint import newest_step
+from scalecryo.runs.folder import RunFolder
 
 WORKERS, PATIENCE = 2, 300.0
 LEAST_FSC, MOST_RECOVERY, MOST_START = 0.999, 30.0, 25.0

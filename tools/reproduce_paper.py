@@ -29,9 +29,9 @@ from scalecryo.evaluate.align import align_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors
 from scalecryo.evaluate.report import fsc_figure, slices_figure
+from scalecryo.runs.folder import RunFolder
 from scalecryo.train.batches import stream_columns
-from scalecryo.train.guided.run import load_guided_poser
-from scalecryo.train.run_folder import RunFolder
+from scalecryo.train.guided_run import load_guided_poser
 
 matplotlib.use("Agg")
 CLAIMS = {"A": "1.6 Å", "B": "1.6 Å", "C": "1.6 Å", "D": "1.6 Å", "E": "-", "F": "better than 2.5 Å", "G": "1.6 Å"}

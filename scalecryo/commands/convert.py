@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from scalecryo.commands.console import note, say
-from scalecryo.data import files
 from scalecryo.data.conversion.append import append, complete_append
 from scalecryo.data.conversion.append_plan import plan_append
 from scalecryo.data.conversion.convert import ConvertPlan, check_destination, convert, plan
 from scalecryo.data.conversion.quality import REPORT, BadImage, listed, report_lines
 from scalecryo.data.conversion.source import Reading
+from scalecryo.data.io import urls
 from scalecryo.errors import UsageError
 
 
@@ -56,10 +56,10 @@ def run(
         _say_excluded(made.excluded)
         attrs = convert(made, store, workers=workers, scheduler=scheduler, overwrite=overwrite, report=Progress())
         added = ""
-    for line in report_lines(json.loads(files.read_bytes(files.join(store, REPORT)))):
+    for line in report_lines(json.loads(urls.read_bytes(urls.join(store, REPORT)))):
         say(f"  {line}")
     shards = -(-attrs["count"] // attrs["shard_rows"])
-    say(f"{files.shown(store)}: {attrs['count']:,} particles{added} in {shards} shards, complete")
+    say(f"{urls.shown(store)}: {attrs['count']:,} particles{added} in {shards} shards, complete")
 
 
 def _say_excluded(excluded: tuple[BadImage, ...]) -> None:
@@ -75,7 +75,7 @@ def _describe(made: ConvertPlan, source: str) -> None:
     if made.recipe.normalisation == "common":
         scale = f"no noise found, one scale for all images ({made.recipe.common_scale:.4g})"
     say(
-        f"{files.shown(source)}: {made.count:,} particles in {len(table.stacks)} stacks"
+        f"{urls.shown(source)}: {made.count:,} particles in {len(table.stacks)} stacks"
         + (f", with {known}" if table.has_ctf or table.has_pose else ", without CTF or poses")
     )
     say(f"  box {attrs['box_size']} px, {made.pixel_size:.4g} Å/px{cropped}; {made.dtype}")

@@ -6,7 +6,7 @@ from importlib.resources import files as package_files
 
 from scalecryo.commands import convert, evaluate, simulate, train
 from scalecryo.commands.console import note, say
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.errors import OutputExistsError
 
 PARTICLES, BOX, PIXEL_SIZE, SNR_DB, SHIFT_A = 5000, 128, 0.8, 0.0, 1.6
@@ -19,10 +19,10 @@ def run(*, out: str) -> None:
     Raises:
         OutputExistsError: the folder already exists.
     """
-    if files.exists(out):
+    if urls.exists(out):
         raise OutputExistsError(f"{out} exists already: remove it, or name another folder with --out")
     start = time.monotonic()
-    data, store, result = (files.join(out, name) for name in ("particles", "store.zarr", "run"))
+    data, store, result = (urls.join(out, name) for name in ("particles", "store.zarr", "run"))
     note(
         f"1/4 simulating {PARTICLES:,} noisy particles of adenylate kinase (4AKE): {BOX} px of {PIXEL_SIZE} Å, "
         f"{SNR_DB:g} dB, defocus {DEFOCUS_UM[0]}-{DEFOCUS_UM[1]} µm, shifts of {SHIFT_A} Å"
@@ -31,7 +31,7 @@ def run(*, out: str) -> None:
         simulate.run(str(structure), data, n=PARTICLES, box=BOX, pixel_size=PIXEL_SIZE, snr_db=SNR_DB,
                      defocus_um=DEFOCUS_UM, astigmatism_um=0.05, shift_a=SHIFT_A, seed=0)  # fmt: skip
     note("2/4 converting them to a Zarr store")
-    convert.run(files.join(data, "particles.star"), store, data_dir=None, box=None, dtype="float16", workers=2,
+    convert.run(urls.join(data, "particles.star"), store, data_dir=None, box=None, dtype="float16", workers=2,
                 overwrite=False, invert=False, uninvert=False)  # fmt: skip
     note("3/4 finding map and poses from nothing")
     train.run(None, data=store, out=result, workers="0", device="cpu", resume=False,
@@ -43,6 +43,6 @@ def run(*, out: str) -> None:
         f"{2 * PIXEL_SIZE:g} Å), median pose error {found['rotation_error_median_deg']:.2f}° and "
         f"{found['shift_error_median_px']:.2f} px, in {(time.monotonic() - start) / 60:.1f} minutes"
     )
-    say(f"pictures: {files.join(result, 'report.html')}, {files.join(result, 'evaluate_fsc.png')}")
-    say(f"TensorBoard: tensorboard --logdir {files.join(result, 'tb')}")
-    say(f"map for ChimeraX: {files.join(result, 'map.mrc')}")
+    say(f"pictures: {urls.join(result, 'report.html')}, {urls.join(result, 'evaluate_fsc.png')}")
+    say(f"TensorBoard: tensorboard --logdir {urls.join(result, 'tb')}")
+    say(f"map for ChimeraX: {urls.join(result, 'map.mrc')}")

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from scalecryo.commands.console import say
-from scalecryo.data import files
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import StarPoses, image_key, read_poses
+from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.compare import MapComparison, compare_maps, compare_poses, summary
@@ -24,25 +24,25 @@ def run(path: str, *, truth: str) -> dict[str, Any]:
     either hand. The FSC is taken without a mask.
     """
     is_table, is_map = path.endswith(".star"), path.lower().endswith((".mrc", ".map"))
-    table = path if is_table else None if is_map else files.join(path, "particles.star")
-    density = path if is_map else None if is_table else files.join(path, "map.mrc")
+    table = path if is_table else None if is_map else urls.join(path, "particles.star")
+    density = path if is_map else None if is_table else urls.join(path, "map.mrc")
     if table and density:
-        table, density = (name if files.exists(name) else None for name in (table, density))
+        table, density = (name if urls.exists(name) else None for name in (table, density))
         if not table and not density:
             raise MissingInputError(
-                f"{files.shown(path)}: neither particles.star nor map.mrc is there: finish it with scalecryo assign"
+                f"{urls.shown(path)}: neither particles.star nor map.mrc is there: finish it with scalecryo assign"
             )
-    true_density, pixel_size, _ = read_map(files.join(truth, "truth.mrc"))
+    true_density, pixel_size, _ = read_map(urls.join(truth, "truth.mrc"))
     true_map, extent = torch.from_numpy(true_density), true_density.shape[-1] * pixel_size
     # What cannot be used is refused before anything that takes long.
-    rows = _matched(table, files.join(truth, "truth.star"), pixel_size) if table else None
+    rows = _matched(table, urls.join(truth, "truth.star"), pixel_size) if table else None
     volume = _volume_of_extent(density, extent) if density else None
     symmetry = rotational_symmetry(true_map) if rows else torch.eye(3)[None]
     poses = compare_poses(*rows, symmetry) if rows else None
     maps: MapComparison | None = None
     if density and volume is not None:
         maps = compare_maps(volume, true_map, extent, poses.alignment if poses else None, symmetry)
-        _draw(maps, files.parent(density))
+        _draw(maps, urls.parent(density))
     images = len(rows[0]) if rows else None
     line = summary(images, poses, maps) | {"box_size": true_map.shape[-1], "pixel_size": pixel_size}
     line = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
@@ -59,7 +59,7 @@ def _matched(
     pairs = [(row, row_of[image_key(name)]) for row, name in enumerate(estimate.names) if image_key(name) in row_of]
     if len(pairs) < 2:
         raise InputError(
-            f"{files.shown(table)}: {len(pairs)} of its image names are in {files.shown(truth)}: "
+            f"{urls.shown(table)}: {len(pairs)} of its image names are in {urls.shown(truth)}: "
             "these are other particles; give the truth that the images were simulated with"
         )
     mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
@@ -77,7 +77,7 @@ def _volume_of_extent(path: str, wanted: float) -> torch.Tensor:
     if len(set(volume.shape)) != 1 or abs(volume.shape[-1] * pixel_size / wanted - 1) > 0.01:
         shape = " × ".join(map(str, volume.shape))
         raise InputError(
-            f"{files.shown(path)}: {shape} voxels of {pixel_size:g} Å, but the true map's box is {wanted:.1f} Å wide: "
+            f"{urls.shown(path)}: {shape} voxels of {pixel_size:g} Å, but the true map's box is {wanted:.1f} Å wide: "
             "resample the map to that box"
         )
     return torch.from_numpy(volume)
@@ -90,6 +90,6 @@ def _draw(maps: MapComparison, folder: str) -> None:
     curve = fsc_figure({label: errors.curve.numpy()}, maps.truth.shape[-1], maps.pixel_size)
     slices = slices_figure({"truth": maps.truth.numpy(), "estimate, aligned": maps.aligned.numpy()}, maps.pixel_size)
     values = "".join(f"{shell},{value:.5f}\n" for shell, value in enumerate(errors.curve.tolist()))
-    files.write_bytes_atomic(files.join(folder, "evaluate_fsc.png"), curve)
-    files.write_bytes_atomic(files.join(folder, "evaluate_fsc.csv"), ("shell,fsc\n" + values).encode())
-    files.write_bytes_atomic(files.join(folder, "evaluate_slices.png"), slices)
+    urls.write_bytes_atomic(urls.join(folder, "evaluate_fsc.png"), curve)
+    urls.write_bytes_atomic(urls.join(folder, "evaluate_fsc.csv"), ("shell,fsc\n" + values).encode())
+    urls.write_bytes_atomic(urls.join(folder, "evaluate_slices.png"), slices)

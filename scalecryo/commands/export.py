@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
-from scalecryo.data import files
 from scalecryo.data.formats import cryodrgn, cryosparc, csrows, star
 from scalecryo.data.formats.mrc import read_map, write_map
+from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.storage.store import ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError, ScalecryoError
-from scalecryo.train.run_folder import RunFolder
+from scalecryo.runs.folder import RunFolder
 
 _MAPS = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc")
 
@@ -51,25 +51,25 @@ def run(run: str, *, format: str, out: str) -> None:
     writers = {"relion": _relion, "cryosparc": _cryosparc, "cryodrgn": _cryodrgn}
     if format not in writers:
         raise InputError(f"format {format} is not known: choose relion, cryosparc or cryodrgn")
-    if not files.exists(files.join(run, "particles.star")):
+    if not urls.exists(urls.join(run, "particles.star")):
         raise MissingInputError(
-            f"{files.shown(run)}: no particles.star, so the run has no poses yet: finish it with scalecryo assign"
+            f"{urls.shown(run)}: no particles.star, so the run has no poses yet: finish it with scalecryo assign"
         )
-    if files.list_folder(out):
-        raise OutputExistsError(f"{files.shown(out)} is not empty: remove it, or name another folder with --out")
+    if urls.list_folder(out):
+        raise OutputExistsError(f"{urls.shown(out)} is not empty: remove it, or name another folder with --out")
     result = _read(run)
     for name in _MAPS:
-        if files.exists(files.join(run, name)):
-            density, size, origin = read_map(files.join(run, name))
-            write_map(files.join(out, name), density, size, origin)
+        if urls.exists(urls.join(run, name)):
+            density, size, origin = read_map(urls.join(run, name))
+            write_map(urls.join(out, name), density, size, origin)
     writers[format](result, out)
-    say(f"{files.shown(out)}: {len(result.table):,} particles and the maps for {format}")
+    say(f"{urls.shown(out)}: {len(result.table):,} particles and the maps for {format}")
 
 
 def _read(run: str) -> _Result:
     """The table and the box of its images, which the store may have cropped: only then the map's is another."""
-    path = files.join(run, "particles.star")
-    volume, pixel_size, _ = read_map(files.join(run, "map.mrc"))
+    path = urls.join(run, "particles.star")
+    volume, pixel_size, _ = read_map(urls.join(run, "map.mrc"))
     table = star.read_particles(path)
     if not table.pixel_size:
         table = replace(table, pixel_size=pixel_size)
@@ -80,13 +80,11 @@ def _read(run: str) -> _Result:
 
 
 def _relion(result: _Result, out: str) -> None:
-    files.write_bytes_atomic(
-        files.join(out, "particles.star"), files.read_bytes(files.join(result.run, "particles.star"))
-    )
+    urls.write_bytes_atomic(urls.join(out, "particles.star"), urls.read_bytes(urls.join(result.run, "particles.star")))
 
 
 def _cryosparc(result: _Result, out: str) -> None:
-    path = files.join(out, "particles.cs")
+    path = urls.join(out, "particles.cs")
     table, poses, shift = result.table, result.poses, result.shift
     own = _source_rows(result)
     if own is None:
@@ -95,7 +93,7 @@ def _cryosparc(result: _Result, out: str) -> None:
         cryosparc.write_particles(path, table, _boxes(result), sign, poses.confidence, pose)
     else:
         cryosparc.write_with_poses(path, *own, poses.rotation, shift, poses.confidence, poses.half)
-    cryosparc.write_group(files.join(out, "particles.csg"), "particles.cs", table)
+    cryosparc.write_group(urls.join(out, "particles.csg"), "particles.cs", table)
 
 
 def _boxes(result: _Result) -> npt.NDArray[np.integer] | int:
@@ -104,7 +102,7 @@ def _boxes(result: _Result) -> npt.NDArray[np.integer] | int:
         return result.box_size
     if not result.table.stack_boxes:
         raise InputError(
-            f"{files.shown(result.run)}: stacks of several pixel sizes but no rlnImageSize in particles.star; add it "
+            f"{urls.shown(result.run)}: stacks of several pixel sizes but no rlnImageSize in particles.star; add it "
             "to its data_optics"
         )
     return np.array(result.table.stack_boxes)[result.table.columns["stack"]]
@@ -113,9 +111,9 @@ def _boxes(result: _Result) -> npt.NDArray[np.integer] | int:
 def _cryodrgn(result: _Result, out: str) -> None:
     if result.table.stack_pixel_sizes:
         raise InputError("cryoDRGN takes one pixel size; the run's stacks have several: select one optics group")
-    cryodrgn.write_poses(files.join(out, "poses.pkl"), result.table, result.box_size)
+    cryodrgn.write_poses(urls.join(out, "poses.pkl"), result.table, result.box_size)
     if result.table.has_ctf:
-        cryodrgn.write_ctf(files.join(out, "ctf.pkl"), result.table, result.box_size)
+        cryodrgn.write_ctf(urls.join(out, "ctf.pkl"), result.table, result.box_size)
 
 
 def _source_rows(result: _Result) -> tuple[npt.NDArray[np.void], npt.NDArray[np.integer]] | None:
@@ -125,7 +123,7 @@ def _source_rows(result: _Result) -> tuple[npt.NDArray[np.void], npt.NDArray[np.
         data = store.source_cs()
         if data is None:
             return None
-        rows, known = csrows.decode(data, files.shown(store.url)), store.table()
+        rows, known = csrows.decode(data, urls.shown(store.url)), store.table()
     except ScalecryoError:
         return None
     place = known.columns["source_row"]

@@ -3,10 +3,10 @@
 import json
 
 from scalecryo.commands.console import say
-from scalecryo.data import files
 from scalecryo.data.conversion.quality import REPORT, report_lines
 from scalecryo.data.formats import cryosparc, star
 from scalecryo.data.formats.mrc import Stack
+from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.storage.store import ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError
@@ -20,22 +20,22 @@ def run(path: str) -> None:
         _table(path, star.read_particles(path))
     elif path.endswith((".cs", ".csg")):
         _table(path, cryosparc.read_particles(path))
-    elif files.is_folder(path):
+    elif urls.is_folder(path):
         if read_attributes(path):
             _store(path)
-        elif files.exists(files.join(path, "config.toml")):
+        elif urls.exists(urls.join(path, "config.toml")):
             _run(path)
         else:
-            raise InputError(f"{files.shown(path)}: this folder is neither a particle store nor a run")
-    elif not files.exists(path):
-        raise MissingInputError(f"{files.shown(path)}: no such file or folder")
+            raise InputError(f"{urls.shown(path)}: this folder is neither a particle store nor a run")
+    elif not urls.exists(path):
+        raise MissingInputError(f"{urls.shown(path)}: no such file or folder")
     else:
         _images(path)
 
 
 def _table(path: str, table: ParticleTable) -> None:
     columns = table.columns
-    say(f"{files.shown(path)}: {len(table):,} particles in {len(table.stacks)} stacks")
+    say(f"{urls.shown(path)}: {len(table):,} particles in {len(table.stacks)} stacks")
     say(f"  pixel size {table.pixel_size:.4g} Å" if table.pixel_size else "  no pixel size")
     if table.has_ctf and len(table):
         low, high = columns["defocus_v"].min() / 1e4, columns["defocus_u"].max() / 1e4
@@ -54,7 +54,7 @@ def _images(path: str) -> None:
     size = f"{stack.pixel_size:g} Å" if stack.pixel_size else "no pixel size in the header"
     cube = stack.count == stack.ny == stack.nx
     what = f"map of {stack.nx}³ voxels" if cube else f"{stack.count:,} images of {stack.ny} × {stack.nx} pixels"
-    say(f"{files.shown(path)}: {what}, {size}")
+    say(f"{urls.shown(path)}: {what}, {size}")
 
 
 def _store(path: str) -> None:
@@ -62,7 +62,7 @@ def _store(path: str) -> None:
     attrs = store.attrs
     state = "complete" if attrs.get("complete") is True else "NOT complete: run the same `scalecryo convert` again"
     size = sum(level * level for level in store.levels) * store.count * (2 if store.dtype == "float16" else 4)
-    say(f"{files.shown(path)}: particle store, {state}")
+    say(f"{urls.shown(path)}: particle store, {state}")
     say(f"  {store.count:,} particles, box {store.box_size} px, {store.pixel_size:.4g} Å/px, {store.dtype}")
     say(f"  levels {', '.join(map(str, store.levels))} px; {size / 1e9:.3g} GB of images")
     blocks = ", ".join(str(store.block_rows(level)) for level in store.levels)
@@ -73,7 +73,7 @@ def _store(path: str) -> None:
     for added in attrs.get("appended", []):
         say(f"  and {added['count']:,} particles from {added['source']}")
     try:
-        report = json.loads(files.read_bytes(files.join(path, REPORT)))
+        report = json.loads(urls.read_bytes(urls.join(path, REPORT)))
     except MissingInputError:
         return
     for line in report_lines(report):
@@ -81,14 +81,14 @@ def _store(path: str) -> None:
 
 
 def _run(path: str) -> None:
-    present = [name for name in _RUN_FILES if files.exists(files.join(path, name))]
-    say(f"{files.shown(path)}: run, {'finished' if len(present) == len(_RUN_FILES) else 'not finished'}")
+    present = [name for name in _RUN_FILES if urls.exists(urls.join(path, name))]
+    say(f"{urls.shown(path)}: run, {'finished' if len(present) == len(_RUN_FILES) else 'not finished'}")
     if present:
         say(f"  holds {', '.join(present)}")
-    metrics = files.join(path, "metrics.jsonl")
-    lines = files.read_text(metrics).splitlines() if files.exists(metrics) else []
+    metrics = urls.join(path, "metrics.jsonl")
+    lines = urls.read_text(metrics).splitlines() if urls.exists(metrics) else []
     if lines:
         last = json.loads(lines[-1])
         say("  last line of metrics: " + ", ".join(f"{key} {value}" for key, value in last.items()))
     if "map.mrc" in present:
-        _images(files.join(path, "map.mrc"))
+        _images(urls.join(path, "map.mrc"))

@@ -4,13 +4,13 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
-from scalecryo.data import files
 from scalecryo.data.conversion.source import find_stack
 from scalecryo.data.formats import cryosparc, csrows, star
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.startext import text_of
+from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.streaming.selection import Selection
+from scalecryo.data.selection.selection import Selection
 from scalecryo.errors import InputError, OutputExistsError, ScalecryoError, UsageError
 
 _Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -29,25 +29,25 @@ def run(
 ) -> None:
     """Write the rows that are asked for; a table of the source's own kind keeps every other byte or field."""
     if not out.endswith((".star", ".cs")):
-        raise UsageError(f"{files.shown(out)}: name a .star or .cs file to write")
-    if files.exists(out):
-        raise OutputExistsError(f"{files.shown(out)}: exists already; name another file")
-    if files.is_folder(source):
-        source = files.join(source, "particles.star")
+        raise UsageError(f"{urls.shown(out)}: name a .star or .cs file to write")
+    if urls.exists(out):
+        raise OutputExistsError(f"{urls.shown(out)}: exists already; name another file")
+    if urls.is_folder(source):
+        source = urls.join(source, "particles.star")
     selection = Selection(index, query, half, min_confidence)
     if source.endswith(".star"):
         kept, count = _from_star(source, out, selection, data_dir)
     elif source.endswith((".cs", ".csg")):
         kept, count = _from_cs(source, out, selection, passthrough)
     else:
-        raise InputError(f"{files.shown(source)}: give a .star, .cs or .csg table, or a run's folder")
-    say(f"{files.shown(out)}: {kept:,} of {count:,} particles")
+        raise InputError(f"{urls.shown(source)}: give a .star, .cs or .csg table, or a run's folder")
+    say(f"{urls.shown(out)}: {kept:,} of {count:,} particles")
 
 
 def _from_star(source: str, out: str, selection: Selection, data_dir: str | None) -> tuple[int, int]:
     text = text_of(source)
     table = star.read_particles(source, text)
-    own = star.OwnColumns(text, files.shown(source))
+    own = star.OwnColumns(text, urls.shown(source))
     confidence = own.numbers(star.MAX_CONFIDENCE) if star.MAX_CONFIDENCE in own.names else None
     keep = selection.mask(table, confidence, own.names, own.numbers)
     if out.endswith(".star"):
@@ -79,13 +79,13 @@ def _box_of(table: ParticleTable, source: str, data_dir: str | None) -> npt.NDAr
 
 
 def _from_cs(source: str, out: str, selection: Selection, passthrough: tuple[str, ...]) -> tuple[int, int]:
-    where = files.shown(source)
+    where = urls.shown(source)
     rows = csrows.read(source, passthrough)
     table = cryosparc.table_of(rows, where)
     keep = selection.mask(table, cryosparc.confidence_of(rows, where), (), lambda name: np.empty(0))
     chosen = rows[keep]
     if out.endswith(".cs"):
-        files.write_bytes_atomic(out, csrows.encode(chosen))
+        urls.write_bytes_atomic(out, csrows.encode(chosen))
         return len(chosen), len(keep)
     part = table.select(np.flatnonzero(keep))
     if cryosparc.sign_of(rows, where) == -1:

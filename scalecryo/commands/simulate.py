@@ -6,10 +6,10 @@ import time
 import torch
 
 from scalecryo.commands.console import note, say
-from scalecryo.data import files
 from scalecryo.data.formats.mrc import StackWriter, read_map, write_map
 from scalecryo.data.formats.star import write_particles
 from scalecryo.data.formats.structure import potential_map, read_structure
+from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.simulation import Imaging, Projector, draw_particles, fit_map, noise_sigma
 from scalecryo.errors import InputError, OutputExistsError
@@ -38,11 +38,9 @@ def run(
     The noise is white, of one variance for the whole stack: the variance of the pixels of the first 512 noise-free
     images over 10^(snr_db / 10). truth.mrc has its ORIGIN set so that it lies on the structure's own coordinates.
     """
-    existing = [name for name in _OUTPUTS if files.exists(files.join(out_dir, name))]
+    existing = [name for name in _OUTPUTS if urls.exists(urls.join(out_dir, name))]
     if existing:
-        raise OutputExistsError(
-            f"{files.shown(out_dir)} already holds {existing[0]}: remove it, or name another folder"
-        )
+        raise OutputExistsError(f"{urls.shown(out_dir)} already holds {existing[0]}: remove it, or name another folder")
     if snr_db is not None and not math.isfinite(snr_db):
         raise InputError(f"a signal-to-noise ratio of {snr_db} dB means nothing: give a number, or leave it out")
     generator = torch.Generator().manual_seed(seed)
@@ -50,17 +48,17 @@ def run(
     volume, origin = _density(structure, box, pixel_size)
     names = table.image_names()
     try:
-        _write_images(files.join(out_dir, "particles.mrcs"), Projector(volume, pixel_size), table, snr_db, generator)
-        write_map(files.join(out_dir, "truth.mrc"), volume.numpy(), pixel_size, origin)
-        write_particles(files.join(out_dir, "truth.star"), names, table, with_poses=True, box_size=box)
-        write_particles(files.join(out_dir, "particles.star"), names, table, with_poses=False, box_size=box)
+        _write_images(urls.join(out_dir, "particles.mrcs"), Projector(volume, pixel_size), table, snr_db, generator)
+        write_map(urls.join(out_dir, "truth.mrc"), volume.numpy(), pixel_size, origin)
+        write_particles(urls.join(out_dir, "truth.star"), names, table, with_poses=True, box_size=box)
+        write_particles(urls.join(out_dir, "particles.star"), names, table, with_poses=False, box_size=box)
     except BaseException:
         # None of them was there before: what is left now would only stand in the way of the next try.
         for name in _OUTPUTS:
-            files.remove_tree(files.join(out_dir, name))
+            urls.remove_tree(urls.join(out_dir, name))
         raise
     noise = "without noise" if snr_db is None else f"{snr_db:g} dB"
-    say(f"{files.shown(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
+    say(f"{urls.shown(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
 
 
 def _write_images(
@@ -90,7 +88,7 @@ def _density(structure: str, box: int, pixel_size: float) -> tuple[torch.Tensor,
         volume, own_pixel_size, _ = read_map(structure)
         if own_pixel_size <= 0 or len(set(volume.shape)) != 1:
             raise InputError(
-                f"{files.shown(structure)}: {volume.shape} voxels of {own_pixel_size:g} Å: "
+                f"{urls.shown(structure)}: {volume.shape} voxels of {own_pixel_size:g} Å: "
                 "a cubic map with a pixel size in its header is needed"
             )
         return fit_map(torch.from_numpy(volume), own_pixel_size, box, pixel_size), (0.0, 0.0, 0.0)

@@ -6,13 +6,13 @@ import torch
 
 from scalecryo.commands.console import say
 from scalecryo.config import Config, config_from_dict, load_config
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
+from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError, UsageError
-from scalecryo.train.logs import log_to_stderr
+from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.logs import log_to_stderr
 from scalecryo.train.loop import train
-from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.world import World
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
         train(settings, World(), torch.device(settings.run.device))
     else:
         # Ray takes seconds to import: only when it is asked for.
-        from scalecryo.train.worker import train_on_ray
+        from scalecryo.train.ray_workers import train_on_ray
 
         train_on_ray(settings)
     say(f"run finished: {settings.run.out}")
@@ -51,7 +51,7 @@ def _resolve(path: str | None, overrides: dict[str, str], resume: bool) -> Confi
     """The configuration: of the file, else (when resuming) of the run itself, under the overrides."""
     if path is None and resume and "run.out" in overrides:
         stored = RunFolder(overrides["run.out"])
-        if files.exists(stored.path("config.toml")):
+        if urls.exists(stored.path("config.toml")):
             return load_config(None, overrides, base=dataclasses.asdict(stored.config()))
     return load_config(path, overrides)
 
@@ -61,5 +61,5 @@ def _absolute(config: Config) -> Config:
     values = dataclasses.asdict(config)
     for section, key in (("run", "data"), ("run", "out"), ("monitor", "truth"), ("train", "index")):
         if values[section][key]:
-            values[section][key] = files.absolute(values[section][key])
+            values[section][key] = urls.absolute(values[section][key])
     return config_from_dict(values)

@@ -4,10 +4,10 @@ import time
 from collections.abc import Iterable
 
 from scalecryo.commands.console import note, say
-from scalecryo.data import files
 from scalecryo.data.conversion.normalise import one_torch_thread
 from scalecryo.data.conversion.shard_task import PENDING
-from scalecryo.data.storage.integrity import Finding, check_objects, compare_with_source
+from scalecryo.data.conversion.verify import Finding, check_objects, compare_with_source
+from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError, StoreError
 
@@ -15,10 +15,10 @@ from scalecryo.errors import InputError, MissingInputError, StoreError
 def run(store: str, *, full: bool) -> None:
     """Check every object against the manifests and rows against the source; name everything that is wrong."""
     opened = ParticleStore.open(store)
-    shown = files.shown(store)
+    shown = urls.shown(store)
     checked, size, problems = _collect(check_objects(opened))
     say(f"{shown}: {checked:,} objects, {size / 1e6:,.1f} MB, checked against the manifests")
-    if files.list_folder(files.join(store, PENDING)):
+    if urls.list_folder(urls.join(store, PENDING)):
         note("particles were being added when that was interrupted: run the same `scalecryo convert --append` again")
     if not problems:
         try:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalecryo.map.insert import MapAccumulator
+from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.physics.fft import FourierPixels, irfft3_centred, rfft3_centred
 from scalecryo.physics.fsc import fsc, shell_index_3d
 from scalecryo.physics.image_formation import Filtered

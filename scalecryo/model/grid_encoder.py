@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from scalecryo.physics.candidates import PoseCandidates
+from scalecryo.physics.poses import PoseCandidates
 
 
 class GridPrediction(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scalecryo.config import Parameterisation
 from scalecryo.model.encoder import PoseEncoder
 from scalecryo.model.inputs import ParticleInputs
-from scalecryo.physics.candidates import PoseCandidates
+from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import (
     euler_head_to_rotation,
     quaternion_to_rotation,

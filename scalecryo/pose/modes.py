@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.candidates import PoseCandidates
+from scalecryo.physics.poses import PoseCandidates
 from scalecryo.pose.search import largest
 
 

@@ -25,10 +25,10 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fourier_slice import extract_slices
 from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import random_rotations
 
 # Rows of a matrix product below which a core no longer works at full speed.

@@ -11,9 +11,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import rotation_from_vector
 from scalecryo.pose.search import check_packed, squared_modulus, weighted_images
 

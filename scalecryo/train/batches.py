@@ -4,16 +4,16 @@ import numpy as np
 import torch
 
 from scalecryo.config import Config
+from scalecryo.data.io.retry import Patience
 from scalecryo.data.particles import CTF_COLUMNS
-from scalecryo.data.storage.retry import Patience
+from scalecryo.data.selection.subset import Subset
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import Batch, ParticleStream
-from scalecryo.data.streaming.subset import Subset
+from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters
-from scalecryo.train.world import World
 
 
 def stream_columns(store: ParticleStore) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.errors import CheckpointError
 
 
@@ -51,8 +51,8 @@ def read_arrays(url: str, names: tuple[str, ...], repair: str) -> dict[str, NDAr
         CheckpointError: the file is missing or damaged; the message ends with the repair.
     """
     try:
-        with np.load(io.BytesIO(files.read_bytes(url)), allow_pickle=False) as archive:
+        with np.load(io.BytesIO(urls.read_bytes(url)), allow_pickle=False) as archive:
             return {name: archive[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{files.shown(url)}: cannot be read ({reason}): {repair}") from None
+        raise CheckpointError(f"{urls.shown(url)}: cannot be read ({reason}): {repair}") from None

@@ -7,21 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from scalecryo.config import Config
+from scalecryo.data.selection.subset import choose
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import Batch
-from scalecryo.data.streaming.subset import choose
+from scalecryo.distributed.gradients import Replica
+from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput, build_autoencoder
 from scalecryo.model.inputs import ParticleInputs
-from scalecryo.train.assign import assign_particles
+from scalecryo.runs.checkpoint import load_checkpoint, save_checkpoint
+from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.monitor import Monitor
 from scalecryo.train.batches import data_hash, order_of, particle_inputs, stream_of, training_level
-from scalecryo.train.checkpoint import load_checkpoint, save_checkpoint
-from scalecryo.train.guided.run import train_guided
-from scalecryo.train.model_poser import ModelPoser
-from scalecryo.train.monitor import Monitor
-from scalecryo.train.replica import Replica
-from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.world import World
+from scalecryo.train.guided_run import train_guided
+from scalecryo.train.stages.final_pass import assign_particles
+from scalecryo.train.stages.model_poser import ModelPoser
 
 
 def train(

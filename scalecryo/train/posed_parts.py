@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
+from scalecryo.runs.folder import RunFolder
 from scalecryo.train.columns import RowColumns, arrays_to_bytes, read_arrays
 from scalecryo.train.posed import Posed
-from scalecryo.train.run_folder import RunFolder
 
 FOLDER = "assigning"
 PART_ROWS = 20_000
@@ -38,8 +38,8 @@ class PosedParts:
         self._noted: list[dict[str, np.ndarray]] = []
         folder = run.path(self._folder)
         self.rows_before = 0
-        for name in sorted(files.list_folder(folder)) if files.exists(folder) else []:
-            part = read_arrays(files.join(folder, name), ("rows", *_SHAPES), "remove it to pose its particles again")
+        for name in sorted(urls.list_folder(folder)) if urls.exists(folder) else []:
+            part = read_arrays(urls.join(folder, name), ("rows", *_SHAPES), "remove it to pose its particles again")
             self._columns.write(part["rows"], part)
             self.rows_before += len(part["rows"])
 
@@ -64,11 +64,11 @@ class PosedParts:
             return
         whole = {name: np.concatenate([part[name] for part in self._noted]) for name in ("rows", *_SHAPES)}
         self._noted.clear()
-        files.make_folder(self._run.path(self._folder))
+        urls.make_folder(self._run.path(self._folder))
         # No two workers have the same row, so no two files the same name.
         self._run.write(f"{self._folder}/from_{whole['rows'][0]:010d}.npz", arrays_to_bytes(whole))
 
     def remove(self) -> None:
         """Remove the files: the assignment is finished."""
-        if files.exists(self._run.path(FOLDER)):
-            files.remove_tree(self._run.path(FOLDER))
+        if urls.exists(self._run.path(FOLDER)):
+            urls.remove_tree(self._run.path(FOLDER))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scalecryo.config import config_from_dict
-from scalecryo.map.insert import MapAccumulator
+from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.model.memory import step_memory
 from scalecryo.physics.fft import fourier_pixels
@@ -15,7 +15,7 @@ from scalecryo.physics.fourier_slice import fourier_slice, insert_slices
 from scalecryo.physics.image_formation import Filtered
 from scalecryo.physics.kernels.backend import cuda_kernels
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.polish import polish
+from scalecryo.pose.local_refinement import polish
 from scalecryo.train.loop import build_optimiser
 from tests.numerics.test_slice_backends import TOLERANCE, Case, worst
 from tests.unit.test_hot_path import inputs, step

@@ -10,11 +10,11 @@ import zarr
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import files
 from scalecryo.data.conversion import append as append_module
 from scalecryo.data.formats import star
 from scalecryo.data.formats.mrc import Stack, StackWriter
 from scalecryo.data.formats.star_write import write_with_poses
+from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, ScalecryoError, StoreError
 
@@ -174,7 +174,7 @@ class _Stop(BaseException):
 def _writes_of_an_append(store: Path, source: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> int:
     """Append, but die before write number `limit`; how many writes there were."""
     writes = 0
-    replace, remove = files.os.replace, files.remove_tree
+    replace, remove = files.os.replace, urls.remove_tree
 
     def count() -> None:
         nonlocal writes

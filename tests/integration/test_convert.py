@@ -12,11 +12,11 @@ import zarr
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import files
 from scalecryo.data.conversion import convert as convert_module
 from scalecryo.data.conversion import scheduler as scheduler_module
 from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.formats.mrc import Stack, StackWriter
+from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import sequential
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError, ScalecryoError, StoreError
@@ -232,7 +232,7 @@ def test_cropped_store(tmp_path: Path) -> None:
 
 def test_store_at_a_url(tmp_path: Path) -> None:
     source = _stack(tmp_path / "s.mrcs", _noise(300, 44))
-    files.write_bytes_atomic("memory://convert/s.mrcs", source.read_bytes())
+    urls.write_bytes_atomic("memory://convert/s.mrcs", source.read_bytes())
     _convert(source, tmp_path / "store")
     convert_command.run("memory://convert/s.mrcs", "memory://convert/store", **OPTIONS)
     local, remote = ParticleStore.open(str(tmp_path / "store")), ParticleStore.open("memory://convert/store")

@@ -15,11 +15,10 @@ import pytest
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import files
 from scalecryo.data.conversion import convert as convert_module
 from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.formats.mrc import StackWriter
-from scalecryo.data.storage import lock
+from scalecryo.data.io import lock, urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, OutputError, OutputExistsError, StoreError
 
@@ -207,14 +206,14 @@ def test_claims_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(lock, "_SILENT_SECONDS", 0.0)
         with lock.writing(url, "b"), pytest.raises(OutputError, match="another conversion is writing"):
             renew()
-    assert not files.exists(f"{url}/_lock")
+    assert not urls.exists(f"{url}/_lock")
 
 
 def test_overwriting_is_never_half_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off while the old store is removed: not readable as either, and replaced by the next attempt."""
     first = _stack(tmp_path / "a.mrcs", _noise(300))
     _convert(first, tmp_path / "store")
-    remove, calls = files.remove_tree, []
+    remove, calls = urls.remove_tree, []
 
     def cut_off(url: str) -> None:
         calls.append(url)

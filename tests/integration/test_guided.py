@@ -20,14 +20,14 @@ from scalecryo.commands import assign, convert, evaluate, simulate, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.formats.star import read_poses
 from scalecryo.data.streaming.stream import Batch
+from scalecryo.distributed.world import World
 from scalecryo.errors import TrainingError
+from scalecryo.runs.checkpoint import load_checkpoint
+from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop, posed_parts
-from scalecryo.train.checkpoint import load_checkpoint
-from scalecryo.train.guided.poser import GuidedPoser
-from scalecryo.train.guided.progress import SavedBootstrap
 from scalecryo.train.posed import Posed
-from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.world import World
+from scalecryo.train.progress import SavedBootstrap
+from scalecryo.train.stages.guided_poser import GuidedPoser
 
 ROWS, EXTRA, BOX, PIXEL_SIZE = 1500, 100, 64, 1.6
 

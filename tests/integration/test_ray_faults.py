@@ -20,10 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scalecryo.config import Config, config_to_toml, load_config
 from scalecryo.data.formats.mrc import read_map
+from scalecryo.distributed.world import World
 from scalecryo.physics.fsc import fsc
+from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
-from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.world import World
 from tests.conftest import Seaweed, SimulatedParticles
 from tests.ray_nodes import RayNodes, kill_tree, wait_for
 

@@ -13,8 +13,8 @@ import s3fs
 
 from scalecryo.commands import convert as convert_command
 from scalecryo.commands import verify as verify_command
-from scalecryo.data import files
 from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import sequential
 from scalecryo.errors import ScalecryoError, StoreError
@@ -114,7 +114,7 @@ def test_killed_and_resumed_on_s3(seaweed: Seaweed, tmp_path: Path, capsys: pyte
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert running.returncode == -signal.SIGKILL, "it was done before it could be killed"
-    done = len(files.list_folder(f"{url}/_manifest"))
+    done = len(urls.list_folder(f"{url}/_manifest"))
     with pytest.raises(StoreError, match="did not finish"):
         ParticleStore.open(url)
     capsys.readouterr()

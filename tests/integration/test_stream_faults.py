@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import s3fs
 
+from scalecryo.data.io.ranges import RangeReader
+from scalecryo.data.io.retry import Patience
 from scalecryo.data.storage.arrays import ImageArray
-from scalecryo.data.storage.ranges import RangeReader
-from scalecryo.data.storage.retry import Patience
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import Batch, ParticleStream, sequential

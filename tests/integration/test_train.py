@@ -19,8 +19,9 @@ from scalecryo.commands import assign, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
+from scalecryo.data.selection.subset import choose
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.subset import choose
+from scalecryo.distributed.world import World
 from scalecryo.errors import (
     CheckpointError,
     ConfigError,
@@ -31,11 +32,10 @@ from scalecryo.errors import (
     TrainingError,
 )
 from scalecryo.model.autoencoder import build_autoencoder
+from scalecryo.runs.checkpoint import best_checkpoint, save_checkpoint
+from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
 from scalecryo.train.batches import order_of
-from scalecryo.train.checkpoint import best_checkpoint, save_checkpoint
-from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.world import World
 from tests.conftest import SimulatedParticles
 
 RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "metrics.jsonl",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from scalecryo.map.insert import MapAccumulator
+from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer, ctf_power_in_box
 from scalecryo.physics.fft import fourier_pixels, irfft2_centred, rfft2_centred
 from scalecryo.physics.image_formation import filtered, filtered_on_padded_box

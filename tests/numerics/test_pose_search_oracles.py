@@ -8,9 +8,9 @@ import torch
 from scipy.spatial.transform import Rotation
 from scipy.special import logsumexp
 
-from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
+from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import rotation_from_vector
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes

@@ -18,7 +18,7 @@ import torch
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.fourier_slice import fourier_slice, insert_slices
 from scalecryo.physics.rotation import euler_to_rotation, random_rotations
-from scalecryo.pose import polish_torch
+from scalecryo.pose import local_refinement_torch
 from tests.numerics.test_slice_backends import TOLERANCE, Case, worst
 from tests.unit.test_pose_polish import Scene, away, problem, scene
 
@@ -111,15 +111,15 @@ def test_polish_sums(padding: float):
     given: Scene = scene(24, padding, count=3, with_ctf=True)
     near = len(given.pixels.prefix(9))
     start = away(given, 4.0, 0.7)
-    expected = polish_torch.normal_equations(cut(given, near, fused=False), *start)
+    expected = local_refinement_torch.normal_equations(cut(given, near, fused=False), *start)
     single = tuple(pose.float() for pose in start)
-    found = polish_torch.normal_equations(cut(given.single(), near, fused=True), *single)
+    found = local_refinement_torch.normal_equations(cut(given.single(), near, fused=True), *single)
     assert worst(list(found), list(expected)) < TOLERANCE
-    alone = polish_torch.costs(cut(given.single(), near, fused=True), *single)
+    alone = local_refinement_torch.costs(cut(given.single(), near, fused=True), *single)
     torch.testing.assert_close(alone, expected[0], rtol=TOLERANCE, atol=0)
 
 
-def cut(given: Scene, pixels: int, *, fused: bool) -> polish_torch.Problem:
+def cut(given: Scene, pixels: int, *, fused: bool) -> local_refinement_torch.Problem:
     whole = problem(given)
     packed = {"observed": whole.observed[:, :pixels], "ctf": whole.ctf[:, :pixels]}
     return whole._replace(

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
+from scalecryo.data.io.ranges import RangeReader
 from scalecryo.data.storage.arrays import ColumnArray, ImageArray
-from scalecryo.data.storage.ranges import RangeReader
 from scalecryo.data.storage.zarr_layout import read_layout
 from scalecryo.errors import StoreError
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 
 
 def test_messages_carry_no_credentials() -> None:
-    assert files.shown("s3://user:secret@host/bucket/x?token=abc") == "s3://host/bucket/x"
-    assert files.shown("/data/x?y.mrcs") == "/data/x?y.mrcs"
+    assert urls.shown("s3://user:secret@host/bucket/x?token=abc") == "s3://host/bucket/x"
+    assert urls.shown("/data/x?y.mrcs") == "/data/x?y.mrcs"
 
 
 @pytest.mark.parametrize(
@@ -24,33 +24,33 @@ def test_messages_carry_no_credentials() -> None:
     ],
 )
 def test_join(base: str, part: str, joined: str) -> None:
-    assert files.join(base, part) == joined
+    assert urls.join(base, part) == joined
 
 
 def test_folders_above() -> None:
-    assert files.folders_above("/a/b/c.star") == ["/a/b", "/a", "/"]
-    assert files.folders_above("s3://bucket/a/c.star") == ["s3://bucket/a", "s3://bucket"]
+    assert urls.folders_above("/a/b/c.star") == ["/a/b", "/a", "/"]
+    assert urls.folders_above("s3://bucket/a/c.star") == ["s3://bucket/a", "s3://bucket"]
 
 
 @pytest.mark.parametrize("scheme", ["local", "file", "memory"])
 def test_write_read_list_remove(scheme: str, tmp_path: Path) -> None:
     root = {"local": str(tmp_path / "x"), "file": f"file://{tmp_path}/x", "memory": "memory://files-test/x"}[scheme]
-    url = files.join(root, "deep", "name.bin")
-    assert not files.exists(url)
-    assert files.list_folder(root) == []
-    files.write_bytes_atomic(url, b"0123456789")
-    assert files.read_bytes(url) == b"0123456789"
-    assert files.read_range(url, 2, 5) == b"234"
-    assert files.size(url) == 10
-    assert files.list_folder(files.join(root, "deep")) == ["name.bin"]
-    assert files.is_folder(root)
-    before = files.fingerprint(url)
-    files.write_bytes_atomic(url, b"01234567890")
-    assert files.fingerprint(url) != before
-    files.remove_tree(root)
-    assert not files.exists(url)
-    files.remove_tree(root)
-    for read in (files.read_bytes, files.size, lambda missing: files.read_range(missing, 0, 1)):
+    url = urls.join(root, "deep", "name.bin")
+    assert not urls.exists(url)
+    assert urls.list_folder(root) == []
+    urls.write_bytes_atomic(url, b"0123456789")
+    assert urls.read_bytes(url) == b"0123456789"
+    assert urls.read_range(url, 2, 5) == b"234"
+    assert urls.size(url) == 10
+    assert urls.list_folder(urls.join(root, "deep")) == ["name.bin"]
+    assert urls.is_folder(root)
+    before = urls.fingerprint(url)
+    urls.write_bytes_atomic(url, b"01234567890")
+    assert urls.fingerprint(url) != before
+    urls.remove_tree(root)
+    assert not urls.exists(url)
+    urls.remove_tree(root)
+    for read in (urls.read_bytes, urls.size, lambda missing: urls.read_range(missing, 0, 1)):
         with pytest.raises(MissingInputError, match="no such file"):
             read(url)
 
@@ -60,20 +60,20 @@ def test_a_failed_write_leaves_nothing(scheme: str, tmp_path: Path) -> None:
     folder = str(tmp_path) if scheme == "local" else "memory://failed-write"
 
     def fail() -> None:
-        with files.atomic_path(files.join(folder, "out.bin")) as path:
+        with urls.atomic_path(urls.join(folder, "out.bin")) as path:
             path.write_bytes(b"half")
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
         fail()
-    assert files.list_folder(folder) == []
+    assert urls.list_folder(folder) == []
 
 
 def test_bad_addresses_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nosuch://x"):
-        files.exists("nosuch://x")
+        urls.exists("nosuch://x")
     with pytest.raises(InputError, match="cannot be read"):
-        files.read_bytes(str(tmp_path))
+        urls.read_bytes(str(tmp_path))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not a text file"):
-        files.read_text(str(tmp_path / "binary"))
+        urls.read_text(str(tmp_path / "binary"))

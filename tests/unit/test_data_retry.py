@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from scalecryo.data.storage import retry
-from scalecryo.data.storage.retry import Patience, ShortBodyError, cause, is_passing, is_past_end, patiently
+from scalecryo.data.io import retry
+from scalecryo.data.io.retry import Patience, ShortBodyError, cause, is_passing, is_past_end, patiently
 from scalecryo.errors import StoreError
 
 

@@ -10,7 +10,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.data.storage.arrays import ColumnArray, ImageArray
 from scalecryo.data.storage.layout import block_rows_of, levels_of, metadata_of, shard_rows_of
 from scalecryo.data.storage.shards import ShardWriter, crc32c, encode_column
@@ -85,7 +85,7 @@ def test_zarr_python_and_own_reader_agree(
     objects, held = _store(count, box, dtype, block, shard)
     folder = tmp_path_factory.mktemp("store")
     for key, value in objects.items():
-        files.write_bytes_atomic(files.join(str(folder), key), value)
+        urls.write_bytes_atomic(urls.join(str(folder), key), value)
     group = zarr.open_group(folder, mode="r")
     assert np.array_equal(group[f"images/{box}"][:], held["images"])
     assert np.array_equal(group["particles/rotation"][:], held["rotation"])
@@ -103,7 +103,7 @@ def test_own_reader_reads_what_zarr_python_writes(tmp_path: Path) -> None:
     _, held = _store(20, 6, "float16", 4, 8)
     attrs = {"count": 20, "levels": [6], "dtype": "float16", "shard_rows": 8, "block_rows": {"6": 4}}
     for key, value in metadata_of(attrs, {}).items():
-        files.write_bytes_atomic(files.join(str(tmp_path), key), value)
+        urls.write_bytes_atomic(urls.join(str(tmp_path), key), value)
     zarr.open_group(tmp_path)["images/6"][:] = held["images"]
     images = ImageArray(str(tmp_path / "images" / "6"), "images", 20, 6, "float16", 4, 8)
     assert np.array_equal(images.read(0, 20), held["images"])
@@ -113,7 +113,7 @@ def test_own_reader_reads_what_zarr_python_writes(tmp_path: Path) -> None:
 def images(tmp_path: Path) -> tuple[Path, ImageArray]:
     objects, _ = _store(20, 6, "float32", 4, 8)
     for key, value in objects.items():
-        files.write_bytes_atomic(files.join(str(tmp_path), key), value)
+        urls.write_bytes_atomic(urls.join(str(tmp_path), key), value)
     return tmp_path / "images/6/c/1/0/0", ImageArray(str(tmp_path / "images/6"), "images/6", 20, 6, "float32", 4, 8)
 
 

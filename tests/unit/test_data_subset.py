@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scalecryo.config import TrainConfig
 from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.selection.query import Query
+from scalecryo.data.selection.subset import Subset, choose, read_index
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.query import Query
 from scalecryo.data.streaming.stream import ParticleStream
-from scalecryo.data.streaming.subset import Subset, choose, read_index
 from scalecryo.errors import ConfigError
 
 KNOWN = ("defocus_u", "defocus_v", "half")

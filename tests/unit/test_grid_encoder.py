@@ -4,16 +4,16 @@ import math
 
 import torch
 
+from scalecryo.distributed.world import World
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.rotation import geodesic_angle, random_rotations
 from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.estimator import Reference, Refined
 from scalecryo.pose.search import templates, with_mates
-from scalecryo.train.guided.refine import Reference, Refined
-from scalecryo.train.guided.teacher import Lesson, Teacher, lesson_of
+from scalecryo.train.encoder_training import Lesson, Teacher, lesson_of
 from scalecryo.train.observed import Observed
-from scalecryo.train.world import World
 
 
 def blobs(box_size: int, generator: torch.Generator) -> torch.Tensor:

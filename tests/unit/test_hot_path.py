@@ -18,7 +18,7 @@ from scalecryo.model.autoencoder import AutoEncoder, build_autoencoder
 from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose import polish_torch
+from scalecryo.pose import local_refinement_torch
 from scalecryo.train.loop import build_optimiser
 
 BOX, BATCH = 32, 4
@@ -112,7 +112,7 @@ def test_whole_step_with_optimiser_runs_on_fake_tensors(precision: str):
 def test_polish_never_waits_for_the_device():
     # What a GPU runs but for the fused sums, which are one kernel.
     shape = (BATCH, 50)
-    problem = polish_torch.Problem(
+    problem = local_refinement_torch.Problem(
         volume_rfft=torch.empty(32, 32, 17, dtype=torch.complex64, device="meta"),
         observed=torch.empty(shape, dtype=torch.complex64, device="meta"),
         ctf=torch.empty(shape, device="meta"),
@@ -121,7 +121,7 @@ def test_polish_never_waits_for_the_device():
     )  # fmt: skip
     pose = torch.empty(BATCH, 3, 3, device="meta"), torch.empty(BATCH, 2, device="meta")
     with NoHostSync():
-        found = polish_torch.polish_batch(problem, *pose, 3, 5, 0.1, 2.0)
+        found = local_refinement_torch.polish_batch(problem, *pose, 3, 5, 0.1, 2.0)
     assert found[0].shape == (BATCH, 3, 3)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from scalecryo.map.insert import MapAccumulator
+from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.rotation import random_rotations

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.train.guided.memory import PoseMemory, load_found, save_found
-from scalecryo.train.run_folder import RunFolder
-from scalecryo.train.world import World
+from scalecryo.runs.folder import RunFolder
+from scalecryo.train.particle_state import PoseMemory, load_found, save_found
 
 Poses = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -16,8 +16,8 @@ from scalecryo.physics.fourier_slice import extract_slices, gridding_correction,
 from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.kernels import jit
 from scalecryo.physics.rotation import geodesic_angle, random_rotations, rotation_from_vector
-from scalecryo.pose import polish_torch
-from scalecryo.pose.polish import Backend, Polished, evaluate_poses, polish
+from scalecryo.pose import local_refinement_torch
+from scalecryo.pose.local_refinement import Backend, Polished, evaluate_poses, polish
 
 BACKENDS: list[Backend] = ["numba", "torch"]
 
@@ -96,9 +96,9 @@ def away(given: Scene, degrees: float, px: float, seed: int = 1) -> tuple[Tensor
     return given.rotation @ turn, shift
 
 
-def problem(given: Scene) -> polish_torch.Problem:
+def problem(given: Scene) -> local_refinement_torch.Problem:
     p = given.pixels
-    return polish_torch.Problem(
+    return local_refinement_torch.Problem(
         given.volume_rfft, given.images, given.ctf, p.weight, p.kx, p.ky, given.scale, p.box_size
     )
 
@@ -116,13 +116,15 @@ def test_cost_and_gradient_are_those_of_the_forward_model(box: int, padding: flo
     # and the kinks of the interpolation: a sample that crosses a grid plane within h |q| = 1e-5 voxel of it.
     given = scene(box, padding, count=6, sigma=1.2, with_ctf=True)
     rotation, shift_px = away(given, 8.0, 0.7)
-    cost, matrix, gradient = polish_torch.normal_equations(problem(given), rotation, shift_px)
+    cost, matrix, gradient = local_refinement_torch.normal_equations(problem(given), rotation, shift_px)
     weight, step = given.pixels.weight, 1e-6
 
     residual = given.images - predicted(given, rotation, shift_px)
     expected = 0.5 * (weight * residual.abs().square()).sum(-1)
     torch.testing.assert_close(cost, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(polish_torch.costs(problem(given), rotation, shift_px), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        local_refinement_torch.costs(problem(given), rotation, shift_px), expected, rtol=1e-12, atol=0
+    )
 
     derivatives = []
     for i in range(5):

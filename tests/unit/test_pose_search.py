@@ -6,8 +6,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from scalecryo.errors import InputError
-from scalecryo.physics.candidates import PoseCandidates
 from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose import search
 from scalecryo.pose.modes import separated_modes, soft_labels

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scalecryo.config import config_from_dict
+from scalecryo.distributed.world import World
 from scalecryo.map.halfmaps import HalfMaps
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.model.grid_encoder import GridEncoder
@@ -16,11 +17,10 @@ from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.search import with_mates
-from scalecryo.train.guided.bootstrap import HALF_GRID
-from scalecryo.train.guided.ladder import plan_rung
-from scalecryo.train.guided.memory import PoseMemory
-from scalecryo.train.guided.poser import ENCODER_RADIUS
-from scalecryo.train.world import World
+from scalecryo.train.particle_state import PoseMemory
+from scalecryo.train.stages.bootstrap import HALF_GRID
+from scalecryo.train.stages.guided_poser import ENCODER_RADIUS
+from scalecryo.train.stages.refinement import plan_rung
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import scaling_model as model

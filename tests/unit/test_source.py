@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalecryo.data import files
 from scalecryo.data.conversion.resample import plan_resampling
 from scalecryo.data.conversion.source import Reading, read_source
 from scalecryo.data.formats import csrows
 from scalecryo.data.formats.mrc import Stack, StackWriter
+from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 
 CTF = "voltage=300,spherical_aberration=2.7,amplitude_contrast=0.1,defocus_u=15000"
@@ -84,10 +84,10 @@ def test_remote_tables() -> None:
         writer.append(np.random.default_rng(0).normal(size=(3, 8, 8)))
     url = f"{project}/Refine3D/job2/run_data.star"
     rows = "1@Extract/job1/x.mrcs\n3@Extract/job1/x.mrcs\n"
-    files.write_bytes_atomic(url, f"data_\n\nloop_\n_rlnImageName #1\n{rows}".encode())
+    urls.write_bytes_atomic(url, f"data_\n\nloop_\n_rlnImageName #1\n{rows}".encode())
     for folder in (None, project):
         assert read_source(url, folder).stacks[0].url == f"{project}/Extract/job1/x.mrcs"
-    files.write_bytes_atomic(url, b"data_\n\nloop_\n_rlnImageName #1\n1@../../Extract/job1/x.mrcs\n")
+    urls.write_bytes_atomic(url, b"data_\n\nloop_\n_rlnImageName #1\n1@../../Extract/job1/x.mrcs\n")
     with pytest.raises(InputError, match="is outside --data-dir memory://remote-project/Refine3D/job2"):
         read_source(url, f"{project}/Refine3D/job2")
 

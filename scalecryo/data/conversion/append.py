@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from scalecryo.data import files
 from scalecryo.data.conversion.append_plan import AppendPlan
 from scalecryo.data.conversion.convert import content_hash, report_document, write_group
 from scalecryo.data.conversion.quality import REPORT, find_report
 from scalecryo.data.conversion.scheduler import run_tasks
 from scalecryo.data.conversion.shard_task import PENDING, Done, ShardTask, write_shard
 from scalecryo.data.conversion.survey import Report
+from scalecryo.data.conversion.verify import expected_keys
+from scalecryo.data.io import urls
+from scalecryo.data.io.lock import writing
 from scalecryo.data.particles import COLUMNS, ParticleTable
-from scalecryo.data.storage.integrity import expected_keys
 from scalecryo.data.storage.layout import entry_of, metadata_of, write_manifest, write_objects
-from scalecryo.data.storage.lock import writing
 from scalecryo.data.storage.store import IMAGE_COLUMNS, MANIFESTS, SOURCE_CS, SOURCE_TABLE, read_attributes
 from scalecryo.errors import MissingInputError, OutputError
 
@@ -46,7 +46,7 @@ def _tasks(made: AppendPlan, shards: list[int]) -> Iterator[ShardTask]:
 
 def _pending(store_url: str, key: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(files.read_bytes(files.join(store_url, key)))
+        found: dict[str, Any] = json.loads(urls.read_bytes(urls.join(store_url, key)))
     except MissingInputError:
         found = {}
     return found
@@ -60,17 +60,17 @@ def _abandon(made: AppendPlan, shards: int) -> None:
         nobody = replace(made.source, table=made.source.table.select(slice(0, 0)))
         write_shard(next(_tasks(replace(made, source=nobody), [last])))
     for shard in range(store.shards, shards):
-        files.remove_tree(files.join(store.url, MANIFESTS, f"{shard:08d}.json"))
+        urls.remove_tree(urls.join(store.url, MANIFESTS, f"{shard:08d}.json"))
         for key in expected_keys(store, shard):
-            files.remove_tree(files.join(store.url, key))
-    files.remove_tree(files.join(store.url, PENDING))
+            urls.remove_tree(urls.join(store.url, key))
+    urls.remove_tree(urls.join(store.url, PENDING))
 
 
 def _todo(made: AppendPlan) -> list[int]:
     """Shards that are not written yet."""
     store = made.store
     last, rest = divmod(store.count, store.shard_rows)
-    present = set(files.list_folder(files.join(store.url, MANIFESTS)))
+    present = set(urls.list_folder(urls.join(store.url, MANIFESTS)))
     shards = range(last, -(-int(made.attrs["count"]) // store.shard_rows))
     todo = [shard for shard in shards if f"{shard:08d}.json" not in present]
     if rest:
@@ -101,13 +101,13 @@ def append(
     store = made.store
     with writing(store.url, made.attrs["plan_hash"]) as renew:
         if read_attributes(store.url).get("plan_hash") != store.attrs["plan_hash"]:
-            raise OutputError(f"{files.shown(store.url)}: was changed by another conversion; run this again")
+            raise OutputError(f"{urls.shown(store.url)}: was changed by another conversion; run this again")
         begun = _pending(store.url, _PLAN)
         if begun and begun["plan_hash"] != made.attrs["plan_hash"]:
             _abandon(made, int(begun["shards"]))
-        files.remove_leftovers(store.url)
+        urls.remove_leftovers(store.url)
         begun = {"plan_hash": made.attrs["plan_hash"], "shards": -(-made.attrs["count"] // store.shard_rows)}
-        files.write_bytes_atomic(files.join(store.url, _PLAN), json.dumps(begun).encode())
+        urls.write_bytes_atomic(urls.join(store.url, _PLAN), json.dumps(begun).encode())
         _write(made, renew, workers, scheduler, report)
         _prepare_commit(made)
         return _roll_forward(store.url)
@@ -146,12 +146,12 @@ def _prepare_commit(made: AppendPlan) -> None:
     group = json.loads(documents.pop("zarr.json"))
     documents |= made.documents
     # A source table that does not hold them all is of no use: exports then write the store's own table.
-    tables = [key for key in (SOURCE_TABLE, SOURCE_CS) if files.exists(files.join(store.url, key))]
+    tables = [key for key in (SOURCE_TABLE, SOURCE_CS) if urls.exists(urls.join(store.url, key))]
     removed = [key for key in tables if key not in documents]
     found = {REPORT: report_document(find_report(store.url, attrs, table, judged))}
     for name, objects in (("metadata", documents), ("report", found)):
         for key, data in objects.items():
-            files.write_bytes_atomic(files.join(store.url, PENDING, key), data)
+            urls.write_bytes_atomic(urls.join(store.url, PENDING, key), data)
         write_manifest(store.url, name, {key: entry_of(data) for key, data in objects.items()}, PENDING)
     steps = {
         "group": group,
@@ -159,7 +159,7 @@ def _prepare_commit(made: AppendPlan) -> None:
         "documents": {"metadata": list(documents), "report": list(found)},
         "removed": removed,
     }
-    files.write_bytes_atomic(files.join(store.url, _COMMIT), json.dumps(steps).encode())
+    urls.write_bytes_atomic(urls.join(store.url, _COMMIT), json.dumps(steps).encode())
 
 
 def _roll_forward(store_url: str) -> dict[str, Any]:
@@ -169,13 +169,13 @@ def _roll_forward(store_url: str) -> dict[str, Any]:
         return {}
     attrs: dict[str, Any] = steps["attrs"]
     for name, keys in steps["documents"].items():
-        objects = {key: files.read_bytes(files.join(store_url, PENDING, key)) for key in keys}
+        objects = {key: urls.read_bytes(urls.join(store_url, PENDING, key)) for key in keys}
         write_objects(store_url, name, objects)
     write_group(store_url, steps["group"], attrs)
     for key in steps["removed"]:
-        files.remove_tree(files.join(store_url, key))
-    files.remove_tree(files.join(store_url, _COMMIT))
-    files.remove_tree(files.join(store_url, PENDING))
+        urls.remove_tree(urls.join(store_url, key))
+    urls.remove_tree(urls.join(store_url, _COMMIT))
+    urls.remove_tree(urls.join(store_url, PENDING))
     return attrs
 
 
@@ -185,6 +185,6 @@ def complete_append(store_url: str) -> None:
     Raises:
         OutputError: another conversion is writing to the store.
     """
-    if files.exists(files.join(store_url, _COMMIT)):
+    if urls.exists(urls.join(store_url, _COMMIT)):
         with writing(store_url, "append"):
             _roll_forward(store_url)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data import files
 from scalecryo.data.conversion.normalise import Recipe
 from scalecryo.data.conversion.quality import EXCLUDED, BadImage
 from scalecryo.data.conversion.source import Reading, Source, read_source
 from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
 from scalecryo.data.formats.star_values import Optics, particle_block
 from scalecryo.data.formats.startext import StarText
+from scalecryo.data.io import urls
 from scalecryo.data.particles import COLUMNS, Columns, ParticleTable
 from scalecryo.data.storage.store import SOURCE_STACKS, SOURCE_TABLE, ParticleStore
 from scalecryo.errors import InputError, MissingInputError
@@ -52,7 +52,7 @@ class AppendPlan:
 
 def _refuse_other_kind(store: ParticleStore, found: Source, source: str) -> None:
     """Raise when the new particles do not fit the store."""
-    shown = files.shown(source)
+    shown = urls.shown(source)
     box, pixel_size = int(store.attrs["source_box_size"]), store.source_pixel_size
     if found.box_size != box:
         raise InputError(f"{shown}: box {found.box_size} px, the store's source had {box} px; extract in that box")
@@ -70,7 +70,7 @@ def _store_recipe(store: ParticleStore, found: Source, source: str, sign: int | 
     """The store's recipe, after a look at whether the new images are of its kind."""
     attrs = store.attrs
     judged, reason = choose(found, store.box_size, None, bad_images)
-    shown = files.shown(source)
+    shown = urls.shown(source)
     if judged.normalisation != attrs["normalisation"]:
         kinds = {"background": "noisy", "common": "noise-free"}
         raise InputError(
@@ -109,7 +109,7 @@ def _joined_star(store: ParticleStore, found: Source, source: str) -> bytes | No
     before = store.source_star()
     if before is None or found.star is None:
         return None
-    first, second = StarText(before, store.url), StarText(found.star, files.shown(source))
+    first, second = StarText(before, store.url), StarText(found.star, urls.shown(source))
     ours, theirs = particle_block(first), particle_block(second)
     if ours.columns != theirs.columns or ours.single is not None or theirs.single is not None:
         return None
@@ -127,11 +127,11 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
     Raises:
         InputError: some of them are in the store already.
     """
-    stacks = json.loads(files.read_bytes(files.join(store.url, SOURCE_STACKS)))
+    stacks = json.loads(urls.read_bytes(urls.join(store.url, SOURCE_STACKS)))
     known = {pair: number for number, pair in enumerate(zip(stacks["names"], stacks["urls"], strict=True))}
     numbers, opened = [], {}
     for name, stack in zip(found.table.stacks, found.stacks, strict=True):
-        number = known.setdefault((name, files.shown(files.absolute(stack.url))), len(known))
+        number = known.setdefault((name, urls.shown(urls.absolute(stack.url))), len(known))
         numbers.append(number)
         opened[number] = stack
     columns = {name: values for name, values in found.table.columns.items() if name in store.columns}
@@ -142,13 +142,13 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
     if again.any():
         row = int(np.flatnonzero(again)[0])
         raise InputError(
-            f"{files.shown(source)}: {int(again.sum()):,} of its {len(again):,} particles are in the store already, "
+            f"{urls.shown(source)}: {int(again.sum()):,} of its {len(again):,} particles are in the store already, "
             f"such as {found.table.image_names()[row]}; leave them out of the table"
         )
-    names, urls = zip(*known, strict=True)
+    names, addresses = zip(*known, strict=True)
     table = ParticleTable(found.table.pixel_size, tuple(names), columns)
     every = tuple(opened.get(number, found.stacks[0]) for number in range(len(names)))
-    return replace(found, table=table, stacks=every), {**stacks, "names": names, "urls": urls}
+    return replace(found, table=table, stacks=every), {**stacks, "names": names, "urls": addresses}
 
 
 def _pairs(columns: Columns) -> npt.NDArray[np.int64]:
@@ -185,7 +185,7 @@ def plan_append(
     found = read_source(source, data_dir, how)
     if found.resampling:
         raise InputError(
-            f"{files.shown(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
+            f"{urls.shown(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
         )
     check_addresses(found)
     _refuse_other_kind(store, found, source)
@@ -211,7 +211,7 @@ def plan_append(
     attrs["source_rows"] = rows_before + len(placed.table) + len(excluded)
     attrs["appended"] = [
         *store.attrs.get("appended", []),
-        {"source": files.shown(files.absolute(source)), "count": len(placed.table)},
+        {"source": urls.shown(urls.absolute(source)), "count": len(placed.table)},
     ]
     identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
     attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -220,7 +220,7 @@ def plan_append(
 
 def _left_out(store: ParticleStore, excluded: tuple[BadImage, ...], rows_before: int) -> list[dict[str, Any]]:
     try:
-        before = json.loads(files.read_bytes(files.join(store.url, EXCLUDED)))
+        before = json.loads(urls.read_bytes(urls.join(store.url, EXCLUDED)))
     except MissingInputError:
         before = []
     rows = [{"source_row": rows_before + b.source_row, "image": b.name, "problem": b.problem} for b in excluded]

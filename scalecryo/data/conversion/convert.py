@@ -14,16 +14,16 @@ from typing import Any, Literal
 import numpy as np
 
 from scalecryo import __version__
-from scalecryo.data import files
 from scalecryo.data.conversion.normalise import Recipe
 from scalecryo.data.conversion.quality import EXCLUDED, REPORT, BadImage, find_report
 from scalecryo.data.conversion.scheduler import run_tasks
 from scalecryo.data.conversion.shard_task import Done, ShardTask, shard_task, write_shard
 from scalecryo.data.conversion.source import Reading, Source, read_source
 from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
+from scalecryo.data.io import urls
+from scalecryo.data.io.lock import LOCK, writing
 from scalecryo.data.particles import COLUMNS, ParticleTable
 from scalecryo.data.storage.layout import block_rows_of, levels_of, metadata_of, shard_rows_of, write_objects
-from scalecryo.data.storage.lock import LOCK, writing
 from scalecryo.data.storage.store import (
     FORMAT_VERSION,
     IMAGE_COLUMNS,
@@ -80,7 +80,7 @@ class ConvertPlan:
         """What lies beside the arrays: the source's table and stacks, and which images were left out."""
         stacks: dict[str, Any] = {
             "names": self.source.table.stacks,
-            "urls": [files.shown(files.absolute(stack.url)) for stack in self.source.stacks],
+            "urls": [urls.shown(urls.absolute(stack.url)) for stack in self.source.stacks],
         }
         if self.source.resampling:
             stacks["resampling"] = [[how.fourier_box, how.box_size] for how in self.source.resampling]
@@ -168,7 +168,7 @@ def _attributes(source: str, found: Source, recipe: Recipe, dtype: str, excluded
         "sign": recipe.sign,
         "normalisation": recipe.normalisation,
         "common_scale": recipe.common_scale,
-        "source": files.shown(files.absolute(source)),
+        "source": urls.shown(urls.absolute(source)),
         "source_box_size": found.box_size,
         "source_rows": count + excluded,
         "excluded": excluded,
@@ -196,10 +196,10 @@ def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
     Raises:
         OutputExistsError: something else is there, or a complete store that nobody asked to replace.
     """
-    shown = files.shown(store_url)
+    shown = urls.shown(store_url)
     attrs = read_attributes(store_url)
     if not attrs:
-        if files.exists(store_url) and (not files.is_folder(store_url) or set(files.list_folder(store_url)) - {LOCK}):
+        if urls.exists(store_url) and (not urls.is_folder(store_url) or set(urls.list_folder(store_url)) - {LOCK}):
             raise OutputExistsError(f"{shown}: exists and is not a particle store; choose another place for the store")
     elif attrs.get("complete") is True and not overwrite:
         raise OutputExistsError(
@@ -211,26 +211,26 @@ def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
 def write_group(store_url: str, group: dict[str, Any], attrs: dict[str, Any]) -> None:
     """Write the group's `zarr.json` with other attributes."""
     document = json.dumps({**group, "attributes": attrs}, indent=2).encode()
-    files.write_bytes_atomic(files.join(store_url, "zarr.json"), document)
+    urls.write_bytes_atomic(urls.join(store_url, "zarr.json"), document)
 
 
 def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> None:
     """Remove what may be replaced; leave this very conversion unfinished to go on; refuse anything else."""
     attrs = check_destination(store_url, overwrite)
-    shown = files.shown(store_url)
+    shown = urls.shown(store_url)
     if overwrite and attrs:
         # No longer a store that can be read, but still known as one when this is interrupted.
         known = {"scalecryo_version": __version__, "format_version": FORMAT_VERSION, "complete": False}
         write_group(store_url, {"zarr_format": 3, "node_type": "group"}, known)
-        for name in set(files.list_folder(store_url)) - {LOCK, "zarr.json"}:
-            files.remove_tree(files.join(store_url, name))
+        for name in set(urls.list_folder(store_url)) - {LOCK, "zarr.json"}:
+            urls.remove_tree(urls.join(store_url, name))
     elif attrs and attrs.get("plan_hash") != made.attrs["plan_hash"]:
         raise OutputExistsError(
             f"{shown}: holds an unfinished conversion of other data or with other options; "
             "add --overwrite to replace it"
         )
     elif attrs:
-        files.remove_leftovers(store_url)
+        urls.remove_leftovers(store_url)
 
 
 def convert(
@@ -271,7 +271,7 @@ def convert(
 
         _write_shards(made, store_url, renew, workers, scheduler, report)
         if read_attributes(store_url).get("plan_hash") != made.attrs["plan_hash"]:
-            raise OutputError(f"{files.shown(store_url)}: another conversion took this place; choose another")
+            raise OutputError(f"{urls.shown(store_url)}: another conversion took this place; choose another")
         attrs = finish(store_url, attrs, made.source.table, made.contrast)
         write_group(store_url, group, attrs)
     return attrs
@@ -286,7 +286,7 @@ def _write_shards(
     report: Report | None,
 ) -> None:
     """Write the shards whose manifests are not there yet."""
-    present = set(files.list_folder(files.join(store_url, MANIFESTS)))
+    present = set(urls.list_folder(urls.join(store_url, MANIFESTS)))
     todo = [shard for shard in range(made.shards) if f"{shard:08d}.json" not in present]
     done = made.count - sum(min(made.shard_rows, made.count - shard * made.shard_rows) for shard in todo)
     if report:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scalecryo.data.streaming.background import measure_background, rescale
+from scalecryo.data.conversion.background import measure_background, rescale
 
 Array = npt.NDArray[np.float32]
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scalecryo.data import files
 from scalecryo.data.conversion.normalise import Array
+from scalecryo.data.io import urls
 from scalecryo.data.particles import Columns, ParticleTable
 from scalecryo.data.storage.layout import column_key
 from scalecryo.data.storage.shards import CRC_BYTES, crc_holds
@@ -150,14 +150,14 @@ def _stored_column(store_url: str, name: str, count: int, shard_rows: int) -> np
         MissingInputError: a chunk is missing.
     """
     dtype = np.dtype(IMAGE_COLUMNS[name][0]).newbyteorder("<")
-    urls = [files.join(store_url, column_key(name, shard, ())) for shard in range(-(-count // shard_rows))]
-    values = np.empty(len(urls) * shard_rows, dtype)
-    for first in range(0, len(urls), _CHUNKS_AT_ONCE):
-        some = urls[first : first + _CHUNKS_AT_ONCE]
-        for number, (url, data) in enumerate(zip(some, files.read_many(some), strict=True), first):
+    addresses = [urls.join(store_url, column_key(name, shard, ())) for shard in range(-(-count // shard_rows))]
+    values = np.empty(len(addresses) * shard_rows, dtype)
+    for first in range(0, len(addresses), _CHUNKS_AT_ONCE):
+        some = addresses[first : first + _CHUNKS_AT_ONCE]
+        for number, (url, data) in enumerate(zip(some, urls.read_many(some), strict=True), first):
             body = np.frombuffer(data, np.uint8)[:-CRC_BYTES]
             if len(body) != shard_rows * dtype.itemsize or not crc_holds(body, data[-CRC_BYTES:]):
-                raise StoreError(f"{files.shown(url)}: damaged while the store was written; convert with --overwrite")
+                raise StoreError(f"{urls.shown(url)}: damaged while the store was written; convert with --overwrite")
             values[number * shard_rows : (number + 1) * shard_rows] = body.view(dtype)
     return values[:count]
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scalecryo.data import files
 from scalecryo.data.formats.mrc import Array, Stack
+from scalecryo.data.io import urls
 from scalecryo.data.storage.store import SOURCE_STACKS, ParticleStore
 from scalecryo.physics.fft import fourier_crop_2d
 
@@ -96,7 +96,7 @@ def reopen(store: ParticleStore) -> list[Stack]:
         MissingInputError: a stack is no longer there.
         InputError: a stack can no longer be read.
     """
-    document = json.loads(files.read_bytes(files.join(store.url, SOURCE_STACKS)))
+    document = json.loads(urls.read_bytes(urls.join(store.url, SOURCE_STACKS)))
     plans: list[Resampling | None] = [Resampling(*boxes) for boxes in document.get("resampling", [])]
     plans += [None] * (len(document["urls"]) - len(plans))
     return [resampled(Stack.open(url), how) for url, how in zip(document["urls"], plans, strict=True)]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from scalecryo.data import files
 from scalecryo.data.conversion.normalise import Array, Recipe, crops, normalise
 from scalecryo.data.conversion.quality import BadImage, bad_images, refusal, storable
 from scalecryo.data.conversion.source import Source
 from scalecryo.data.formats.mrc import Stack
+from scalecryo.data.io import urls
 from scalecryo.data.particles import Columns, ParticleTable
 from scalecryo.data.storage.layout import column_key, entry_of, image_key, write_manifest
 from scalecryo.data.storage.shards import ShardWriter, crc32c, encode_column
@@ -109,7 +109,7 @@ def batches(stacks: dict[int, Stack], table: ParticleTable) -> Iterator[tuple[sl
     first = next(iter(stacks.values()))
     image_bytes = 4 * first.nx * first.ny
     step = min(_MOST_ROWS, max(1, _BATCH_BYTES // image_bytes))
-    local = all(files.is_local(stack.url) for stack in stacks.values())
+    local = all(urls.is_local(stack.url) for stack in stacks.values())
     reach = step * max(1, (_READ_BYTES if local else _REMOTE_BYTES) // (step * image_bytes))
     for start in range(0, len(table), reach):
         stop = min(start + reach, len(table))
@@ -127,12 +127,12 @@ def refuse_changed(stacks: dict[int, Stack]) -> None:
     """
     for stack in stacks.values():
         try:
-            same = files.fingerprint(stack.url) == stack.fingerprint
+            same = urls.fingerprint(stack.url) == stack.fingerprint
         except MissingInputError:
             same = False
         if not same:
             raise InputError(
-                f"{files.shown(stack.url)}: was changed after the conversion had looked at it; when it is whole, "
+                f"{urls.shown(stack.url)}: was changed after the conversion had looked at it; when it is whole, "
                 "convert again with --overwrite"
             )
 
@@ -216,8 +216,8 @@ def write_shard(task: ShardTask) -> Done:
     with ExitStack() as opened:
         writers = {}
         for level, size in task.block_rows.items():
-            url = files.join(task.store_url, image_key(level, task.shard))
-            stream = opened.enter_context(files.atomic_stream(url))
+            url = urls.join(task.store_url, image_key(level, task.shard))
+            stream = opened.enter_context(urls.atomic_stream(url))
             writers[level] = ShardWriter(stream, task.shard_rows, size, level, task.dtype)
         kept = _write_kept(task, writers) if task.kept else {}
         fresh = _write_fresh(task, writers) if len(task.table) else {}
@@ -231,6 +231,6 @@ def write_shard(task: ShardTask) -> Done:
         if task.kept:
             write_manifest(task.store_url, name, manifest, PENDING)
     for key, data in objects.items():
-        files.write_bytes_atomic(files.join(task.store_url, key), data)
+        urls.write_bytes_atomic(urls.join(task.store_url, key), data)
     write_manifest(task.store_url, name, manifest)
     return Done(len(task.table))

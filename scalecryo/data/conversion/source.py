@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-from scalecryo.data import files
 from scalecryo.data.conversion.given import with_ctf, with_poses
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
 from scalecryo.data.formats import cryosparc, csrows
@@ -16,6 +15,7 @@ from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.star import read_particles as read_star
 from scalecryo.data.formats.star_values import not_applied
 from scalecryo.data.formats.startext import StarText, Text, text_of
+from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError, MissingInputError
 
@@ -90,14 +90,14 @@ def _is_below(url: str, folder: str) -> bool:
     scheme, _, path = url.rpartition("://")
     own_scheme, _, base = folder.rpartition("://")
     if "://" not in folder:
-        path, base = files.absolute(path), files.absolute(base)
+        path, base = urls.absolute(path), urls.absolute(base)
     root = posixpath.normpath(base).rstrip("/") + "/"
     return scheme == own_scheme and posixpath.normpath(path).startswith(root)
 
 
 def _is_there(place: str) -> bool:
     try:
-        return files.exists(place)
+        return urls.exists(place)
     except OSError:  # a name that no file system takes
         return False
 
@@ -112,21 +112,21 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
         MissingInputError: it is in none of these places.
         InputError: the name leads out of `data_dir`.
     """
-    table, shown = files.shown(table_url), files.shown(name)
+    table, shown = urls.shown(table_url), urls.shown(name)
     if "::" in name or "\0" in name:
         raise InputError(f"{table}: its stack {shown!r} is no path or plain address; name the file itself")
     if data_dir is None:
-        for folder in files.folders_above(table_url):
-            if _is_there(files.join(folder, name)):
-                return files.join(folder, name), False
+        for folder in urls.folders_above(table_url):
+            if _is_there(urls.join(folder, name)):
+                return urls.join(folder, name), False
         if _is_there(name):
             return name, False
-        places = files.folders_above(table_url)
+        places = urls.folders_above(table_url)
         raise MissingInputError(
-            f"{table}: its stack {shown} is not at {files.shown(files.join(places[0], name))} nor below any folder "
+            f"{table}: its stack {shown} is not at {urls.shown(urls.join(places[0], name))} nor below any folder "
             "above; give its folder by --data-dir"
         )
-    full, alone = files.join(data_dir, name), files.join(data_dir, files.name(name) or name)
+    full, alone = urls.join(data_dir, name), urls.join(data_dir, urls.name(name) or name)
     inside = allow_outside or _is_below(full, data_dir)
     if inside and _is_there(full):
         return full, False
@@ -134,10 +134,10 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
         return alone, True
     if not inside:
         raise InputError(
-            f"{table}: its stack {shown} is outside --data-dir {files.shown(data_dir)}; add --allow-outside to read it"
+            f"{table}: its stack {shown} is outside --data-dir {urls.shown(data_dir)}; add --allow-outside to read it"
         )
     raise MissingInputError(
-        f"{table}: its stack {shown} is not at {files.shown(full)} nor there by its name alone; give its folder by "
+        f"{table}: its stack {shown} is not at {urls.shown(full)} nor there by its name alone; give its folder by "
         "--data-dir"
     )
 
@@ -151,14 +151,14 @@ def _open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_
             other = by_place.setdefault(place, name)
             if other != name and (alone or posixpath.normpath(other) != posixpath.normpath(name)):
                 raise InputError(
-                    f"{files.shown(source)}: its stacks {files.shown(other)} and {files.shown(name)} both lead to "
-                    f"{files.shown(place)}; give a --data-dir that holds their folders"
+                    f"{urls.shown(source)}: its stacks {urls.shown(other)} and {urls.shown(name)} both lead to "
+                    f"{urls.shown(place)}; give a --data-dir that holds their folders"
                 )
         stacks = tuple(pool.map(lambda place: Stack.open(place[0]), found))
     unpacked = sum(stack.unpacked_bytes for stack in stacks)
     if unpacked > _UNPACKED_LIMIT:
         raise InputError(
-            f"{files.shown(source)}: its compressed stacks hold {unpacked >> 30} GiB together; unpack them first"
+            f"{urls.shown(source)}: its compressed stacks hold {unpacked >> 30} GiB together; unpack them first"
         )
     return stacks
 
@@ -171,7 +171,7 @@ def _check_indices(table: ParticleTable, stacks: tuple[Stack, ...], where: str) 
     if past.any():
         number = int(np.flatnonzero(past)[0])
         raise InputError(
-            f"{files.shown(stacks[number].url)}: {where} asks for image {last[number] + 1} but the stack holds "
+            f"{urls.shown(stacks[number].url)}: {where} asks for image {last[number] + 1} but the stack holds "
             f"{stacks[number].count}; they do not belong together"
         )
 
@@ -188,9 +188,9 @@ def _check_boxes(
         if stated == stack.box_size:
             continue
         if where.endswith(".star"):
-            return (*notes, f"rlnImageSize {stated} (the stack {files.name(stack.url)} has {stack.box_size} px)")
+            return (*notes, f"rlnImageSize {stated} (the stack {urls.name(stack.url)} has {stack.box_size} px)")
         raise InputError(
-            f"{files.shown(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
+            f"{urls.shown(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
             "that it is about, or correct its box and pixel size"
         )
     return notes
@@ -202,12 +202,12 @@ def _one_box(stacks: tuple[Stack, ...]) -> int:
     for stack in stacks:
         if stack.box_size != box_size:
             raise InputError(
-                f"{files.shown(stack.url)}: box {stack.box_size} px, but {files.shown(stacks[0].url)} has {box_size} "
+                f"{urls.shown(stack.url)}: box {stack.box_size} px, but {urls.shown(stacks[0].url)} has {box_size} "
                 "px; rescale or pad them to one box"
             )
     if box_size % 2:
         raise InputError(
-            f"{files.shown(stacks[0].url)}: box {box_size} px is odd; crop or pad the particles to an even box"
+            f"{urls.shown(stacks[0].url)}: box {box_size} px is odd; crop or pad the particles to an even box"
         )
     return box_size
 
@@ -228,7 +228,7 @@ def _one_pixel_size(
     odd = [stack for stack, box in zip(stacks, boxes, strict=True) if box % 2]
     if odd:
         raise InputError(
-            f"{files.shown(odd[0].url)}: box {odd[0].box_size} px is odd; crop or pad the particles to an even box"
+            f"{urls.shown(odd[0].url)}: box {odd[0].box_size} px is odd; crop or pad the particles to an even box"
         )
     plans = plan_resampling(boxes, sizes)
     opened = tuple(resampled(stack, plan) for stack, plan in zip(stacks, plans, strict=True))
@@ -240,7 +240,7 @@ def _stack_table(stack: Stack, pixel_size: float | None) -> ParticleTable:
     rows = np.arange(stack.count)
     zero = np.zeros(stack.count)
     columns = {"stack": zero, "stack_index": rows, "source_row": rows, "optics_group": zero + 1, "half": zero}
-    return ParticleTable(pixel_size or stack.pixel_size, (files.name(stack.url),), columns)
+    return ParticleTable(pixel_size or stack.pixel_size, (urls.name(stack.url),), columns)
 
 
 def _stated_pixel_size(table: ParticleTable, asked: float | None, where: str) -> ParticleTable:
@@ -269,7 +269,7 @@ def read_source(source: str, data_dir: str | None = None, how: Reading | None = 
             number past the end of a stack, no particles, or no pixel size anywhere.
     """
     how = how or Reading()
-    where = files.shown(source)
+    where = urls.shown(source)
     star, cs, sign = None, None, None
     notes: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
@@ -313,7 +313,7 @@ def _header_pixel_size(stacks: tuple[Stack, ...], where: str) -> float:
     if not sizes[0]:
         raise InputError(
             f"{where}: no pixel size, neither in the table (rlnImagePixelSize) nor in the header of "
-            f"{files.shown(stacks[0].url)}; add one of them, or give --pixel-size"
+            f"{urls.shown(stacks[0].url)}; add one of them, or give --pixel-size"
         )
     if max(sizes) - min(sizes) > _SAME_PIXEL * max(sizes):
         raise InputError(

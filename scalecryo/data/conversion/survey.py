@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from scalecryo.data import files
 from scalecryo.data.conversion.normalise import Recipe, choose_recipe
 from scalecryo.data.conversion.quality import BadImage, bad_pixels, listed, refusal
 from scalecryo.data.conversion.scheduler import run_tasks
 from scalecryo.data.conversion.shard_task import Done, look_at, read_rows, shard_task
 from scalecryo.data.conversion.source import Source
+from scalecryo.data.io import urls
 from scalecryo.data.storage.layout import shard_rows_of
 from scalecryo.errors import InputError
 
@@ -28,9 +28,9 @@ Report = Callable[[int, int], None]
 def check_addresses(found: Source) -> None:
     """Refuse a table whose stacks' names carry credentials: the store keeps those names."""
     for name in found.table.stacks:
-        if "://" in name and files.shown(name) != name:
+        if "://" in name and urls.shown(name) != name:
             raise InputError(
-                f"{files.shown(name)}: the table gives this stack's address with credentials or a query; "
+                f"{urls.shown(name)}: the table gives this stack's address with credentials or a query; "
                 "take them out, and give them by the environment or a profile"
             )
 

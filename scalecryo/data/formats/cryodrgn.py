@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalecryo.data import files
 from scalecryo.data.formats.plainpickle import load
+from scalecryo.data.io import urls
 from scalecryo.data.particles import CTF_COLUMNS, Columns, ParticleTable
 from scalecryo.errors import InputError
 
@@ -53,8 +53,8 @@ def read_poses(url: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         MissingInputError: there is no such file.
         InputError: not poses, or not a pickle of plain arrays.
     """
-    where = files.shown(url)
-    found = load(files.read_bytes(url), where)
+    where = urls.shown(url)
+    found = load(urls.read_bytes(url), where)
     pair = found if isinstance(found, tuple) else (found,)
     if len(pair) not in (1, 2):
         raise InputError(f"{where}: holds {len(pair)} arrays; poses are rotations, and translations")
@@ -82,8 +82,8 @@ def read_ctf(url: str) -> Ctf:
         MissingInputError: there is no such file.
         InputError: not CTF parameters, or not of one box and pixel size.
     """
-    where = files.shown(url)
-    values = _array(load(files.read_bytes(url), where), (None, 2 + len(CTF_COLUMNS)), where, "CTF parameters")
+    where = urls.shown(url)
+    values = _array(load(urls.read_bytes(url), where), (None, 2 + len(CTF_COLUMNS)), where, "CTF parameters")
     if not len(values):
         raise InputError(f"{where}: holds no particles")
     box, pixel = values[:, 0], values[:, 1]
@@ -110,4 +110,4 @@ def _write(url: str, data: NDArray | tuple[NDArray, ...]) -> None:
     # Protocol 3 writes names as lines of text. NumPy 1 knows its arrays by the older of the two names of one module;
     # NumPy 2 knows both. The name stands once, at the start.
     text = pickle.dumps(data, protocol=3)
-    files.write_bytes_atomic(url, text.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1))
+    urls.write_bytes_atomic(url, text.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n", 1))

@@ -14,8 +14,8 @@ import roma
 import torch
 from numpy.typing import NDArray
 
-from scalecryo.data import files
 from scalecryo.data.formats.csrows import build, encode, read
+from scalecryo.data.io import urls
 from scalecryo.data.particles import CTF_COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
 from scalecryo.physics.rotation import rotation_from_vector
@@ -180,7 +180,7 @@ def read_particles(url: str, passthrough: Sequence[str] = ()) -> ParticleTable:
         MissingInputError: there is no such file.
         InputError: not a .cs file, a field is missing, or two pixel sizes in one stack.
     """
-    return table_of(read(url, passthrough), files.shown(url))
+    return table_of(read(url, passthrough), urls.shown(url))
 
 
 def _alignment(
@@ -249,7 +249,7 @@ def write_particles(
         fields |= _new_alignment(count, pixel_sizes)
         if confidence is not None:
             fields[_CONFIDENCE] = np.asarray(confidence, dtype=np.float32)
-    files.write_bytes_atomic(url, encode(build(count, fields)))
+    urls.write_bytes_atomic(url, encode(build(count, fields)))
 
 
 def write_with_poses(
@@ -280,7 +280,7 @@ def write_with_poses(
     order = np.argsort(source_row, kind="stable")
     if len(np.unique(source_row)) < len(source_row) or source_row.max(initial=-1) >= len(source):
         raise InputError(
-            f"{files.shown(url)}: the source table has {len(source)} rows, the poses are for {len(source_row)} others"
+            f"{urls.shown(url)}: the source table has {len(source)} rows, the poses are for {len(source_row)} others"
         )
     rows = source[source_row[order]]
     names = rows.dtype.names or ()
@@ -294,7 +294,7 @@ def write_with_poses(
             fields[name] = values
         elif name in new:
             fields[name] = values.astype(rows.dtype[name].base)
-    files.write_bytes_atomic(url, encode(build(len(rows), fields)))
+    urls.write_bytes_atomic(url, encode(build(len(rows), fields)))
 
 
 def write_group(url: str, table_name: str, table: ParticleTable) -> None:
@@ -311,7 +311,7 @@ def write_group(url: str, table_name: str, table: ParticleTable) -> None:
     for kind in ("blob", "ctf", "alignments3D") if table.has_ctf else ("blob", "alignments3D"):
         lines += [f"  {kind}:", f"    metafile: '>{table_name}'"]
         lines += [f"    num_items: {len(table)}", f"    type: particle.{kind}"]
-    files.write_bytes_atomic(url, "\n".join([*lines, "version: v4.4.1", ""]).encode())
+    urls.write_bytes_atomic(url, "\n".join([*lines, "version: v4.4.1", ""]).encode())
 
 
 def _identifiers(table: ParticleTable) -> NDArray[np.uint64]:

@@ -14,7 +14,7 @@ import yaml
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.errors import InputError
 
 _HEADER_LIMIT = 100_000
@@ -93,11 +93,11 @@ def read(url: str, passthrough: Sequence[str] = ()) -> NDArray[np.void]:
         MissingInputError: a file does not exist.
         InputError: a file cannot be used, or a particle is not in every file.
     """
-    rows = _read_group(url) if url.endswith(".csg") else decode(files.read_bytes(url), files.shown(url))
+    rows = _read_group(url) if url.endswith(".csg") else decode(urls.read_bytes(url), urls.shown(url))
     for other in passthrough:
-        more = decode(files.read_bytes(other), files.shown(other))
+        more = decode(urls.read_bytes(other), urls.shown(other))
         own = set(rows.dtype.names or ())
-        rows = join(rows, more, [name for name in more.dtype.names or () if name not in own], files.shown(other))
+        rows = join(rows, more, [name for name in more.dtype.names or () if name not in own], urls.shown(other))
     return rows
 
 
@@ -141,11 +141,11 @@ def build(count: int, fields: Mapping[str, NDArray]) -> NDArray[np.void]:
 
 def _read_group(url: str) -> NDArray[np.void]:
     """The particles of a .csg file: each kind of result from the file that the group names for it."""
-    where = files.shown(url)
-    if files.size(url) > _GROUP_LIMIT:
+    where = urls.shown(url)
+    if urls.size(url) > _GROUP_LIMIT:
         raise InputError(f"{where}: not a cryoSPARC group file (it is larger than 256 KiB)")
     try:
-        text = files.read_text(url)
+        text = urls.read_text(url)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ValueError("a value that stands for another: such files grow without end")
         results = {kind: entry["metafile"] for kind, entry in yaml.safe_load(text)["results"].items()}
@@ -161,10 +161,10 @@ def _read_group(url: str) -> NDArray[np.void]:
         if not name.isprintable():
             raise InputError(f"{where}: names {name!r}, which is no file's name")
         if name.startswith("/") or "://" in name or ".." in name.split("/"):
-            raise InputError(f"{where}: names {files.shown(name)}, which is not in the group's own folder")
+            raise InputError(f"{where}: names {urls.shown(name)}, which is not in the group's own folder")
     # Files named passthrough hold more particles than the job's own, or the same.
     ordered = sorted(set(names.values()), key=lambda name: ("passthrough" in name, name))
-    tables = {name: decode(files.read_bytes(files.join(files.parent(url), name)), name) for name in ordered}
+    tables = {name: decode(urls.read_bytes(urls.join(urls.parent(url), name)), name) for name in ordered}
     rows = tables[ordered[0]]
     for name in ordered[1:]:
         kinds = tuple(f"{kind}/" for kind, file in names.items() if file == name)

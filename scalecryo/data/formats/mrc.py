@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from mrcfile.dtypes import HEADER_DTYPE
 
-from scalecryo.data import files
 from scalecryo.data.formats.unpack import Unpacker, is_packed
+from scalecryo.data.io import urls
 from scalecryo.errors import InputError
 
 Array = npt.NDArray[np.float32]
@@ -113,7 +113,7 @@ def _unpacked_layout(url: str, fingerprint: tuple[int, str], where: str) -> tupl
     """Layout, fingerprint and unpacked bytes of a compressed stack; no more is unpacked than its header announces."""
     if fingerprint[0] > _COMPRESSED_LIMIT:
         raise InputError(f"{where}: a compressed file larger than 1 GiB; unpack it first")
-    stream = Unpacker(files.read_bytes(url), where)
+    stream = Unpacker(urls.read_bytes(url), where)
     head = stream.read(_HEADER_BYTES)
     announced = _layout(head, _ANY_LENGTH, where)
     length = announced.offset + announced.count * announced.ny * announced.nx * np.dtype(announced.dtype).itemsize
@@ -144,9 +144,9 @@ class Stack:
             MissingInputError: there is no such file.
             InputError: not an MRC file, an unsupported mode, truncated, or too large while compressed.
         """
-        where = files.shown(url)
-        head = files.read_range(url, 0, _HEADER_BYTES)
-        fingerprint = files.fingerprint(url)
+        where = urls.shown(url)
+        head = urls.read_range(url, 0, _HEADER_BYTES)
+        fingerprint = urls.fingerprint(url)
         if is_packed(head):
             return cls(url, *_unpacked_layout(url, fingerprint, where))
         return cls(url, _layout(head, fingerprint[0], where), fingerprint)
@@ -180,7 +180,7 @@ class Stack:
         """
         if self.nx != self.ny:
             raise InputError(
-                f"{files.shown(self.url)}: images are {self.ny} × {self.nx} pixels; particles must be square: "
+                f"{urls.shown(self.url)}: images are {self.ny} × {self.nx} pixels; particles must be square: "
                 "extract them again in a square box"
             )
         return self.nx
@@ -207,7 +207,7 @@ class Stack:
         if bad.any():
             number = int(wanted[bad][0]) + 1
             raise InputError(
-                f"{files.shown(self.url)}: image {number} was asked for but the stack holds {self.count}; "
+                f"{urls.shown(self.url)}: image {number} was asked for but the stack holds {self.count}; "
                 "the table and the stack do not belong together"
             )
         if out is None:
@@ -217,8 +217,8 @@ class Stack:
         stops = np.append(starts[1:], len(wanted))[: len(starts)]
         with ExitStack() as opened:
             stream = None
-            if self._unpacked is None and files.is_local(self.url) and len(wanted):
-                stream = opened.enter_context(files.open_read(self.url))
+            if self._unpacked is None and urls.is_local(self.url) and len(wanted):
+                stream = opened.enter_context(urls.open_read(self.url))
             for start, stop in zip(starts, stops, strict=True):
                 self._read_run(int(wanted[start]), out[start:stop], stream)
         return out
@@ -239,12 +239,12 @@ class Stack:
             elif self._unpacked is not None:
                 data = memoryview(self._unpacked)[start : start + length]
             else:
-                data = files.read_range(self.url, start, start + length)
+                data = urls.read_range(self.url, start, start + length)
             done = len(data)
             if done == length:
                 out[:] = np.frombuffer(data, dtype).reshape(out.shape)
         if done != length:
-            raise InputError(f"{files.shown(self.url)}: the file ended while images {first + 1}… were read")
+            raise InputError(f"{urls.shown(self.url)}: the file ended while images {first + 1}… were read")
 
 
 def read_map(url: str) -> tuple[Array, float, tuple[float, float, float]]:
@@ -309,11 +309,11 @@ def write_map(
     """
     data = np.ascontiguousarray(volume, dtype="<f4")
     if data.ndim != 3 or data.size == 0:
-        raise InputError(f"{files.shown(url)}: a map has three axes, this array has shape {data.shape}")
+        raise InputError(f"{urls.shown(url)}: a map has three axes, this array has shape {data.shape}")
     header = _header(data.shape, pixel_size, origin, is_stack=False)
     values = data.astype(np.float64)
     _set_statistics(header, data.min(), data.max(), values.sum(), np.square(values).sum(), data.size)
-    with files.atomic_path(url) as temporary, open(temporary, "wb") as stream:
+    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         stream.write(header.tobytes())
         stream.write(data.data)
 
@@ -337,14 +337,14 @@ class StackWriter:
         self._written = 0
         self._low, self._high, self._sum, self._squares = np.inf, -np.inf, 0.0, 0.0
         self._exit = ExitStack()
-        self._stream = open(self._exit.enter_context(files.atomic_path(url)), "wb")  # noqa: SIM115
+        self._stream = open(self._exit.enter_context(urls.atomic_path(url)), "wb")  # noqa: SIM115
         self._stream.write(self._header.tobytes())
 
     def append(self, images: npt.NDArray) -> None:
         """Add images (n, y, x)."""
         data = np.ascontiguousarray(images, dtype="<f4")
         if data.shape[1:] != self._shape[1:] or self._written + len(data) > self._shape[0]:
-            raise InputError(f"{files.shown(self._url)}: {data.shape} does not fit a stack of {self._shape}")
+            raise InputError(f"{urls.shown(self._url)}: {data.shape} does not fit a stack of {self._shape}")
         self._stream.write(data.data)
         self._written += len(data)
         if len(data):
@@ -361,7 +361,7 @@ class StackWriter:
         try:
             if self._written != self._shape[0]:
                 raise InputError(
-                    f"{files.shown(self._url)}: {self._written} of {self._shape[0]} images were written; run it again"
+                    f"{urls.shown(self._url)}: {self._written} of {self._shape[0]} images were written; run it again"
                 )
             _set_statistics(self._header, self._low, self._high, self._sum, self._squares, int(np.prod(self._shape)))
             self._stream.seek(0)

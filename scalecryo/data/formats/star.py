@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scalecryo.data import files
 from scalecryo.data.formats.star_values import (
     ANGLES,
     DEFOCUS,
@@ -31,6 +30,7 @@ from scalecryo.data.formats.star_write import write_rows as write_rows
 from scalecryo.data.formats.star_write import write_with_poses as write_with_poses
 from scalecryo.data.formats.startext import StarText, Text
 from scalecryo.data.growing import GrowingColumns
+from scalecryo.data.io import urls
 from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
 from scalecryo.physics.rotation import euler_to_rotation
@@ -158,7 +158,7 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
         InputError: not a STAR file, not a particle table, a column missing or not numeric, or two pixel sizes in one
             stack.
     """
-    star = StarText.open(url) if text is None else StarText(text, files.shown(url))
+    star = StarText.open(url) if text is None else StarText(text, urls.shown(url))
     stacks: dict[bytes, int] = {}
     pixels = StackPixels()
     growing = GrowingColumns()
@@ -196,7 +196,7 @@ class OwnColumns:
 def image_key(name: str) -> tuple[int, str]:
     """Index and bare file name of an image: tables that name the stack's folder differently still match."""
     index, _, stack = name.partition("@")
-    return int(index), files.name(stack)
+    return int(index), urls.name(stack)
 
 
 def read_poses(url: str) -> StarPoses:

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scalecryo.data import files
 from scalecryo.data.formats.star_values import (
     ANGLES,
     DEFOCUS,
@@ -27,6 +26,7 @@ from scalecryo.data.formats.star_values import (
     pieces,
 )
 from scalecryo.data.formats.startext import Block, Rows, StarText, Text
+from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError
 from scalecryo.physics.rotation import rotation_to_euler
@@ -137,7 +137,7 @@ def _write_own(
     frame |= {HALF: half} if half.any() else {}
     frame |= _pose_columns(*pose) if pose is not None else {}
     frame |= {} if confidence is None else {MAX_CONFIDENCE: np.asarray(confidence, dtype=np.float64)}
-    with files.atomic_path(url) as temporary, open(temporary, "wb") as stream:
+    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         stream.write(_optics_text(optics) + b"\n" + _VERSION + _header(b"particles", [IMAGE_NAME, *frame]))
         for start in range(0, len(names), _PIECE):
             some = [name.encode() for name in names[start : start + _PIECE]]
@@ -177,7 +177,7 @@ def write_with_poses(
     if source_star is None:
         _write_own(url, table.image_names(), table, (rotation, shift), half, confidence, box_size)
         return
-    text = StarText(source_star, files.shown(url))
+    text = StarText(source_star, urls.shown(url))
     source_row = table.columns["source_row"]
     place = np.full(int(source_row.max(initial=-1)) + 1, -1, dtype=np.int64)
     place[source_row] = np.arange(len(table))
@@ -224,7 +224,7 @@ def _write_edited(
         for number, row in enumerate(zip(*columns, strict=True)):
             yield row if known[number] >= 0 else None
 
-    with files.atomic_path(url) as temporary, open(temporary, "wb") as stream:
+    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         if made:
             stream.write(_optics_text(made) + b"\n")
         _copy(stream, text, block, names, edit, new_name=b"" if has_optics else b"particles")
@@ -263,13 +263,13 @@ def write_rows(url: str, source_star: Text, keep: npt.NDArray[np.bool_]) -> None
         source_star: the source's STAR file.
         keep: (N,) whether each row stays.
     """
-    text = StarText(source_star, files.shown(url))
+    text = StarText(source_star, urls.shown(url))
 
     def edit(rows: Rows) -> Iterator[Sequence[bytes] | None]:
         for kept in keep[rows.first : rows.first + len(rows)].tolist():
             yield () if kept else None
 
-    with files.atomic_path(url) as temporary, open(temporary, "wb") as stream:
+    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         _copy(stream, text, particle_block(text), [], edit)
 
 

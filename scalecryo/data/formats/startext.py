@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.errors import InputError
 
 Text = bytes | mmap.mmap
@@ -36,10 +36,10 @@ def text_of(url: str) -> Text:
     Raises:
         MissingInputError: there is no such file.
     """
-    if files.is_local(url) and files.size(url) > _MAPPED:
-        with files.open_read(url) as stream:
+    if urls.is_local(url) and urls.size(url) > _MAPPED:
+        with urls.open_read(url) as stream:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    return files.read_bytes(url)
+    return urls.read_bytes(url)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class StarText:
         Raises:
             MissingInputError, InputError: there is no such file, or it is not a STAR file.
         """
-        return cls(text_of(url), files.shown(url))
+        return cls(text_of(url), urls.shown(url))
 
     def _headers(self) -> Iterator[re.Match[bytes]]:
         """Whatever reads `data_…` to the end of a line, looked for window by window."""

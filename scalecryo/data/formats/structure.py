@@ -9,8 +9,8 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from scalecryo.data import files
 from scalecryo.data.formats.unpack import is_packed, unpack
+from scalecryo.data.io import urls
 from scalecryo.errors import InputError
 
 _UNPACKED_LIMIT = 1 << 30
@@ -74,8 +74,8 @@ def read_structure(path: str, *, keep_hydrogens: bool = True) -> Atoms:
 
     Raises MissingInputError when there is no such file and InputError when it is not a structure or holds no atoms.
     """
-    data = files.read_bytes(path)
-    path = files.shown(path)
+    data = urls.read_bytes(path)
+    path = urls.shown(path)
     if is_packed(data):
         data = unpack(data, path, _UNPACKED_LIMIT)
     try:

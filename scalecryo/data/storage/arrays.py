@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data import files
-from scalecryo.data.storage.ranges import RangeReader
-from scalecryo.data.storage.retry import cause
+from scalecryo.data.io import urls
+from scalecryo.data.io.ranges import RangeReader
+from scalecryo.data.io.retry import cause
 from scalecryo.data.storage.shards import ABSENT, CRC_BYTES, crc_holds
 from scalecryo.data.storage.zarr_layout import ObjectLayout, ZarrRows, read_layout
 from scalecryo.errors import MissingInputError, StoreError
@@ -144,7 +144,7 @@ class ImageArray:
     def _damaged(self, shard: int, what: str) -> StoreError:
         first, last = shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.count)
         return StoreError(
-            f"{files.shown(self.shard_url(shard))}: {what} (shard {shard} of {self.name}, particles {first + 1} to "
+            f"{urls.shown(self.shard_url(shard))}: {what} (shard {shard} of {self.name}, particles {first + 1} to "
             f"{last}); run `scalecryo verify`, then convert again with --overwrite"
         )
 
@@ -212,7 +212,7 @@ class ImageArray:
         ]
         data = [block.reshape(-1).view(np.uint8) for block in blocks]
         wrong = self._fill(shard, offset, data)
-        if wrong and not files.is_local(self.url):
+        if wrong and not urls.is_local(self.url):
             wrong = self._fill(shard, offset, data)  # once more: the network may have done it
         if wrong:
             raise self._damaged(shard, f"wrong checksum in the block of particles {run[wrong[0]] + 1}…")
@@ -292,7 +292,7 @@ class ColumnArray:
             data = self.reader.read_object(url)
         except MissingInputError as error:
             raise StoreError(
-                f"{files.shown(url)}: the object is missing ({self.name}); run `scalecryo verify`, "
+                f"{urls.shown(url)}: the object is missing ({self.name}); run `scalecryo verify`, "
                 "then convert again with --overwrite"
             ) from error
         dtype = np.dtype(self.dtype).newbyteorder("<")
@@ -300,7 +300,7 @@ class ColumnArray:
         body = np.frombuffer(data, np.uint8)[:expected]
         if len(data) != expected + CRC_BYTES or not crc_holds(body, data[expected:]):
             raise StoreError(
-                f"{files.shown(url)}: wrong length or checksum ({self.name}); run `scalecryo verify`, "
+                f"{urls.shown(url)}: wrong length or checksum ({self.name}); run `scalecryo verify`, "
                 "then convert again with --overwrite"
             )
         return body.view(dtype).reshape(self.shard_rows, *self.row_shape)
@@ -314,7 +314,7 @@ def load_chunks(columns: Iterable[ColumnArray], shards: Iterable[int]) -> None:
     """
     shards = list(shards)
     wanted = [(column, shard) for column in columns for shard in shards if column.cached(shard) is None]
-    if len(wanted) < 2 or files.is_local(wanted[0][0].url):
+    if len(wanted) < 2 or urls.is_local(wanted[0][0].url):
         for column, shard in wanted:
             column.chunk(shard)
         return
@@ -325,9 +325,9 @@ def load_chunks(columns: Iterable[ColumnArray], shards: Iterable[int]) -> None:
 
 def _metadata(reader: RangeReader, url: str) -> bytes:
     try:
-        return bytes(reader.read_object(files.join(url, "zarr.json")))
+        return bytes(reader.read_object(urls.join(url, "zarr.json")))
     except MissingInputError as error:
-        raise StoreError(f"{files.shown(url)}: its zarr.json is missing; convert again with --overwrite") from error
+        raise StoreError(f"{urls.shown(url)}: its zarr.json is missing; convert again with --overwrite") from error
 
 
 def _through_zarr(cache: _Cache, url: str, object_url: str, start: int, stop: int, where: str) -> npt.NDArray:
@@ -337,13 +337,13 @@ def _through_zarr(cache: _Cache, url: str, object_url: str, start: int, stop: in
         MissingInputError: the object is missing.
         StoreError: zarr-python cannot decode it.
     """
-    if not files.exists(object_url):
-        raise MissingInputError(f"{files.shown(object_url)}: no such file")
+    if not urls.exists(object_url):
+        raise MissingInputError(f"{urls.shown(object_url)}: no such file")
     try:
         rows: npt.NDArray = cache.rows(url).read(start, stop)
     except (ValueError, RuntimeError) as error:
         raise StoreError(
-            f"{files.shown(object_url)}: zarr cannot decode it ({where}rows {start} to {stop}: {cause(error)}); "
+            f"{urls.shown(object_url)}: zarr cannot decode it ({where}rows {start} to {stop}: {cause(error)}); "
             "run `scalecryo verify`, then convert again with --overwrite"
         ) from error
     return rows

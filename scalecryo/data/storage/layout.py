@@ -10,7 +10,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
 from scalecryo.data.storage.shards import crc32c
 from scalecryo.data.storage.store import MANIFESTS
 
@@ -92,11 +92,11 @@ def entry_of(data: bytes | npt.NDArray) -> dict[str, int]:
 def write_manifest(url: str, name: str, manifest: Mapping[str, Mapping[str, int]], folder: str = MANIFESTS) -> None:
     """Write a manifest below a store: length and CRC32C of objects by key."""
     document = json.dumps(manifest, indent=1).encode()
-    files.write_bytes_atomic(files.join(url, folder, f"{name}.json"), document)
+    urls.write_bytes_atomic(urls.join(url, folder, f"{name}.json"), document)
 
 
 def write_objects(url: str, name: str, objects: Mapping[str, Any]) -> None:
     """Write objects by key below a store, and then the manifest that lists them."""
     for key, data in objects.items():
-        files.write_bytes_atomic(files.join(url, key), data)
+        urls.write_bytes_atomic(urls.join(url, key), data)
     write_manifest(url, name, {key: entry_of(data) for key, data in objects.items()})

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
 
 ABSENT = np.uint64(2**64 - 1)  # offset and length of a chunk that was not written
 CRC_BYTES = 4
@@ -95,7 +95,7 @@ class ShardWriter:
     def _put(self, data: npt.NDArray[np.uint8]) -> None:
         self._crc = int(google_crc32c.extend(self._crc, data))
         self._bytes += len(data)
-        files.write_all(self._stream, data.data)
+        urls.write_all(self._stream, data.data)
 
     def finish(self) -> dict[str, int]:
         """Write the last, short block and the index; what a manifest says of the object."""

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data import files
 from scalecryo.data.formats.startext import Text, text_of
+from scalecryo.data.io import urls
+from scalecryo.data.io.ranges import RangeReader
 from scalecryo.data.particles import COLUMNS, CTF_COLUMNS, POSE_COLUMNS, Columns, ParticleTable
 from scalecryo.data.storage.arrays import ColumnArray, ImageArray, load_chunks
-from scalecryo.data.storage.ranges import RangeReader
 from scalecryo.errors import MissingInputError, StoreError
 
 FORMAT_VERSION = 1
@@ -48,12 +48,12 @@ def read_attributes(url: str) -> dict[str, Any]:
         StoreError: `zarr.json` is damaged.
     """
     try:
-        group = json.loads(files.read_bytes(files.join(url, "zarr.json")))
+        group = json.loads(urls.read_bytes(urls.join(url, "zarr.json")))
         attributes: dict[str, Any] = group.get("attributes", {})
     except MissingInputError:
         return {}
     except (ValueError, AttributeError) as error:
-        raise StoreError(f"{files.shown(url)}: its zarr.json is damaged ({error}); convert again") from error
+        raise StoreError(f"{urls.shown(url)}: its zarr.json is damaged ({error}); convert again") from error
     return attributes if "scalecryo_version" in attributes else {}
 
 
@@ -75,7 +75,7 @@ class ParticleStore:
         reader = RangeReader()  # one for all arrays: they share its connections
         self._images = {
             level: ImageArray(
-                files.join(url, "images", str(level)),
+                urls.join(url, "images", str(level)),
                 f"images/{level}",
                 self.count,
                 level,
@@ -89,7 +89,7 @@ class ParticleStore:
         known = {**COLUMNS, **IMAGE_COLUMNS}
         self._columns = {
             name: ColumnArray(
-                files.join(url, "particles", name),
+                urls.join(url, "particles", name),
                 f"particles/{name}",
                 self.count,
                 *known[name],
@@ -114,22 +114,22 @@ class ParticleStore:
         url = url.rstrip("/") or url
         attrs = read_attributes(url)
         if not attrs:
-            if not files.exists(url):
-                raise MissingInputError(f"{files.shown(url)}: no such store; make one with `scalecryo convert`")
-            raise StoreError(f"{files.shown(url)}: not a particle store; make one with `scalecryo convert`")
+            if not urls.exists(url):
+                raise MissingInputError(f"{urls.shown(url)}: no such store; make one with `scalecryo convert`")
+            raise StoreError(f"{urls.shown(url)}: not a particle store; make one with `scalecryo convert`")
         if attrs.get("format_version") != FORMAT_VERSION:
             raise StoreError(
-                f"{files.shown(url)}: store format {attrs.get('format_version')}, this version of scalecryo reads "
+                f"{urls.shown(url)}: store format {attrs.get('format_version')}, this version of scalecryo reads "
                 f"{FORMAT_VERSION}; convert again with --overwrite"
             )
         if require_complete and attrs.get("complete") is not True:
             raise StoreError(
-                f"{files.shown(url)}: its conversion did not finish; run the same `scalecryo convert` again"
+                f"{urls.shown(url)}: its conversion did not finish; run the same `scalecryo convert` again"
             )
         try:
             return cls(url, attrs)
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{files.shown(url)}: its attributes are damaged ({error!r}); convert again") from error
+            raise StoreError(f"{urls.shown(url)}: its attributes are damaged ({error!r}); convert again") from error
 
     @property
     def has_ctf(self) -> bool:
@@ -149,12 +149,12 @@ class ParticleStore:
     @property
     def stacks(self) -> tuple[str, ...]:
         """Names of the source's image stacks, as its table gives them."""
-        return tuple(json.loads(files.read_bytes(files.join(self.url, SOURCE_STACKS)))["names"])
+        return tuple(json.loads(urls.read_bytes(urls.join(self.url, SOURCE_STACKS)))["names"])
 
     @property
     def stack_urls(self) -> tuple[str, ...]:
         """Where the stacks were when the store was made."""
-        return tuple(json.loads(files.read_bytes(files.join(self.url, SOURCE_STACKS)))["urls"])
+        return tuple(json.loads(urls.read_bytes(urls.join(self.url, SOURCE_STACKS)))["urls"])
 
     def block_rows(self, level: int) -> int:
         """Rows of one block (inner chunk) of a level.
@@ -166,7 +166,7 @@ class ParticleStore:
             return int(self.attrs["block_rows"][str(level)])
         except KeyError as error:
             levels = ", ".join(map(str, self.levels))
-            raise StoreError(f"{files.shown(self.url)}: no level {level}; it has {levels}") from error
+            raise StoreError(f"{urls.shown(self.url)}: no level {level}; it has {levels}") from error
 
     def level_pixel_size(self, level: int) -> float:
         """Pixel size of a level in Å."""
@@ -188,7 +188,7 @@ class ParticleStore:
             StoreError: the store has no such column.
         """
         if name not in self._columns:
-            raise StoreError(f"{files.shown(self.url)}: the source had no {name}; there are {', '.join(self.columns)}")
+            raise StoreError(f"{urls.shown(self.url)}: the source had no {name}; there are {', '.join(self.columns)}")
         return self._columns[name]
 
     def read_images(self, level: int, start: int, stop: int, out: npt.NDArray | None = None) -> npt.NDArray:
@@ -218,7 +218,7 @@ class ParticleStore:
     def table(self) -> ParticleTable:
         """The particle table that was converted, in memory: its pixel size is the source's, before any cropping."""
         names = [name for name in self.columns if name in COLUMNS]
-        document = json.loads(files.read_bytes(files.join(self.url, SOURCE_STACKS)))
+        document = json.loads(urls.read_bytes(urls.join(self.url, SOURCE_STACKS)))
         # Where stacks differ; those that were added since are as the store is.
         added = len(document["names"]) - len(document.get("boxes", []))
         sizes = tuple(document["pixel_sizes"]) + (self.source_pixel_size,) * added if "boxes" in document else ()
@@ -237,7 +237,7 @@ class ParticleStore:
 
     def _document(self, name: str) -> Text | None:
         try:
-            return text_of(files.join(self.url, name))
+            return text_of(urls.join(self.url, name))
         except MissingInputError:
             return None
 
@@ -273,17 +273,17 @@ def read_manifests(url: str, names: Sequence[str], folder: str = MANIFESTS) -> l
     """
     found: list[dict[str, dict[str, int]]] = []
     for start in range(0, len(names), _MANIFESTS_AT_ONCE):
-        addresses = [files.join(url, folder, f"{name}.json") for name in names[start : start + _MANIFESTS_AT_ONCE]]
+        addresses = [urls.join(url, folder, f"{name}.json") for name in names[start : start + _MANIFESTS_AT_ONCE]]
         try:
-            documents = files.read_many(addresses)
+            documents = urls.read_many(addresses)
         except MissingInputError as error:
-            gone = next((url for url in addresses if not files.exists(url)), addresses[0])
-            raise StoreError(f"{files.shown(gone)}: the manifest is missing; convert again with --overwrite") from error
+            gone = next((url for url in addresses if not urls.exists(url)), addresses[0])
+            raise StoreError(f"{urls.shown(gone)}: the manifest is missing; convert again with --overwrite") from error
         for address, document in zip(addresses, documents, strict=True):
             try:
                 found.append(json.loads(document))
             except ValueError as error:
                 raise StoreError(
-                    f"{files.shown(address)}: the manifest is damaged; convert again with --overwrite"
+                    f"{urls.shown(address)}: the manifest is damaged; convert again with --overwrite"
                 ) from error
     return found

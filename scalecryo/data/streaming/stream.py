@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalecryo.data import files
+from scalecryo.data.io import urls
+from scalecryo.data.io.ranges import RangeReader
+from scalecryo.data.io.retry import Patience
 from scalecryo.data.particles import Columns
-from scalecryo.data.storage.ranges import RangeReader
-from scalecryo.data.storage.retry import Patience
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.permutation import Rows
@@ -102,7 +102,7 @@ def _host_images(shape: tuple[int, ...], dtype: str, device: torch.device) -> Te
 
 def reading_threads(url: str, threads: int) -> int:
     """The number asked for; where it is 0, few for files and enough to hide an object store's latency."""
-    return threads or (_LOCAL_THREADS if files.is_local(url) else _REMOTE_THREADS)
+    return threads or (_LOCAL_THREADS if urls.is_local(url) else _REMOTE_THREADS)
 
 
 class ParticleStream:

@@ -13,7 +13,7 @@ import triton
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from scalecryo.physics.kernels import triton_polish, triton_slice
+from scalecryo.physics.kernels import triton_refine, triton_slice
 from scalecryo.physics.kernels.views import Gradients, Views, Wanted
 
 INTERPRETED = not isinstance(triton_slice.slice_forward, triton.JITFunction)
@@ -94,7 +94,7 @@ def polish_sums(
 ) -> Float[Tensor, "b s"]:
     """Sums over each image's pixels that Levenberg-Marquardt needs, in double precision.
 
-    One pass over images and volume. The 20 sums of `pose.polish_cpu`, in its order; without derivatives the first,
+    One pass over images and volume. The 20 sums of `pose.refine_cpu`, in its order; without derivatives the first,
     w |residual|^2, alone. All pixels must lie inside the transform.
     """
     count, pixels = observed.shape
@@ -105,7 +105,7 @@ def polish_sums(
         observed = observed if observed.stride(1) == 1 else observed.contiguous()
         scale, per_px, _, _, box, ctf_stride = numbers
         with _on(volume):
-            triton_polish.polish_sums[(programs, count)](
+            triton_refine.polish_sums[(programs, count)](
                 _real(volume), torch.view_as_real(observed.resolve_conj()), *pointers, weight.float().contiguous(),
                 sums, scale, -per_px, pixels, box, ctf_stride, observed.stride(0),
                 HAS_CTF=flags["HAS_CTF"], DERIVATIVES=derivatives, BLOCK=BLOCK, BLOCKS=_POLISH_BLOCKS,

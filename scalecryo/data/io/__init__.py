@@ -1,0 +1,1 @@
+"""Files and objects by address: whole reads and writes, byte ranges, retries, locks."""

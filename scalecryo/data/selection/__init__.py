@@ -1,0 +1,1 @@
+"""Which particles of a store take part: queries, indexes, halves."""

@@ -1,0 +1,1 @@
+"""Collectives between workers, and the timer that counts what they cost."""

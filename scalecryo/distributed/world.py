@@ -1,0 +1,81 @@
+"""The workers that share a run, and the few collectives between them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalecryo.distributed.timer import Stopwatch
+
+TOGETHER_BYTES = 2**22  # smaller tensors are copied into one: a reduction costs a round trip each
+
+
+@dataclass(frozen=True)
+class World:
+    """This worker's place among all workers; one worker needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    watch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
+    """Counts the seconds spent in the collectives below, waiting for slower workers included."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker writes files and reports."""
+        return self.rank == 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Add each tensor over all workers, in place. Collective; small ones travel together."""
+        if self.size == 1:
+            return
+        with self.watch.part("reduce"):
+            small: dict[torch.dtype, list[Tensor]] = {}
+            for tensor in tensors:
+                # gloo has no complex reduction: reduce the real view of the same memory.
+                real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+                self.watch.reduced_bytes += real.nbytes
+                if real.nbytes < TOGETHER_BYTES:
+                    small.setdefault(real.dtype, []).append(real)
+                else:
+                    dist.all_reduce(real)
+            for group in small.values():
+                flat = torch.cat([tensor.reshape(-1) for tensor in group])
+                dist.all_reduce(flat)
+                for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+    def sum_later(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to add a tensor over all workers, in place; call what is returned before it is used. Collective."""
+        if self.size == 1:
+            return lambda: None
+        work = dist.all_reduce(tensor, async_op=True)
+
+        def settle() -> None:
+            with self.watch.part("reduce"):
+                work.wait()
+
+        return settle
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every worker's tensor, on worker 0 (an empty list elsewhere); first sizes may differ. Collective."""
+        if self.size == 1:
+            return [tensor]
+        gathered: list[Tensor | None] = [None] * self.size
+        dist.gather_object(tensor, gathered if self.leads else None)
+        return [part for part in gathered if part is not None] if self.leads else []
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every worker's tensor, on every worker; first sizes may differ. Collective."""
+        if self.size == 1:
+            return [tensor]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, tensor)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for all workers. Collective."""
+        if self.size > 1:
+            dist.barrier()

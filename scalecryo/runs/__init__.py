@@ -1,0 +1,1 @@
+"""What a run leaves: folder, checkpoints, curves, results."""

@@ -1,0 +1,161 @@
+"""What a finished run leaves behind: maps, curves, the particle table and the report. Worker 0 only."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scalecryo.config import Config
+from scalecryo.data.formats import mrc, star
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.evaluate.report import (
+    Section,
+    confidence_figure,
+    fsc_figure,
+    orientation_figure,
+    projections_figure,
+    report_html,
+    slices_figure,
+    training_figure,
+)
+from scalecryo.map.halfmaps import HalfMapResult
+from scalecryo.map.postprocess import FinalMap, postprocess
+from scalecryo.physics.fsc import resolution
+from scalecryo.runs.folder import RunFolder
+from scalecryo.train.assignment import Assignment
+
+PANELS = {
+    "halves/resolution_angstrom": "half-maps agree to (Å)",
+    "rung/radius": "polished to (Fourier px)",
+    "rung/moved_share": "share of particles that moved far",
+    "rung/seconds": "seconds",
+    "loss": "loss",
+    "images_per_second": "images / s",
+    "pose_spread": "pose spread",
+    "truth/rotation_error_median_deg": "rotation error, median (°)",
+    "truth/fsc_0.5_shell": "FSC 0.5 to truth (shell)",
+}
+
+
+def write_results(
+    config: Config,
+    store: ParticleStore,
+    run: RunFolder,
+    assignment: Assignment,
+    maps: HalfMapResult,
+    learned: torch.Tensor | None = None,
+) -> None:
+    """Write the maps, particles.star, fsc.csv, pictures and report.html; volume.mrc where one was learnt."""
+    generator = torch.Generator().manual_seed(config.train.seed)
+    final = postprocess(maps, store.pixel_size, generator)
+    volumes = {
+        "map": final.map,
+        "half1": maps.half_maps[0],
+        "half2": maps.half_maps[1],
+        "mask": maps.mask,
+    }
+    for name, volume in volumes.items():
+        mrc.write_map(run.path(f"{name}.mrc"), _numpy(volume), store.pixel_size)
+    if learned is not None:
+        mrc.write_map(run.path("volume.mrc"), _numpy(learned), store.level_pixel_size(learned.shape[-1]))
+    star.write_with_poses(
+        run.path("particles.star"),
+        store.source_star(),
+        store.table(),
+        rotation=_numpy(assignment.rotation),
+        shift=_numpy(assignment.shift),
+        confidence=_numpy(assignment.confidence),
+        half=_numpy(assignment.half),
+        box_size=int(store.attrs["source_box_size"]),
+    )
+    run.write("fsc.csv", _fsc_table(maps, final, store).encode())
+    sections = _sections(config, store, run, assignment, maps, final)
+    for section, name in sections:
+        if section.png is not None:
+            run.write(f"{name}.png", section.png)
+    title = f"scalecryo: {store.count} particles, {store.box_size} px, {store.pixel_size:g} Å/px"
+    run.write("report.html", report_html(title, [section for section, _ in sections]).encode())
+
+
+def _fsc_table(maps: HalfMapResult, final: FinalMap, store: ParticleStore) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["shell", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_random", "fsc_corrected"])
+    curves = torch.stack([maps.fsc, maps.fsc_masked, final.fsc_random, final.fsc_corrected], 1)
+    for shell, values in enumerate(curves.tolist()):
+        angstrom = store.box_size * store.pixel_size / shell if shell else float("inf")
+        writer.writerow([shell, f"{angstrom:.4f}", *(f"{value:.5f}" for value in values)])
+    return text.getvalue()
+
+
+def _sections(
+    config: Config,
+    store: ParticleStore,
+    run: RunFolder,
+    assignment: Assignment,
+    maps: HalfMapResult,
+    final: FinalMap,
+) -> list[tuple[Section, str]]:
+    """The report's parts, each with the name of its picture."""
+    box, pixel_size = store.box_size, store.pixel_size
+    curves = {
+        "half-maps": _numpy(maps.fsc),
+        "masked": _numpy(maps.fsc_masked),
+        "masked, phases randomised": _numpy(final.fsc_random),
+        "masked, corrected": _numpy(final.fsc_corrected),
+    }
+    shell, angstrom = resolution(final.fsc_corrected, box, pixel_size, 0.143)
+    summary = (
+        f"pose source: {config.pose.source}\n"
+        f"half-maps agree (FSC 0.143, masked, corrected) to shell {shell:.1f} of {box // 2}, {angstrom:.2f} Å\n"
+        f"phases randomised from shell {final.random_from}; B-factor undone: {final.b_factor:.0f} Å²\n"
+        f"map: mean of the halves, weighted by their correlation, at {pixel_size:g} Å/px\n"
+        + (
+            "Each half was posed against its own map from the start: the curve is a gold standard."
+            if config.pose.source == "guided"
+            else "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
+        )
+    )
+    planes = {"map": _numpy(final.map), "mask": _numpy(maps.mask)}
+    steps, panels = _training_curves(run)
+    label = "rung" if config.pose.source == "guided" else "step"
+    parts = [
+        (Section("Summary", summary), ""),
+        (Section("Fourier shell correlation", png=fsc_figure(curves, box, pixel_size)), "fsc"),
+        (
+            Section("Map", png=slices_figure(planes, pixel_size)),
+            "slices",
+        ),
+        (
+            Section(
+                "Particles and predictions",
+                png=projections_figure(_numpy(assignment.observed), _numpy(assignment.predicted)),
+            ),
+            "projections",
+        ),
+        (Section("Orientations", png=orientation_figure(_numpy(assignment.rotation))), "orientations"),
+        (Section("Confidence", png=confidence_figure(_numpy(assignment.confidence))), "confidence"),
+    ]
+    if panels:
+        parts.append((Section("Training", png=training_figure(steps, panels, x_label=label)), "training"))
+    return parts
+
+
+def _training_curves(run: RunFolder) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:
+    """Steps and curves out of metrics.jsonl; empty where the run has none (an assignment written elsewhere)."""
+    path = run.local / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    steps = np.array(sorted({row["step"] for row in rows}), dtype=np.int64)
+    panels = {}
+    for key, label in PANELS.items():
+        values = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+        if values:
+            panels[label] = np.array([values.get(int(step), np.nan) for step in steps], dtype=np.float64)
+    return steps, panels
+
+
+def _numpy(tensor: torch.Tensor) -> NDArray:
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,209 @@
+"""Ray Train at the edge: the only module that imports ray. The loop itself knows nothing of it.
+
+The driver owns the restarts: an attempt that lost a worker or a node is followed by another, which goes on from the
+newest checkpoint in the run's folder. What a worker raised on purpose ends the run at once.
+"""
+
+import dataclasses
+import logging
+import os
+import time
+from typing import Any
+
+import fsspec
+import ray
+import ray.autoscaler.sdk
+import ray.train
+import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from scalecryo.config import Config, config_from_dict
+from scalecryo.data.io import urls
+from scalecryo.distributed.world import World
+from scalecryo.errors import ScalecryoError, TrainingError
+from scalecryo.runs.checkpoint import newest_step
+from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.logs import log_to_stderr
+from scalecryo.train.loop import train
+
+logger = logging.getLogger(__name__)
+OBJECT_STORE_BYTES = 100 * 2**20  # the particles never pass through it
+LEAST_WAIT_MINUTES = 2.0  # for a lost node to come back, or its loss to be noticed
+START_FAILURES = 3  # of Ray's own attempts to start the workers
+SETTLE_SECONDS = 10.0  # for what a lost attempt held to become free
+
+
+class _MoreWorkers(Exception):
+    """Worker 0 saw room for more workers, right after a checkpoint."""
+
+
+def train_on_ray(config: Config) -> None:
+    """Run the loop in `run.workers` Ray Train workers and wait for its end.
+
+    Joins the cluster that RAY_ADDRESS or an earlier `ray.init` names, else starts one on this machine. After a loss
+    the group starts again, on as many workers as there are, from the newest checkpoint; `run.max_failures` losses in
+    a row without a new checkpoint end the run. A group smaller than `run.workers` allows starts again, larger, at the
+    first checkpoint after room appeared.
+
+    The number of workers of an attempt is fixed here and not left to Ray's own elastic groups: these count a dead node
+    for a minute, and wait three for what a killed driver had reserved (seen with Ray 2.60).
+
+    Raises:
+        TrainingError: the cluster is too small, or the workers failed for good.
+        ScalecryoError: what a worker raised on purpose.
+    """
+    if not ray.is_initialized():
+        _join_or_start()
+    run, failures, wait = RunFolder(config.run.out), 0, config.run.wait_minutes
+    while True:
+        workers = _await_workers(config, wait)
+        before = newest_step(run)
+        try:
+            _fit(config, workers)
+            return
+        except ray.train.TrainingFailedError as error:
+            cause = _purpose(error)
+            if cause is not None:
+                raise cause from error
+            reached = newest_step(run)
+            if any(isinstance(failure, _MoreWorkers) for failure in _failures(error).values()):
+                logger.info("there is room for more workers: starting again from checkpoint %d", reached)
+                continue
+            failures = 1 if reached > before else failures + 1
+            if failures > config.run.max_failures:
+                raise TrainingError(
+                    f"the Ray Train workers failed {failures} times without a new checkpoint: {_reason(error)} "
+                    "(--resume goes on from the last checkpoint, --debug shows where)"
+                ) from error
+            where = f"checkpoint {reached}" if reached else "the start"
+            logger.warning("%s: starting again from %s (loss %d without a new checkpoint, of at most %d)",
+                           _reason(error), where, failures, config.run.max_failures)  # fmt: skip
+        wait = max(wait, LEAST_WAIT_MINUTES)
+
+
+def _join_or_start() -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), else start one of this machine alone."""
+    quiet = ray.LoggingConfig(log_level="ERROR")  # its messages are for Ray's own logs
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_config=quiet)  # refuses resources and memory: those are the cluster's
+    else:
+        # Without a dashboard Ray Train complains every second. "local": another cluster on this machine is not ours.
+        ray.init("local", object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, logging_config=quiet)
+
+
+def _await_workers(config: Config, minutes: float) -> int:
+    """Return how many workers the cluster can hold, at least the smallest number; an autoscaler is asked for that.
+
+    Raises:
+        TrainingError: it could not within so many minutes.
+    """
+    (low, high), resource = config.run.worker_range, _resource(config)
+    deadline, said = time.monotonic() + 60 * minutes, False
+    while (there := ray.cluster_resources().get(resource, 0)) < low:
+        if time.monotonic() >= deadline:
+            raise TrainingError(
+                f"--workers {config.run.workers} needs {low} {resource}s and the Ray cluster has {there:g}: "
+                "use fewer workers, add nodes, or raise run.wait_minutes where nodes are on their way"
+            )
+        if not said:
+            logger.info("waiting up to %g min for %d %ss: the cluster has %g", minutes, low, resource, there)
+            ray.autoscaler.sdk.request_resources(bundles=[{resource: 1}] * low)
+            said = True
+        time.sleep(1)
+    settled = time.monotonic() + SETTLE_SECONDS
+    while (free := _free(resource)) < min(high, there) and time.monotonic() < settled:
+        time.sleep(0.2)
+        there = ray.cluster_resources().get(resource, 0)
+    workers = max(low, min(high, free))
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    logger.info("starting %d workers on %d nodes with %g %ss", workers, nodes, there, resource)
+    return workers
+
+
+def _resource(config: Config) -> str:
+    """What a worker takes one of."""
+    return "GPU" if config.run.device == "cuda" else "CPU"
+
+
+def _free(resource: str) -> int:
+    """How many of them nobody holds."""
+    return int(ray.available_resources().get(resource, 0))
+
+
+def _fit(config: Config, workers: int) -> None:
+    """One attempt: start the workers, wait for their end. Meanwhile the cluster is asked for room for those missing."""
+    filesystem, path = fsspec.core.url_to_fs(config.run.out)
+    missing = config.run.worker_range[1] - workers
+    room = [placement_group([{_resource(config): 1}]) for _ in range(missing)]
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": dataclasses.asdict(config), "asked": time.time(), "room": room},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=config.run.device == "cuda"),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=path,
+            storage_filesystem=PyFileSystem(FSSpecHandler(filesystem)),
+            # Ray restarts after announced preemptions; what fails comes back to `train_on_ray`.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_FAILURES),  # type: ignore[call-arg]
+        ),
+    )
+    try:
+        trainer.fit()
+    finally:
+        for group in room:
+            remove_placement_group(group)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    log_to_stderr()
+    config = config_from_dict(settings["config"])
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    run = RunFolder(config.run.out)
+    if not urls.exists(run.path("config.toml")):
+        raise TrainingError(
+            f"{config.run.out} cannot be seen from node {ray.util.get_node_ip_address()}: "
+            "write the run to a folder that all nodes share, or to a URL"
+        )
+    if world.leads:
+        logger.info("%d workers are up after %.0f s, going on from step %d",
+                    world.size, time.time() - settings["asked"], newest_step(run))  # fmt: skip
+    device = get_device()
+    if isinstance(device, list):
+        device = device[0]
+
+    def at_checkpoint(step: int) -> None:
+        ray.train.report({"step": step})  # a barrier
+        if world.leads and any(group.wait(timeout_seconds=0.01) for group in settings["room"]):
+            raise _MoreWorkers
+
+    train(config, world, torch.device(device), at_checkpoint=at_checkpoint)
+
+
+def _failures(error: BaseException) -> dict[int, BaseException]:
+    """What befell each worker, without Ray's wrapping."""
+    wrapped = getattr(error, "worker_failures", {})
+    return {rank: getattr(failure, "_base_exc", None) or failure for rank, failure in wrapped.items()}
+
+
+def _purpose(error: BaseException) -> ScalecryoError | None:
+    """The error that a worker raised on purpose, if one did: trying again would raise it again."""
+    return next((failure for failure in _failures(error).values() if isinstance(failure, ScalecryoError)), None)
+
+
+def _reason(error: BaseException) -> str:
+    """In one line, what went wrong where."""
+    failures = _failures(error)
+    lost = [rank for rank, failure in failures.items() if isinstance(failure, ray.exceptions.RayError)]
+    if lost:
+        ranks = ", ".join(str(rank) for rank in sorted(lost))
+        return f"worker {ranks} of {len(failures)} failed ones was lost (killed, out of memory, or its node is gone)"
+    text = str(next(iter(failures.values()), error))
+    if "gloo" in text.lower() and ("address" in text or "interface" in text):
+        return "gloo found no network interface to reach the other workers by: set GLOO_SOCKET_IFNAME on every node"
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no message"
