@@ -18,7 +18,7 @@ from scalecryo.errors import ConfigError
 Device = Literal["cpu", "cuda"]
 PoseSourceName = Literal["guided", "encoder", "known", "table"]
 Parameterisation = Literal["s2s2", "quaternion", "euler"]
-Traffic = Literal["float32", "bfloat16"]
+ReduceDtype = Literal["float32", "bfloat16"]
 KernelName = Literal["auto", "reference", "cpu", "cuda"]
 
 
@@ -77,7 +77,7 @@ class TrainConfig:
     seed: int = option(0, "seed of the start, the sample order and the noise")
     checkpoint_every: int = option(500, "steps between checkpoints")
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep")
-    assign: bool = option(True, "end by assigning a pose to every particle and writing the maps")
+    final_pass: bool = option(True, "end by assigning a pose to every particle and writing the maps")
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints"):
@@ -95,7 +95,7 @@ class PoseConfig:
 
     source: PoseSourceName = option(
         "guided",
-        "guided: search, polish and re-insertion; encoder: from the image alone; known: from the store; "
+        "guided: search, local refinement and re-insertion; encoder: from the image alone; known: from the store; "
         "table: one free pose a particle",
     )
     parameterisation: Parameterisation = option("s2s2", "how encoder and table write a rotation")
@@ -112,22 +112,22 @@ class PoseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedConfig:
-    """The guided method: bootstrap from random poses, then a ladder of streamed passes."""
+    """The guided method: bootstrap from random poses, then frequency marching by streamed passes."""
 
     start: Literal["nothing", "poses"] = option(
         "nothing", "nothing: random poses; poses: those that came with the particles, refined without a search"
     )
-    seeds: int = option(2, "independent starts of the bootstrap; held-out likelihood picks the best")
+    starts: int = option(2, "random starts of the bootstrap; held-out likelihood picks the best")
     bootstrap_steps: int = option(100, "batches that the bootstrap learns from")
     bootstrap_batch: int = option(400, "particles in a bootstrap batch, over both halves and all workers")
     shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none")
-    rungs: int = option(12, "most rungs of the ladder")
-    search_rungs: int = option(8, "most rungs that search all rotations; fewer when particles stop jumping")
-    settled_rungs: int = option(1, "rungs without progress after which the ladder ends")
-    rung_batch: int = option(1024, "particles in a batch of the ladder, over all workers")
-    rung_particles: int = option(50_000, "particles that a rung reads at most")
-    lessons: int = option(2, "steps that the encoder learns for each batch of the ladder; 0: no encoder")
-    lesson_size: int = option(256, "real particles in a lesson, beside as many projections of the map")
+    iterations: int = option(12, "most iterations of the refinement")
+    search_iterations: int = option(8, "most iterations that search all rotations; fewer when particles stop jumping")
+    settled_iterations: int = option(1, "iterations without progress after which the refinement ends")
+    batch_size: int = option(1024, "particles in a batch of the refinement, over all workers")
+    iteration_particles: int = option(50_000, "particles that an iteration reads at most")
+    encoder_steps: int = option(2, "steps that the encoder learns for each batch of the refinement; 0: no encoder")
+    encoder_batch: int = option(256, "real particles in a training step, beside as many projections of the map")
     encoder_hidden: int = option(1024, "units in each hidden layer of the grid encoder")
     encoder_rate: float = option(1e-3, "learning rate of the grid encoder")
 
@@ -136,7 +136,9 @@ class GuidedConfig:
             value = getattr(self, f.name)
             if isinstance(value, str):
                 continue
-            least = {"search_rungs": 0, "shift_radius_a": 0, "lessons": 0, "encoder_rate": 1e-7}.get(f.name, 1)
+            least = {"search_iterations": 0, "shift_radius_a": 0, "encoder_steps": 0, "encoder_rate": 1e-7}.get(
+                f.name, 1
+            )
             _require(value >= least, f"guided.{f.name}", value, f"must be at least {least}")
 
 
@@ -181,7 +183,7 @@ class OptimConfig:
     volume_rate: float = option(0.1, "learning rate of the voxels, as a share of their starting scale")
     table_rate: float = option(1e-2, "learning rate of the pose table")
     clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip")
-    traffic: Traffic = option("float32", "what gradients travel in between workers: float32 or bfloat16")
+    reduce_dtype: ReduceDtype = option("float32", "what gradients travel in between workers: float32 or bfloat16")
 
     def __post_init__(self) -> None:
         for key in ("encoder_rate", "volume_rate", "table_rate"):
@@ -198,12 +200,12 @@ class StreamConfig:
     window_blocks: int = option(4, "blocks that a lane shuffles together")
     threads: int = option(0, "reading threads in each worker; 0: 4 for files, 12 for object storage")
     prefetch_mib: int = option(256, "most that a worker reads ahead, MiB; at least one window")
-    patience_seconds: float = option(120.0, "how long a request to an object store may keep failing")
+    retry_seconds: float = option(120.0, "how long a request to an object store may keep failing")
 
     def __post_init__(self) -> None:
         for key, least in {"lanes": 1, "window_blocks": 1, "threads": 0, "prefetch_mib": 1}.items():
             _require(getattr(self, key) >= least, f"stream.{key}", getattr(self, key), f"must be at least {least}")
-        _require(self.patience_seconds >= 0, "stream.patience_seconds", self.patience_seconds, "must not be negative")
+        _require(self.retry_seconds >= 0, "stream.retry_seconds", self.retry_seconds, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

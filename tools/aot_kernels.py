@@ -4,8 +4,8 @@
 
 Prints a table: registers a thread, bytes of spills, and memory instructions as PTX counts them (the 8 neighbours of a
 sample are 8 loads of a real and an imaginary part together: ld v2). Unless told not to, exits with 1 where a kernel
-spills, takes more than 64 registers (128 for the polish), loads the volume in single numbers, or adds to it without
-atomics.
+spills, takes more than 64 registers (128 for local refinement), loads the volume in single numbers, or adds to it
+without atomics.
 """
 
 import argparse
@@ -51,8 +51,8 @@ VARIANTS = {
         {"HAS_SHIFT": True, "HAS_CTF": True, "FOR_VOLUME": True, "FOR_POSE": False}, 1, 16,
     ),
     "insert": Variant(triton_slice.insert, {}, 1, 24),
-    "polish_sums": Variant(triton_refine.polish_sums, {"HAS_CTF": True, "DERIVATIVES": True}, 9, 0, 128),
-    "polish_sums, cost": Variant(triton_refine.polish_sums, {"HAS_CTF": True, "DERIVATIVES": False}, 9, 0),
+    "refinement_sums": Variant(triton_refine.refinement_sums, {"HAS_CTF": True, "DERIVATIVES": True}, 9, 0, 128),
+    "refinement_sums, cost": Variant(triton_refine.refinement_sums, {"HAS_CTF": True, "DERIVATIVES": False}, 9, 0),
 }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
     python tools/bench_assign.py RUN --truth DIR [--particles 1000] [--batch 250]
 
 RUN is a finished guided run with unknown shifts, trained with `--train.rows` below the store's count: the particles
-after those are assigned twice, in one process, by the same code and the same polish. Prints images a second of both
-(the posing alone: reading and insertion are the same), their ratio, and the errors against truth.star.
+after those are assigned twice, in one process, by the same code and the same local refinement. Prints images a second
+of both (the posing alone: reading and insertion are the same), their ratio, and the errors against truth.star.
 """
 
 import argparse

@@ -29,7 +29,7 @@ from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import geodesic_angle, s2s2_to_rotation
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import soft_labels
-from scalecryo.pose.search import with_mates
+from scalecryo.pose.search import with_flips
 
 TEST, GRID, GRID_RADIUS, WIDTH_DEG = 1000, 2304, 12.0, 8.0
 Network = Callable[[Tensor], Tensor]
@@ -84,7 +84,7 @@ def regression(model: nn.Module) -> tuple[Network, Callable[[Tensor, Tensor], Te
 def classification(box: int) -> tuple[nn.Module, Network, Callable[[Tensor, Tensor], Tensor]]:
     """The guided method's encoder."""
     pixels = fourier_pixels(box, GRID_RADIUS)
-    grid = with_mates(so3_grid(GRID))
+    grid = with_flips(so3_grid(GRID))
     model = GridEncoder(grid, len(pixels), 1024, 0.0)
 
     def predicted(images: Tensor) -> tuple[Tensor, object]:

@@ -21,9 +21,9 @@ from scalecryo.model.inputs import ParticleInputs
 from scalecryo.model.memory import step_memory
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice
-from scalecryo.physics.image_formation import Filtered
+from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.local_refinement import evaluate_poses, polish
+from scalecryo.pose.local_refinement import evaluate_poses, refine_poses
 from scalecryo.train.loop import build_optimiser
 
 Work = Callable[[], object]
@@ -86,14 +86,15 @@ def kernels(box: int, batch: int, device: torch.device) -> dict[str, tuple[Work,
         "slice backward, pose": (
             lambda: torch.autograd.grad(images, (turned, moved), observed, **graph), sectors + samples * 12,
         ),
-        "polish, 4 passes": (
-            lambda: polish(fixed, observed, rotation, shift, *likelihood, passes=4), 5 * (sectors + samples * 12),
+        "local refinement, 4 passes": (
+            lambda: refine_poses(fixed, observed, rotation, shift, *likelihood, passes=4), 5 * (sectors + samples * 12),
         ),
         "cost of poses": (
             lambda: evaluate_poses(fixed, observed, *poses, *likelihood), sectors + samples * 12,
         ),
         "insertion": (
-            lambda: accumulator.add(Filtered(observed, ctf), rotation, shift, ones, pixels), 3 * sectors + samples * 12,
+            lambda: accumulator.add(CtfWeightedImages(observed, ctf), rotation, shift, ones, pixels), 3 * sectors +
+            samples * 12,
         ),
         "padded FFT": (lambda: rfft3_centred(map_, d), 4 * transform),
         "padded FFT backward": (

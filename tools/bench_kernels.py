@@ -2,9 +2,9 @@
 
     python tools/bench_kernels.py [--rounds 5]
 
-Rates are of one core where OMP_NUM_THREADS=1, in CPU time (see bench_slice.py): polish at 32 Fourier pixels in 4
-passes, insertion at 64 Fourier pixels. Errors are those of trilinear slices of 300 blobs (sigma 1.5 px), relative to
-the exact transform, in the shells 0.2 to 0.3 cycles a pixel.
+Rates are of one core where OMP_NUM_THREADS=1, in CPU time (see bench_slice.py): local refinement at 32 Fourier pixels
+in 4 passes, insertion at 64 Fourier pixels. Errors are those of trilinear slices of 300 blobs (sigma 1.5 px), relative
+to the exact transform, in the shells 0.2 to 0.3 cycles a pixel.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from torch import Tensor
 from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import extract_slices, gridding_correction, padded_box
-from scalecryo.physics.image_formation import Filtered
+from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.local_refinement import polish
+from scalecryo.pose.local_refinement import refine_poses
 
 
-def polish_rate(images: int, rounds: int) -> float:
+def refinement_rate(images: int, rounds: int) -> float:
     box, generator = 96, torch.Generator().manual_seed(0)
     pixels, scale = fourier_pixels(box, 32), 2.0
     volume = rfft3_centred(torch.rand(box, box, box, generator=generator), int(box * scale))
@@ -31,14 +31,18 @@ def polish_rate(images: int, rounds: int) -> float:
     observed = torch.randn(images, len(pixels), dtype=torch.complex64, generator=generator)
     ctf = torch.rand(images, len(pixels), generator=generator)
     arguments = (volume, observed, rotation, shift, ctf, pixels.weight, pixels, scale)
-    return 1e3 * images / quick({"polish": lambda: polish(*arguments, passes=4)}, rounds)["polish"]
+    return (
+        1e3
+        * images
+        / quick({"local_refinement": lambda: refine_poses(*arguments, passes=4)}, rounds)["local_refinement"]
+    )
 
 
 def insertion_rate(images: int, rounds: int) -> float:
     generator = torch.Generator().manual_seed(1)
     pixels, accumulator = fourier_pixels(130, 64), MapAccumulator(130)
     values = torch.randn(images, len(pixels), dtype=torch.complex64, generator=generator)
-    given = Filtered(values, values.real.square())
+    given = CtfWeightedImages(values, values.real.square())
     pose = random_rotations(images, generator), torch.randn(images, 2, generator=generator), torch.ones(images)
     return 1e3 * images / quick({"insert": lambda: accumulator.add(given, *pose, pixels)}, rounds)["insert"]
 
@@ -71,7 +75,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
           f"torch {torch.__version__}")  # fmt: skip
     print("| kernel | images/s |\n| --- | --- |")
-    print(f"| polish, 32 Fourier pixels, 4 passes | {polish_rate(200, rounds):.0f} |", flush=True)
+    print(f"| local refinement, 32 Fourier pixels, 4 passes | {refinement_rate(200, rounds):.0f} |", flush=True)
     print(f"| insertion, 64 Fourier pixels, padding 2 | {insertion_rate(500, rounds):.0f} |", flush=True)
     print("| padding | within 0.2 N | 0.3 N | 0.42 N |\n| --- | --- | --- | --- |")
     for padding, correct in ((1, False), (1, True), (1.5, True), (2, False), (2, True)):

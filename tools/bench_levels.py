@@ -2,8 +2,8 @@
 
     python tools/bench_levels.py --work /tmp/bench
 
-The rungs are those that the guided run plans while the resolution rises. A stream counts what it reads of each level;
-a run of 50,000 particles is made up of the bootstrap's batches and of whole passes, as the default settings say.
+The iterations are those that the guided run plans while the resolution rises. A stream counts what it reads of each
+level; a run of 50,000 particles is made up of the bootstrap's batches and of whole passes, as the default settings say.
 """
 
 import argparse
@@ -19,16 +19,16 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import ParticleStream
 from scalecryo.train.guided_run import FIRST_RADIUS
-from scalecryo.train.stages.refinement import RungPlan, plan_rung
+from scalecryo.train.stages.refinement import IterationPlan, plan_iteration
 
 BATCH = 512
 
 
-def ladder(levels: tuple[int, ...], factor: float) -> list[RungPlan]:
-    """Rungs of rising radius: each polishes `factor` as far as the one before; two at the end."""
+def ladder(levels: tuple[int, ...], factor: float) -> list[IterationPlan]:
+    """Iterations of rising radius: each refines `factor` as far as the one before; two at the end."""
     limit, radius, plans = max(levels) / 2 - 2, FIRST_RADIUS, []
     while not plans or plans[-1].radius < limit:
-        plans.append(plan_rung(radius, levels, len(plans), search=len(plans) < 2, shifted=True))
+        plans.append(plan_iteration(radius, levels, len(plans), search=len(plans) < 2, shifted=True))
         radius = min(radius * factor, limit)
     return [*plans, plans[-1]]
 
@@ -57,13 +57,13 @@ def main() -> None:
     first = guided.bootstrap_steps * guided.bootstrap_batch
     print(f"bytes measured on {store.count:,} particles of {args.box} px, levels {store.levels}; "
           f"{os.cpu_count()} cores, {platform.machine()}, zarr {version('zarr')}")  # fmt: skip
-    print(f"a run: bootstrap {first:,} images, then {guided.rung_particles:,} particles a rung\n")
+    print(f"a run: bootstrap {first:,} images, then {guided.iteration_particles:,} particles an iteration\n")
     print("| the radius rises by | levels | with levels, GiB | full box alone, GiB | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for factor in (1.6, 1.3, 1.15):
         levels = [plan.level for plan in ladder(store.levels, factor)]
-        read = first * image[min(store.levels)] + guided.rung_particles * sum(image[level] for level in levels)
-        full = (first + guided.rung_particles * len(levels)) * image[args.box]
+        read = first * image[min(store.levels)] + guided.iteration_particles * sum(image[level] for level in levels)
+        full = (first + guided.iteration_particles * len(levels)) * image[args.box]
         chosen = f"{min(store.levels)} (bootstrap) " + " ".join(map(str, levels))
         print(f"| {factor} | {chosen} | {read / 1024:.1f} | {full / 1024:.1f} | {read / full:.2f} |")
 

@@ -70,7 +70,9 @@ class Run:
         self.config = load_config(None, settings)
         self.store = ParticleStore.open(url)
         self.model = build_autoencoder(self.config, LEVEL, self.store.level_pixel_size(LEVEL), self.store.count)
-        self.replica = Replica(self.model, World(), "float32")
+        self.replica = Replica(
+            self.model, World(), "float32", voxels=self.model.volume.voxels, window=self.model.volume.window
+        )
         self.optimiser = build_optimiser(self.config, self.model)
         order = order_of(self.config, self.store, LEVEL, BATCH)
         self.stream = stream_of(self.config, self.store, LEVEL, order, World(), 0, torch.device("cpu"))

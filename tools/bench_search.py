@@ -25,7 +25,7 @@ from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes
-from scalecryo.pose.search import grid_posterior, shift_grid, templates, turned_grid, with_mates
+from scalecryo.pose.search import grid_posterior, shift_grid, templates, turned_grid, with_flips
 
 HALF_GRID, MODES, KEEP, APART_DEG, REACH_DEG = 2304, 6, 200, 15.0, 15.0
 
@@ -65,7 +65,7 @@ def main() -> None:
         scale = float((clean.conj() * observed).real.sum() / clean.abs().square().sum())
         noise = (observed - scale * clean).abs().square().mean()
         weight = pixels.weight / noise * (pixels.radius > 0)
-        rotations, centred = with_mates(grid), shift_grid(0, 1)
+        rotations, centred = with_flips(grid), shift_grid(0, 1)
         first: Tensor | None = None
         for name, bits in (("float32", 23), ("TF32", 10), ("bfloat16", 7)):
             one, other = (values if bits == 23 else rounded(values, bits) for values in (observed, scale * bank))

@@ -6,8 +6,9 @@ Two processes of one thread each, joined by gloo as Ray Train joins its workers:
 add its own processes to the cores that are measured. Each kind of trial runs in every round, in turns, so that all bear
 the same machine; figures are medians over rounds. `alone`: one worker, the other process asleep. `apart`: two workers
 that do not talk, which is what the machine itself gives. `weak`: two joined ones, each with the batch of `alone`.
-`strong`: two with half of it each. What is measured: the paper's auto-encoder, step by step, and rungs of the guided
-method on particles whose poses are known, by `loop.train` itself. tools/scaling_model.py says what many GPUs would do.
+`strong`: two with half of it each. What is measured: the paper's auto-encoder, step by step, and iterations of the
+guided method on particles whose poses are known, by `loop.train` itself. tools/scaling_model.py says what many GPUs
+would do.
 """
 
 import argparse
@@ -32,8 +33,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from scaling_tables import plot, report
 from workers_report import (
+    ITERATION_BATCH,
     LINK_BYTES,
-    RUNG_BATCH,
     Figures,
     Result,
     report_fit,
@@ -54,7 +55,7 @@ from scalecryo.train.batches import order_of, particle_inputs, stream_of
 from scalecryo.train.loop import build_optimiser, train_step
 
 COUNT, BOX = 8192, 128
-WARM = 3  # steps, and rungs: lessons begin with the third
+WARM = 3  # steps, and iterations: lessons begin with the third
 
 
 def make_store(work: Path) -> str:
@@ -82,7 +83,7 @@ class Steps:
         self.batch = batch // world.size
         model = build_autoencoder(self.config, box, self.store.level_pixel_size(box), self.store.count)
         self.optimiser = build_optimiser(self.config, model)
-        self.replica = Replica(model, world, "float32")
+        self.replica = Replica(model, world, "float32", voxels=model.volume.voxels, window=model.volume.window)
         order = order_of(self.config, self.store, box, batch)
         self.stream = stream_of(self.config, self.store, box, order, world, 0, torch.device("cpu"))
 
@@ -94,19 +95,19 @@ class Steps:
     def run(self, reduce: bool = True) -> Figures:
         """Median of some steps; `reduce` False: gradients stay where they are, all else is the same."""
         with contextlib.nullcontext() if reduce else self.replica.unjoined():
-            times, watch = [], self.world.watch.seconds
+            times, timer = [], self.world.timer.seconds
             for number in range(1 + self.steps):
                 begun = time.perf_counter()
                 self._step()
                 if number == 0:  # warms caches that another trial used
-                    busy, parts = time.process_time(), (watch.get("reduce", 0.0), self.stream.wait_seconds)
+                    busy, parts = time.process_time(), (timer.get("reduce", 0.0), self.stream.wait_seconds)
                     robbed = stolen()
                 else:
                     times.append(time.perf_counter() - begun)
         return {"images": self.batch, "seconds": statistics.median(times),
                 "mean": statistics.mean(times), "cpu": (time.process_time() - busy) / self.steps,
                 "stolen": (stolen() - robbed) / self.steps,
-                "reduce": (watch.get("reduce", 0.0) - parts[0]) / self.steps,
+                "reduce": (timer.get("reduce", 0.0) - parts[0]) / self.steps,
                 "read": (self.stream.wait_seconds - parts[1]) / self.steps}  # fmt: skip
 
     def close(self) -> None:
@@ -114,19 +115,21 @@ class Steps:
         self.stream.close()
 
 
-class Rungs:
-    """Rungs of the guided method by `loop.train`; the parts are those of a rung past the first ones, in seconds."""
+class Iterations:
+    """Iterations of the guided method by `loop.train`; the parts are those of an iteration past the first ones, in
+    seconds."""
 
-    def __init__(self, url: str, box: int, particles: int, world: World, rungs: int, rows: int) -> None:
-        settings = {"guided.start": "poses", "guided.rungs": WARM + rungs - 1, "guided.settled_rungs": 99,
-                    "guided.rung_particles": particles, "guided.rung_batch": RUNG_BATCH * world.size,
-                    "guided.lesson_size": 256 * world.size, "train.box": box, "train.assign": "false",
+    def __init__(self, url: str, box: int, particles: int, world: World, iterations: int, rows: int) -> None:
+        settings = {"guided.start": "poses", "guided.iterations": WARM + iterations - 1,
+                    "guided.settled_iterations": 99, "guided.iteration_particles": particles,
+                    "guided.batch_size": ITERATION_BATCH * world.size,
+                    "guided.encoder_batch": 256 * world.size, "train.box": box, "train.final_pass": "false",
                     "train.rows": rows}  # fmt: skip
         self.config = load_config(None, {key: str(value) for key, value in settings.items()})
         self.url, self.world, self.particles = url, world, particles // world.size
 
     def run(self) -> Figures:
-        """Medians over the rungs after the warm-up, from a run of its own folder."""
+        """Medians over the iterations after the warm-up, from a run of its own folder."""
         world, stamps = World(self.world.rank, self.world.size), []
         folder = [tempfile.mkdtemp(prefix="workers-")]
         if world.size > 1:
@@ -134,18 +137,21 @@ class Rungs:
 
         def stamp(_: int) -> None:
             clocks = {"seconds": time.perf_counter(), "cpu": time.process_time(), "stolen": stolen()}
-            stamps.append({**clocks, **world.watch.seconds})
+            stamps.append({**clocks, **world.timer.seconds})
 
         run = dataclasses.replace(self.config.run, data=self.url, out=folder[0], workers=str(world.size))
         config = dataclasses.replace(self.config, run=run)
-        if world.leads:
+        if world.is_leader:
             RunFolder(folder[0]).create(config, resume=False)
         loop.train(config, world, torch.device("cpu"), at_checkpoint=stamp)
-        rungs = [{key: after[key] - before.get(key, 0.0) for key in after}
+        iterations = [{key: after[key] - before.get(key, 0.0) for key in after}
                  for before, after in itertools.pairwise(stamps[WARM - 2 :])]  # fmt: skip
-        if world.leads:  # it writes, and may end last
+        if world.is_leader:  # it writes, and may end last
             shutil.rmtree(folder[0], ignore_errors=True)
-        return {"images": self.particles, **{key: statistics.median(r[key] for r in rungs) for key in rungs[0]}}
+        return {
+            "images": self.particles,
+            **{key: statistics.median(r[key] for r in iterations) for key in iterations[0]},
+        }
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -168,10 +174,10 @@ def step_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tupl
     return trials, [own, half, weak, strong]
 
 
-def rung_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tuple[Trials, list[Rungs]]:
-    count, rungs = args.rung_particles, args.rungs
-    own, half = (Rungs(url, box, part, World(), rungs, 2 * count) for part in (count, count // 2))
-    weak, strong = (Rungs(url, box, part, World(rank, 2), rungs, 2 * count) for part in (2 * count, count))
+def rung_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tuple[Trials, list[Iterations]]:
+    count, iterations = args.iteration_particles, args.iterations
+    own, half = (Iterations(url, box, part, World(), iterations, 2 * count) for part in (count, count // 2))
+    weak, strong = (Iterations(url, box, part, World(rank, 2), iterations, 2 * count) for part in (2 * count, count))
     trials: Trials = {
         "alone": (1, own.run), "alone, half": (1, half.run), "apart": (2, own.run), "apart, half": (2, half.run),
         "weak": (2, weak.run), "strong": (2, strong.run), "all-reduce": (2, all_reduces),
@@ -236,7 +242,7 @@ def worker(rank: int, port: int, url: str, args: argparse.Namespace, out: str) -
             where = {cores[rank % len(cores)]} if place == "pinned" else set(cores)
             settle_on(where)
             kinds = [("step", box, step_trials) for box in args.boxes] if args.rounds else []
-            kinds += [("rung", box, rung_trials) for box in args.rung_boxes] if args.rung_rounds else []
+            kinds += [("iteration", box, rung_trials) for box in args.rung_boxes] if args.rung_rounds else []
             for kind, box, make in kinds:
                 trials, held = make(rank, url, box, args)
                 settle_on(where)
@@ -260,10 +266,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="of one worker")
     parser.add_argument("--steps", type=int, default=6, help="in a round")
     parser.add_argument("--rounds", type=int, default=5, help="0: no steps")
-    parser.add_argument("--rung-boxes", type=int, nargs="+", default=[64])
-    parser.add_argument("--rung-particles", type=int, default=4096, help="of one worker")
-    parser.add_argument("--rungs", type=int, default=2, help="in a round")
-    parser.add_argument("--rung-rounds", type=int, default=3, help="0: no rungs")
+    parser.add_argument("--iteration-boxes", type=int, nargs="+", default=[64])
+    parser.add_argument("--iteration-particles", type=int, default=4096, help="of one worker")
+    parser.add_argument("--iterations", type=int, default=2, help="in a round")
+    parser.add_argument("--iteration-rounds", type=int, default=3, help="0: no iterations")
     parser.add_argument("--places", nargs="+", choices=["pinned", "free"], default=["pinned", "free"],
                         help="each worker on its own core, or where the system puts it")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="report what an earlier call measured")
@@ -280,13 +286,13 @@ def main() -> None:
         mp.spawn(worker, args=(port, url, args, str(out)), nprocs=2)
         loads.append(os.getloadavg()[0])
         print(f"{os.cpu_count()} cores, load {loads[0]:.1f} before and {loads[1]:.1f} at the end (2 are ours), torch "
-              f"{torch.__version__}; gloo, one thread a worker, batches of {args.batch} and rungs of "
-              f"{args.rung_particles} particles a worker; images/s")  # fmt: skip
+              f"{torch.__version__}; gloo, one thread a worker, batches of {args.batch} and iterations of "
+              f"{args.iteration_particles} particles a worker; images/s")  # fmt: skip
     found = json.loads(out.read_text())
     report_rates(found)
     report_step_parts(found)
     report_rung_parts(found)
-    report_fit(found, args.batch, args.rung_particles)
+    report_fit(found, args.batch, args.iteration_particles)
     report()
     if args.plot:
         plot(args.plot)

@@ -1,4 +1,5 @@
-"""What a step or a rung costs on many GPUs: bytes, seconds, images a second and money, from a model with stated terms.
+"""What a step or an iteration costs on many GPUs: bytes, seconds, images a second and money, from a model with stated
+terms.
 
 tools/scaling_tables.py prints it. Nothing here was measured on a GPU. Each constant below says where it comes from.
 What a step takes with one and two workers of one CPU core each, and how well the same terms describe that, is
@@ -6,7 +7,8 @@ tools/bench_workers.py's.
 
 (a) the paper's auto-encoder: every GPU keeps its batch (weak scaling), gradients of volume and encoder are summed in
     every step, as plain DDP in float32 does it;
-(b) a rung of the guided method that reads every particle: batches of `RUNG_BATCH` a GPU, the encoder's lessons summed
+(b) an iteration of the guided method that reads every particle: batches of `ITERATION_BATCH` a GPU, the encoder's
+lessons summed
     `LESSONS` times a batch, the half-maps' accumulators once at the end.
 
 Seconds of a step = max(max(GPU, host) + the part of the all-reduce that does not hide behind the backward pass, data).
@@ -23,7 +25,7 @@ PARTICLES = 10**7
 BOXES, GPUS = (128, 256, 400), (8, 64, 512)
 PER_NODE = 8
 BATCH = 128  # particles of one GPU in a step of (a)
-RUNG_BATCH, LESSONS, LESSON_BATCH = 1024, 2, 256  # of one GPU in (b): the package's defaults, but for each GPU
+ITERATION_BATCH, LESSONS, LESSON_BATCH = 1024, 2, 256  # of one GPU in (b): the package's defaults, but for each GPU
 CHECKPOINT_STEPS = 500  # the package's default
 ENCODER_PIXELS, ROTATIONS, GRID_HIDDEN = 233, 4608, 1024  # of the guided method's encoder: 12 Fourier pixels at 32 px
 SECTOR = 32  # bytes that a GPU moves at least
@@ -114,7 +116,7 @@ def accumulator_ball_bytes(reach: float, padding: float = 2.0) -> int:
 
 
 def rung_reach(box: int, radius: float) -> float:
-    """Radius up to which a rung inserts, as `RungPlan.reach`, in pixels."""
+    """Radius up to which an iteration inserts, as `IterationPlan.reach`, in pixels."""
     return min(box / 2 - 1, 1.4 * radius + 6)
 
 
@@ -143,7 +145,7 @@ def encoder_operations(box: int, channels: tuple[int, ...] = (32, 64, 128), hidd
 
 
 def poses_bytes(particles: int) -> int:
-    """What a rung found of so many particles: row, rotation, shift, confidence, which every worker gets."""
+    """What an iteration found of so many particles: row, rotation, shift, confidence, which every worker gets."""
     return (8 + 36 + 8 + 4) * particles
 
 
@@ -249,12 +251,13 @@ def predict_steps(
 
 
 def rung_compute(box: int, batch: float, hardware: Hardware) -> tuple[float, float]:
-    """Seconds of the GPU for one batch of (b), and for what a rung does once: references and solutions."""
+    """Seconds of the GPU for one batch of (b), and for what an iteration does once: references and solutions."""
     memory, reach = hardware.memory * hardware.memory_share, box / 2 - 1
     # Polish: two passes and a last look; insertion reads and adds; transform, CTF and copies of the packed pixels.
     samples = pixels_of(reach) * ((3 + 3) * 4 * SECTOR + 100) + 12 * box * box
     # As many projections of the map as real particles.
-    lessons = LESSONS * (batch * 2 * LESSON_BATCH / RUNG_BATCH * 6 * grid_encoder_parameters() / (hardware.flops * 0.3)
+    lessons = LESSONS * (batch * 2 * LESSON_BATCH / ITERATION_BATCH * 6 * grid_encoder_parameters() / (
+        hardware.flops * 0.3)
                          + ADAM_BYTES * grid_encoder_parameters() / memory)  # fmt: skip
     d = padded_box(box, 2.0)
     # About forty walks over a padded transform for each half: references, plane mates, shell means, transforms.
@@ -262,10 +265,11 @@ def rung_compute(box: int, batch: float, hardware: Hardware) -> tuple[float, flo
     return batch * samples / memory + lessons, once
 
 
-def predict_rung(
-    box: int, gpus: int, hardware: Hardware, *, batch: float = RUNG_BATCH, particles: int = PARTICLES
+def predict_iteration(
+    box: int, gpus: int, hardware: Hardware, *, batch: float = ITERATION_BATCH, particles: int = PARTICLES
 ) -> Prediction:
-    """A rung of (b) that reads so many particles, `batch` of them a GPU at a time, and searches none of them anew."""
+    """An iteration of (b) that reads so many particles, `batch` of them a GPU at a time, and searches none of them
+    anew."""
     device, once = rung_compute(box, batch, hardware)
     work = max(device, hardware.host_batch)
     lessons = LESSONS * all_reduce_seconds(4 * grid_encoder_parameters(), gpus, hardware)

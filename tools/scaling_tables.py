@@ -12,26 +12,26 @@ from scaling_model import (
     BOXES,
     GPUS,
     H100,
+    ITERATION_BATCH,
     LESSONS,
     PARTICLES,
     PER_NODE,
-    RUNG_BATCH,
     Hardware,
     accumulator_ball_bytes,
     accumulator_bytes,
     ball_bytes,
     encoder_parameters,
     grid_encoder_parameters,
-    predict_rung,
+    predict_iteration,
     predict_steps,
     rung_reach,
     volume_bytes,
 )  # fmt: skip
 
-METHODS = {"auto-encoder": predict_steps, "rung": predict_rung}
+METHODS = {"auto-encoder": predict_steps, "iteration": predict_iteration}
 PARTS = {"compute": "compute", "sum": "all-reduce", "data": "waiting for data", "checkpoints": "checkpoints",
          "poses": "exchange of poses"}  # fmt: skip
-DEFAULT_RUNG, DEFAULT_BATCH = 50_000, 1024  # guided.rung_particles and guided.rung_batch, over all workers
+DEFAULT_ITERATION, DEFAULT_BATCH = 50_000, 1024  # guided.iteration_particles and guided.batch_size, over all workers
 
 
 def report_bytes() -> None:
@@ -45,16 +45,16 @@ def report_bytes() -> None:
         "a step, Fourier ball to half of Nyquist, float16": lambda box: ball_bytes(box / 4),
         "a step, the encoder's gradient, float32": lambda box: 4 * encoder_parameters(box),
         "a step, the same with encoder.input_box = 64": lambda _: 4 * encoder_parameters(64),
-        "a rung, accumulators, whole padded cube": lambda box: accumulator_bytes(box),
-        "a rung, their ball, polished to 0.9 of Nyquist": lambda box: accumulator_ball_bytes(
+        "an iteration, accumulators, whole padded cube": lambda box: accumulator_bytes(box),
+        "an iteration, their ball, refined to 0.9 of Nyquist": lambda box: accumulator_ball_bytes(
             rung_reach(box, 0.9 * box / 2)
         ),
-        "a rung, their ball, polished to 0.4 of Nyquist": lambda box: accumulator_ball_bytes(
+        "an iteration, their ball, refined to 0.4 of Nyquist": lambda box: accumulator_ball_bytes(
             rung_reach(box, 0.4 * box / 2)
         ),
         "the whole cube, for each of 49 batches (50,000 particles)": lambda box: accumulator_bytes(box) / 49,
         "the ball (0.4), for each of 49 batches": lambda box: accumulator_ball_bytes(rung_reach(box, 0.2 * box)) / 49,
-        "a batch of a rung, the encoder's lessons": lambda _: LESSONS * 4 * grid_encoder_parameters(),
+        "a batch of an iteration, the encoder's lessons": lambda _: LESSONS * 4 * grid_encoder_parameters(),
     }
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row(box) / 1e6:,.1f}" for box in BOXES) + " |")
@@ -99,14 +99,14 @@ def report_remedies(hardware: Hardware, gpus: int = 64) -> None:
 
 
 def report_defaults(hardware: Hardware) -> None:
-    """A rung with the package's defaults, which hold for all workers together: seconds."""
-    print(f"\n| a rung of {DEFAULT_RUNG:,} particles in batches of {DEFAULT_BATCH} over all {hardware.name}s, s "
-          "(of which all-reduce, checkpoint) | 1 GPU | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " |\n"
+    """An iteration with the package's defaults, which hold for all workers together: seconds."""
+    print(f"\n| an iteration of {DEFAULT_ITERATION:,} particles, batches of {DEFAULT_BATCH} over all {hardware.name}s, "
+          "s (of which all-reduce, checkpoint) | 1 GPU | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " |\n"
           + "| --- " * (2 + len(GPUS)) + "|")  # fmt: skip
     for box in BOXES:
         cells = []
         for gpus in (1, *GPUS):
-            found = predict_rung(box, gpus, hardware, batch=DEFAULT_BATCH / gpus, particles=DEFAULT_RUNG)
+            found = predict_iteration(box, gpus, hardware, batch=DEFAULT_BATCH / gpus, particles=DEFAULT_ITERATION)
             cells.append(f"{found.seconds:.1f} ({found.terms['sum']:.1f}, {found.terms['checkpoints']:.1f})")
         print(f"| {box} px | {' | '.join(cells)} |")
 
@@ -141,7 +141,7 @@ def plot(path: Path, hardware: Hardware = H100) -> None:
     figure.suptitle(f"Model, not measured: {hardware.name}, nodes of {PER_NODE}, {hardware.network / 1e9:.0f} GB/s "
                     f"between nodes, storage {hardware.store / 1e9:.0f} GB/s a node, "
                     f"{hardware.store_total / 1e9:.0f} GB/s in all; "
-                    f"{BATCH} and {RUNG_BATCH} particles a GPU")  # fmt: skip
+                    f"{BATCH} and {ITERATION_BATCH} particles a GPU")  # fmt: skip
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

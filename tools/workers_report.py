@@ -12,9 +12,9 @@ from scaling_model import (
     volume_bytes,
 )  # fmt: skip
 
-RUNG_BATCH = 1024  # of one worker
+ITERATION_BATCH = 1024  # of one worker
 LINK_BYTES = {"small": 2**14, "large": 2**24}  # of a bare all-reduce
-SECONDS = {"step": "mean", "rung": "seconds"}  # the figure that a trial's parts add up to
+SECONDS = {"step": "mean", "iteration": "seconds"}  # the figure that a trial's parts add up to
 Figures = dict[str, float]
 Result = dict[str, list[Figures]]  # by trial, one entry a worker that took part
 
@@ -91,16 +91,19 @@ def report_step_parts(found: dict[str, Any]) -> None:
 
 
 def report_rung_parts(found: dict[str, Any]) -> None:
-    """Where the time of a rung goes."""
-    print("\n| rung | cores | trial | s | CPU s | stolen | polish | insert | encoder (its all-reduces within) | "
-          "reduce | data wait | the rest |\n" + "| --- " * 12 + "|")  # fmt: skip
+    """Where the time of an iteration goes."""
+    print("\n| iteration | cores | trial | s | CPU s | stolen | local refinement | insert | encoder (its all-reduces "
+          "within) | reduce | data wait | the rest |\n" + "| --- " * 12 + "|")  # fmt: skip
     for name, results in found.items():
         place, kind, *box = name.split("/")
-        if kind != "rung":
+        if kind != "iteration":
             continue
         for trial in ("alone", "apart", "weak", "strong"):
             whole, cpu, robbed = (middle(results, trial, key) for key in ("seconds", "cpu", "stolen"))
-            parts = [middle(results, trial, key) / whole for key in ("polish", "insert", "encoder", "reduce", "read")]
+            parts = [
+                middle(results, trial, key) / whole
+                for key in ("local_refinement", "insert", "encoder", "reduce", "read")
+            ]
             shown = " | ".join(f"{part:.1%}" for part in [*parts, 1 - sum(parts)])
             print(f"| {box[0]} px | {place} | {trial} | {whole:.2f} | {cpu:.2f} | {robbed / whole:.0%} | {shown} |")
 
@@ -128,8 +131,8 @@ def report_fit(found: dict[str, Any], batch: int, particles: int) -> None:
         place, kind, *rest = name.split("/")
         box, of = int(rest[0]), batch if kind == "step" else particles
         sums = [volume_bytes(box) + 4 * encoder_parameters(box), 8]
-        if kind == "rung":
-            lessons = LESSONS * -(-of // RUNG_BATCH)
+        if kind == "iteration":
+            lessons = LESSONS * -(-of // ITERATION_BATCH)
             sums = [4 * grid_encoder_parameters()] * lessons + [accumulator_bytes(box)]
         for clock in ("seconds", "cpu"):
             small, large = (middle(results, "all-reduce", f"{size} {clock}") for size in LINK_BYTES)

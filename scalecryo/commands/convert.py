@@ -59,7 +59,7 @@ def run(
     for line in report_lines(json.loads(urls.read_bytes(urls.join(store, REPORT)))):
         say(f"  {line}")
     shards = -(-attrs["count"] // attrs["shard_rows"])
-    say(f"{urls.shown(store)}: {attrs['count']:,} particles{added} in {shards} shards, complete")
+    say(f"{urls.redacted(store)}: {attrs['count']:,} particles{added} in {shards} shards, complete")
 
 
 def _say_excluded(excluded: tuple[BadImage, ...]) -> None:
@@ -75,7 +75,7 @@ def _describe(made: ConvertPlan, source: str) -> None:
     if made.recipe.normalisation == "common":
         scale = f"no noise found, one scale for all images ({made.recipe.common_scale:.4g})"
     say(
-        f"{urls.shown(source)}: {made.count:,} particles in {len(table.stacks)} stacks"
+        f"{urls.redacted(source)}: {made.count:,} particles in {len(table.stacks)} stacks"
         + (f", with {known}" if table.has_ctf or table.has_pose else ", without CTF or poses")
     )
     say(f"  box {attrs['box_size']} px, {made.pixel_size:.4g} Å/px{cropped}; {made.dtype}")

@@ -30,7 +30,7 @@ def run(path: str, *, truth: str) -> dict[str, Any]:
         table, density = (name if urls.exists(name) else None for name in (table, density))
         if not table and not density:
             raise MissingInputError(
-                f"{urls.shown(path)}: neither particles.star nor map.mrc is there: finish it with scalecryo assign"
+                f"{urls.redacted(path)}: neither particles.star nor map.mrc is there: finish it with scalecryo assign"
             )
     true_density, pixel_size, _ = read_map(urls.join(truth, "truth.mrc"))
     true_map, extent = torch.from_numpy(true_density), true_density.shape[-1] * pixel_size
@@ -59,7 +59,7 @@ def _matched(
     pairs = [(row, row_of[image_key(name)]) for row, name in enumerate(estimate.names) if image_key(name) in row_of]
     if len(pairs) < 2:
         raise InputError(
-            f"{urls.shown(table)}: {len(pairs)} of its image names are in {urls.shown(truth)}: "
+            f"{urls.redacted(table)}: {len(pairs)} of its image names are in {urls.redacted(truth)}: "
             "these are other particles; give the truth that the images were simulated with"
         )
     mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
@@ -77,8 +77,8 @@ def _volume_of_extent(path: str, wanted: float) -> torch.Tensor:
     if len(set(volume.shape)) != 1 or abs(volume.shape[-1] * pixel_size / wanted - 1) > 0.01:
         shape = " × ".join(map(str, volume.shape))
         raise InputError(
-            f"{urls.shown(path)}: {shape} voxels of {pixel_size:g} Å, but the true map's box is {wanted:.1f} Å wide: "
-            "resample the map to that box"
+            f"{urls.redacted(path)}: {shape} voxels of {pixel_size:g} Å, but the true map's box is {wanted:.1f} Å "
+            "wide: resample the map to that box"
         )
     return torch.from_numpy(volume)
 

@@ -53,17 +53,17 @@ def run(run: str, *, format: str, out: str) -> None:
         raise InputError(f"format {format} is not known: choose relion, cryosparc or cryodrgn")
     if not urls.exists(urls.join(run, "particles.star")):
         raise MissingInputError(
-            f"{urls.shown(run)}: no particles.star, so the run has no poses yet: finish it with scalecryo assign"
+            f"{urls.redacted(run)}: no particles.star, so the run has no poses yet: finish it with scalecryo assign"
         )
     if urls.list_folder(out):
-        raise OutputExistsError(f"{urls.shown(out)} is not empty: remove it, or name another folder with --out")
+        raise OutputExistsError(f"{urls.redacted(out)} is not empty: remove it, or name another folder with --out")
     result = _read(run)
     for name in _MAPS:
         if urls.exists(urls.join(run, name)):
             density, size, origin = read_map(urls.join(run, name))
             write_map(urls.join(out, name), density, size, origin)
     writers[format](result, out)
-    say(f"{urls.shown(out)}: {len(result.table):,} particles and the maps for {format}")
+    say(f"{urls.redacted(out)}: {len(result.table):,} particles and the maps for {format}")
 
 
 def _read(run: str) -> _Result:
@@ -102,7 +102,7 @@ def _boxes(result: _Result) -> npt.NDArray[np.integer] | int:
         return result.box_size
     if not result.table.stack_boxes:
         raise InputError(
-            f"{urls.shown(result.run)}: stacks of several pixel sizes but no rlnImageSize in particles.star; add it "
+            f"{urls.redacted(result.run)}: stacks of several pixel sizes but no rlnImageSize in particles.star; add it "
             "to its data_optics"
         )
     return np.array(result.table.stack_boxes)[result.table.columns["stack"]]
@@ -123,7 +123,7 @@ def _source_rows(result: _Result) -> tuple[npt.NDArray[np.void], npt.NDArray[np.
         data = store.source_cs()
         if data is None:
             return None
-        rows, known = csrows.decode(data, urls.shown(store.url)), store.table()
+        rows, known = csrows.decode(data, urls.redacted(store.url)), store.table()
     except ScalecryoError:
         return None
     place = known.columns["source_row"]

@@ -26,16 +26,16 @@ def run(path: str) -> None:
         elif urls.exists(urls.join(path, "config.toml")):
             _run(path)
         else:
-            raise InputError(f"{urls.shown(path)}: this folder is neither a particle store nor a run")
+            raise InputError(f"{urls.redacted(path)}: this folder is neither a particle store nor a run")
     elif not urls.exists(path):
-        raise MissingInputError(f"{urls.shown(path)}: no such file or folder")
+        raise MissingInputError(f"{urls.redacted(path)}: no such file or folder")
     else:
         _images(path)
 
 
 def _table(path: str, table: ParticleTable) -> None:
     columns = table.columns
-    say(f"{urls.shown(path)}: {len(table):,} particles in {len(table.stacks)} stacks")
+    say(f"{urls.redacted(path)}: {len(table):,} particles in {len(table.stacks)} stacks")
     say(f"  pixel size {table.pixel_size:.4g} Å" if table.pixel_size else "  no pixel size")
     if table.has_ctf and len(table):
         low, high = columns["defocus_v"].min() / 1e4, columns["defocus_u"].max() / 1e4
@@ -54,7 +54,7 @@ def _images(path: str) -> None:
     size = f"{stack.pixel_size:g} Å" if stack.pixel_size else "no pixel size in the header"
     cube = stack.count == stack.ny == stack.nx
     what = f"map of {stack.nx}³ voxels" if cube else f"{stack.count:,} images of {stack.ny} × {stack.nx} pixels"
-    say(f"{urls.shown(path)}: {what}, {size}")
+    say(f"{urls.redacted(path)}: {what}, {size}")
 
 
 def _store(path: str) -> None:
@@ -62,7 +62,7 @@ def _store(path: str) -> None:
     attrs = store.attrs
     state = "complete" if attrs.get("complete") is True else "NOT complete: run the same `scalecryo convert` again"
     size = sum(level * level for level in store.levels) * store.count * (2 if store.dtype == "float16" else 4)
-    say(f"{urls.shown(path)}: particle store, {state}")
+    say(f"{urls.redacted(path)}: particle store, {state}")
     say(f"  {store.count:,} particles, box {store.box_size} px, {store.pixel_size:.4g} Å/px, {store.dtype}")
     say(f"  levels {', '.join(map(str, store.levels))} px; {size / 1e9:.3g} GB of images")
     blocks = ", ".join(str(store.block_rows(level)) for level in store.levels)
@@ -82,7 +82,7 @@ def _store(path: str) -> None:
 
 def _run(path: str) -> None:
     present = [name for name in _RUN_FILES if urls.exists(urls.join(path, name))]
-    say(f"{urls.shown(path)}: run, {'finished' if len(present) == len(_RUN_FILES) else 'not finished'}")
+    say(f"{urls.redacted(path)}: run, {'finished' if len(present) == len(_RUN_FILES) else 'not finished'}")
     if present:
         say(f"  holds {', '.join(present)}")
     metrics = urls.join(path, "metrics.jsonl")

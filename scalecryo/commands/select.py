@@ -29,9 +29,9 @@ def run(
 ) -> None:
     """Write the rows that are asked for; a table of the source's own kind keeps every other byte or field."""
     if not out.endswith((".star", ".cs")):
-        raise UsageError(f"{urls.shown(out)}: name a .star or .cs file to write")
+        raise UsageError(f"{urls.redacted(out)}: name a .star or .cs file to write")
     if urls.exists(out):
-        raise OutputExistsError(f"{urls.shown(out)}: exists already; name another file")
+        raise OutputExistsError(f"{urls.redacted(out)}: exists already; name another file")
     if urls.is_folder(source):
         source = urls.join(source, "particles.star")
     selection = Selection(index, query, half, min_confidence)
@@ -40,14 +40,14 @@ def run(
     elif source.endswith((".cs", ".csg")):
         kept, count = _from_cs(source, out, selection, passthrough)
     else:
-        raise InputError(f"{urls.shown(source)}: give a .star, .cs or .csg table, or a run's folder")
-    say(f"{urls.shown(out)}: {kept:,} of {count:,} particles")
+        raise InputError(f"{urls.redacted(source)}: give a .star, .cs or .csg table, or a run's folder")
+    say(f"{urls.redacted(out)}: {kept:,} of {count:,} particles")
 
 
 def _from_star(source: str, out: str, selection: Selection, data_dir: str | None) -> tuple[int, int]:
     text = text_of(source)
     table = star.read_particles(source, text)
-    own = star.OwnColumns(text, urls.shown(source))
+    own = star.OwnColumns(text, urls.redacted(source))
     confidence = own.numbers(star.MAX_CONFIDENCE) if star.MAX_CONFIDENCE in own.names else None
     keep = selection.mask(table, confidence, own.names, own.numbers)
     if out.endswith(".star"):
@@ -79,7 +79,7 @@ def _box_of(table: ParticleTable, source: str, data_dir: str | None) -> npt.NDAr
 
 
 def _from_cs(source: str, out: str, selection: Selection, passthrough: tuple[str, ...]) -> tuple[int, int]:
-    where = urls.shown(source)
+    where = urls.redacted(source)
     rows = csrows.read(source, passthrough)
     table = cryosparc.table_of(rows, where)
     keep = selection.mask(table, cryosparc.confidence_of(rows, where), (), lambda name: np.empty(0))

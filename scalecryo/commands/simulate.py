@@ -40,7 +40,9 @@ def run(
     """
     existing = [name for name in _OUTPUTS if urls.exists(urls.join(out_dir, name))]
     if existing:
-        raise OutputExistsError(f"{urls.shown(out_dir)} already holds {existing[0]}: remove it, or name another folder")
+        raise OutputExistsError(
+            f"{urls.redacted(out_dir)} already holds {existing[0]}: remove it, or name another folder"
+        )
     if snr_db is not None and not math.isfinite(snr_db):
         raise InputError(f"a signal-to-noise ratio of {snr_db} dB means nothing: give a number, or leave it out")
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +60,7 @@ def run(
             urls.remove_tree(urls.join(out_dir, name))
         raise
     noise = "without noise" if snr_db is None else f"{snr_db:g} dB"
-    say(f"{urls.shown(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
+    say(f"{urls.redacted(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
 
 
 def _write_images(
@@ -88,7 +90,7 @@ def _density(structure: str, box: int, pixel_size: float) -> tuple[torch.Tensor,
         volume, own_pixel_size, _ = read_map(structure)
         if own_pixel_size <= 0 or len(set(volume.shape)) != 1:
             raise InputError(
-                f"{urls.shown(structure)}: {volume.shape} voxels of {own_pixel_size:g} Å: "
+                f"{urls.redacted(structure)}: {volume.shape} voxels of {own_pixel_size:g} Å: "
                 "a cubic map with a pixel size in its header is needed"
             )
         return fit_map(torch.from_numpy(volume), own_pixel_size, box, pixel_size), (0.0, 0.0, 0.0)

@@ -15,7 +15,7 @@ from scalecryo.errors import InputError, MissingInputError, StoreError
 def run(store: str, *, full: bool) -> None:
     """Check every object against the manifests and rows against the source; name everything that is wrong."""
     opened = ParticleStore.open(store)
-    shown = urls.shown(store)
+    shown = urls.redacted(store)
     checked, size, problems = _collect(check_objects(opened))
     say(f"{shown}: {checked:,} objects, {size / 1e6:,.1f} MB, checked against the manifests")
     if urls.list_folder(urls.join(store, PENDING)):

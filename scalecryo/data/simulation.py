@@ -104,9 +104,9 @@ class Projector:
         # A cubic B-spline is the square of the triangle's window in real space.
         corrected = volume * gridding_correction(self.box_size, float(PADDING)).square()
         transform = rfft3_centred(corrected, PADDING * self.box_size)
-        mate = transform[:, :, 1].flip(0, 1).roll((1, 1), (0, 1)).conj_physical()
+        friedel = transform[:, :, 1].flip(0, 1).roll((1, 1), (0, 1)).conj_physical()
         # A spline at kx < 1 reaches to kx = −1, so that column is stored too, in front.
-        self._transform = torch.cat([mate[:, :, None], transform], dim=-1).numpy()
+        self._transform = torch.cat([friedel[:, :, None], transform], dim=-1).numpy()
         box = PADDING * self.box_size
         ky, kx = torch.meshgrid(torch.fft.fftfreq(box, 1 / box), torch.arange(box // 2 + 1.0), indexing="ij")
         self._kx, self._ky = kx.flatten(), ky.flatten()

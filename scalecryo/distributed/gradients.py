@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,18 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from scalecryo.config import Traffic
+from scalecryo.config import ReduceDtype
 from scalecryo.distributed.world import World
-from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
-from scalecryo.model.inputs import ParticleInputs
-
-_VOXELS = "volume.voxels"
 
 
-def replicated(module: nn.Module, traffic: Traffic) -> nn.Module:
+def replicated(module: nn.Module, reduce_dtype: ReduceDtype) -> nn.Module:
     """A module whose gradients are averaged over the workers in the backward pass, and travel in that precision."""
     replica = DistributedDataParallel(module, forward_sync_buffers=False)
-    if traffic == "bfloat16":
+    if reduce_dtype == "bfloat16":
         replica.register_comm_hook(None, _in_bfloat16)
     return replica
 
@@ -38,7 +35,23 @@ class Replica:
     `VolumeReduction`.
     """
 
-    def __init__(self, model: AutoEncoder, world: World, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        reduce_dtype: ReduceDtype,
+        *,
+        voxels: nn.Parameter,
+        window: Float[Tensor, "n n n"],
+    ) -> None:
+        """
+        Args:
+            model: of which `voxels` is one parameter.
+            world: the workers.
+            reduce_dtype: that gradients travel in.
+            voxels: the volume.
+            window: factor that each voxel is used with; 0: not at all.
+        """
         self._world = world
         self._module: nn.Module = model
         self._volume: VolumeReduction | None = None
@@ -46,18 +59,18 @@ class Replica:
         """That this worker gives to reductions in a step, its gradients'."""
         if world.size == 1:
             return
-        dtype: torch.dtype = getattr(torch, traffic)
-        self._volume = VolumeReduction(model.volume.voxels, model.volume.window, world, dtype)
-        others = [p for name, p in model.named_parameters() if name != _VOXELS and p.requires_grad]
+        dtype: torch.dtype = getattr(torch, reduce_dtype)
+        self._volume = VolumeReduction(voxels, window, world, dtype)
+        others = [p for p in model.parameters() if p is not voxels and p.requires_grad]
         if others:  # DDP refuses a model of none
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [_VOXELS])
-            self._module = replicated(model, traffic)
+            own = [name for name, p in model.named_parameters() if p is voxels]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+            self._module = replicated(model, reduce_dtype)
         self.step_bytes = self._volume.step_bytes + sum(p.numel() for p in others) * dtype.itemsize
 
-    def __call__(self, inputs: ParticleInputs) -> AutoEncoderOutput:
+    def __call__(self, *inputs: Any) -> Any:
         """The model's forward pass."""
-        output: AutoEncoderOutput = self._module(inputs)
-        return output
+        return self._module(*inputs)
 
     @contextmanager
     def unjoined(self) -> Iterator[None]:
@@ -74,9 +87,9 @@ class Replica:
     def finish(self) -> None:
         """After the backward pass: wait until the gradients of all workers are in. Collective."""
         if self._volume is not None:
-            with self._world.watch.part("reduce"):
+            with self._world.timer.part("reduce"):
                 self._volume.finish()
-            self._world.watch.reduced_bytes += self.step_bytes
+            self._world.timer.reduced_bytes += self.step_bytes
 
 
 class VolumeReduction:

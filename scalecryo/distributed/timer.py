@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Stopwatch:
+class Timer:
     """Wall-clock seconds by part of the work, on this worker. On a GPU, kernels still in flight count where awaited.
 
     Attributes:

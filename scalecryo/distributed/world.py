@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalecryo.distributed.timer import Stopwatch
+from scalecryo.distributed.timer import Timer
 
 TOGETHER_BYTES = 2**22  # smaller tensors are copied into one: a reduction costs a round trip each
 
@@ -19,24 +19,24 @@ class World:
 
     rank: int = 0
     size: int = 1
-    watch: Stopwatch = field(default_factory=Stopwatch, compare=False, repr=False)
+    timer: Timer = field(default_factory=Timer, compare=False, repr=False)
     """Counts the seconds spent in the collectives below, waiting for slower workers included."""
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this worker writes files and reports."""
         return self.rank == 0
 
-    def sum_(self, *tensors: Tensor) -> None:
+    def all_reduce_(self, *tensors: Tensor) -> None:
         """Add each tensor over all workers, in place. Collective; small ones travel together."""
         if self.size == 1:
             return
-        with self.watch.part("reduce"):
+        with self.timer.part("reduce"):
             small: dict[torch.dtype, list[Tensor]] = {}
             for tensor in tensors:
                 # gloo has no complex reduction: reduce the real view of the same memory.
                 real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-                self.watch.reduced_bytes += real.nbytes
+                self.timer.reduced_bytes += real.nbytes
                 if real.nbytes < TOGETHER_BYTES:
                     small.setdefault(real.dtype, []).append(real)
                 else:
@@ -47,14 +47,14 @@ class World:
                 for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
-    def sum_later(self, tensor: Tensor) -> Callable[[], None]:
+    def all_reduce_async(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to add a tensor over all workers, in place; call what is returned before it is used. Collective."""
         if self.size == 1:
             return lambda: None
         work = dist.all_reduce(tensor, async_op=True)
 
         def settle() -> None:
-            with self.watch.part("reduce"):
+            with self.timer.part("reduce"):
                 work.wait()
 
         return settle
@@ -64,8 +64,8 @@ class World:
         if self.size == 1:
             return [tensor]
         gathered: list[Tensor | None] = [None] * self.size
-        dist.gather_object(tensor, gathered if self.leads else None)
-        return [part for part in gathered if part is not None] if self.leads else []
+        dist.gather_object(tensor, gathered if self.is_leader else None)
+        return [part for part in gathered if part is not None] if self.is_leader else []
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every worker's tensor, on every worker; first sizes may differ. Collective."""

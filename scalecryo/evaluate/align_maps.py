@@ -24,7 +24,7 @@ _GRID = 4608
 _SEARCH_RADIUS = 6.0
 # Candidates of the search in each hand; radii of refinement (cycles per box), steps, and how many go on after each.
 _CANDIDATES = 12
-_LADDER = ((10.0, 8, 6), (20.0, 20, 2), (40.0, 20, 1), (math.inf, 20, 1))
+_RADII = ((10.0, 8, 6), (20.0, 20, 2), (40.0, 20, 1), (math.inf, 20, 1))
 _SYMMETRY_RADIUS = 16.0
 
 
@@ -92,7 +92,7 @@ def align_maps(
             candidates += [
                 Alignment(rotation, mirrored, shift, score) for rotation, shift, score in comparison.search(_CANDIDATES)
             ]
-    for radius, steps, keep in _LADDER:
+    for radius, steps, keep in _RADII:
         candidates = [comparisons[start.mirrored].refine(start, radius, steps) for start in candidates]
         candidates = sorted(candidates, key=lambda found: -found.score)[:keep]
         if radius >= volume_true.shape[-1] / 2:
@@ -115,7 +115,7 @@ def rotational_symmetry(
     for rotation, shift, _ in comparison.search(40, away_deg=smallest_deg):
         start = Alignment(rotation, False, shift, 0.0)
         # A quick look first: most starts end at a rotation that is known already, or at none.
-        for radius, steps, least in ((_LADDER[0][0], 8, threshold - 0.2), (_SYMMETRY_RADIUS, 20, threshold)):
+        for radius, steps, least in ((_RADII[0][0], 8, threshold - 0.2), (_SYMMETRY_RADIUS, 20, threshold)):
             start = comparison.refine(start, radius, steps)
             distance = geodesic_angle(torch.stack(found), start.rotation.mT.expand(len(found), 3, 3))
             if start.score < least or float(distance[0]) < smallest_deg or float(distance.min()) < 10:

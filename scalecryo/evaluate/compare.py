@@ -23,7 +23,7 @@ class PoseComparison:
     Attributes:
         alignment: of the even rows.
         errors: of rotations.
-        modulo: the same with each particle at its nearest symmetry mate; None without symmetry.
+        modulo: the same with each particle at its nearest symmetry-related pose; None without symmetry.
         shift_median_px: None where one side has no shifts.
     """
 
@@ -110,7 +110,8 @@ def compare_maps(
     initial: list[Alignment] = []
     if poses is not None and poses.score > _TRUSTED:
         initial = [
-            Alignment(mate @ poses.rotation.to(mate), poses.mirrored, torch.zeros(3), poses.score) for mate in symmetry
+            Alignment(operator @ poses.rotation.to(operator), poses.mirrored, torch.zeros(3), poses.score)
+            for operator in symmetry
         ]
     alignment = align_maps(volume, truth, initial, search=not initial)
     aligned = apply_alignment(volume, alignment)

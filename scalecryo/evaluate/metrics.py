@@ -35,13 +35,13 @@ def rotation_errors(
 ) -> RotationErrors:
     """Errors of `aligned` rotations (already turned into the true frame, see `Alignment.rotations`).
 
-    With `symmetry`, rotations S of the true map with V(S x) ≈ V(x), a pose R and its mates S R give the same image, and
-    each particle counts with its nearest mate.
+    With `symmetry`, rotations S of the true map with V(S x) ≈ V(x), a pose R and its symmetry-related poses S R give
+    the same image, and each particle counts with the nearest of them.
     """
     if symmetry is not None:
-        mates = torch.einsum("gij,njk->ngik", symmetry.to(truth), truth)
-        nearest = geodesic_angle(aligned[:, None].expand_as(mates), mates).argmin(dim=1)
-        truth = mates[torch.arange(len(truth)), nearest]
+        related = torch.einsum("gij,njk->ngik", symmetry.to(truth), truth)
+        nearest = geodesic_angle(aligned[:, None].expand_as(related), related).argmin(dim=1)
+        truth = related[torch.arange(len(truth)), nearest]
     angle = geodesic_angle(aligned, truth)
     frobenius2 = (aligned - truth).square().sum(dim=(-2, -1))
     cosine = (aligned[:, :, 2] * truth[:, :, 2]).sum(-1)

@@ -5,9 +5,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.physics.fft import FourierPixels, irfft3_centred
-from scalecryo.physics.fourier_slice import add_plane_mates, gridding_correction, insert_slices, padded_box
+from scalecryo.physics.fourier_slice import add_friedel_pairs, gridding_correction, insert_slices, padded_box
 from scalecryo.physics.fsc import shell_index_3d
-from scalecryo.physics.image_formation import Filtered, shift_ramp
+from scalecryo.physics.image_formation import CtfWeightedImages, shift_ramp
 from scalecryo.physics.kernels.backend import choose_backend, cuda_kernels
 from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
 from scalecryo.physics.mask import soft_sphere
@@ -29,14 +29,15 @@ class MapAccumulator:
 
     def add(
         self,
-        images: Filtered,
+        images: CtfWeightedImages,
         rotation: Float[Tensor, "b 3 3"],
         shift_px: Float[Tensor, "b 2"],
         weight: Float[Tensor, " b"],
         pixels: FourierPixels,
     ) -> None:
         """Insert images (packed by `pixels`, times their CTF) at their poses, each with a weight."""
-        # Half the Hermitian weight, and `add_plane_mates` when solving: every pixel and its mate count once.
+        # Half the Hermitian weight, and `add_friedel_pairs` when solving: every pixel and its Friedel partner count
+        # once.
         once, grids = pixels.weight / 2, (self.numerator, self.denominator)
         backend = choose_backend(self.numerator)
         if backend == "cpu":
@@ -59,7 +60,7 @@ class MapAccumulator:
         """Samples of the padded grid per cycle a box."""
         return self.padded_box / self.box_size
 
-    def forget(self, keep: float) -> None:
+    def decay(self, keep: float) -> None:
         """Multiply what has been inserted by a factor below 1."""
         self.numerator *= keep
         self.denominator *= keep
@@ -100,8 +101,8 @@ class MapAccumulator:
                 hardly any image covers from blowing up.
         """
         shells = shell_index_3d(self.padded_box, self.numerator.device).flatten()
-        numerator = add_plane_mates(self.numerator.clone())
-        weight = add_plane_mates(self.denominator.clone()).flatten()
+        numerator = add_friedel_pairs(self.numerator.clone())
+        weight = add_friedel_pairs(self.denominator.clone()).flatten()
         count = torch.zeros(int(shells.max()) + 1, device=weight.device)  # host sync: once per map
         total = count.clone().index_add_(0, shells, weight)
         count.index_add_(0, shells, torch.ones_like(weight))

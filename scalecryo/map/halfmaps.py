@@ -10,7 +10,7 @@ from torch import Tensor
 from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.physics.fft import FourierPixels, irfft3_centred, rfft3_centred
 from scalecryo.physics.fsc import fsc, shell_index_3d
-from scalecryo.physics.image_formation import Filtered
+from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.mask import mask_from_map
 
 
@@ -41,7 +41,7 @@ class HalfMaps:
 
     def add(
         self,
-        images: Filtered,
+        images: CtfWeightedImages,
         rotation: Float[Tensor, "b 3 3"],
         shift_px: Float[Tensor, "b 2"],
         weight: Float[Tensor, " b"],
@@ -54,16 +54,16 @@ class HalfMaps:
             if len(own):
                 accumulator.add(images.select(own), rotation[own], shift_px[own], weight[own], pixels)
 
-    def reduce(self, sum_: Callable[..., None], radius: float) -> None:
+    def reduce(self, all_reduce_: Callable[..., None], radius: float) -> None:
         """Add what several workers inserted. Collective.
 
         Args:
-            sum_: adds tensors over the workers, in place.
+            all_reduce_: adds tensors over the workers, in place.
             radius: Fourier pixels up to which images were inserted.
         """
         for half in self.halves:
             parts = half.within(radius)
-            sum_(*parts)
+            all_reduce_(*parts)
             half.put_within(radius, *parts)
 
     def solve(self, pixel_size: float) -> HalfMapResult:

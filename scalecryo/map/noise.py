@@ -19,7 +19,7 @@ class NoiseSpectrum:
         self.power = torch.zeros(shells, dtype=torch.float64, device=device)
         self.count = torch.zeros(shells, dtype=torch.float64, device=device)
 
-    def forget(self, keep: float) -> None:
+    def decay(self, keep: float) -> None:
         """Multiply what has been seen by a factor below 1."""
         self.power *= keep
         self.count *= keep

@@ -124,7 +124,7 @@ def irfft3_centred(transform: Complex[Tensor, "d d h"], box_size: int) -> Float[
 def _low_frequencies(transform: Tensor, small: int, large: int, dims: int, grow: bool) -> Tensor:
     """Keep |k| < small/2 per axis, in a box of `small` px (or, growing, put them in a box of `large` px).
 
-    The small box's Nyquist planes are zero in the result: they have no mate, so they could not be both real
+    The small box's Nyquist planes are zero in the result: they have no Friedel partner, so they could not be both real
     and unambiguous, and no Fourier pixel of this package reaches them.
     """
     keep, gap = small // 2, large - small
@@ -252,16 +252,17 @@ class FourierPixels:
         """Where each pixel of an image turned by +90 degrees, x towards y, comes from.
 
         Returns:
-            The packed pixel to read, and whether to conjugate it: the turned (kx, ky) is the old (ky, -kx), or its mate
-            where that is not stored. The turned image's pose is R Rz(90°)ᵀ. Exact: the lattice turns onto itself.
+            The packed pixel to read, and whether to conjugate it: the turned (kx, ky) is the old (ky, -kx), or its
+            Friedel partner where that is not stored. The turned image's pose is R Rz(90°)ᵀ. Exact: the lattice turns
+            onto itself.
         """
         x, y = self.ky.round().long(), -self.kx.round().long()
-        mate = x < 0
-        x, y = torch.where(mate, -x, x), torch.where(mate, -y, y)
+        friedel = x < 0
+        x, y = torch.where(friedel, -x, x), torch.where(friedel, -y, y)
         columns = self.box_size // 2 + 1
         position = torch.full((self.box_size * columns,), -1, device=self.index.device)
         position[self.index] = torch.arange(len(self), device=self.index.device)
-        return position[(y % self.box_size) * columns + x], mate
+        return position[(y % self.box_size) * columns + x], friedel
 
 
 def fourier_pixels(box_size: int, radius: float | None = None) -> FourierPixels:
@@ -270,7 +271,7 @@ def fourier_pixels(box_size: int, radius: float | None = None) -> FourierPixels:
     Args:
         box_size: box of the images, px, even.
         radius: cycles per box; the default, and the most allowed, is box_size/2 - 1, the last shell whose
-            coefficients all have their mates.
+            coefficients all have their Friedel partners.
 
     Raises:
         InputError: an odd box, or a radius outside 0 .. box_size/2 - 1.

@@ -206,12 +206,12 @@ def insert_slices(
     """Spread slices over the half-complex grid of box d = padded_box: the adjoint of `extract_slices`.
 
     Re<extract_slices(V), S> = Re<V, insert_slices(S)>, both sums over the *stored* entries, each once: every sample
-    lands once, at q or at its mate -q (conjugated), whichever has q_x >= 0. Real values (weights) are spread the same
-    way onto a real grid, without conjugation.
+    lands once, at q or at its Friedel partner -q (conjugated), whichever has q_x >= 0. Real values (weights) are spread
+    the same way onto a real grid, without conjugation.
 
-    For the sum over all samples and all their mates, as a reconstruction needs, insert values * weight / 2, with
-    `FourierPixels.weight` (the kx = 0 column of a half disc already holds its own mates), and call `add_plane_mates`
-    once at the end.
+    For the sum over all samples and all their Friedel partners, as a reconstruction needs, insert values * weight / 2,
+    with `FourierPixels.weight` (the kx = 0 column of a half disc already holds its own Friedel partners), and call
+    `add_friedel_pairs` once at the end.
 
     Not differentiable.
 
@@ -231,13 +231,13 @@ def insert_slices(
     return out
 
 
-def add_plane_mates(grid: Shaped[Tensor, "d d h"]) -> Shaped[Tensor, "d d h"]:
-    """Add to every entry of the kx = 0 plane the conjugate of its mate at (-kz, -ky), in place.
+def add_friedel_pairs(grid: Shaped[Tensor, "d d h"]) -> Shaped[Tensor, "d d h"]:
+    """Add to every entry of the kx = 0 plane the conjugate of its Friedel partner at (-kz, -ky), in place.
 
-    That plane is the only one whose mates are stored too, and where inserted samples within one voxel of it must
-    appear twice. Afterwards the grid is the half of a Hermitian one.
+    That plane is the only one whose Friedel partners are stored too, and where inserted samples within one voxel of it
+    must appear twice. Afterwards the grid is the half of a Hermitian one.
     """
     plane = grid[:, :, 0]
-    mate = plane.flip(0, 1).roll((1, 1), (0, 1))
-    grid[:, :, 0] = plane + mate.conj()
+    friedel = plane.flip(0, 1).roll((1, 1), (0, 1))
+    grid[:, :, 0] = plane + friedel.conj()
     return grid

@@ -32,7 +32,7 @@ def _shell_index(box_size: int, dims: int, device: torch.device | str | None) ->
 def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "s"]:
     """Sum of a real half-complex field over each shell of the full transform, in double precision."""
     half = box_size // 2
-    # Columns kx = 0 and kx = N/2 are their own mates.
+    # Columns kx = 0 and kx = N/2 are their own Friedel partners.
     weight = torch.full((half + 1,), 2.0, dtype=torch.float64, device=values.device)
     weight[0] = weight[half] = 1.0
     shell = _shell_index(box_size, values.ndim, values.device).clamp_max(half + 1)

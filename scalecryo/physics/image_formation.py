@@ -13,7 +13,7 @@ from scalecryo.physics.fft import FourierPixels, rfft2_centred
 _AT_ONCE = 16  # images on the padded box: few enough to stay in a processor's cache
 
 
-class Filtered(NamedTuple):
+class CtfWeightedImages(NamedTuple):
     """Images as a reconstruction sums them up.
 
     Attributes:
@@ -24,9 +24,9 @@ class Filtered(NamedTuple):
     values: Complex[Tensor, "b p"]
     power: Float[Tensor, "b p"] | None
 
-    def select(self, keep: Tensor) -> "Filtered":
+    def select(self, keep: Tensor) -> "CtfWeightedImages":
         """Some of the images, by mask or index."""
-        return Filtered(self.values[keep], None if self.power is None else self.power[keep])
+        return CtfWeightedImages(self.values[keep], None if self.power is None else self.power[keep])
 
 
 def shift_ramp(
@@ -56,14 +56,14 @@ def form_images(
     return images if shift_px is None else images * shift_ramp(shift_px, kx, ky, box_size)
 
 
-def filtered(transforms: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None) -> Filtered:
+def filtered(transforms: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None) -> CtfWeightedImages:
     """Images times their CTF, pixel by pixel: right where the CTF turns slowly from one Fourier pixel to the next."""
-    return Filtered(transforms, None) if ctf is None else Filtered(transforms * ctf, ctf.square())
+    return CtfWeightedImages(transforms, None) if ctf is None else CtfWeightedImages(transforms * ctf, ctf.square())
 
 
-def filtered_on_padded_box(
+def ctf_weighted_on_padded_box(
     images: Float[Tensor, "b n n"], optics: CtfParameters, pixel_size: float, pixels: FourierPixels
-) -> Filtered:
+) -> CtfWeightedImages:
     """Images times their CTF as the adjoint of what the microscope and the cutting out did.
 
     The CTF moves signal outwards (by lambda D s: 150 Å at 1.2 µm and 1.6 Å), partly out of the box. On a box padded to
@@ -88,7 +88,7 @@ def filtered_on_padded_box(
         rows = torch.fft.ifft(wide, dim=-2)[:, :box_size]
         back = torch.fft.irfft(rows, n=box, dim=-1)[:, :, :box_size]
         parts.append(pixels.pack(rfft2_centred(back)))
-    return Filtered(torch.cat(parts), ctf_power_in_box(optics, pixels.kx, pixels.ky, box_size, pixel_size))
+    return CtfWeightedImages(torch.cat(parts), ctf_power_in_box(optics, pixels.kx, pixels.ky, box_size, pixel_size))
 
 
 def _half_plane(box: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Poses of a batch against a reference: exhaustive search, separated modes, polish, choice."""
+"""Poses of a batch against a reference: exhaustive search, separated modes, local refinement, choice."""
 
 import dataclasses
 import math
@@ -13,16 +13,16 @@ from torch import Tensor
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.image_formation import form_images, shift_ramp
+from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import geodesic_angle
-from scalecryo.pose.local_refinement import PolishVolume, evaluate_poses, polish
+from scalecryo.pose.local_refinement import PackedVolume, evaluate_poses, refine_poses
 from scalecryo.pose.modes import separated_modes
-from scalecryo.pose.search import grid_posterior, templates, turned_grid, with_mates
-from scalecryo.train.observed import Observed
+from scalecryo.pose.search import grid_posterior, templates, turned_grid, with_flips
 
 SEPARATION_DEG = 25.0
 KEEP = 64
-HOPELESS, LEAST_MARGIN = 0.1, 20.0  # a share, and nats
+PRUNE_FRACTION, PRUNE_MARGIN_NATS = 0.1, 20.0  # a share, and nats
 SAME = 15.0  # degrees times Fourier pixels: a quarter of the turn that moves the outermost pixel by one
 
 
@@ -43,9 +43,9 @@ class Reference:
     pixels: FourierPixels
 
     @cached_property
-    def volume(self) -> PolishVolume:
-        """The transform as the polish takes it; what it prepares is kept for the next batch."""
-        return PolishVolume(self.transform)
+    def volume(self) -> PackedVolume:
+        """The transform as local refinement takes it; what it prepares is kept for the next batch."""
+        return PackedVolume(self.transform)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Refined:
 
     Attributes:
         rotation, shift_px: at the reference's level.
-        confidence: posterior probability among the candidates that were polished.
+        confidence: posterior probability among the candidates that were refined.
         cost: negative log-likelihood up to a constant of the image.
     """
 
@@ -78,17 +78,17 @@ class GridSearch:
         self.near = reference.pixels.prefix(radius)
         self.weight = reference.noise.pixel_weight(self.near)
         half = turned_grid(grid, generator)
-        self.rotations = with_mates(half)
+        self.rotations = with_flips(half)
         self.bank = templates(reference.transform, half, self.near, reference.scale)
 
-    def modes(self, own: Observed, shift_grid_px: Float[Tensor, "t 2"], count: int) -> PoseCandidates:
+    def modes(self, own: ParticleImages, shift_grid_px: Float[Tensor, "t 2"], count: int) -> PoseCandidates:
         """The `count` best separated modes of each particle, over a grid of shifts as well."""
         near = own.prefix(len(self.near))
         posterior = grid_posterior(near.images, near.ctf, self.weight, self.bank, shift_grid_px, self.near, keep=KEEP)
         found = posterior.candidates(self.rotations, shift_grid_px)
         return separated_modes(found, count, SEPARATION_DEG)
 
-    def modes_near(self, own: Observed, shift_px: Float[Tensor, "b 2"], count: int) -> PoseCandidates:
+    def modes_near(self, own: ParticleImages, shift_px: Float[Tensor, "b 2"], count: int) -> PoseCandidates:
         """The same at each particle's own shift: the images are brought to the centre first."""
         back = shift_ramp(-shift_px, self.near.kx, self.near.ky, self.near.box_size)
         centred = dataclasses.replace(own.prefix(len(self.near)), images=own.images[:, : len(self.near)] * back)
@@ -96,19 +96,19 @@ class GridSearch:
         return dataclasses.replace(found, shift_px=found.shift_px + shift_px[:, None])
 
 
-def polish_candidates(
-    own: Observed,
+def refine_candidates(
+    own: ParticleImages,
     candidates: PoseCandidates,
     reference: Reference,
     steps: Sequence[tuple[float, int]],
     *,
     fit_shift: bool,
-    hopeless: float = HOPELESS,
+    prune_fraction: float = PRUNE_FRACTION,
 ) -> Refined:
-    """Polish every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
+    """Refine every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
 
-    On the way, those far behind their image's best are left: by more than `hopeless` of what the best gains over an
-    empty image, since one that starts at a grid's point has still some way to go. So are those that have arrived
+    On the way, those far behind their image's best are left: by more than `prune_fraction` of what the best gains over
+    an empty image, since one that starts at a grid's point has still some way to go. So are those that have arrived
     where the best is. Two candidates that end within a degree of each other are one: only separate ones share the
     probability.
     """
@@ -119,7 +119,7 @@ def polish_candidates(
         near = reference.pixels.prefix(radius)
         part = own.prefix(len(near))
         part = part if len(image) == count else part.select(image)  # one each: in the images' own order
-        found = polish(
+        found = refine_poses(
             reference.volume, part.images, rotation, shift, part.ctf, reference.noise.pixel_weight(near), near,
             reference.scale, passes=passes, fit_shift=fit_shift,
         )  # fmt: skip
@@ -127,7 +127,7 @@ def polish_candidates(
         lead = cost.new_full((count,), torch.inf).scatter_reduce_(0, image, cost, "amin")
         if each > 1 and number < len(steps) - 1:
             gain = empty_cost(own.images[:, : len(near)], reference.noise.pixel_weight(near)) - lead
-            margin = LEAST_MARGIN + hopeless * gain.clamp_min(0)
+            margin = PRUNE_MARGIN_NATS + prune_fraction * gain.clamp_min(0)
             best = _leaders(cost, lead, image)
             apart = geodesic_angle(rotation, rotation[best[image]]) > SAME / radius
             apart[best] = True
@@ -142,8 +142,8 @@ def polish_candidates(
 
 def _leaders(cost: Tensor, lead: Tensor, image: Tensor) -> Tensor:
     """Which candidate leads each image; of equals, which are the same pose twice, any."""
-    leads = (cost == lead[image]).nonzero()[:, 0]  # host sync
-    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_(0, image[leads], leads)
+    is_leader = (cost == lead[image]).nonzero()[:, 0]  # host sync
+    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_(0, image[is_leader], is_leader)
 
 
 def scatter(first: PoseCandidates, at_first: Tensor, second: PoseCandidates, at_second: Tensor) -> PoseCandidates:
@@ -165,7 +165,7 @@ def join(first: PoseCandidates, second: PoseCandidates) -> PoseCandidates:
     )
 
 
-def predictions(own: Observed, found: Refined, reference: Reference, count: int) -> tuple[Observed, Tensor]:
+def predictions(own: ParticleImages, found: Refined, reference: Reference, count: int) -> tuple[ParticleImages, Tensor]:
     """The first so many particles of a batch, and what the reference predicts for them at the poses found."""
     few, pixels = own.select(torch.arange(min(count, len(own)), device=own.rows.device)), reference.pixels
     predicted = templates(reference.transform, found.rotation[:count], pixels, reference.scale)
@@ -173,19 +173,19 @@ def predictions(own: Observed, found: Refined, reference: Reference, count: int)
     return few, form_images(predicted, few.ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
 
 
-def likelihood_gain(own: Observed, found: Refined, reference: Reference, radius: float) -> Float[Tensor, " b"]:
-    """Log-likelihood ratio of the poses found, polished to that radius, over an empty map."""
+def likelihood_gain(own: ParticleImages, found: Refined, reference: Reference, radius: float) -> Float[Tensor, " b"]:
+    """Log-likelihood ratio of the poses found, refined to that radius, over an empty map."""
     near = reference.pixels.prefix(radius)
     return empty_cost(own.images[:, : len(near)], reference.noise.pixel_weight(near)) - found.cost
 
 
 def empty_cost(images: Tensor, pixel_weight: Tensor) -> Tensor:
-    """Cost of each image, as in `polish`, against an empty map."""
+    """Cost of each image, as in `refine_poses`, against an empty map."""
     return 0.5 * (images.abs().square().double() @ pixel_weight.double())
 
 
 def presence(
-    own: Observed, found: Refined, reference: Reference, radius: float, shift_radius_px: float
+    own: ParticleImages, found: Refined, reference: Reference, radius: float, shift_radius_px: float
 ) -> Float[Tensor, " b"]:
     """Probability that an image shows the particle at all, at even odds beforehand.
 

@@ -5,8 +5,8 @@ The cost of an image is its negative log-likelihood up to a constant,
     sum over pixels of w |Y - CTF ramp(shift) slice(R)|^2 / 2,    w = Hermitian weight / noise variance,
 
 and Gauss-Newton's matrix comes with the residual in one pass, by the analytic gradient of the trilinear interpolation.
-Compiled kernels on the CPU (`refine_cpu`); batched tensors elsewhere (`local_refinement_torch`), whose sums over pixels come from
-one fused kernel on a GPU, and from torch in double precision.
+Compiled kernels on the CPU (`refine_cpu`); batched tensors elsewhere (`local_refinement_torch`), whose sums over pixels
+come from one fused kernel on a GPU, and from torch in double precision.
 """
 
 import math
@@ -33,8 +33,8 @@ _SAMPLES_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Polished:
-    """Poses after polish, and what they cost."""
+class RefinedPoses:
+    """Poses after local refinement, and what they cost."""
 
     rotation: Float[Tensor, "b 3 3"]
     shift_px: Float[Tensor, "b 2"]
@@ -44,8 +44,8 @@ class Polished:
     """Of the poses given."""
 
 
-class PolishVolume:
-    """A transform that many batches are polished against: the compiled kernels' copies of it, by radius, are kept."""
+class PackedVolume:
+    """A transform that many batches are refined against: the compiled kernels' copies of it, by radius, are kept."""
 
     def __init__(self, volume_rfft: Complex[Tensor, "d d h"]) -> None:
         self.volume_rfft = volume_rfft
@@ -59,8 +59,8 @@ class PolishVolume:
 
 
 @torch.no_grad()
-def polish(
-    volume: Complex[Tensor, "d d h"] | PolishVolume,
+def refine_poses(
+    volume: Complex[Tensor, "d d h"] | PackedVolume,
     observed: Complex[Tensor, "b p"],
     rotation: Float[Tensor, "b 3 3"],
     shift_px: Float[Tensor, "b 2"],
@@ -74,7 +74,7 @@ def polish(
     max_turn_deg: float = 10.0,
     max_shift_px: float = 2.0,
     backend: Backend | None = None,
-) -> Polished:
+) -> RefinedPoses:
     """Refine poses by a few damped Gauss-Newton passes. No pose gets worse: one that no pass helped returns as it was.
 
     The basin is about a Fourier pixel's turn wide: from an error of e degrees start at a radius of about 60/e and raise
@@ -104,11 +104,11 @@ def polish(
         raise InputError(f"passes is {passes}: give 0 (cost only) or more")
     limits = passes, 5 if fit_shift else 3, math.radians(max_turn_deg), float(max_shift_px)
     if backend == "numba":
-        turned, moved, before, after = _polish_numba(data, rotation, shift_px, limits)
+        turned, moved, before, after = _refine_numba(data, rotation, shift_px, limits)
     else:
-        turned, moved, before, after = _polish_batched(data, rotation, shift_px, limits, backend)
+        turned, moved, before, after = _refine_batched(data, rotation, shift_px, limits, backend)
     better = after < before
-    return Polished(
+    return RefinedPoses(
         rotation=torch.where(better[:, None, None], turned.to(rotation.dtype), rotation),
         shift_px=torch.where(better[:, None], moved.to(shift_px.dtype), shift_px),
         cost=after,
@@ -118,7 +118,7 @@ def polish(
 
 @torch.no_grad()
 def evaluate_poses(
-    volume: Complex[Tensor, "d d h"] | PolishVolume,
+    volume: Complex[Tensor, "d d h"] | PackedVolume,
     observed: Complex[Tensor, "b p"],
     rotation: Float[Tensor, "b k 3 3"],
     shift_px: Float[Tensor, "b k 2"],
@@ -129,9 +129,9 @@ def evaluate_poses(
     *,
     backend: Backend | None = None,
 ) -> Float[Tensor, "b k"]:
-    """Cost, as in `polish`, of k candidate poses for each image, in double precision.
+    """Cost, as in `refine_poses`, of k candidate poses for each image, in double precision.
 
-    Arguments and errors as in `polish`.
+    Arguments and errors as in `refine_poses`.
     """
     data = _Data(_as_volume(volume), observed, ctf, pixel_weight, pixels, scale)
     count, candidates = len(observed), rotation.shape[1]
@@ -153,7 +153,7 @@ def evaluate_poses(
 class _Data:
     """What poses are judged by, as the caller gave it."""
 
-    volume: PolishVolume
+    volume: PackedVolume
     observed: Complex[Tensor, "b p"]
     ctf: Float[Tensor, "b p"] | None
     pixel_weight: Float[Tensor, "p"]
@@ -223,28 +223,28 @@ class _Data:
         return problem, beyond
 
 
-def _as_volume(volume: Tensor | PolishVolume) -> PolishVolume:
-    return volume if isinstance(volume, PolishVolume) else PolishVolume(volume)
+def _as_volume(volume: Tensor | PackedVolume) -> PackedVolume:
+    return volume if isinstance(volume, PackedVolume) else PackedVolume(volume)
 
 
 _Found = tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, "b"], Float[Tensor, "b"]]
 """Rotation, shift, cost before and after."""
 
 
-def _polish_numba(data: _Data, rotation: Tensor, shift_px: Tensor, limits: tuple[int, int, float, float]) -> _Found:
+def _refine_numba(data: _Data, rotation: Tensor, shift_px: Tensor, limits: tuple[int, int, float, float]) -> _Found:
     turned, moved, cost = _float32(rotation).copy(), _float32(shift_px).copy(), np.zeros((len(rotation), 2))
     samples = data.observed.numel() * (limits[0] + 1)
-    in_threads(refine_cpu.polish_images, samples, *data.arrays(), limits, turned, moved, cost)
+    in_threads(refine_cpu.refine_images, samples, *data.arrays(), limits, turned, moved, cost)
     before, after = torch.from_numpy(cost).unbind(-1)
     return torch.from_numpy(turned), torch.from_numpy(moved), before, after
 
 
-def _polish_batched(
+def _refine_batched(
     data: _Data, rotation: Tensor, shift_px: Tensor, limits: tuple[int, int, float, float], backend: Backend
 ) -> _Found:
     problem, beyond = data.tensors(backend)
     parts = [
-        local_refinement_torch.polish_batch(problem.images(run), rotation[run], shift_px[run], *limits)
+        local_refinement_torch.refine_batch(problem.images(run), rotation[run], shift_px[run], *limits)
         for run in _runs(len(rotation), data.observed.shape[1])
     ]
     turned, moved, before, after = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -1,4 +1,5 @@
-"""Pose polish on any device: the algorithm of `refine_cpu` for whole batches, in single or double precision.
+"""Local refinement of poses on any device: the algorithm of `refine_cpu` for whole batches, in single or double
+precision.
 
 Everything is batched and nothing waits for the device: images that are done, or whose step failed, keep their pose.
 """
@@ -42,7 +43,7 @@ class _Cell(NamedTuple):
     """x varies fastest, then y, then z."""
     fraction: Float[Tensor, "3 b p"]
     sign: Float[Tensor, "b p"]
-    """-1 where the mate -q was taken."""
+    """-1 where the Friedel partner -q was taken."""
 
 
 def _locate(problem: Problem, rotation: Float[Tensor, "b 3 3"]) -> _Cell:
@@ -73,7 +74,7 @@ def _slices(cell: _Cell) -> Complex[Tensor, "b p"]:
 
 
 def _slopes(cell: _Cell) -> list[Complex[Tensor, "b p"]]:
-    """Derivatives of the slices by q_x, q_y, q_z. For a mate the chain rule brings a minus sign."""
+    """Derivatives of the slices by q_x, q_y, q_z. For a Friedel partner the chain rule brings a minus sign."""
     x, y, z = cell.fraction
     step, left = cell.corners[1::2] - cell.corners[0::2], cell.corners[0::2]
     lines = left + step * x
@@ -140,7 +141,7 @@ def _fused_sums(
 ) -> Float[Tensor, "b s"]:
     views = Views(rotation, shift_px, problem.ctf, problem.kx, problem.ky, problem.scale, problem.box_size)
     kernels = cuda_kernels()
-    sums: Tensor = kernels.polish_sums(
+    sums: Tensor = kernels.refinement_sums(
         problem.volume_rfft, problem.observed, views, problem.weight, derivatives=derivatives
     )
     return sums
@@ -188,7 +189,7 @@ def _cut(vector: Float[Tensor, "b n"], limit: float) -> Float[Tensor, "b n"]:
     return vector * factor
 
 
-def polish_batch(
+def refine_batch(
     problem: Problem,
     rotation: Float[Tensor, "b 3 3"],
     shift_px: Float[Tensor, "b 2"],
@@ -197,7 +198,8 @@ def polish_batch(
     most_turn: float,
     most_shift: float,
 ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, "b"], Float[Tensor, "b"]]:
-    """Polished rotation and shift, costs before and after; arguments as the limits of `refine_cpu.polish_images`."""
+    """RefinedPoses rotation and shift, costs before and after; arguments as the limits of
+    `refine_cpu.refine_images`."""
     before, matrix, gradient = normal_equations(problem, rotation, shift_px)
     cost, damping = before, torch.full_like(before, FIRST_DAMPING)
     for number in range(passes):

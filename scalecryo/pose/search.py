@@ -9,10 +9,11 @@ rotation R and shift t, up to the constant -1/2 sum_k w |Y|^2 of the image, is
 coefficient|^2 in the units of Y. Give the origin weight 0: an image's mean carries no pose. Both sums are matrix
 products.
 
-The projection at R Rz(180°), the *mate* of R, is the complex conjugate of the one at R. The real and the imaginary part
-of a template each contribute to both: their sum is the score of R, their difference that of the mate, and the second
+The projection at R Rz(180°), its *in-plane flip*, is the complex conjugate of the one at R. The real and the imaginary
+part
+of a template each contribute to both: their sum is the score of R, their difference that of the flip, and the second
 term is the same. So every template is scored as two rotations at the price of one; the first half of a grid is the
-one that templates are made for, the second half its mates (`with_mates`).
+one that templates are made for, the second half their flips (`with_flips`).
 """
 
 import math
@@ -45,7 +46,7 @@ class Posterior:
     """
 
     rotation_index: Int[Tensor, "b k"]
-    """Into the grid with mates, 2 h rotations."""
+    """Into the grid with flips, 2 h rotations."""
     shift_index: Int[Tensor, "b k"]
     """Into the shift grid."""
     log_likelihood: Float[Tensor, "b k"]
@@ -59,10 +60,10 @@ class Posterior:
         return PoseCandidates(rotations[self.rotation_index], shift_grid_px[self.shift_index], mass)
 
 
-def with_mates(rotations: Float[Tensor, "h 3 3"]) -> Float[Tensor, "2*h 3 3"]:
-    """The rotations, followed by their mates R Rz(180°).
+def with_flips(rotations: Float[Tensor, "h 3 3"]) -> Float[Tensor, "2*h 3 3"]:
+    """The rotations, followed by their flips R Rz(180°).
 
-    `with_mates(so3_grid(2304))` covers SO(3) slightly better than `so3_grid(4608)`: the mean distance to the nearest
+    `with_flips(so3_grid(2304))` covers SO(3) slightly better than `so3_grid(4608)`: the mean distance to the nearest
     grid rotation is 7.3° against 7.4°.
     """
     half_turn = rotations.new_tensor([-1.0, -1.0, 1.0])
@@ -70,7 +71,7 @@ def with_mates(rotations: Float[Tensor, "h 3 3"]) -> Float[Tensor, "2*h 3 3"]:
 
 
 def turned_grid(grid: Float[Tensor, "g 3 3"], generator: torch.Generator | None) -> Float[Tensor, "g 3 3"]:
-    """The grid turned by one random rotation Q, as Q R: spacing and mates are kept, no direction is preferred."""
+    """The grid turned by one random rotation Q, as Q R: spacing and flips are kept, no direction is preferred."""
     return random_rotations(1, generator, grid.device, grid.dtype) @ grid
 
 
@@ -98,7 +99,7 @@ def templates(
     pixels: FourierPixels,
     scale: float,
 ) -> Complex[Tensor, "h p"]:
-    """Slices of a reference at the grid rotations (without their mates), or at any others.
+    """Slices of a reference at the grid rotations (without their flips), or at any others.
 
     Arguments as `extract_slices`; made some slices at a time.
     """
@@ -118,7 +119,7 @@ def grid_posterior(
     keep: int,
     chunk_elements: int = 2**20,
 ) -> Posterior:
-    """Score every image at 2 h rotations (each template's and its mate's) times t shifts; keep the best few.
+    """Score every image at 2 h rotations (each template's and its flip's) times t shifts; keep the best few.
 
     Nothing of size b·t·h is ever stored: scores are made, ranked and summed a chunk at a time. Results do not depend on
     the chunk size but for rounding.
@@ -226,7 +227,7 @@ def _pair_scores(
     bank: Float[Tensor, "3 h p"],
     work: Float[Tensor, "2 n"],
 ) -> Float[Tensor, "b 2 t h"]:
-    """Log-likelihoods at the templates' rotations and at their mates, in work[0]; work[1] is overwritten too."""
+    """Log-likelihoods at the templates' rotations and at their flips, in work[0]; work[1] is overwritten too."""
     _, images, shifts, pixels = moved.shape
     real, imaginary, half_square = bank
     shape = (images, shifts, len(real))
@@ -251,7 +252,7 @@ class _Best:
         self.evidence = like.new_full((images,), -math.inf)
 
     def add(self, scores: Float[Tensor, "b 2 t w"], scratch: Float[Tensor, "n"], first: int, half: int) -> None:
-        """Take in the scores of templates `first`, first + 1, ... of `half`, and of their mates, at all shifts."""
+        """Take in the scores of templates `first`, first + 1, ... of `half`, and of their flips, at all shifts."""
         _, _, shifts, width = scores.shape
         flat = scores.flatten(1)
         value, at = largest(flat, min(self.keep, flat.shape[1]))

@@ -38,7 +38,7 @@ class RunFolder:
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise OutputError(
-                f"run folder {urls.shown(self.url)} cannot be written ({reason}): name another --out, or mend its "
+                f"run folder {urls.redacted(self.url)} cannot be written ({reason}): name another --out, or mend its "
                 "permissions"
             ) from error
 

@@ -74,7 +74,7 @@ class Monitor:
         values = {
             "loss": float(loss),  # host sync, as are those below: once in monitor.every steps
             "images_per_second": (step - before) * self.config.train.batch_size / seconds,
-            "images_per_second_a_worker": (step - before) * self.config.train.batch_size / seconds / self._world.size,
+            "images_per_second_per_worker": (step - before) * self.config.train.batch_size / seconds / self._world.size,
             "data_wait_share": (stream.wait_seconds - waited) / seconds,
             "stream/retries": stream.retries,
             "stream/mib_read": stream.bytes_read / 2**20,
@@ -96,12 +96,12 @@ class Monitor:
         """Seconds that this worker waited for the others' gradients, and what it sent, a step."""
         if self._world.size == 1:
             return {}
-        watch = self._world.watch
-        seconds, sent = watch.seconds.get("reduce", 0.0), watch.reduced_bytes
+        timer = self._world.timer
+        seconds, sent = timer.seconds.get("reduce", 0.0), timer.reduced_bytes
         before, self._reduced = self._reduced, (seconds, sent)
         return {
-            "reduce/seconds_a_step": (seconds - before[0]) / max(steps, 1),
-            "reduce/mib_a_step": (sent - before[1]) / 2**20 / max(steps, 1),
+            "reduce/seconds_per_step": (seconds - before[0]) / max(steps, 1),
+            "reduce/mib_per_step": (sent - before[1]) / 2**20 / max(steps, 1),
         }
 
     @torch.no_grad()

@@ -24,14 +24,14 @@ from scalecryo.evaluate.report import (
 from scalecryo.map.halfmaps import HalfMapResult
 from scalecryo.map.postprocess import FinalMap, postprocess
 from scalecryo.physics.fsc import resolution
+from scalecryo.physics.poses import Assignment
 from scalecryo.runs.folder import RunFolder
-from scalecryo.train.assignment import Assignment
 
 PANELS = {
     "halves/resolution_angstrom": "half-maps agree to (Å)",
-    "rung/radius": "polished to (Fourier px)",
-    "rung/moved_share": "share of particles that moved far",
-    "rung/seconds": "seconds",
+    "iteration/radius": "refined to (Fourier px)",
+    "iteration/moved_share": "share of particles that moved far",
+    "iteration/seconds": "seconds",
     "loss": "loss",
     "images_per_second": "images / s",
     "pose_spread": "pose spread",
@@ -121,7 +121,7 @@ def _sections(
     )
     planes = {"map": _numpy(final.map), "mask": _numpy(maps.mask)}
     steps, panels = _training_curves(run)
-    label = "rung" if config.pose.source == "guided" else "step"
+    label = "iteration" if config.pose.source == "guided" else "step"
     parts = [
         (Section("Summary", summary), ""),
         (Section("Fourier shell correlation", png=fsc_figure(curves, box, pixel_size)), "fsc"),

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from scalecryo.config import Config
-from scalecryo.data.io.retry import Patience
+from scalecryo.data.io.retry import RetryPolicy
 from scalecryo.data.particles import CTF_COLUMNS
 from scalecryo.data.selection.subset import Subset
 from scalecryo.data.storage.store import ParticleStore
@@ -68,7 +68,7 @@ def stream_of(
     return ParticleStream(
         store, level, order, rank=world.rank, world_size=world.size, start_step=start_step,
         columns=stream_columns(store), threads=config.stream.threads, device=device,
-        prefetch_bytes=config.stream.prefetch_mib << 20, patience=Patience(seconds=config.stream.patience_seconds),
+        prefetch_bytes=config.stream.prefetch_mib << 20, patience=RetryPolicy(seconds=config.stream.retry_seconds),
     )  # fmt: skip
 
 

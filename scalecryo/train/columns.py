@@ -55,4 +55,4 @@ def read_arrays(url: str, names: tuple[str, ...], repair: str) -> dict[str, NDAr
             return {name: archive[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{urls.shown(url)}: cannot be read ({reason}): {repair}") from None
+        raise CheckpointError(f"{urls.redacted(url)}: cannot be read ({reason}): {repair}") from None

@@ -1,9 +1,9 @@
 """Teaching the encoder while the ladder climbs: from what the search found, and from projections of the map.
 
-Half of each lesson are real images with the poses that the last polish gave them, turned in the plane by a multiple of
-90° (exact on Fourier pixels, astigmatism included); half are projections of the present map at random poses, with the
-batch's CTFs and the estimated noise. The loss is the cross-entropy with soft labels, the shift's squared error, and the
-paper's reconstruction loss through the encoder's own pose.
+Half of each lesson are real images with the poses that the last local refinement gave them, turned in the plane by a
+multiple of 90° (exact on Fourier pixels, astigmatism included); half are projections of the present map at random
+poses, with the batch's CTFs and the estimated noise. The loss is the cross-entropy with soft labels, the shift's
+squared error, and the paper's reconstruction loss through the encoder's own pose.
 """
 
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scalecryo.config import Traffic
+from scalecryo.config import ReduceDtype
 from scalecryo.distributed.gradients import replicated
 from scalecryo.distributed.world import World
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fourier_slice import extract_slices
 from scalecryo.physics.image_formation import form_images
+from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.estimator import Reference, Refined
 from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import templates
-from scalecryo.train.observed import Observed
 
 LABEL_WIDTH_DEG, LABEL_NEAREST = 9.0, 16
 RECONSTRUCTION_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingBatch:
     """Images with poses to learn from, at the encoder's level and radius."""
 
     images: Tensor
@@ -41,13 +41,13 @@ class Lesson:
     shift_px: Float[Tensor, "b 2"]
 
 
-def lesson_of(
-    taken: list[tuple[Observed, Refined]], level: int, pixels: FourierPixels, size: int, number: int
-) -> Lesson:
-    """The `number`-th `size` particles of what a rung took from a batch, at the encoder's level.
+def training_batch(
+    taken: list[tuple[ParticleImages, Refined]], level: int, pixels: FourierPixels, size: int, number: int
+) -> TrainingBatch:
+    """The `number`-th `size` particles of what an iteration took from a batch, at the encoder's level.
 
     The transforms of two levels differ by the ratio of the boxes (levels keep the noise), and both are packed by
-    rising radius: the encoder's pixels are the first ones of the rung's.
+    rising radius: the encoder's pixels are the first ones of the iteration's.
     """
     factor = pixels.box_size / level
     count = len(pixels)
@@ -61,10 +61,10 @@ def lesson_of(
     shift = torch.cat([refined.shift_px for _, refined in taken]) * factor
     # The halves lie one behind the other: stride through both.
     at = torch.arange(number, len(rotation), max(1, len(rotation) // size), device=rotation.device)[:size]
-    return Lesson(images[at], None if ctf is None else ctf[at], rotation[at], shift[at])
+    return TrainingBatch(images[at], None if ctf is None else ctf[at], rotation[at], shift[at])
 
 
-class Teacher:
+class EncoderTrainer:
     """The encoder, its optimiser and its lessons."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Teacher:
         rate: float,
         shift_sigma_px: float,
         world: World,
-        traffic: Traffic,
+        reduce_dtype: ReduceDtype,
         seed: int,
     ) -> None:
         self.encoder = encoder
@@ -84,16 +84,16 @@ class Teacher:
         self._quarter_turn = pixels.quarter_turn()
         self._replica: nn.Module = encoder
         if world.size > 1:
-            self._replica = replicated(encoder, traffic)
+            self._replica = replicated(encoder, reduce_dtype)
         self._optimiser = torch.optim.Adam(encoder.parameters(), lr=rate, fused=True)
         self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
 
-    def begin(self, rung: int) -> None:
-        """Draw a rung's augmentations from a seed of its own: a resumed worker draws the same."""
-        self._generator.manual_seed(self._seed + 1_000_003 * rung)
+    def begin(self, iteration: int) -> None:
+        """Draw an iteration's augmentations from a seed of its own: a resumed worker draws the same."""
+        self._generator.manual_seed(self._seed + 1_000_003 * iteration)
 
-    def teach(self, lesson: Lesson, reference: Reference) -> Tensor:
+    def teach(self, lesson: TrainingBatch, reference: Reference) -> Tensor:
         """One step of the optimiser on real images and as many projections; returns the loss. Collective."""
         real, simulated = self._turned(lesson), self._simulated(lesson, reference)
         weight = reference.noise.pixel_weight(self.pixels)
@@ -140,22 +140,22 @@ class Teacher:
         residual = images - form_images(slices, ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
         return ((residual.real.square() + residual.imag.square()) * weight).sum(1).mean() / weight.count_nonzero()
 
-    def _turned(self, lesson: Lesson) -> Lesson:
+    def _turned(self, lesson: TrainingBatch) -> TrainingBatch:
         """The real images, each turned in its plane by a multiple of 90°; the pose becomes R Rz(angle)ᵀ."""
         turns = torch.randint(4, (len(lesson.rotation),), generator=self._generator).to(lesson.rotation.device)
-        source, mate = self._quarter_turn
+        source, friedel = self._quarter_turn
         quarter = lesson.rotation.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
         images, ctf, rotation, shift = lesson.images, lesson.ctf, lesson.rotation, lesson.shift_px
         for number in range(1, 4):
             more = turns >= number
             read = images[:, source]
-            images = torch.where(more[:, None], torch.where(mate, read.conj(), read), images)
+            images = torch.where(more[:, None], torch.where(friedel, read.conj(), read), images)
             ctf = None if ctf is None else torch.where(more[:, None], ctf[:, source], ctf)
             rotation = torch.where(more[:, None, None], rotation @ quarter.T, rotation)
             shift = torch.where(more[:, None], shift @ quarter[:2, :2].T, shift)
-        return Lesson(images, ctf, rotation, shift)
+        return TrainingBatch(images, ctf, rotation, shift)
 
-    def _simulated(self, lesson: Lesson, reference: Reference) -> Lesson:
+    def _simulated(self, lesson: TrainingBatch, reference: Reference) -> TrainingBatch:
         """Projections of the map at random poses with the lesson's CTFs and the estimated noise."""
         count, pixels, device = len(lesson.rotation), self.pixels, lesson.rotation.device
         rotation = random_rotations(count, self._generator).to(device)
@@ -164,4 +164,4 @@ class Teacher:
         images = form_images(images, lesson.ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
         sigma = (reference.noise.variance()[pixels.shell] / 2).sqrt()
         noise = torch.complex(*(torch.randn(images.shape, generator=self._generator).to(device) for _ in range(2)))
-        return Lesson(images + noise * sigma, lesson.ctf, rotation, shift)
+        return TrainingBatch(images + noise * sigma, lesson.ctf, rotation, shift)

@@ -1,4 +1,4 @@
-"""What a guided run says after each rung. Worker 0 only."""
+"""What a guided run says after each iteration. Worker 0 only."""
 
 import logging
 import time
@@ -15,13 +15,13 @@ from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.recorder import Recorder
 from scalecryo.runs.truth import Truth
 from scalecryo.train.particle_state import PoseMemory
-from scalecryo.train.stages.refinement import HalfReferences, Rung
+from scalecryo.train.stages.refinement import HalfReferences, Iteration
 
 logger = logging.getLogger(__name__)
 
 
 class Rates(NamedTuple):
-    """How fast a rung went.
+    """How fast an iteration went.
 
     Attributes:
         scalars: by name.
@@ -33,7 +33,7 @@ class Rates(NamedTuple):
 
 
 class GuidedMonitor:
-    """What a guided run says after each rung."""
+    """What a guided run says after each iteration."""
 
     def __init__(self, config: Config, store: ParticleStore, run: RunFolder, *, start_step: int) -> None:
         self._store = store
@@ -42,18 +42,21 @@ class GuidedMonitor:
         self._recorder = Recorder(config, run, start_step=start_step)
         self._mark = time.monotonic()
 
-    def after_rung(self, number: int, rung: Rung, state: HalfReferences, memory: PoseMemory, rates: Rates) -> None:
-        """Record one rung: radius, level, half-map resolution, rates, pictures, and errors where a truth is known."""
-        plan = rung.plan
+    def after_iteration(
+        self, number: int, iteration: Iteration, state: HalfReferences, memory: PoseMemory, rates: Rates
+    ) -> None:
+        """Record one iteration: radius, level, half-map resolution, rates, pictures, and errors where a truth is
+        known."""
+        plan = iteration.plan
         seconds, self._mark = time.monotonic() - self._mark, time.monotonic()
         level = state.half_maps[0].shape[-1]
         shell, angstrom = resolution(state.curve, level, self._store.level_pixel_size(level), 0.143)
         mean = (state.half_maps[0] + state.half_maps[1]) / 2
         values: dict[str, Any] = {
-            "rung/radius": plan.radius, "rung/level": plan.level, "rung/modes": plan.modes, "rung/seconds": seconds,
-            "rung/moved_share": state.moved,
+            "iteration/radius": plan.radius, "iteration/level": plan.level, "iteration/modes": plan.modes,
+            "iteration/seconds": seconds, "iteration/moved_share": state.moved,
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
-            "halves/fsc_mean": float(state.curve.mean()), "likelihood_gain_an_image": rung.gain, **rates.scalars,
+            "halves/fsc_mean": float(state.curve.mean()), "likelihood_gain_per_image": iteration.gain, **rates.scalars,
         }  # fmt: skip
         rows = torch.arange(self._rows)[:: max(1, self._rows // 4000)]
         rotation, _, confidence, seen = memory.read(rows)
@@ -66,11 +69,11 @@ class GuidedMonitor:
         self._recorder.scalars(number, values)
         self._recorder.volume(number, mean)
         self._recorder.histogram(number, "images_per_second_by_worker", rates.by_worker)
-        shown = rung.pictures()
+        shown = iteration.pictures()
         if shown is not None:
             self._recorder.pairs(number, *shown)
         logger.info(
-            "rung %d: polished to %.1f Å, the halves agree to %.2f Å, %.0f %% of the particles moved far, %.1f s",
+            "iteration %d: refined to %.1f Å, the halves agree to %.2f Å, %.0f %% of the particles moved far, %.1f s",
             number, level * self._store.level_pixel_size(level) / plan.radius, angstrom, 100 * state.moved, seconds,
         )  # fmt: skip
 

@@ -49,10 +49,10 @@ def train(
     recipe = train_guided if config.pose.source == "guided" else _train_autoencoder
     try:
         recipe(config, store, run, world, device, at_checkpoint)
-        if world.leads:
+        if world.is_leader:
             run.sync()
     except torch.OutOfMemoryError as error:
-        lower = "guided.rung_batch or train.box" if config.pose.source == "guided" else "train.batch_size or train.box"
+        lower = "guided.batch_size or train.box" if config.pose.source == "guided" else "train.batch_size or train.box"
         raise TrainingError(
             f"out of memory on {device} at box {training_level(store, config.train.box)}: lower {lower}, or use more "
             f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
@@ -78,10 +78,10 @@ def _train_autoencoder(
     chosen = data_hash(store, subset)
     start = _restore(run, chosen, model, optimiser)
     order = order_of(config, store, level, config.train.batch_size, subset)
-    replica = Replica(model, world, config.optim.traffic)
+    replica = Replica(model, world, config.optim.reduce_dtype, voxels=model.volume.voxels, window=model.volume.window)
     losses = torch.zeros((), device=device)  # since the last checkpoint
     stream = stream_of(config, store, level, order, world, start, device)
-    monitor = Monitor(config, store, run, model, start_step=start, world=world) if world.leads else None
+    monitor = Monitor(config, store, run, model, start_step=start, world=world) if world.is_leader else None
     try:
         for step in range(start + 1, config.train.steps + 1):
             batch = next(stream)
@@ -95,7 +95,7 @@ def _train_autoencoder(
                         f"loss is {float(loss)} at step {step}: lower optim.encoder_rate or optim.volume_rate, "
                         "then --resume from the last checkpoint"
                     )
-                if world.leads:
+                if world.is_leader:
                     run.sync()  # first: a checkpoint vouches for the curves up to it
                     state = {"store_hash": chosen, "model": model.state_dict(),
                              "optimiser": optimiser.state_dict()}  # fmt: skip
@@ -107,7 +107,7 @@ def _train_autoencoder(
         stream.close()
         if monitor is not None:
             monitor.close()
-    if config.train.assign:
+    if config.train.final_pass:
         poser = ModelPoser(config, store, model)
         learned = model.volume.density()
         identity = f"{chosen}-{config.train.steps}"
@@ -128,7 +128,7 @@ def train_step(
     worker's share is scaled by their number: any split of the batch gives the same step.
     """
     weight = batch.weight.sum()
-    settle = world.sum_later(weight)  # its way is shorter than the forward pass
+    settle = world.all_reduce_async(weight)  # its way is shorter than the forward pass
     output = replica(inputs)
     loss = (batch.weight * output.loss).sum()
     settle()
@@ -141,7 +141,7 @@ def train_step(
         nn.utils.clip_grad_norm_(encoder, config.optim.clip_norm)
     optimiser.step()
     total = loss.detach()
-    world.sum_(total)  # last: by now every worker is here, since all have each other's gradients
+    world.all_reduce_(total)  # last: by now every worker is here, since all have each other's gradients
     return total / weight, output
 
 

@@ -13,9 +13,10 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import Batch, ParticleStream
 from scalecryo.distributed.world import World
 from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.search import shift_grid
 from scalecryo.train.batches import order_of, stream_of
-from scalecryo.train.observed import Observed, observe
+from scalecryo.train.observed import observe
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Particles:
 
     @property
     def largest_radius(self) -> float:
-        """Fourier pixels that are ever polished: just inside the largest level's Nyquist."""
+        """Fourier pixels that are ever refined: just inside the largest level's Nyquist."""
         return max(self.levels) / 2 - 2.0
 
     @property
@@ -76,17 +77,17 @@ class Particles:
         start = epoch * order.steps_per_epoch + skip
         return stream_of(self.config, self.store, level, order, self.world, start, self.device)
 
-    def rung_steps(self, level: int) -> int:
-        """Batches of a rung: one pass, or as many as hold `guided.rung_particles`."""
-        size = self.config.guided.rung_batch
+    def iteration_steps(self, level: int) -> int:
+        """Batches of an iteration: one pass, or as many as hold `guided.iteration_particles`."""
+        size = self.config.guided.batch_size
         steps = order_of(self.config, self.store, level, size, self.subset).steps_per_epoch
-        return min(steps, -(-self.config.guided.rung_particles // size))
+        return min(steps, -(-self.config.guided.iteration_particles // size))
 
-    def observe(self, batch: Batch, level: int, pixels: FourierPixels) -> Observed:
+    def observe(self, batch: Batch, level: int, pixels: FourierPixels) -> ParticleImages:
         """A batch as transforms at some Fourier pixels."""
         return observe(batch, self.store, level, pixels, new_halves=self.config.train.half > 0)
 
-    def observed(self, stream: ParticleStream, level: int, pixels: FourierPixels) -> Iterator[Observed]:
+    def observed(self, stream: ParticleStream, level: int, pixels: FourierPixels) -> Iterator[ParticleImages]:
         """A stream's batches, endless."""
         for batch in stream:
             yield self.observe(batch, level, pixels)

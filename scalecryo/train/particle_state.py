@@ -1,9 +1,9 @@
 """What was found for each particle: its next visit starts there.
 
-While a rung runs, the memory stands still: what the rung finds is noted, exchanged between the workers at its end, kept
-as one small file in the run's folder, and only then remembered. So a run that goes on after a kill, on whichever
-machine and with however many workers, reads the same poses as one that was never disturbed. A particle never seen
-starts from the search or the encoder.
+While an iteration runs, the memory stands still: what the iteration finds is noted, exchanged between the workers at
+its end, kept as one small file in the run's folder, and only then remembered. So a run that goes on after a kill, on
+whichever machine and with however many workers, reads the same poses as one that was never disturbed. A particle never
+seen starts from the search or the encoder.
 """
 
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class PoseMemory:
         shift: Float[Tensor, "b 2"],
         confidence: Float[Tensor, " b"],
     ) -> None:
-        """Keep what a rung found, shifts in Å, until `settle`; `read` does not see it yet."""
+        """Keep what an iteration found, shifts in Å, until `settle`; `read` does not see it yet."""
         self._noted.append((rows.cpu(), rotation.cpu(), shift.cpu(), confidence.cpu()))
 
     def settle(self, world: World) -> Found:
@@ -72,21 +72,21 @@ class PoseMemory:
         self._columns.write(found.rows, found._asdict())
 
 
-def save_found(run: RunFolder, rung: int, found: Found) -> None:
-    """Write what a rung found into the run's folder."""
+def save_found(run: RunFolder, iteration: int, found: Found) -> None:
+    """Write what an iteration found into the run's folder."""
     urls.make_folder(run.path(FOLDER))
-    run.write(_name(rung), arrays_to_bytes(found._asdict()))
+    run.write(_name(iteration), arrays_to_bytes(found._asdict()))
 
 
-def load_found(run: RunFolder, rung: int) -> Found:
-    """What a rung found.
+def load_found(run: RunFolder, iteration: int) -> Found:
+    """What an iteration found.
 
     Raises:
         CheckpointError: its file is missing or damaged.
     """
-    repair = f"remove the checkpoints from rung {rung} on to go on before it, or start the run anew"
-    return Found(**read_arrays(run.path(_name(rung)), Found._fields, repair))
+    repair = f"remove the checkpoints from iteration {iteration} on to go on before it, or start the run anew"
+    return Found(**read_arrays(run.path(_name(iteration)), Found._fields, repair))
 
 
-def _name(rung: int) -> str:
-    return f"{FOLDER}/rung_{rung:04d}.npz"
+def _name(iteration: int) -> str:
+    return f"{FOLDER}/rung_{iteration:04d}.npz"

@@ -24,13 +24,13 @@ class Progress:
 
     Attributes:
         state: both half-maps, and what they share.
-        rungs: finished so far.
-        radius: of the next rung.
-        settled: rungs in a row that brought no progress.
+        iterations: finished so far.
+        radius: of the next iteration.
+        settled: iterations in a row that brought no progress.
     """
 
     state: HalfReferences
-    rungs: int
+    iterations: int
     radius: float
     settled: int
 
@@ -42,7 +42,7 @@ class SavedBootstrap:
         config = particles.config
         chosen = data_hash(particles.store, particles.subset)
         self._identity = f"{chosen} {config.train.rows} {config.train.seed} {config.guided} {config.pose.centred}"
-        self._run, self._leads, self._growing = RunFolder(config.run.out), particles.world.leads, growing
+        self._run, self._leads, self._growing = RunFolder(config.run.out), particles.world.is_leader, growing
 
     def load(self) -> int:
         """Bring the bootstrap to where it was; returns the number of finished steps."""
@@ -61,14 +61,15 @@ class SavedBootstrap:
 
 
 def is_settled(before: HalfReferences, after: HalfReferences) -> bool:
-    """Whether a rung at the same level brought the halves no closer: less than half a percent of their correlation."""
+    """Whether an iteration at the same level brought the halves no closer: less than half a percent of their
+    correlation."""
     return len(before.curve) == len(after.curve) and float(after.curve.mean()) < 1.005 * float(before.curve.mean())
 
 
 def save_progress(
     run: RunFolder, progress: Progress, teacher: dict[str, Any] | None, store_hash: str, keep: int
 ) -> None:
-    """Write a checkpoint after a rung."""
+    """Write a checkpoint after an iteration."""
     state = progress.state
     saved = {
         "store_hash": store_hash,
@@ -82,8 +83,8 @@ def save_progress(
         "teacher": teacher,
     }
     # The halves' correlation, summed over shells: how much is resolved, and how well.
-    save_checkpoint(run, progress.rungs, saved, keep, score=float(state.curve.sum()))
-    if progress.rungs == 1:
+    save_checkpoint(run, progress.iterations, saved, keep, score=float(state.curve.sum()))
+    if progress.iterations == 1:
         urls.remove_tree(run.path("checkpoints", BOOTSTRAP))
 
 

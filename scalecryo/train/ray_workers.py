@@ -169,7 +169,7 @@ def _worker(settings: dict[str, Any]) -> None:
             f"{config.run.out} cannot be seen from node {ray.util.get_node_ip_address()}: "
             "write the run to a folder that all nodes share, or to a URL"
         )
-    if world.leads:
+    if world.is_leader:
         logger.info("%d workers are up after %.0f s, going on from step %d",
                     world.size, time.time() - settings["asked"], newest_step(run))  # fmt: skip
     device = get_device()
@@ -178,7 +178,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     def at_checkpoint(step: int) -> None:
         ray.train.report({"step": step})  # a barrier
-        if world.leads and any(group.wait(timeout_seconds=0.01) for group in settings["room"]):
+        if world.is_leader and any(group.wait(timeout_seconds=0.01) for group in settings["room"]):
             raise _MoreWorkers
 
     train(config, world, torch.device(device), at_checkpoint=at_checkpoint)

@@ -12,14 +12,14 @@ from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.model.memory import step_memory
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.fourier_slice import fourier_slice, insert_slices
-from scalecryo.physics.image_formation import Filtered
+from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.kernels.backend import cuda_kernels
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.local_refinement import polish
+from scalecryo.pose.local_refinement import refine_poses
 from scalecryo.train.loop import build_optimiser
 from tests.numerics.test_slice_backends import TOLERANCE, Case, worst
 from tests.unit.test_hot_path import inputs, step
-from tests.unit.test_pose_polish import away, scene
+from tests.unit.test_local_refinement import away, scene
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,15 +78,15 @@ def test_insertion(padding: float):
 
 
 @pytest.mark.parametrize("padding", [1.0, 2.0])
-def test_polish(padding: float):
+def test_local_refinement(padding: float):
     with torch.device("cpu"):
         given = scene(48, padding, count=20, with_ctf=True).single()
         start = away(given, 4.0, 0.5)
-        expected = given.polish(*start, 14, "numba", passes=3)
+        expected = given.refine_poses(*start, 14, "numba", passes=3)
     near = given.pixels.prefix(14).to("cuda")
     arguments = [given.images[:, : len(near)].cuda(), *(pose.cuda() for pose in start)]
     ctf = given.ctf[:, : len(near)].cuda()
-    found = polish(given.volume_rfft.cuda(), *arguments, ctf, near.weight, near, given.scale, passes=3)
+    found = refine_poses(given.volume_rfft.cuda(), *arguments, ctf, near.weight, near, given.scale, passes=3)
     torch.testing.assert_close(found.rotation.cpu(), expected.rotation, rtol=0, atol=3e-4)
     torch.testing.assert_close(found.shift_px.cpu(), expected.shift_px, rtol=0, atol=3e-3)
 
@@ -148,7 +148,7 @@ def test_insertion_rate():
         pixels, rotation = fourier_pixels(130, 64), random_rotations(1000, torch.Generator().manual_seed(0))
         values = torch.randn(1000, len(pixels), dtype=torch.complex64)
     accumulator, near = MapAccumulator(130, device="cuda"), pixels.to("cuda")
-    images = Filtered(values.cuda(), values.cuda().abs())
+    images = CtfWeightedImages(values.cuda(), values.cuda().abs())
     pose = rotation.cuda(), torch.zeros(1000, 2), torch.ones(1000)
     # A core does 5,000 a second.
     assert milliseconds(lambda: accumulator.add(images, *pose, near)) < 1000 / 50

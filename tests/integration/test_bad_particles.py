@@ -15,7 +15,7 @@ from scalecryo.data.formats.star import read_poses
 from scalecryo.errors import TrainingError
 
 COUNT, BOX, PIXEL_SIZE = 1200, 32, 3.2
-QUICK = {"guided.bootstrap_steps": "40", "guided.seeds": "1", "guided.shift_radius_a": "4"}
+QUICK = {"guided.bootstrap_steps": "40", "guided.starts": "1", "guided.shift_radius_a": "4"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_wrong_pixel_size_is_noticed_by_the_ctf(
 def test_right_ctfs_give_no_warning_and_missing_ones_are_said(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_on(changed(good, tmp_path / "data"), tmp_path, guided__rungs="1", train__assign="false")
+    run_on(changed(good, tmp_path / "data"), tmp_path, guided__rungs="1", train__final_pass="false")
     assert "does not follow" not in capsys.readouterr().err
     (tmp_path / "without").mkdir()
     run_on(changed(good, tmp_path / "without" / "data", ctf=False), tmp_path / "without", guided__rungs="1")

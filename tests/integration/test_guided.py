@@ -48,8 +48,8 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "data", store_of(folder / "data" / "particles.star", folder / "store.zarr")
 
 
-SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.rungs": "8",
-            "guided.bootstrap_steps": "60", "guided.seeds": "1"}  # fmt: skip
+SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.iterations": "8",
+            "guided.bootstrap_steps": "60", "guided.starts": "1"}  # fmt: skip
 
 
 def start(data: str, out: Path, *, resume: bool = False, **extra: str) -> None:
@@ -90,14 +90,14 @@ def test_tensorboard_shows_the_ladder(finished: Path) -> None:
     events = EventAccumulator(str(finished / "tb"))
     events.Reload()
     tags = events.Tags()
-    wanted = {"rung/radius", "halves/resolution_angstrom", "images_per_second", "images_per_second_slowest_worker",
-              "data_wait_share", "world_size", "memory/resident_mib", "seconds/polish", "encoder_loss",
-              "likelihood_gain_an_image", "stream/retries"}  # fmt: skip
+    wanted = {"iteration/radius", "halves/resolution_angstrom", "images_per_second", "images_per_second_slowest_worker",
+              "data_wait_share", "world_size", "memory/resident_mib", "seconds/local_refinement", "encoder_loss",
+              "likelihood_gain_per_image", "stream/retries"}  # fmt: skip
     assert wanted <= set(tags["scalars"])
     assert {"poses/tilt_deg", "poses/confidence", "images_per_second_by_worker"} <= set(tags["histograms"])
     assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
-    assert [event.step for event in events.Scalars("rung/radius")] == list(
-        range(1, len(events.Scalars("rung/radius")) + 1)
+    assert [event.step for event in events.Scalars("iteration/radius")] == list(
+        range(1, len(events.Scalars("iteration/radius")) + 1)
     )
 
 
@@ -115,12 +115,12 @@ def test_particles_never_trained_on_are_posed_as_well(finished: Path, particles:
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     finished: Path, particles: tuple[Path, str], tmp_path: Path
 ) -> None:
-    # A kill within rung 3, after its poses were written and before its checkpoint was: rung 3 is done again.
+    # A kill within iteration 3, after its poses were written and before its checkpoint was: iteration 3 is done again.
     run = tmp_path / "run"
-    start(particles[1], run, guided__rungs="3", train__assign="false")
+    start(particles[1], run, guided__rungs="3", train__final_pass="false")
     assert not (run / "map.mrc").exists()
     (run / "checkpoints" / "step_0000000003.pt").unlink()
-    start(particles[1], run, resume=True, guided__rungs=SETTINGS["guided.rungs"], train__assign="true")
+    start(particles[1], run, resume=True, guided__rungs=SETTINGS["guided.iterations"], train__final_pass="true")
     for name in ("map.mrc", "half1.mrc"):
         assert (finished / name).read_bytes()[1024:] == (run / name).read_bytes()[1024:]  # past the header's date
     whole, resumed = (read_poses(str(path / "particles.star")) for path in (finished, run))
@@ -138,7 +138,7 @@ def test_a_bootstrap_that_was_killed_goes_on(
     particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at step 45 of 60, it is taken up at its last save, step 40, and ends in the same maps bit for bit."""
-    options = {"guided__rungs": "1", "guided__lessons": "0", "train__assign": "false"}
+    options = {"guided__rungs": "1", "guided__lessons": "0", "train__final_pass": "false"}
     start(particles[1], tmp_path / "whole", **options)
     seen: list[int] = []
     save = SavedBootstrap.after_step

@@ -35,9 +35,9 @@ STEPS, EVERY, KILL_AFTER = 150, 30, 35
 ENCODER = {"pose.source": "encoder", "train.steps": str(STEPS), "train.batch_size": "16", "encoder.channels": "4,8",
            "train.checkpoint_every": str(EVERY), "encoder.hidden": "16", "monitor.every": "1",
            "optim.encoder_rate": "1e-5"}  # fmt: skip
-RUNGS = 5
-GUIDED = {"guided.rungs": str(RUNGS), "guided.bootstrap_steps": "40", "guided.seeds": "1",
-          "guided.shift_radius_a": "6", "guided.rung_batch": "100"}  # fmt: skip
+ITERATIONS = 5
+GUIDED = {"guided.iterations": str(ITERATIONS), "guided.bootstrap_steps": "40", "guided.starts": "1",
+          "guided.shift_radius_a": "6", "guided.batch_size": "100"}  # fmt: skip
 
 
 def gloo_worker(rank: int, port: int, configs: list[Config]) -> None:
@@ -132,7 +132,7 @@ def attempts(run: Path) -> list[tuple[int, list[int]]]:
     for path in sorted((run / "tb").glob("events.*"), key=lambda path: path.stat().st_mtime_ns):
         events = EventAccumulator(str(path))
         events.Reload()
-        scalar = "loss" if "loss" in events.Tags()["scalars"] else "rung/radius"
+        scalar = "loss" if "loss" in events.Tags()["scalars"] else "iteration/radius"
         done = [event.step for event in events.Scalars(scalar)] if scalar in events.Tags()["scalars"] else []
         found.append((int(path.name.split(".")[-2]), done))
     return found
@@ -265,22 +265,22 @@ def test_a_guided_job_on_s3_outlives_a_node(
         text = fs.cat_file(f"{run}/metrics.jsonl").decode() if fs.exists(f"{run}/metrics.jsonl") else ""
         return [json.loads(line) for line in text.splitlines()]
 
-    def second_rung() -> bool:
+    def second_iteration() -> bool:
         assert job.poll() is None, (folder / "job.log").read_text()[-3000:]
         return len(rows()) >= 2
 
-    wait_for("the second rung", second_rung)
+    wait_for("the second iteration", second_iteration)
     node = cluster.nodes[-1]
     assert len(cluster.training(node)) == 1, "each node has one worker"
     kill_tree(node)
     killed, last = time.time(), len(rows())
-    assert last < RUNGS
+    assert last < ITERATIONS
     assert job.poll() is None
     cluster.add_node()
     assert job.wait(timeout=240) == 0, (folder / "job.log").read_text()[-3000:]
     assert cluster.jobs()["good"] == "SUCCEEDED"
-    assert [row["step"] for row in rows()] == list(range(1, RUNGS + 1))
-    # Curves are uploaded just before their checkpoint: the rung that was seen last may have been without one.
+    assert [row["step"] for row in rows()] == list(range(1, ITERATIONS + 1))
+    # Curves are uploaded just before their checkpoint: the iteration that was seen last may have been without one.
     assert next(row["step"] for row in rows() if row["time"] > killed) in (last, last + 1, last + 2)
     assert len(fs.ls(f"{run}/tb")) == 2, "each attempt writes one event file"
     fs.get(f"{run}/map.mrc", str(folder / "job.mrc"))

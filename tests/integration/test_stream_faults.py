@@ -17,7 +17,7 @@ import pytest
 import s3fs
 
 from scalecryo.data.io.ranges import RangeReader
-from scalecryo.data.io.retry import Patience
+from scalecryo.data.io.retry import RetryPolicy
 from scalecryo.data.storage.arrays import ImageArray
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
@@ -28,7 +28,7 @@ from tools.fault_proxy import Fault, FaultProxy, no_faults
 
 PLACE = "particles/faults"
 COLUMNS = ("half", "defocus_u")
-QUICK = Patience(seconds=60, first_wait=0.02, longest_wait=0.3, request_seconds=2)
+QUICK = RetryPolicy(seconds=60, first_wait=0.02, longest_wait=0.3, request_seconds=2)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def secrets_of(server: Seaweed) -> tuple[str, str]:
 
 def test_a_server_that_stays_away_is_named(uploaded: str, proxy: FaultProxy, seaweed_server: Seaweed) -> None:
     remote = ParticleStore.open(uploaded)
-    patience = Patience(seconds=1.5, first_wait=0.05, longest_wait=0.3, request_seconds=1)
+    patience = RetryPolicy(seconds=1.5, first_wait=0.05, longest_wait=0.3, request_seconds=1)
     with ParticleStream(remote, 32, order_of(remote), patience=patience, prefetch_bytes=1) as stream:
         next(stream)
         proxy.down()
@@ -163,12 +163,12 @@ def test_a_server_that_stays_away_is_named(uploaded: str, proxy: FaultProxy, sea
 
 
 def test_default_patience_outlasts_half_a_minute() -> None:
-    assert Patience().seconds >= 60
+    assert RetryPolicy().seconds >= 60
 
 
 def test_a_stream_that_waits_is_closed_at_once(uploaded: str, proxy: FaultProxy) -> None:
     remote = ParticleStore.open(uploaded)
-    stream = ParticleStream(remote, 32, order_of(remote), patience=Patience(seconds=600), prefetch_bytes=1)
+    stream = ParticleStream(remote, 32, order_of(remote), patience=RetryPolicy(seconds=600), prefetch_bytes=1)
     next(stream)
     proxy.down()
     try:
@@ -258,7 +258,7 @@ def train(uploaded: str, out: Path, environment: dict[str, str], *more: str) -> 
     command = [sys.executable, "-c", code, "train", "--data", uploaded, "--out", str(out), "--pose.source", "encoder",
                "--train.steps", "60", "--train.batch_size", "16", "--train.checkpoint_every", "5",
                "--monitor.every", "1", "--encoder.channels", "4,8", "--encoder.hidden", "16",
-               "--train.assign", "false", *more]  # fmt: skip
+               "--train.final_pass", "false", *more]  # fmt: skip
     return subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
 
 

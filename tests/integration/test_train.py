@@ -122,7 +122,7 @@ def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_
     # Every third row by number; the order holds no other, and another part is not resumed.
     rows = tmp_path / "rows.txt"
     rows.write_text("\n".join(str(row) for row in range(0, simulated.count, 3)))
-    start(simulated.store, tmp_path / "run", train__index=rows, train__assign="false")
+    start(simulated.store, tmp_path / "run", train__index=rows, train__final_pass="false")
     seen = load_config(None, {"train.index": str(rows), "train.batch_size": "16"})
     store = ParticleStore.open(simulated.store)
     order = order_of(seen, store, 32, 16, choose(seen.train, store))
@@ -145,8 +145,8 @@ def test_maps_hold_the_chosen_particles_only(simulated: SimulatedParticles, tmp_
 def test_resume_repeats_the_uninterrupted_run_bit_for_bit(simulated: SimulatedParticles, tmp_path: Path) -> None:
     # Same process count, same machine: the same floating-point operations in the same order.
     start(simulated.store, tmp_path / "whole")
-    start(simulated.store, tmp_path / "cut", train__steps=3, train__assign="false")
-    start(simulated.store, tmp_path / "cut", resume=True, train__assign="true")
+    start(simulated.store, tmp_path / "cut", train__steps=3, train__final_pass="false")
+    start(simulated.store, tmp_path / "cut", resume=True, train__final_pass="true")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     a, b = (read_map(str(tmp_path / name / "volume.mrc"))[0] for name in ("whole", "cut"))
     assert np.array_equal(a, b)
@@ -157,17 +157,17 @@ def test_damaged_newest_checkpoint_falls_back(
 ) -> None:
     start(simulated.store, tmp_path / "whole")
     run = tmp_path / "run"
-    start(simulated.store, run, train__assign="false")
+    start(simulated.store, run, train__final_pass="false")
     newest = sorted((run / "checkpoints").iterdir())[-1]
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 0xFF
     newest.write_bytes(bytes(data))
-    start(simulated.store, run, resume=True, train__assign="true")
+    start(simulated.store, run, resume=True, train__final_pass="true")
     assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_checkpoint_of_another_store_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
-    start(simulated.store, tmp_path / "run", train__assign="false")
+    start(simulated.store, tmp_path / "run", train__final_pass="false")
     with pytest.raises(CheckpointError, match="another store"):
         start(simulated.posed_store, tmp_path / "run", resume=True)
 
@@ -213,15 +213,15 @@ def test_curves_reach_a_remote_run_before_the_checkpoint_that_follows_them(
 
     monkeypatch.setattr(loop, "save_checkpoint", deadly)
     with pytest.raises(KeyboardInterrupt):
-        start(simulated.store, "memory://killed_run", train__assign="false")
+        start(simulated.store, "memory://killed_run", train__final_pass="false")
     monkeypatch.setattr(loop, "save_checkpoint", save)
-    start(simulated.store, "memory://killed_run", resume=True, train__assign="false")
+    start(simulated.store, "memory://killed_run", resume=True, train__final_pass="false")
     steps = [json.loads(line)["step"] for line in fs.cat_file("/killed_run/metrics.jsonl").splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_checkpoint_of_another_recipe_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
-    start(simulated.store, tmp_path / "run", train__assign="false")
+    start(simulated.store, tmp_path / "run", train__final_pass="false")
     with pytest.raises(CheckpointError, match="holds no half_maps, next_radius, settled, teacher: another recipe"):
         start(simulated.store, tmp_path / "run", resume=True, pose__source="guided")
 
@@ -267,9 +267,9 @@ def test_two_workers_of_half_a_batch_equal_one(simulated: SimulatedParticles, tm
 
 def test_gradients_may_travel_in_bfloat16(simulated: SimulatedParticles, tmp_path: Path) -> None:
     """Half of the bytes, and the losses of five steps within bfloat16's 2⁻⁸."""
-    for name, traffic in (("single", "float32"), ("brief", "bfloat16")):
+    for name, reduce_dtype in (("single", "float32"), ("brief", "bfloat16")):
         config = config_of(simulated, tmp_path / name, 2)
-        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, traffic=traffic))
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, reduce_dtype=reduce_dtype))
         RunFolder(config.run.out).create(config, resume=False)
         mp.spawn(gloo_worker, args=(2, free_port(), config), nprocs=2)
     assert losses(tmp_path / "brief") == pytest.approx(losses(tmp_path / "single"), rel=2**-8)
@@ -277,7 +277,7 @@ def test_gradients_may_travel_in_bfloat16(simulated: SimulatedParticles, tmp_pat
     mib = []
     for name in ("single", "brief"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        mib.append(rows[-1]["reduce/mib_a_step"])
+        mib.append(rows[-1]["reduce/mib_per_step"])
     # Beside the gradients two float32 numbers a step. The volume's share is a sphere, π/6 of its cube.
     assert mib[1] == pytest.approx(mib[0] / 2, rel=1e-3)
     model = build_autoencoder(config_of(simulated, tmp_path / "any", 1), 32, 3.2, simulated.count)
@@ -287,7 +287,7 @@ def test_gradients_may_travel_in_bfloat16(simulated: SimulatedParticles, tmp_pat
 
 @pytest.mark.ray
 def test_ray_train_runs_the_same_loop(ray_cluster: None, simulated: SimulatedParticles, tmp_path: Path) -> None:
-    start(simulated.store, tmp_path / "alone", train__steps=3, train__assign="false")
+    start(simulated.store, tmp_path / "alone", train__steps=3, train__final_pass="false")
     start(simulated.store, tmp_path / "ray", train__steps=3, run__workers=2)
     assert losses(tmp_path / "ray") == pytest.approx(losses(tmp_path / "alone"), rel=2e-5)
     assert all((tmp_path / "ray" / name).exists() for name in RUN_FILES)
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_written_is_said(simulated: SimulatedParticles) 
 
 
 def test_existing_run_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
-    start(simulated.store, tmp_path / "run", train__assign="false")
+    start(simulated.store, tmp_path / "run", train__final_pass="false")
     before = (tmp_path / "run" / "config.toml").read_bytes()
     with pytest.raises(OutputExistsError, match="--resume"):
         start(simulated.store, tmp_path / "run", train__steps=9)

@@ -8,7 +8,7 @@ import torch
 from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer, ctf_power_in_box
 from scalecryo.physics.fft import fourier_pixels, irfft2_centred, rfft2_centred
-from scalecryo.physics.image_formation import filtered, filtered_on_padded_box
+from scalecryo.physics.image_formation import ctf_weighted_on_padded_box, filtered
 
 BOX, PIXEL_SIZE = 96, 1.0
 
@@ -49,7 +49,7 @@ def test_filtering_is_the_adjoint_of_recording() -> None:
         for _ in range(2)
     )  # fmt: skip
     parameters = optics(3)
-    values = filtered_on_padded_box(y, parameters, PIXEL_SIZE, pixels).values
+    values = ctf_weighted_on_padded_box(y, parameters, PIXEL_SIZE, pixels).values
     back = irfft2_centred(pixels.unpack(values), BOX)
     forward = (recorded(x, parameters) * y).sum((1, 2))
     # Tolerance: the box's edges cut both images sharply, which spreads 1e-2 of them past |k| = N/5.
@@ -93,7 +93,7 @@ def test_a_reconstruction_with_it_keeps_more_of_the_signal() -> None:
     correlation = []
     for part in (
         filtered(pixels.pack(rfft2_centred(images)), ctf),
-        filtered_on_padded_box(images, parameters, PIXEL_SIZE, pixels),
+        ctf_weighted_on_padded_box(images, parameters, PIXEL_SIZE, pixels),
     ):
         accumulator = MapAccumulator(BOX)
         accumulator.add(

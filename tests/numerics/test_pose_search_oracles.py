@@ -14,7 +14,7 @@ from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import rotation_from_vector
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes
-from scalecryo.pose.search import grid_posterior, shift_grid, templates, turned_grid, with_mates
+from scalecryo.pose.search import grid_posterior, shift_grid, templates, turned_grid, with_flips
 from scalecryo.pose.subdivision import SliceExtractor, refine_candidates
 
 BOX, SIGMA = 32, 1.6
@@ -34,8 +34,8 @@ class Blobs:
     def slices(self, rotation: np.ndarray, kx: np.ndarray, ky: np.ndarray, box: int = BOX) -> np.ndarray:
         """F(R (kx, ky, 0)), (..., p); kx and ky in cycles per box."""
         phase = (rotation[..., :, 0, None] * kx + rotation[..., :, 1, None] * ky).swapaxes(-1, -2) @ self.centre.T
-        sum_ = (np.exp(-2j * np.pi / box * phase) * self.amplitude).sum(-1)
-        return sum_ * (2 * np.pi * SIGMA**2) ** 1.5 * np.exp(-2 * (np.pi * SIGMA / box) ** 2 * (kx**2 + ky**2))
+        all_reduce_ = (np.exp(-2j * np.pi / box * phase) * self.amplitude).sum(-1)
+        return all_reduce_ * (2 * np.pi * SIGMA**2) ** 1.5 * np.exp(-2 * (np.pi * SIGMA / box) ** 2 * (kx**2 + ky**2))
 
     def voxels(self, box: int = BOX) -> torch.Tensor:
         """Sampled density, [z, y, x], centred at box // 2."""
@@ -81,7 +81,7 @@ def small_problem(ctf: bool, seed: int = 0) -> tuple[dict, np.ndarray, np.ndarra
         "ctf": rng.uniform(-1, 1, (5, len(radius))) if ctf else None,
         "weight": pixels.weight.numpy() * (radius > 0) / (100 + 1500 / (1 + radius)),
     }
-    rotations = with_mates(so3_grid(24, torch.float64)).numpy()
+    rotations = with_flips(so3_grid(24, torch.float64)).numpy()
     noise = rng.normal(size=(5, len(radius), 2)) @ [1, 1j]
     images = data["blobs"].slices(rotations[rng.integers(48, size=5)], data["kx"], data["ky"], 16) + 5 * noise
     return data, images, rotations, shift_grid(2, 1).double().numpy()
@@ -140,7 +140,7 @@ def test_differences_are_those_of_real_space_residuals():
     pixels = fourier_pixels(box).to(dtype=torch.float64)
     kx, ky = pixels.kx.numpy(), pixels.ky.numpy()
     blobs = Blobs.random(8, 3)
-    rotations = with_mates(so3_grid(8, torch.float64)).numpy()
+    rotations = with_flips(so3_grid(8, torch.float64)).numpy()
     # Beyond the last shell the blobs' transform is below exp(-2 (pi 1.6 15 / 32)^2) = 1e-5; both sides leave it out.
     models = np.zeros((len(rotations), box, box // 2 + 1), complex)
     models.reshape(len(rotations), -1)[:, pixels.index.numpy()] = blobs.slices(rotations, kx, ky)
@@ -213,7 +213,7 @@ def test_known_poses_are_found_within_the_grid_spacing(shift_px):
     data = particles(blobs, 100, shift_px, 11)
     rotation, shift = data.pop("rotation"), data.pop("shift")
     half = turned_grid(so3_grid(2304), torch.Generator().manual_seed(1))
-    grid, shifts = with_mates(half), shift_grid(shift_px, 1.0)
+    grid, shifts = with_flips(half), shift_grid(shift_px, 1.0)
     bank = extractor(blobs)(half, data["pixels"])
     found = grid_posterior(**data, templates=bank, shift_grid_px=shifts, keep=8).candidates(grid, shifts)
     error = np.stack([angles(found.rotation[:, k].double().numpy(), rotation) for k in range(8)], 1)
@@ -242,7 +242,7 @@ def test_subdivision_ends_at_the_true_pose():
 
     def refine(**options):
         return refine_candidates(
-            start.candidates(with_mates(half), shifts),
+            start.candidates(with_flips(half), shifts),
             extract=extractor(blobs),
             **data,
             **steps,
@@ -284,7 +284,7 @@ def test_both_modes_of_a_nearly_two_fold_particle_are_found_and_kept():
     data.pop("shift")
     half, shifts = so3_grid(2304), shift_grid(0, 1)
     bank = extractor(blobs)(half, data["pixels"])
-    found = grid_posterior(**data, templates=bank, shift_grid_px=shifts, keep=64).candidates(with_mates(half), shifts)
+    found = grid_posterior(**data, templates=bank, shift_grid_px=shifts, keep=64).candidates(with_flips(half), shifts)
     coarse = separated_modes(found, 4, 25)
     torch.testing.assert_close(coarse.log_weight.exp().sum(1), torch.ones(40), atol=1e-5, rtol=0)
 

@@ -10,7 +10,7 @@ from torch_fourier_slice import extract_central_slices_rfft_3d
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import (
-    add_plane_mates,
+    add_friedel_pairs,
     extract_slices,
     gridding_correction,
     insert_slices,
@@ -131,8 +131,8 @@ def test_insert_with_mates_is_the_sum_over_the_full_grid():
     ours = insert_slices(packed * pixels.weight / 2, rotation, pixels.kx, pixels.ky, scale, d)
     weights = (pixels.weight / 2).expand(6, -1)
     weight = insert_slices(weights, rotation, pixels.kx, pixels.ky, scale, d)
-    add_plane_mates(ours)
-    add_plane_mates(weight)
+    add_friedel_pairs(ours)
+    add_friedel_pairs(weight)
 
     # Reference: every pixel of the full transform, onto the full grid, one corner at a time.
     full = np.fft.fft2(images.numpy())

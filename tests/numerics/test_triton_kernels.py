@@ -20,7 +20,7 @@ from scalecryo.physics.fourier_slice import fourier_slice, insert_slices
 from scalecryo.physics.rotation import euler_to_rotation, random_rotations
 from scalecryo.pose import local_refinement_torch
 from tests.numerics.test_slice_backends import TOLERANCE, Case, worst
-from tests.unit.test_pose_polish import Scene, away, problem, scene
+from tests.unit.test_local_refinement import Scene, away, problem, scene
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -106,7 +106,7 @@ def test_additions_without_atomics_are_noticed():
 
 
 @pytest.mark.parametrize("padding", [1.0, 2.0])
-def test_polish_sums(padding: float):
+def test_refinement_sums(padding: float):
     # 1 and a half blocks of pixels, and a prefix that is read in place.
     given: Scene = scene(24, padding, count=3, with_ctf=True)
     near = len(given.pixels.prefix(9))
@@ -127,10 +127,10 @@ def cut(given: Scene, pixels: int, *, fused: bool) -> local_refinement_torch.Pro
     )
 
 
-def test_polish_finds_what_the_torch_backend_finds():
+def test_local_refinement_finds_what_the_torch_backend_finds():
     given = scene(16, 2.0, count=3, with_ctf=True).single()
     start = away(given, 4.0, 0.5)
-    fused, torch_only = (given.polish(*start, 7, backend, passes=2) for backend in ("triton", "torch"))
+    fused, torch_only = (given.refine_poses(*start, 7, backend, passes=2) for backend in ("triton", "torch"))
     # Two passes of the same steps; sums rounded in another order move a step by about 1e-5 of itself.
     torch.testing.assert_close(fused.rotation, torch_only.rotation, rtol=0, atol=1e-4)
     torch.testing.assert_close(fused.shift_px, torch_only.shift_px, rtol=0, atol=1e-3)
@@ -144,7 +144,7 @@ def test_compiled_code_spills_nothing_reads_pairs_and_adds_atomically(tmp_path: 
     }
     environment.pop("TRITON_INTERPRET")
     tool = [sys.executable, str(ROOT / "tools" / "aot_kernels.py"), "--targets", "80", "90"]
-    kernels = ["--kernels", "slice_forward", "slice_backward", "insert", "polish_sums"]
+    kernels = ["--kernels", "slice_forward", "slice_backward", "insert", "refinement_sums"]
     done = subprocess.run([*tool, *kernels], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if re.search(r"\| (80|90) \|", line)]

@@ -39,7 +39,7 @@ def test_override_wins_over_file_and_file_over_default(tmp_path: Path) -> None:
         ({"train.steps": "0"}, ["train.steps", "at least 1"]),
         ({"pose.source": "magic"}, ["pose.source", "encoder", "table"]),
         ({"pose.symmetric_loss": "maybe"}, ["true or false"]),
-        ({"guided.seeds": "0"}, ["guided.seeds", "at least 1"]),
+        ({"guided.starts": "0"}, ["guided.starts", "at least 1"]),
         ({"pose.source": "known", "pose.heads": "2"}, ["pose.heads", "known"]),
         ({"run.workers": "two"}, ["run.workers", "MIN:MAX"]),
         ({"run.workers": "3:2"}, ["run.workers", "MIN <= MAX"]),

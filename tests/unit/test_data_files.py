@@ -9,8 +9,8 @@ from scalecryo.errors import InputError, MissingInputError
 
 
 def test_messages_carry_no_credentials() -> None:
-    assert urls.shown("s3://user:secret@host/bucket/x?token=abc") == "s3://host/bucket/x"
-    assert urls.shown("/data/x?y.mrcs") == "/data/x?y.mrcs"
+    assert urls.redacted("s3://user:secret@host/bucket/x?token=abc") == "s3://host/bucket/x"
+    assert urls.redacted("/data/x?y.mrcs") == "/data/x?y.mrcs"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from scalecryo.data.io import retry
-from scalecryo.data.io.retry import Patience, ShortBodyError, cause, is_passing, is_past_end, patiently
+from scalecryo.data.io.retry import RetryPolicy, ShortBodyError, cause, is_past_end, is_transient, with_retries
 from scalecryo.errors import StoreError
 
 
@@ -53,13 +53,13 @@ def test_an_outage_of_half_a_minute_is_outlasted(clock: Clock) -> None:
         return "done"
 
     retries: list[float] = []
-    result = patiently(call, Patience(), "x", stopped=clock, on_retry=lambda: retries.append(clock.now))  # type: ignore[arg-type]
+    result = with_retries(call, RetryPolicy(), "x", stopped=clock, on_retry=lambda: retries.append(clock.now))  # type: ignore[arg-type]
     assert result == "done"
-    assert 30 <= clock.now < 30 + 1.5 * Patience().longest_wait
+    assert 30 <= clock.now < 30 + 1.5 * RetryPolicy().longest_wait
     assert len(retries) == len(clock.pauses)
     # Waits double from the first to the longest, each between half and one and a half of it.
     for number, pause in enumerate(clock.pauses):
-        planned = min(Patience().first_wait * 2**number, Patience().longest_wait)
+        planned = min(RetryPolicy().first_wait * 2**number, RetryPolicy().longest_wait)
         assert 0.5 * planned <= pause <= 1.5 * planned
     assert len({round(pause / min(0.2 * 2**n, 8.0), 6) for n, pause in enumerate(clock.pauses)}) > 1
 
@@ -69,7 +69,7 @@ def test_patience_ends(clock: Clock) -> None:
     with pytest.raises(
         StoreError, match=r"^s3://b/x \(bytes 0 to 9\): no good answer in \d+ s and \d+ tries, the last"
     ):
-        patiently(call, Patience(seconds=60), "s3://b/x (bytes 0 to 9)", stopped=clock)  # type: ignore[arg-type]
+        with_retries(call, RetryPolicy(seconds=60), "s3://b/x (bytes 0 to 9)", stopped=clock)  # type: ignore[arg-type]
     assert 40 < clock.now <= 60
     assert len(tries) == len(clock.pauses) + 1
 
@@ -78,18 +78,18 @@ def test_what_does_not_pass_is_raised_at_once(clock: Clock) -> None:
     for error in (FileNotFoundError("no"), PermissionError("no"), OSError(errno.EINVAL, "no")):
         tries, call = failing(1, error)
         with pytest.raises(type(error)):
-            patiently(call, Patience(), "x", stopped=clock)  # type: ignore[arg-type]
+            with_retries(call, RetryPolicy(), "x", stopped=clock)  # type: ignore[arg-type]
         assert len(tries) == 1
     tries, call = failing(1, KeyError("a bug"))
     with pytest.raises(KeyError):
-        patiently(call, Patience(), "x", stopped=clock)  # type: ignore[arg-type]
+        with_retries(call, RetryPolicy(), "x", stopped=clock)  # type: ignore[arg-type]
     assert not clock.pauses
 
 
 def test_bodies_that_stay_short_are_not_waited_for(clock: Clock) -> None:
     tries, call = failing(10**6, ShortBodyError("3 bytes came instead of 9"))
     with pytest.raises(ShortBodyError):
-        patiently(call, Patience(seconds=1000), "x", stopped=clock)  # type: ignore[arg-type]
+        with_retries(call, RetryPolicy(seconds=1000), "x", stopped=clock)  # type: ignore[arg-type]
     assert 2 <= len(tries) <= 5
 
 
@@ -99,7 +99,7 @@ def test_waiting_can_be_stopped() -> None:
     _, call = failing(10**6, TimeoutError())
     begun = time.monotonic()
     with pytest.raises(StoreError):
-        patiently(call, Patience(seconds=600, first_wait=300), "x", stopped=stopped)  # type: ignore[arg-type]
+        with_retries(call, RetryPolicy(seconds=600, first_wait=300), "x", stopped=stopped)  # type: ignore[arg-type]
     assert time.monotonic() - begun < 5
 
 
@@ -114,8 +114,8 @@ def test_kinds_of_errors() -> None:
     lasting = [GenericError(gives + "400 Bad Request"), GenericError(gives + "416 Range Not Satisfiable"),
                PermissionDeniedError("403"), FileNotFoundError(), PermissionError(),
                OSError(errno.ENOSPC, "full")]  # fmt: skip
-    assert [is_passing(error) for error in passing] == [True] * len(passing)
-    assert [is_passing(error) for error in lasting] == [False] * len(lasting)
+    assert [is_transient(error) for error in passing] == [True] * len(passing)
+    assert [is_transient(error) for error in lasting] == [False] * len(lasting)
     # 416 among the microseconds is no status.
     assert [is_past_end(error) for error in (passing[0], lasting[1])] == [False, True]
 

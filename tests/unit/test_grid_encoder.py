@@ -8,12 +8,12 @@ from scalecryo.distributed.world import World
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
+from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.rotation import geodesic_angle, random_rotations
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.estimator import Reference, Refined
-from scalecryo.pose.search import templates, with_mates
-from scalecryo.train.encoder_training import Lesson, Teacher, lesson_of
-from scalecryo.train.observed import Observed
+from scalecryo.pose.search import templates, with_flips
+from scalecryo.train.encoder_training import EncoderTrainer, TrainingBatch, training_batch
 
 
 def blobs(box_size: int, generator: torch.Generator) -> torch.Tensor:
@@ -28,7 +28,7 @@ def blobs(box_size: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def test_own_rotation_of_a_sure_encoder_is_the_grid_point() -> None:
-    grid = with_mates(so3_grid(500))
+    grid = with_flips(so3_grid(500))
     encoder = GridEncoder(grid, 10, 16, 1.0)
     logits = torch.full((7, len(grid)), -20.0)
     best = torch.arange(7) * 100
@@ -39,7 +39,7 @@ def test_own_rotation_of_a_sure_encoder_is_the_grid_point() -> None:
 
 
 def test_own_rotation_has_a_finite_gradient() -> None:
-    grid = with_mates(so3_grid(200))
+    grid = with_flips(so3_grid(200))
     encoder = GridEncoder(grid, 10, 16, 1.0)
     logits = torch.randn((5, len(grid)), generator=torch.Generator().manual_seed(0)).requires_grad_()
     encoder.own_rotation(GridPrediction(logits, torch.zeros(5, 2))).sum().backward()
@@ -49,7 +49,7 @@ def test_own_rotation_has_a_finite_gradient() -> None:
 
 
 def test_candidates_are_the_likeliest_with_their_probability() -> None:
-    grid = with_mates(so3_grid(100))
+    grid = with_flips(so3_grid(100))
     encoder = GridEncoder(grid, 10, 16, 1.0)
     logits = torch.randn((3, len(grid)), generator=torch.Generator().manual_seed(1))
     found = encoder.candidates(GridPrediction(logits, torch.ones(3, 2)), 5)
@@ -70,10 +70,10 @@ def test_lessons_read_another_level_at_the_encoders_scale() -> None:
     # Levels keep the noise: unscaled transforms differ by the ratio of the boxes, shifts in pixels likewise.
     small, large = fourier_pixels(32, 12), fourier_pixels(64, 20)
     images = torch.randn((6, len(large)), dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
-    observed = Observed(torch.arange(6), torch.ones(6, dtype=torch.long), images, None)
+    observed = ParticleImages(torch.arange(6), torch.ones(6, dtype=torch.long), images, None)
     rotation, shift = torch.eye(3).expand(6, 3, 3), torch.full((6, 2), 4.0)
     taken = [(observed, Refined(rotation, shift, torch.ones(6), torch.ones(6)))]
-    lesson = lesson_of(taken, 64, small, 6, 0)
+    lesson = training_batch(taken, 64, small, 6, 0)
     assert torch.equal(large.kx[: len(small)], small.kx)
     assert torch.equal(large.ky[: len(small)], small.ky)
     assert torch.allclose(lesson.images, images[:, : len(small)] / 2)
@@ -96,12 +96,14 @@ def test_a_teacher_brings_the_encoder_to_the_poses() -> None:
     spectrum.add(noise[:500], None, pixels)
     reference = Reference(transform, 2.0, spectrum, pixels)
     torch.manual_seed(0)
-    encoder = GridEncoder(with_mates(so3_grid(576)), len(pixels), 256, 1.0)
-    teacher = Teacher(encoder, pixels, rate=1e-3, shift_sigma_px=0.0, world=World(), traffic="float32", seed=0)
+    encoder = GridEncoder(with_flips(so3_grid(576)), len(pixels), 256, 1.0)
+    teacher = EncoderTrainer(
+        encoder, pixels, rate=1e-3, shift_sigma_px=0.0, world=World(), reduce_dtype="float32", seed=0
+    )
     images, zero = clean + noise, torch.zeros(6000, 2)
     for start in 12 * list(range(0, 5500, 110)):
         rows = slice(start, start + 110)
-        teacher.teach(Lesson(images[rows], None, rotation[rows], zero[rows]), reference)
+        teacher.teach(TrainingBatch(images[rows], None, rotation[rows], zero[rows]), reference)
     held = slice(5500, None)
     with torch.no_grad():
         prediction = encoder(encoder_features(images[held], None, spectrum.pixel_weight(pixels)))
@@ -117,12 +119,12 @@ def test_a_teacher_resumes_exactly() -> None:
     images = torch.randn((40, len(pixels)), dtype=torch.complex64, generator=generator)
     spectrum.add(images, None, pixels)
     reference = Reference(transform, 2.0, spectrum, pixels)
-    lesson = Lesson(images, None, random_rotations(40, generator), torch.zeros(40, 2))
+    lesson = TrainingBatch(images, None, random_rotations(40, generator), torch.zeros(40, 2))
 
-    def fresh() -> Teacher:
+    def fresh() -> EncoderTrainer:
         torch.manual_seed(1)
-        return Teacher(GridEncoder(so3_grid(50), len(pixels), 16, 1.0), pixels, rate=1e-3, shift_sigma_px=1.0,
-                       world=World(), traffic="float32", seed=7)  # fmt: skip
+        return EncoderTrainer(GridEncoder(so3_grid(50), len(pixels), 16, 1.0), pixels, rate=1e-3, shift_sigma_px=1.0,
+                       world=World(), reduce_dtype="float32", seed=7)  # fmt: skip
 
     first, second = fresh(), fresh()
     first.teach(lesson, reference)

@@ -121,7 +121,7 @@ def test_polish_never_waits_for_the_device():
     )  # fmt: skip
     pose = torch.empty(BATCH, 3, 3, device="meta"), torch.empty(BATCH, 2, device="meta")
     with NoHostSync():
-        found = local_refinement_torch.polish_batch(problem, *pose, 3, 5, 0.1, 2.0)
+        found = local_refinement_torch.refine_batch(problem, *pose, 3, 5, 0.1, 2.0)
     assert found[0].shape == (BATCH, 3, 3)
 
 

@@ -1,4 +1,4 @@
-"""Remembered poses: still while a rung runs, exchanged at its end, the same again after a resume."""
+"""Remembered poses: still while an iteration runs, exchanged at its end, the same again after a resume."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ def poses_of(rows: list[int], seed: int = 0) -> Poses:
             torch.rand(count, generator=generator))  # fmt: skip
 
 
-def resumed(run: RunFolder, rungs: int) -> PoseMemory:
+def resumed(run: RunFolder, iterations: int) -> PoseMemory:
     memory = PoseMemory(20)
-    for rung in range(1, rungs + 1):
-        memory.remember(load_found(run, rung))
+    for iteration in range(1, iterations + 1):
+        memory.remember(load_found(run, iteration))
     return memory
 
 
@@ -46,13 +46,13 @@ def test_noted_poses_are_read_only_after_the_rung() -> None:
 
 def test_a_resumed_memory_is_the_one_that_was_left(tmp_path: Path) -> None:
     run, memory = RunFolder(str(tmp_path / "run")), PoseMemory(20)
-    for rung, rows in enumerate(([1, 5, 9], [5, 6], [19]), start=1):
-        memory.note(*poses_of(rows, seed=rung))
-        save_found(run, rung, memory.settle(World()))
+    for iteration, rows in enumerate(([1, 5, 9], [5, 6], [19]), start=1):
+        memory.note(*poses_of(rows, seed=iteration))
+        save_found(run, iteration, memory.settle(World()))
     rows = torch.arange(20)
     for left, found in zip(memory.read(rows), resumed(run, 3).read(rows), strict=True):
         assert torch.equal(left, found)
-    # A rung that was begun but not finished before the kill counts for nothing.
+    # An iteration that was begun but not finished before the kill counts for nothing.
     assert not resumed(run, 2).read(torch.tensor([19]))[3].any()
     assert torch.equal(resumed(run, 1).read(torch.tensor([5]))[0], poses_of([1, 5, 9], seed=1)[1][1:2])
 
@@ -69,5 +69,5 @@ def test_damaged_poses_are_named(tmp_path: Path, damage: str) -> None:
         path.unlink()
     else:
         np.savez(path, rows=np.arange(3))
-    with pytest.raises(CheckpointError, match="rung 1"):
+    with pytest.raises(CheckpointError, match="iteration 1"):
         load_found(run, 1)

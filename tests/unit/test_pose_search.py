@@ -11,7 +11,7 @@ from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose import search
 from scalecryo.pose.modes import separated_modes, soft_labels
-from scalecryo.pose.search import Posterior, grid_posterior, largest, shift_grid, turned_grid, with_mates
+from scalecryo.pose.search import Posterior, grid_posterior, largest, shift_grid, turned_grid, with_flips
 from scalecryo.pose.subdivision import refine_candidates
 
 
@@ -22,7 +22,7 @@ def angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def test_mates_follow_their_rotations():
     grid = so3_grid(20, torch.float64)
-    both = with_mates(grid).numpy()
+    both = with_flips(grid).numpy()
     expected = (Rotation.from_matrix(grid.numpy()) * Rotation.from_euler("Z", 180, degrees=True)).as_matrix()
     # Exact but for scipy's sin(pi) and its normalisation of matrices.
     np.testing.assert_allclose(both[20:], expected, atol=1e-12)
@@ -32,7 +32,7 @@ def test_mates_follow_their_rotations():
 def test_grid_with_mates_covers_rotations_as_its_docstring_says():
     samples = Rotation.random(4000, random_state=0).as_matrix().reshape(-1, 9)
     mean = {}
-    for name, grid in (("plain", so3_grid(4608)), ("mates", with_mates(so3_grid(2304)))):
+    for name, grid in (("plain", so3_grid(4608)), ("mates", with_flips(so3_grid(2304)))):
         trace = (samples @ grid.double().numpy().reshape(-1, 9).T).max(1)
         mean[name] = np.degrees(np.arccos(np.clip((trace - 1) / 2, -1, 1))).mean()
     # 4,000 samples of spread 2.3 degrees: the means are known to 0.04.
@@ -41,13 +41,13 @@ def test_grid_with_mates_covers_rotations_as_its_docstring_says():
 
 
 def test_turned_grid_is_the_grid_in_another_frame_of_the_volume():
-    grid = with_mates(so3_grid(50, torch.float64))
+    grid = with_flips(so3_grid(50, torch.float64))
     turned = turned_grid(grid, torch.Generator().manual_seed(3))
     assert not torch.allclose(turned, turned_grid(grid, torch.Generator().manual_seed(4)))
     torch.testing.assert_close(turned, turned_grid(grid, torch.Generator().manual_seed(3)))
     common = turned @ grid.mT
     torch.testing.assert_close(common, common[:1].expand_as(common), atol=1e-12, rtol=0)
-    torch.testing.assert_close(turned[50:], with_mates(turned[:50])[50:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(turned[50:], with_flips(turned[:50])[50:], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(("radius", "step", "count"), [(0, 1, 1), (1, 1, 5), (3, 1, 29), (2, 0.5, 49), (7.5, 2.5, 29)])
@@ -157,7 +157,7 @@ def test_modes_absorb_their_neighbours():
 
 
 def test_images_with_fewer_modes_are_filled_up():
-    grid = with_mates(so3_grid(500))
+    grid = with_flips(so3_grid(500))
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(1000, (3, 9), generator=generator)
     rotation = grid[index]

@@ -16,11 +16,11 @@ from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.search import with_mates
+from scalecryo.pose.search import with_flips
 from scalecryo.train.particle_state import PoseMemory
 from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.guided_poser import ENCODER_RADIUS
-from scalecryo.train.stages.refinement import plan_rung
+from scalecryo.train.stages.refinement import plan_iteration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import scaling_model as model
@@ -43,7 +43,7 @@ def test_gradients_are_as_large_as_the_models_parameters(box: int, channels: tup
 def test_grid_encoder_is_as_large_as_the_real_one() -> None:
     pixels = len(fourier_pixels(32, ENCODER_RADIUS))
     assert pixels == model.ENCODER_PIXELS
-    encoder = GridEncoder(with_mates(so3_grid(HALF_GRID)), pixels, model.GRID_HIDDEN, 1.0)
+    encoder = GridEncoder(with_flips(so3_grid(HALF_GRID)), pixels, model.GRID_HIDDEN, 1.0)
     assert 4 * model.grid_encoder_parameters() == size(*encoder.parameters())
 
 
@@ -86,7 +86,7 @@ def test_slices_stay_within_the_accumulators_ball(box: int, reach: float) -> Non
 
 @pytest.mark.parametrize("radius", [14.0, 40.0, 60.0])
 def test_reach_is_that_of_a_rung(radius: float) -> None:
-    plan = plan_rung(radius, (128,), 5, search=False, shifted=True)
+    plan = plan_iteration(radius, (128,), 5, search=False, shifted=True)
     assert model.rung_reach(plan.level, plan.radius) == plan.reach
 
 
@@ -107,7 +107,7 @@ def test_all_reduce_of_a_ring() -> None:
 
 
 def test_terms_of_a_pass_add_up() -> None:
-    for predict in (model.predict_steps, model.predict_rung):
+    for predict in (model.predict_steps, model.predict_iteration):
         for box in model.BOXES:
             rates = [predict(box, gpus, model.H100) for gpus in (1, *model.GPUS)]
             assert all(found.seconds == sum(found.terms.values()) for found in rates)

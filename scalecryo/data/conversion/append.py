@@ -101,7 +101,7 @@ def append(
     store = made.store
     with writing(store.url, made.attrs["plan_hash"]) as renew:
         if read_attributes(store.url).get("plan_hash") != store.attrs["plan_hash"]:
-            raise OutputError(f"{urls.shown(store.url)}: was changed by another conversion; run this again")
+            raise OutputError(f"{urls.redacted(store.url)}: was changed by another conversion; run this again")
         begun = _pending(store.url, _PLAN)
         if begun and begun["plan_hash"] != made.attrs["plan_hash"]:
             _abandon(made, int(begun["shards"]))

@@ -52,7 +52,7 @@ class AppendPlan:
 
 def _refuse_other_kind(store: ParticleStore, found: Source, source: str) -> None:
     """Raise when the new particles do not fit the store."""
-    shown = urls.shown(source)
+    shown = urls.redacted(source)
     box, pixel_size = int(store.attrs["source_box_size"]), store.source_pixel_size
     if found.box_size != box:
         raise InputError(f"{shown}: box {found.box_size} px, the store's source had {box} px; extract in that box")
@@ -70,7 +70,7 @@ def _store_recipe(store: ParticleStore, found: Source, source: str, sign: int | 
     """The store's recipe, after a look at whether the new images are of its kind."""
     attrs = store.attrs
     judged, reason = choose(found, store.box_size, None, bad_images)
-    shown = urls.shown(source)
+    shown = urls.redacted(source)
     if judged.normalisation != attrs["normalisation"]:
         kinds = {"background": "noisy", "common": "noise-free"}
         raise InputError(
@@ -109,7 +109,7 @@ def _joined_star(store: ParticleStore, found: Source, source: str) -> bytes | No
     before = store.source_star()
     if before is None or found.star is None:
         return None
-    first, second = StarText(before, store.url), StarText(found.star, urls.shown(source))
+    first, second = StarText(before, store.url), StarText(found.star, urls.redacted(source))
     ours, theirs = particle_block(first), particle_block(second)
     if ours.columns != theirs.columns or ours.single is not None or theirs.single is not None:
         return None
@@ -131,7 +131,7 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
     known = {pair: number for number, pair in enumerate(zip(stacks["names"], stacks["urls"], strict=True))}
     numbers, opened = [], {}
     for name, stack in zip(found.table.stacks, found.stacks, strict=True):
-        number = known.setdefault((name, urls.shown(urls.absolute(stack.url))), len(known))
+        number = known.setdefault((name, urls.redacted(urls.absolute(stack.url))), len(known))
         numbers.append(number)
         opened[number] = stack
     columns = {name: values for name, values in found.table.columns.items() if name in store.columns}
@@ -142,7 +142,7 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
     if again.any():
         row = int(np.flatnonzero(again)[0])
         raise InputError(
-            f"{urls.shown(source)}: {int(again.sum()):,} of its {len(again):,} particles are in the store already, "
+            f"{urls.redacted(source)}: {int(again.sum()):,} of its {len(again):,} particles are in the store already, "
             f"such as {found.table.image_names()[row]}; leave them out of the table"
         )
     names, addresses = zip(*known, strict=True)
@@ -185,7 +185,7 @@ def plan_append(
     found = read_source(source, data_dir, how)
     if found.resampling:
         raise InputError(
-            f"{urls.shown(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
+            f"{urls.redacted(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
         )
     check_addresses(found)
     _refuse_other_kind(store, found, source)
@@ -211,7 +211,7 @@ def plan_append(
     attrs["source_rows"] = rows_before + len(placed.table) + len(excluded)
     attrs["appended"] = [
         *store.attrs.get("appended", []),
-        {"source": urls.shown(urls.absolute(source)), "count": len(placed.table)},
+        {"source": urls.redacted(urls.absolute(source)), "count": len(placed.table)},
     ]
     identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
     attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -80,7 +80,7 @@ class ConvertPlan:
         """What lies beside the arrays: the source's table and stacks, and which images were left out."""
         stacks: dict[str, Any] = {
             "names": self.source.table.stacks,
-            "urls": [urls.shown(urls.absolute(stack.url)) for stack in self.source.stacks],
+            "urls": [urls.redacted(urls.absolute(stack.url)) for stack in self.source.stacks],
         }
         if self.source.resampling:
             stacks["resampling"] = [[how.fourier_box, how.box_size] for how in self.source.resampling]
@@ -168,7 +168,7 @@ def _attributes(source: str, found: Source, recipe: Recipe, dtype: str, excluded
         "sign": recipe.sign,
         "normalisation": recipe.normalisation,
         "common_scale": recipe.common_scale,
-        "source": urls.shown(urls.absolute(source)),
+        "source": urls.redacted(urls.absolute(source)),
         "source_box_size": found.box_size,
         "source_rows": count + excluded,
         "excluded": excluded,
@@ -196,7 +196,7 @@ def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
     Raises:
         OutputExistsError: something else is there, or a complete store that nobody asked to replace.
     """
-    shown = urls.shown(store_url)
+    shown = urls.redacted(store_url)
     attrs = read_attributes(store_url)
     if not attrs:
         if urls.exists(store_url) and (not urls.is_folder(store_url) or set(urls.list_folder(store_url)) - {LOCK}):
@@ -217,7 +217,7 @@ def write_group(store_url: str, group: dict[str, Any], attrs: dict[str, Any]) ->
 def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> None:
     """Remove what may be replaced; leave this very conversion unfinished to go on; refuse anything else."""
     attrs = check_destination(store_url, overwrite)
-    shown = urls.shown(store_url)
+    shown = urls.redacted(store_url)
     if overwrite and attrs:
         # No longer a store that can be read, but still known as one when this is interrupted.
         known = {"scalecryo_version": __version__, "format_version": FORMAT_VERSION, "complete": False}
@@ -271,7 +271,7 @@ def convert(
 
         _write_shards(made, store_url, renew, workers, scheduler, report)
         if read_attributes(store_url).get("plan_hash") != made.attrs["plan_hash"]:
-            raise OutputError(f"{urls.shown(store_url)}: another conversion took this place; choose another")
+            raise OutputError(f"{urls.redacted(store_url)}: another conversion took this place; choose another")
         attrs = finish(store_url, attrs, made.source.table, made.contrast)
         write_group(store_url, group, attrs)
     return attrs

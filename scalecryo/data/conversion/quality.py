@@ -157,7 +157,7 @@ def _stored_column(store_url: str, name: str, count: int, shard_rows: int) -> np
         for number, (url, data) in enumerate(zip(some, urls.read_many(some), strict=True), first):
             body = np.frombuffer(data, np.uint8)[:-CRC_BYTES]
             if len(body) != shard_rows * dtype.itemsize or not crc_holds(body, data[-CRC_BYTES:]):
-                raise StoreError(f"{urls.shown(url)}: damaged while the store was written; convert with --overwrite")
+                raise StoreError(f"{urls.redacted(url)}: damaged while the store was written; convert with --overwrite")
             values[number * shard_rows : (number + 1) * shard_rows] = body.view(dtype)
     return values[:count]
 

@@ -132,7 +132,7 @@ def refuse_changed(stacks: dict[int, Stack]) -> None:
             same = False
         if not same:
             raise InputError(
-                f"{urls.shown(stack.url)}: was changed after the conversion had looked at it; when it is whole, "
+                f"{urls.redacted(stack.url)}: was changed after the conversion had looked at it; when it is whole, "
                 "convert again with --overwrite"
             )
 

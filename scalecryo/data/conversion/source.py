@@ -110,9 +110,9 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
 
     Raises:
         MissingInputError: it is in none of these places.
-        InputError: the name leads out of `data_dir`.
+        InputError: the name is_leader out of `data_dir`.
     """
-    table, shown = urls.shown(table_url), urls.shown(name)
+    table, shown = urls.redacted(table_url), urls.redacted(name)
     if "::" in name or "\0" in name:
         raise InputError(f"{table}: its stack {shown!r} is no path or plain address; name the file itself")
     if data_dir is None:
@@ -123,7 +123,7 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
             return name, False
         places = urls.folders_above(table_url)
         raise MissingInputError(
-            f"{table}: its stack {shown} is not at {urls.shown(urls.join(places[0], name))} nor below any folder "
+            f"{table}: its stack {shown} is not at {urls.redacted(urls.join(places[0], name))} nor below any folder "
             "above; give its folder by --data-dir"
         )
     full, alone = urls.join(data_dir, name), urls.join(data_dir, urls.name(name) or name)
@@ -134,10 +134,11 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
         return alone, True
     if not inside:
         raise InputError(
-            f"{table}: its stack {shown} is outside --data-dir {urls.shown(data_dir)}; add --allow-outside to read it"
+            f"{table}: its stack {shown} is outside --data-dir {urls.redacted(data_dir)}; add --allow-outside to "
+            "read it"
         )
     raise MissingInputError(
-        f"{table}: its stack {shown} is not at {urls.shown(full)} nor there by its name alone; give its folder by "
+        f"{table}: its stack {shown} is not at {urls.redacted(full)} nor there by its name alone; give its folder by "
         "--data-dir"
     )
 
@@ -151,14 +152,14 @@ def _open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_
             other = by_place.setdefault(place, name)
             if other != name and (alone or posixpath.normpath(other) != posixpath.normpath(name)):
                 raise InputError(
-                    f"{urls.shown(source)}: its stacks {urls.shown(other)} and {urls.shown(name)} both lead to "
-                    f"{urls.shown(place)}; give a --data-dir that holds their folders"
+                    f"{urls.redacted(source)}: its stacks {urls.redacted(other)} and {urls.redacted(name)} both lead "
+                    f"to {urls.redacted(place)}; give a --data-dir that holds their folders"
                 )
         stacks = tuple(pool.map(lambda place: Stack.open(place[0]), found))
     unpacked = sum(stack.unpacked_bytes for stack in stacks)
     if unpacked > _UNPACKED_LIMIT:
         raise InputError(
-            f"{urls.shown(source)}: its compressed stacks hold {unpacked >> 30} GiB together; unpack them first"
+            f"{urls.redacted(source)}: its compressed stacks hold {unpacked >> 30} GiB together; unpack them first"
         )
     return stacks
 
@@ -171,7 +172,7 @@ def _check_indices(table: ParticleTable, stacks: tuple[Stack, ...], where: str) 
     if past.any():
         number = int(np.flatnonzero(past)[0])
         raise InputError(
-            f"{urls.shown(stacks[number].url)}: {where} asks for image {last[number] + 1} but the stack holds "
+            f"{urls.redacted(stacks[number].url)}: {where} asks for image {last[number] + 1} but the stack holds "
             f"{stacks[number].count}; they do not belong together"
         )
 
@@ -190,7 +191,7 @@ def _check_boxes(
         if where.endswith(".star"):
             return (*notes, f"rlnImageSize {stated} (the stack {urls.name(stack.url)} has {stack.box_size} px)")
         raise InputError(
-            f"{urls.shown(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
+            f"{urls.redacted(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
             "that it is about, or correct its box and pixel size"
         )
     return notes
@@ -202,12 +203,12 @@ def _one_box(stacks: tuple[Stack, ...]) -> int:
     for stack in stacks:
         if stack.box_size != box_size:
             raise InputError(
-                f"{urls.shown(stack.url)}: box {stack.box_size} px, but {urls.shown(stacks[0].url)} has {box_size} "
-                "px; rescale or pad them to one box"
+                f"{urls.redacted(stack.url)}: box {stack.box_size} px, but {urls.redacted(stacks[0].url)} has "
+                f"{box_size} px; rescale or pad them to one box"
             )
     if box_size % 2:
         raise InputError(
-            f"{urls.shown(stacks[0].url)}: box {box_size} px is odd; crop or pad the particles to an even box"
+            f"{urls.redacted(stacks[0].url)}: box {box_size} px is odd; crop or pad the particles to an even box"
         )
     return box_size
 
@@ -228,7 +229,7 @@ def _one_pixel_size(
     odd = [stack for stack, box in zip(stacks, boxes, strict=True) if box % 2]
     if odd:
         raise InputError(
-            f"{urls.shown(odd[0].url)}: box {odd[0].box_size} px is odd; crop or pad the particles to an even box"
+            f"{urls.redacted(odd[0].url)}: box {odd[0].box_size} px is odd; crop or pad the particles to an even box"
         )
     plans = plan_resampling(boxes, sizes)
     opened = tuple(resampled(stack, plan) for stack, plan in zip(stacks, plans, strict=True))
@@ -269,7 +270,7 @@ def read_source(source: str, data_dir: str | None = None, how: Reading | None = 
             number past the end of a stack, no particles, or no pixel size anywhere.
     """
     how = how or Reading()
-    where = urls.shown(source)
+    where = urls.redacted(source)
     star, cs, sign = None, None, None
     notes: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
@@ -313,7 +314,7 @@ def _header_pixel_size(stacks: tuple[Stack, ...], where: str) -> float:
     if not sizes[0]:
         raise InputError(
             f"{where}: no pixel size, neither in the table (rlnImagePixelSize) nor in the header of "
-            f"{urls.shown(stacks[0].url)}; add one of them, or give --pixel-size"
+            f"{urls.redacted(stacks[0].url)}; add one of them, or give --pixel-size"
         )
     if max(sizes) - min(sizes) > _SAME_PIXEL * max(sizes):
         raise InputError(

@@ -28,9 +28,9 @@ Report = Callable[[int, int], None]
 def check_addresses(found: Source) -> None:
     """Refuse a table whose stacks' names carry credentials: the store keeps those names."""
     for name in found.table.stacks:
-        if "://" in name and urls.shown(name) != name:
+        if "://" in name and urls.redacted(name) != name:
             raise InputError(
-                f"{urls.shown(name)}: the table gives this stack's address with credentials or a query; "
+                f"{urls.redacted(name)}: the table gives this stack's address with credentials or a query; "
                 "take them out, and give them by the environment or a profile"
             )
 

@@ -62,7 +62,7 @@ def _damaged_blocks(store: ParticleStore, key: str) -> str:
 
 def _check_object(store: ParticleStore, key: str, entry: Entry, coming: Entry | None) -> Finding:
     url = urls.join(store.url, key)
-    where = f"{urls.shown(url)} (particles from shard {key.split('/')[3]})" if "/c/" in key else urls.shown(url)
+    where = f"{urls.redacted(url)} (particles from shard {key.split('/')[3]})" if "/c/" in key else urls.redacted(url)
     try:
         data = urls.read_bytes(url)
     except MissingInputError:
@@ -99,12 +99,14 @@ def check_objects(store: ParticleStore) -> Iterator[Finding]:
         if name.isdigit():
             shards.append(manifest)
             for key in sorted(expected_keys(store, int(name)) - set(manifest)):
-                yield Finding(0, f"{urls.shown(store.url)}: manifest {name} does not list {key}")
+                yield Finding(0, f"{urls.redacted(store.url)}: manifest {name} does not list {key}")
         for key, entry in manifest.items():
             yield _check_object(store, key, entry, coming.get(key))
     hashed = hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
     if len(shards) == store.shards and not replaced and hashed != store.content_hash:
-        yield Finding(0, f"{urls.shown(store.url)}: a manifest was changed after the conversion (their hash differs)")
+        yield Finding(
+            0, f"{urls.redacted(store.url)}: a manifest was changed after the conversion (their hash differs)"
+        )
 
 
 def _expected_rows(
@@ -143,6 +145,6 @@ def compare_with_source(store: ParticleStore, every_row: bool) -> Iterator[Findi
                 rows = (start + 1 + np.flatnonzero(wrong)).tolist()
                 named = ", ".join(map(str, rows[:_NAMED])) + (f" and {len(rows) - _NAMED} more" * (len(rows) > _NAMED))
                 differ = f"particle {named} of images/{level} differs from its source"
-                yield Finding(0, f"{urls.shown(store.url)}: {differ}")
+                yield Finding(0, f"{urls.redacted(store.url)}: {differ}")
             else:
                 yield Finding(stored.nbytes)

@@ -53,7 +53,7 @@ def read_poses(url: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         MissingInputError: there is no such file.
         InputError: not poses, or not a pickle of plain arrays.
     """
-    where = urls.shown(url)
+    where = urls.redacted(url)
     found = load(urls.read_bytes(url), where)
     pair = found if isinstance(found, tuple) else (found,)
     if len(pair) not in (1, 2):
@@ -82,7 +82,7 @@ def read_ctf(url: str) -> Ctf:
         MissingInputError: there is no such file.
         InputError: not CTF parameters, or not of one box and pixel size.
     """
-    where = urls.shown(url)
+    where = urls.redacted(url)
     values = _array(load(urls.read_bytes(url), where), (None, 2 + len(CTF_COLUMNS)), where, "CTF parameters")
     if not len(values):
         raise InputError(f"{where}: holds no particles")

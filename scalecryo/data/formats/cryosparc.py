@@ -180,7 +180,7 @@ def read_particles(url: str, passthrough: Sequence[str] = ()) -> ParticleTable:
         MissingInputError: there is no such file.
         InputError: not a .cs file, a field is missing, or two pixel sizes in one stack.
     """
-    return table_of(read(url, passthrough), urls.shown(url))
+    return table_of(read(url, passthrough), urls.redacted(url))
 
 
 def _alignment(
@@ -280,7 +280,7 @@ def write_with_poses(
     order = np.argsort(source_row, kind="stable")
     if len(np.unique(source_row)) < len(source_row) or source_row.max(initial=-1) >= len(source):
         raise InputError(
-            f"{urls.shown(url)}: the source table has {len(source)} rows, the poses are for {len(source_row)} others"
+            f"{urls.redacted(url)}: the source table has {len(source)} rows, the poses are for {len(source_row)} others"
         )
     rows = source[source_row[order]]
     names = rows.dtype.names or ()

@@ -93,11 +93,11 @@ def read(url: str, passthrough: Sequence[str] = ()) -> NDArray[np.void]:
         MissingInputError: a file does not exist.
         InputError: a file cannot be used, or a particle is not in every file.
     """
-    rows = _read_group(url) if url.endswith(".csg") else decode(urls.read_bytes(url), urls.shown(url))
+    rows = _read_group(url) if url.endswith(".csg") else decode(urls.read_bytes(url), urls.redacted(url))
     for other in passthrough:
-        more = decode(urls.read_bytes(other), urls.shown(other))
+        more = decode(urls.read_bytes(other), urls.redacted(other))
         own = set(rows.dtype.names or ())
-        rows = join(rows, more, [name for name in more.dtype.names or () if name not in own], urls.shown(other))
+        rows = join(rows, more, [name for name in more.dtype.names or () if name not in own], urls.redacted(other))
     return rows
 
 
@@ -141,7 +141,7 @@ def build(count: int, fields: Mapping[str, NDArray]) -> NDArray[np.void]:
 
 def _read_group(url: str) -> NDArray[np.void]:
     """The particles of a .csg file: each kind of result from the file that the group names for it."""
-    where = urls.shown(url)
+    where = urls.redacted(url)
     if urls.size(url) > _GROUP_LIMIT:
         raise InputError(f"{where}: not a cryoSPARC group file (it is larger than 256 KiB)")
     try:
@@ -161,7 +161,7 @@ def _read_group(url: str) -> NDArray[np.void]:
         if not name.isprintable():
             raise InputError(f"{where}: names {name!r}, which is no file's name")
         if name.startswith("/") or "://" in name or ".." in name.split("/"):
-            raise InputError(f"{where}: names {urls.shown(name)}, which is not in the group's own folder")
+            raise InputError(f"{where}: names {urls.redacted(name)}, which is not in the group's own folder")
     # Files named passthrough hold more particles than the job's own, or the same.
     ordered = sorted(set(names.values()), key=lambda name: ("passthrough" in name, name))
     tables = {name: decode(urls.read_bytes(urls.join(urls.parent(url), name)), name) for name in ordered}

@@ -144,7 +144,7 @@ class Stack:
             MissingInputError: there is no such file.
             InputError: not an MRC file, an unsupported mode, truncated, or too large while compressed.
         """
-        where = urls.shown(url)
+        where = urls.redacted(url)
         head = urls.read_range(url, 0, _HEADER_BYTES)
         fingerprint = urls.fingerprint(url)
         if is_packed(head):
@@ -180,7 +180,7 @@ class Stack:
         """
         if self.nx != self.ny:
             raise InputError(
-                f"{urls.shown(self.url)}: images are {self.ny} × {self.nx} pixels; particles must be square: "
+                f"{urls.redacted(self.url)}: images are {self.ny} × {self.nx} pixels; particles must be square: "
                 "extract them again in a square box"
             )
         return self.nx
@@ -207,7 +207,7 @@ class Stack:
         if bad.any():
             number = int(wanted[bad][0]) + 1
             raise InputError(
-                f"{urls.shown(self.url)}: image {number} was asked for but the stack holds {self.count}; "
+                f"{urls.redacted(self.url)}: image {number} was asked for but the stack holds {self.count}; "
                 "the table and the stack do not belong together"
             )
         if out is None:
@@ -244,7 +244,7 @@ class Stack:
             if done == length:
                 out[:] = np.frombuffer(data, dtype).reshape(out.shape)
         if done != length:
-            raise InputError(f"{urls.shown(self.url)}: the file ended while images {first + 1}… were read")
+            raise InputError(f"{urls.redacted(self.url)}: the file ended while images {first + 1}… were read")
 
 
 def read_map(url: str) -> tuple[Array, float, tuple[float, float, float]]:
@@ -309,7 +309,7 @@ def write_map(
     """
     data = np.ascontiguousarray(volume, dtype="<f4")
     if data.ndim != 3 or data.size == 0:
-        raise InputError(f"{urls.shown(url)}: a map has three axes, this array has shape {data.shape}")
+        raise InputError(f"{urls.redacted(url)}: a map has three axes, this array has shape {data.shape}")
     header = _header(data.shape, pixel_size, origin, is_stack=False)
     values = data.astype(np.float64)
     _set_statistics(header, data.min(), data.max(), values.sum(), np.square(values).sum(), data.size)
@@ -344,7 +344,7 @@ class StackWriter:
         """Add images (n, y, x)."""
         data = np.ascontiguousarray(images, dtype="<f4")
         if data.shape[1:] != self._shape[1:] or self._written + len(data) > self._shape[0]:
-            raise InputError(f"{urls.shown(self._url)}: {data.shape} does not fit a stack of {self._shape}")
+            raise InputError(f"{urls.redacted(self._url)}: {data.shape} does not fit a stack of {self._shape}")
         self._stream.write(data.data)
         self._written += len(data)
         if len(data):
@@ -361,7 +361,7 @@ class StackWriter:
         try:
             if self._written != self._shape[0]:
                 raise InputError(
-                    f"{urls.shown(self._url)}: {self._written} of {self._shape[0]} images were written; run it again"
+                    f"{urls.redacted(self._url)}: {self._written} of {self._shape[0]} images were written; run it again"
                 )
             _set_statistics(self._header, self._low, self._high, self._sum, self._squares, int(np.prod(self._shape)))
             self._stream.seek(0)

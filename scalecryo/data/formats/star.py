@@ -158,7 +158,7 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
         InputError: not a STAR file, not a particle table, a column missing or not numeric, or two pixel sizes in one
             stack.
     """
-    star = StarText.open(url) if text is None else StarText(text, urls.shown(url))
+    star = StarText.open(url) if text is None else StarText(text, urls.redacted(url))
     stacks: dict[bytes, int] = {}
     pixels = StackPixels()
     growing = GrowingColumns()

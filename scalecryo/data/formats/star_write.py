@@ -177,7 +177,7 @@ def write_with_poses(
     if source_star is None:
         _write_own(url, table.image_names(), table, (rotation, shift), half, confidence, box_size)
         return
-    text = StarText(source_star, urls.shown(url))
+    text = StarText(source_star, urls.redacted(url))
     source_row = table.columns["source_row"]
     place = np.full(int(source_row.max(initial=-1)) + 1, -1, dtype=np.int64)
     place[source_row] = np.arange(len(table))
@@ -263,7 +263,7 @@ def write_rows(url: str, source_star: Text, keep: npt.NDArray[np.bool_]) -> None
         source_star: the source's STAR file.
         keep: (N,) whether each row stays.
     """
-    text = StarText(source_star, urls.shown(url))
+    text = StarText(source_star, urls.redacted(url))
 
     def edit(rows: Rows) -> Iterator[Sequence[bytes] | None]:
         for kept in keep[rows.first : rows.first + len(rows)].tolist():

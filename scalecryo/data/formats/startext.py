@@ -156,7 +156,7 @@ class StarText:
         Raises:
             MissingInputError, InputError: there is no such file, or it is not a STAR file.
         """
-        return cls(text_of(url), urls.shown(url))
+        return cls(text_of(url), urls.redacted(url))
 
     def _headers(self) -> Iterator[re.Match[bytes]]:
         """Whatever reads `data_…` to the end of a line, looked for window by window."""

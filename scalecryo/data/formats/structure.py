@@ -75,7 +75,7 @@ def read_structure(path: str, *, keep_hydrogens: bool = True) -> Atoms:
     Raises MissingInputError when there is no such file and InputError when it is not a structure or holds no atoms.
     """
     data = urls.read_bytes(path)
-    path = urls.shown(path)
+    path = urls.redacted(path)
     if is_packed(data):
         data = unpack(data, path, _UNPACKED_LIMIT)
     try:

@@ -25,7 +25,7 @@ Renew = Callable[[], None]
 
 def _taken(store_url: str) -> OutputError:
     return OutputError(
-        f"{urls.shown(store_url)}: another conversion is writing this store; wait for it, or choose another place"
+        f"{urls.redacted(store_url)}: another conversion is writing this store; wait for it, or choose another place"
     )
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from scalecryo.data.io import urls
-from scalecryo.data.io.retry import Patience, ShortBodyError, cause, is_past_end, patiently, possible_errors
+from scalecryo.data.io.retry import RetryPolicy, ShortBodyError, cause, is_past_end, possible_errors, with_retries
 from scalecryo.errors import MissingInputError, StoreError
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class RangeReader:
         direct: False reads S3 through fsspec as well.
     """
 
-    def __init__(self, patience: Patience | None = None, *, direct: bool = True) -> None:
-        self.patience = patience or Patience()
+    def __init__(self, patience: RetryPolicy | None = None, *, direct: bool = True) -> None:
+        self.patience = patience or RetryPolicy()
         self._direct = direct
         self._process = os.getpid()
         self._stopped = threading.Event()
@@ -84,7 +84,7 @@ class RangeReader:
                 data = self._patiently(url, lambda: self._remote(url, start, stop, whole), part)
             self._add(len(data))
         if whole and len(data) != stop - start:
-            raise StoreError(f"{urls.shown(url)}: ends before byte {stop}")
+            raise StoreError(f"{urls.redacted(url)}: ends before byte {stop}")
         return data
 
     def read_into(self, url: str, start: int, buffers: Sequence[Any], *, where: str = "") -> bool:
@@ -161,11 +161,11 @@ class RangeReader:
         return data
 
     def _patiently(self, url: str, call: Callable[[], Result], part: str) -> Result:
-        where = f"{urls.shown(url)} ({part})" if part else urls.shown(url)
+        where = f"{urls.redacted(url)} ({part})" if part else urls.redacted(url)
         try:
-            return patiently(call, self.patience, where, stopped=self._stopped, on_retry=self._count_retry)
+            return with_retries(call, self.patience, where, stopped=self._stopped, on_retry=self._count_retry)
         except FileNotFoundError as error:
-            raise MissingInputError(f"{urls.shown(url)}: no such file") from error
+            raise MissingInputError(f"{urls.redacted(url)}: no such file") from error
         except ShortBodyError as error:
             raise StoreError(f"{where}: the object is too short: {error}") from error
         except possible_errors() as error:
@@ -177,7 +177,7 @@ class RangeReader:
         """obstore's client for the URL's bucket, and the key; None where fsspec reads."""
         if os.getpid() != self._process:
             raise StoreError(
-                f"{urls.shown(url)}: this process was forked after its reader was made: open the store anew"
+                f"{urls.redacted(url)}: this process was forked after its reader was made: open the store anew"
             )
         if not self._direct or not url.startswith(("s3://", "s3a://")):
             return None, ""
@@ -207,7 +207,7 @@ class RangeReader:
             self._retries += 1
 
 
-def s3_client(url: str, bucket: str, patience: Patience) -> "S3Store | None":
+def s3_client(url: str, bucket: str, patience: RetryPolicy) -> "S3Store | None":
     """obstore's client of a bucket as s3fs would reach it; None where only s3fs can do what is configured."""
     try:
         from obstore.store import S3Store
@@ -228,7 +228,7 @@ def s3_client(url: str, bucket: str, patience: Patience) -> "S3Store | None":
         endpoint=endpoint,
         region=_region_of(fs, bucket, endpoint),
         virtual_hosted_style_request=False,
-        retry_config={"max_retries": 0},  # `patiently` retries, and counts
+        retry_config={"max_retries": 0},  # `retry` retries, and counts
         client_options={
             "allow_http": endpoint.startswith("http://"),
             "timeout": timedelta(seconds=patience.request_seconds),

@@ -1,4 +1,5 @@
-"""Patience with object stores: calls that fail for passing reasons are made again, later and later, up to a limit."""
+"""RetryPolicy with object stores: calls that fail for passing reasons are made again, later and later, up to a
+limit."""
 
 import errno
 import logging
@@ -27,7 +28,7 @@ _CLIENT_FAULT = re.compile(r"status(?: code)?:? 4(?!08|29)\d\d")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a reader waits for an object store that does not answer as it should.
 
     Args:
@@ -47,7 +48,7 @@ class ShortBodyError(ConnectionError):
 
 
 def possible_errors() -> tuple[type[Exception], ...]:
-    """Every kind of error that the clients in use raise for a failed request; `is_passing` tells which may pass.
+    """Every kind of error that the clients in use raise for a failed request; `is_transient` tells which may pass.
 
     Clients that were never imported cannot have failed, and stay unimported.
     """
@@ -63,7 +64,7 @@ def possible_errors() -> tuple[type[Exception], ...]:
     return tuple(kinds)
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether trying again may help: after 5xx, throttling, timeouts, broken connections and bodies."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
@@ -88,9 +89,9 @@ def cause(error: BaseException) -> str:
     return line[:200] or type(error).__name__
 
 
-def patiently(
+def with_retries(
     call: Callable[[], Result],
-    patience: Patience,
+    patience: RetryPolicy,
     where: str,
     *,
     stopped: threading.Event | None = None,
@@ -116,7 +117,7 @@ def patiently(
             return call()
         except possible_errors() as error:
             tries += 1
-            if not is_passing(error) or (isinstance(error, ShortBodyError) and tries > _SHORT_TRIES):
+            if not is_transient(error) or (isinstance(error, ShortBodyError) and tries > _SHORT_TRIES):
                 raise
             pause = wait * random.SystemRandom().uniform(0.5, 1.5)  # workers that failed together must not come back so
             wait = min(2 * wait, patience.longest_wait)

@@ -17,13 +17,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 
-from scalecryo.data.io.retry import Patience, cause, patiently
+from scalecryo.data.io.retry import RetryPolicy, cause, with_retries
 from scalecryo.errors import InputError, MissingInputError, OutputError
 
 Result = TypeVar("Result")
 
 
-def shown(url: str) -> str:
+def redacted(url: str) -> str:
     """The URL as it may appear in a message: without user, password and query."""
     if "://" not in url:
         return url
@@ -43,7 +43,7 @@ def local_path(url: str) -> Path:
         InputError: the URL is not local.
     """
     if not is_local(url):
-        raise InputError(f"{shown(url)}: a local path is needed here")
+        raise InputError(f"{redacted(url)}: a local path is needed here")
     return Path(url.split("://", 1)[1] if "://" in url else url)
 
 
@@ -87,12 +87,13 @@ def filesystem(url: str) -> tuple[Any, str]:
     """
     if url.startswith(("s3://", "s3a://", "gs://", "gcs://")) and "@" in urlsplit(url).netloc:
         raise InputError(
-            f"{shown(url)}: its address holds credentials; take them out, and give them by the environment or a profile"
+            f"{redacted(url)}: its address holds credentials; take them out, and give them by the environment or a "
+            "profile"
         )
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise InputError(f"{shown(url)}: cannot reach this kind of address ({error})") from error
+        raise InputError(f"{redacted(url)}: cannot reach this kind of address ({error})") from error
     return fs, path
 
 
@@ -123,15 +124,15 @@ def open_read(url: str) -> BinaryIO:
             local = local_path(url)
             # Opening a pipe waits for its writer, and a device never ends.
             if local.exists() and not local.is_file() and not local.is_dir():
-                raise InputError(f"{shown(url)}: not a regular file; copy it to one")
+                raise InputError(f"{redacted(url)}: not a regular file; copy it to one")
             return open(local, "rb")
         fs, path = filesystem(url)
         stream: BinaryIO = fs.open(path, "rb")
         return stream
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingInputError(f"{shown(url)}: no such file") from error
+        raise MissingInputError(f"{redacted(url)}: no such file") from error
     except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{shown(url)}: cannot be read ({error.strerror or error})") from error
+        raise InputError(f"{redacted(url)}: cannot be read ({error.strerror or error})") from error
 
 
 def read_bytes(url: str) -> bytes:
@@ -170,11 +171,11 @@ def fetch(url: str, start: int | None = None, stop: int | None = None) -> bytes:
 def _patient(url: str, call: Callable[[], Result]) -> Result:
     """A remote call with the usual patience; what does not pass is said in our terms."""
     try:
-        return patiently(call, Patience(), shown(url))
+        return with_retries(call, RetryPolicy(), redacted(url))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingInputError(f"{shown(url)}: no such file") from error
+        raise MissingInputError(f"{redacted(url)}: no such file") from error
     except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{shown(url)}: cannot be read ({cause(error)})") from error
+        raise InputError(f"{redacted(url)}: cannot be read ({cause(error)})") from error
 
 
 def read_many(urls: Sequence[str]) -> list[bytes]:
@@ -188,10 +189,10 @@ def read_many(urls: Sequence[str]) -> list[bytes]:
     fs, _ = filesystem(urls[0])
     paths = [fs._strip_protocol(url) for url in urls]
     try:
-        found = patiently(lambda: fs.cat(paths, on_error="raise"), Patience(), shown(parent(urls[0])))
+        found = with_retries(lambda: fs.cat(paths, on_error="raise"), RetryPolicy(), redacted(parent(urls[0])))
     except FileNotFoundError as error:
         raise MissingInputError(
-            f"{shown(urls[0])} and {len(urls) - 1} more: one is missing ({cause(error)})"
+            f"{redacted(urls[0])} and {len(urls) - 1} more: one is missing ({cause(error)})"
         ) from error
     # One path alone comes back as bare bytes.
     return [found] if isinstance(found, bytes) else [found[path] for path in paths]
@@ -207,7 +208,7 @@ def read_text(url: str) -> str:
     try:
         return read_bytes(url).decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{shown(url)}: not a text file (byte {error.start} is not UTF-8)") from error
+        raise InputError(f"{redacted(url)}: not a text file (byte {error.start} is not UTF-8)") from error
 
 
 def size(url: str) -> int:
@@ -229,7 +230,7 @@ def fingerprint(url: str) -> tuple[int, str]:
         try:
             status = local_path(url).stat()
         except FileNotFoundError as error:
-            raise MissingInputError(f"{shown(url)}: no such file") from error
+            raise MissingInputError(f"{redacted(url)}: no such file") from error
         return status.st_size, str(status.st_mtime_ns)
     fs, path = filesystem(url)
     info = _patient(url, lambda: fs.info(path))
@@ -246,7 +247,7 @@ def _full_disk_explained(url: str) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise OutputError(
-            f"{shown(url)}: no room to write it ({error.strerror}); make room, then run the same command again"
+            f"{redacted(url)}: no room to write it ({error.strerror}); make room, then run the same command again"
         ) from error
 
 
@@ -271,7 +272,7 @@ def atomic_path(url: str) -> Iterator[Path]:
             else:
                 fs, path = filesystem(url)
                 make_folder(parent(url))
-                patiently(lambda: fs.put_file(str(temporary), path), Patience(), shown(url))
+                with_retries(lambda: fs.put_file(str(temporary), path), RetryPolicy(), redacted(url))
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -295,7 +296,7 @@ def atomic_stream(url: str) -> Iterator[BinaryIO]:
         fs, path = filesystem(url)
         make_folder(parent(url))
         data = memory.getvalue()
-        patiently(lambda: fs.pipe_file(path, data), Patience(), shown(url))
+        with_retries(lambda: fs.pipe_file(path, data), RetryPolicy(), redacted(url))
 
 
 def write_all(stream: BinaryIO, data: memoryview) -> None:

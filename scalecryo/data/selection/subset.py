@@ -118,7 +118,7 @@ def choose(config: TrainConfig, store: ParticleStore) -> Subset | None:
         found = listed if found is None else found.both(listed)
     if found is not None and found.count == 0:
         named = " and ".join(name for name, *_ in conditions)
-        raise ConfigError(f"config: {named}: no particle of {urls.shown(store.url)} (first {count}) is chosen")
+        raise ConfigError(f"config: {named}: no particle of {urls.redacted(store.url)} (first {count}) is chosen")
     return found
 
 
@@ -158,7 +158,7 @@ def read_index(url: str, store_rows: int, limit: int) -> Rows:
         MissingInputError: there is no such file.
         ConfigError: it holds something else than row numbers of the store.
     """
-    shown = urls.shown(url)
+    shown = urls.redacted(url)
     data = urls.read_bytes(url)
     try:
         if url.endswith(".npy"):

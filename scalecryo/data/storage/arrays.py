@@ -144,7 +144,7 @@ class ImageArray:
     def _damaged(self, shard: int, what: str) -> StoreError:
         first, last = shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.count)
         return StoreError(
-            f"{urls.shown(self.shard_url(shard))}: {what} (shard {shard} of {self.name}, particles {first + 1} to "
+            f"{urls.redacted(self.shard_url(shard))}: {what} (shard {shard} of {self.name}, particles {first + 1} to "
             f"{last}); run `scalecryo verify`, then convert again with --overwrite"
         )
 
@@ -292,7 +292,7 @@ class ColumnArray:
             data = self.reader.read_object(url)
         except MissingInputError as error:
             raise StoreError(
-                f"{urls.shown(url)}: the object is missing ({self.name}); run `scalecryo verify`, "
+                f"{urls.redacted(url)}: the object is missing ({self.name}); run `scalecryo verify`, "
                 "then convert again with --overwrite"
             ) from error
         dtype = np.dtype(self.dtype).newbyteorder("<")
@@ -300,7 +300,7 @@ class ColumnArray:
         body = np.frombuffer(data, np.uint8)[:expected]
         if len(data) != expected + CRC_BYTES or not crc_holds(body, data[expected:]):
             raise StoreError(
-                f"{urls.shown(url)}: wrong length or checksum ({self.name}); run `scalecryo verify`, "
+                f"{urls.redacted(url)}: wrong length or checksum ({self.name}); run `scalecryo verify`, "
                 "then convert again with --overwrite"
             )
         return body.view(dtype).reshape(self.shard_rows, *self.row_shape)
@@ -327,7 +327,7 @@ def _metadata(reader: RangeReader, url: str) -> bytes:
     try:
         return bytes(reader.read_object(urls.join(url, "zarr.json")))
     except MissingInputError as error:
-        raise StoreError(f"{urls.shown(url)}: its zarr.json is missing; convert again with --overwrite") from error
+        raise StoreError(f"{urls.redacted(url)}: its zarr.json is missing; convert again with --overwrite") from error
 
 
 def _through_zarr(cache: _Cache, url: str, object_url: str, start: int, stop: int, where: str) -> npt.NDArray:
@@ -338,12 +338,12 @@ def _through_zarr(cache: _Cache, url: str, object_url: str, start: int, stop: in
         StoreError: zarr-python cannot decode it.
     """
     if not urls.exists(object_url):
-        raise MissingInputError(f"{urls.shown(object_url)}: no such file")
+        raise MissingInputError(f"{urls.redacted(object_url)}: no such file")
     try:
         rows: npt.NDArray = cache.rows(url).read(start, stop)
     except (ValueError, RuntimeError) as error:
         raise StoreError(
-            f"{urls.shown(object_url)}: zarr cannot decode it ({where}rows {start} to {stop}: {cause(error)}); "
+            f"{urls.redacted(object_url)}: zarr cannot decode it ({where}rows {start} to {stop}: {cause(error)}); "
             "run `scalecryo verify`, then convert again with --overwrite"
         ) from error
     return rows

@@ -53,7 +53,7 @@ def read_attributes(url: str) -> dict[str, Any]:
     except MissingInputError:
         return {}
     except (ValueError, AttributeError) as error:
-        raise StoreError(f"{urls.shown(url)}: its zarr.json is damaged ({error}); convert again") from error
+        raise StoreError(f"{urls.redacted(url)}: its zarr.json is damaged ({error}); convert again") from error
     return attributes if "scalecryo_version" in attributes else {}
 
 
@@ -115,21 +115,21 @@ class ParticleStore:
         attrs = read_attributes(url)
         if not attrs:
             if not urls.exists(url):
-                raise MissingInputError(f"{urls.shown(url)}: no such store; make one with `scalecryo convert`")
-            raise StoreError(f"{urls.shown(url)}: not a particle store; make one with `scalecryo convert`")
+                raise MissingInputError(f"{urls.redacted(url)}: no such store; make one with `scalecryo convert`")
+            raise StoreError(f"{urls.redacted(url)}: not a particle store; make one with `scalecryo convert`")
         if attrs.get("format_version") != FORMAT_VERSION:
             raise StoreError(
-                f"{urls.shown(url)}: store format {attrs.get('format_version')}, this version of scalecryo reads "
+                f"{urls.redacted(url)}: store format {attrs.get('format_version')}, this version of scalecryo reads "
                 f"{FORMAT_VERSION}; convert again with --overwrite"
             )
         if require_complete and attrs.get("complete") is not True:
             raise StoreError(
-                f"{urls.shown(url)}: its conversion did not finish; run the same `scalecryo convert` again"
+                f"{urls.redacted(url)}: its conversion did not finish; run the same `scalecryo convert` again"
             )
         try:
             return cls(url, attrs)
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{urls.shown(url)}: its attributes are damaged ({error!r}); convert again") from error
+            raise StoreError(f"{urls.redacted(url)}: its attributes are damaged ({error!r}); convert again") from error
 
     @property
     def has_ctf(self) -> bool:
@@ -166,7 +166,7 @@ class ParticleStore:
             return int(self.attrs["block_rows"][str(level)])
         except KeyError as error:
             levels = ", ".join(map(str, self.levels))
-            raise StoreError(f"{urls.shown(self.url)}: no level {level}; it has {levels}") from error
+            raise StoreError(f"{urls.redacted(self.url)}: no level {level}; it has {levels}") from error
 
     def level_pixel_size(self, level: int) -> float:
         """Pixel size of a level in Å."""
@@ -188,7 +188,9 @@ class ParticleStore:
             StoreError: the store has no such column.
         """
         if name not in self._columns:
-            raise StoreError(f"{urls.shown(self.url)}: the source had no {name}; there are {', '.join(self.columns)}")
+            raise StoreError(
+                f"{urls.redacted(self.url)}: the source had no {name}; there are {', '.join(self.columns)}"
+            )
         return self._columns[name]
 
     def read_images(self, level: int, start: int, stop: int, out: npt.NDArray | None = None) -> npt.NDArray:
@@ -278,12 +280,14 @@ def read_manifests(url: str, names: Sequence[str], folder: str = MANIFESTS) -> l
             documents = urls.read_many(addresses)
         except MissingInputError as error:
             gone = next((url for url in addresses if not urls.exists(url)), addresses[0])
-            raise StoreError(f"{urls.shown(gone)}: the manifest is missing; convert again with --overwrite") from error
+            raise StoreError(
+                f"{urls.redacted(gone)}: the manifest is missing; convert again with --overwrite"
+            ) from error
         for address, document in zip(addresses, documents, strict=True):
             try:
                 found.append(json.loads(document))
             except ValueError as error:
                 raise StoreError(
-                    f"{urls.shown(address)}: the manifest is damaged; convert again with --overwrite"
+                    f"{urls.redacted(address)}: the manifest is damaged; convert again with --overwrite"
                 ) from error
     return found

@@ -52,7 +52,9 @@ def read_layout(
         found, kind = tuple(meta["shape"]), np.dtype(meta["data_type"])
         # Longer than the store says: an append is about to be completed, or was interrupted.
         if found[:1] < shape[:1] or found[1:] != shape[1:] or kind != np.dtype(dtype):
-            raise StoreError(f"{urls.shown(url)}: holds {kind} {found}, its store says {dtype} {shape}; convert again")
+            raise StoreError(
+                f"{urls.redacted(url)}: holds {kind} {found}, its store says {dtype} {shape}; convert again"
+            )
         grid = tuple(meta["chunk_grid"]["configuration"]["chunk_shape"])
         keys = meta["chunk_key_encoding"]
         plain_keys = keys["name"] == "default" and keys.get("configuration", {}).get("separator", "/") == "/"
@@ -65,7 +67,7 @@ def read_layout(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, StoreError):
             raise
-        raise StoreError(f"{urls.shown(url)}: its zarr.json is damaged ({error!r}); convert again") from error
+        raise StoreError(f"{urls.redacted(url)}: its zarr.json is damaged ({error!r}); convert again") from error
 
 
 def _sharded(codecs: list[dict[str, Any]], block_shape: tuple[int, ...], fill: float) -> ObjectLayout:
@@ -102,9 +104,9 @@ class ZarrRows:
         try:
             self._array = zarr.open_array(url, mode="r")
         except FileNotFoundError as error:
-            raise MissingInputError(f"{urls.shown(url)}: no such array") from error
+            raise MissingInputError(f"{urls.redacted(url)}: no such array") from error
         except ValueError as error:
-            raise StoreError(f"{urls.shown(url)}: zarr cannot read it ({error})") from error
+            raise StoreError(f"{urls.redacted(url)}: zarr cannot read it ({error})") from error
 
     def read(self, start: int, stop: int) -> Any:
         """Rows start…stop−1."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scalecryo.data.io import urls
 from scalecryo.data.io.ranges import RangeReader
-from scalecryo.data.io.retry import Patience
+from scalecryo.data.io.retry import RetryPolicy
 from scalecryo.data.particles import Columns
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
@@ -140,7 +140,7 @@ class ParticleStream:
         columns: Sequence[str] = (),
         threads: int = 0,
         prefetch_bytes: int = PREFETCH_BYTES,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if order.count > store.count:

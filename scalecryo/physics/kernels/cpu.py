@@ -59,7 +59,7 @@ def _fetch(array: np.ndarray, line: np.ndarray, later: int) -> None:
 
 @part
 def _interpolate(volume: np.ndarray, count: int, work: _Work) -> None:
-    """Values, conjugated where the mate was taken."""
+    """Values, conjugated where the Friedel partner was taken."""
     fraction, line, values = work
     for i in range(count):
         _fetch(volume, line, min(i + _AHEAD, count - 1))
@@ -219,7 +219,7 @@ def _sum_turns(
     zero = np.float32(0)
     xx = xy = yx = yy = zx = zy = zero
     for i in range(kx.shape[0]):
-        # For a mate -q the chain rule brings one minus sign, the conjugate another.
+        # For a Friedel partner -q the chain rule brings one minus sign, the conjugate another.
         real, imag = local[2 * i] * fraction[3, i], local[2 * i + 1]
         x = real * values[2, i] + imag * values[3, i]
         y = real * values[4, i] + imag * values[5, i]

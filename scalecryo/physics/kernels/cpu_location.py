@@ -31,8 +31,8 @@ def locate(
 ) -> None:
     """Where a block of samples falls. kx, ky: of this block, for numba makes gathers of kx[start + i].
 
-    fraction: x, y, z between neighbours and the sign (-1: the mate -q was taken). corner: x, then y, y+1, z, z+1 as
-    stored rows and planes.
+    fraction: x, y, z between neighbours and the sign (-1: the Friedel partner -q was taken). corner: x, then y, y+1, z,
+    z+1 as stored rows and planes.
     """
     half, size = np.float32(box // 2), np.int32(box)
     zero, one = np.float32(0), np.float32(1)

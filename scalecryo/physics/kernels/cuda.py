@@ -1,4 +1,4 @@
-"""The slice operator, insertion and the polish's sums on a GPU: how the Triton kernels are called.
+"""The slice operator, insertion and local refinement's sums on a GPU: how the Triton kernels are called.
 
 Nothing here waits for the device. Single precision; boxes up to 1280 px. With TRITON_INTERPRET=1 in the environment,
 before the first import, the same kernels run on tensors of the CPU, slowly, to be compared with the reference.
@@ -21,8 +21,8 @@ INTERPRETED = not isinstance(triton_slice.slice_forward, triton.JITFunction)
 # Pixels of a program, one a thread: with two, registers double and fewer programs run at a time.
 BLOCK = 128
 OPTIONS = {"num_warps": BLOCK // 32, "enable_fp_fusion": True}
-# Blocks that a program of the polish goes through: its sums stay short enough for single precision.
-_POLISH_BLOCKS = 8
+# Blocks that a program of local refinement goes through: its sums stay short enough for single precision.
+_REFINEMENT_BLOCKS = 8
 
 
 def forward(volume: Complex[Tensor, "d d h"], views: Views) -> Complex[Tensor, "b p"]:
@@ -84,7 +84,7 @@ def insert_slices_cuda(
         )  # fmt: skip
 
 
-def polish_sums(
+def refinement_sums(
     volume: Complex[Tensor, "d d h"],
     observed: Complex[Tensor, "b p"],
     views: Views,
@@ -98,17 +98,17 @@ def polish_sums(
     w |residual|^2, alone. All pixels must lie inside the transform.
     """
     count, pixels = observed.shape
-    programs, size = triton.cdiv(pixels, BLOCK * _POLISH_BLOCKS), 20 if derivatives else 1
+    programs, size = triton.cdiv(pixels, BLOCK * _REFINEMENT_BLOCKS), 20 if derivatives else 1
     sums = torch.zeros(count, programs, size, device=volume.device)
     if observed.numel():
         pointers, numbers, flags = _arguments(volume, views)
         observed = observed if observed.stride(1) == 1 else observed.contiguous()
         scale, per_px, _, _, box, ctf_stride = numbers
         with _on(volume):
-            triton_refine.polish_sums[(programs, count)](
+            triton_refine.refinement_sums[(programs, count)](
                 _real(volume), torch.view_as_real(observed.resolve_conj()), *pointers, weight.float().contiguous(),
                 sums, scale, -per_px, pixels, box, ctf_stride, observed.stride(0),
-                HAS_CTF=flags["HAS_CTF"], DERIVATIVES=derivatives, BLOCK=BLOCK, BLOCKS=_POLISH_BLOCKS,
+                HAS_CTF=flags["HAS_CTF"], DERIVATIVES=derivatives, BLOCK=BLOCK, BLOCKS=_REFINEMENT_BLOCKS,
                 **OPTIONS,
             )  # fmt: skip
     return sums.double().sum(1)

@@ -23,7 +23,7 @@ class Samples(NamedTuple):
     fraction: tuple[Float[Tensor, "b p"], ...]
     """Position between neighbours along x, y, z."""
     sign: Float[Tensor, "b p"]
-    """-1 where the mate -q was taken, else 1."""
+    """-1 where the Friedel partner -q was taken, else 1."""
     inside: Float[Tensor, "p"]
     """1 where scale |k| <= d/2 - 1, else 0."""
 

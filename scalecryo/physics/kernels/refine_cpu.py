@@ -1,4 +1,5 @@
-"""Compiled pose polish: one pass over an image's pixels gives cost, gradient and normal matrix. Single precision data.
+"""Compiled local refinement of poses: one pass over an image's pixels gives cost, gradient and normal matrix. Single
+precision data.
 
 The small turn w of a trial is applied in the image frame, R exp([w]x), so that with k = (kx, ky, 0) a sample moves by
 R (w x k). All derivatives of the prediction P = ctf slice are then made of three complex numbers a pixel,
@@ -45,7 +46,7 @@ _Grid = tuple[np.ndarray, int]
 _Pixels = tuple[np.ndarray, np.ndarray, np.ndarray]
 """kx, ky, weight."""
 _Image = tuple[np.ndarray, np.ndarray]
-"""Observed pixels, CTF."""
+"""ParticleImages pixels, CTF."""
 _Work = tuple[np.ndarray, np.ndarray]
 """Scratch rows, and where the lowest of a sample's eight neighbours stands; bits 0 to 2 are its place in its brick."""
 
@@ -132,7 +133,7 @@ def _read_values(grid: _Grid, count: int, work: _Work) -> None:
 
 @part
 def _read_derivatives(grid: _Grid, rotation: np.ndarray, pixels: _Pixels, work: _Work) -> None:
-    """Slice, A and T. For a mate -q the chain rule brings one minus sign, the conjugate another."""
+    """Slice, A and T. For a Friedel partner -q the chain rule brings one minus sign, the conjugate another."""
     (volume, half), (kx, ky, _), (scratch, corner) = grid, pixels, work
     count = kx.shape[0]
     nx, ny, nz = rotation[0, 2], rotation[1, 2], rotation[2, 2]
@@ -278,7 +279,7 @@ def _copy(source: np.ndarray, factor: Real, target: np.ndarray) -> None:
 
 
 @part
-def _polish_image(
+def _refine_image(
     grid: _Grid,
     pixels: _Pixels,
     image: _Image,
@@ -290,7 +291,7 @@ def _polish_image(
     rotation: np.ndarray,
     shift: np.ndarray,
 ) -> tuple[Real, Real]:
-    """Polish one image in place; returns its cost before and after, without `_cost_beyond`."""
+    """Refine one image in place; returns its cost before and after, without `_cost_beyond`."""
     (scale, turns), (passes, free, most_turn, most_shift) = geometry, limits
     moments, matrix, gradient, solved, exact, trial, turned = memory
     step, circle, damping = solved[5], np.float32(_TWO_PI) * turns, FIRST_DAMPING
@@ -329,7 +330,7 @@ def _polish_image(
 
 
 @kernel
-def polish_images(
+def refine_images(
     share: int,
     shares: int,
     grid: _Grid,
@@ -343,7 +344,7 @@ def polish_images(
     shift: np.ndarray,
     cost: np.ndarray,
 ) -> None:
-    """Polish every `shares`-th image in place; cost (b, 2) becomes the costs before and after.
+    """Refine every `shares`-th image in place; cost (b, 2) becomes the costs before and after.
 
     ctf has b rows, or one for all. inside: number of pixels within the transform. geometry: padded_box / box_size,
     1 / box_size. limits: passes, parameters (3: no shift, 5), largest turn (rad) and shift (px) of a pass.
@@ -353,7 +354,7 @@ def polish_images(
     memory = *algebra, np.empty((3, 3)), np.empty((3, 3), np.float32), np.empty((3, 3), np.float32)
     for b in range(share, rotation.shape[0], shares):
         image = observed[b], ctf[min(b, ctf.shape[0] - 1)]
-        costs = _polish_image(grid, pixels, image, inside, geometry, limits, work, memory, rotation[b], shift[b])
+        costs = _refine_image(grid, pixels, image, inside, geometry, limits, work, memory, rotation[b], shift[b])
         beyond = _cost_beyond(image, pixels[2], inside)
         cost[b, 0], cost[b, 1] = costs[0] + beyond, costs[1] + beyond
 
@@ -372,7 +373,7 @@ def score_poses(
     shift: np.ndarray,
     cost: np.ndarray,
 ) -> None:
-    """Fill cost (b, k) for rotation (b, k, 3, 3) and shift (b, k, 2), the rest as for `polish_images`."""
+    """Fill cost (b, k) for rotation (b, k, 3, 3) and shift (b, k, 2), the rest as for `refine_images`."""
     work, turned = (np.empty((_ROWS, _BLOCK), np.float32), np.empty(_BLOCK, np.int32)), np.empty((3, 3), np.float32)
     scale, turns = geometry
     for b in range(share, rotation.shape[0], shares):

@@ -1,4 +1,5 @@
-"""Triton kernel of the pose polish: residual, gradient and normal matrix of every image in one pass over its pixels."""
+"""Triton kernel of the local refinement of poses: residual, gradient and normal matrix of every image in one pass over
+its pixels."""
 
 import triton
 import triton.language as tl
@@ -7,7 +8,7 @@ from scalecryo.physics.kernels.triton_slice import locate, ramp, read_with_slope
 
 
 @triton.jit
-def polish_sums(
+def refinement_sums(
     volume_ptr, observed_ptr, rotation_ptr, shift_ptr, ctf_ptr, kx_ptr, ky_ptr, weight_ptr, sums_ptr,
     scale, per_px, pixels, box, ctf_stride, observed_stride,
     HAS_CTF: tl.constexpr, DERIVATIVES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -50,7 +51,7 @@ def polish_sums(
         e_imag = o_real * sine + o_imag * cosine - p_imag
         ee += weight * (e_real * e_real + e_imag * e_imag)
         if DERIVATIVES:
-            # For a mate -q the chain rule brings one minus sign, the conjugate another.
+            # For a Friedel partner -q the chain rule brings one minus sign, the conjugate another.
             a_real, a_imag = tl.split(slope_x * nx + slope_y * ny + slope_z * nz)
             tx, ty, tz = kx * xy - ky * xx, kx * yy - ky * yx, kx * zy - ky * zx
             t_real, t_imag = tl.split(slope_x * tx[:, None] + slope_y * ty[:, None] + slope_z * tz[:, None])

@@ -11,12 +11,13 @@ import triton.language as tl
 
 @triton.jit
 def locate(rotation_ptr, kx, ky, scale, box):
-    """Where samples fall: x, y, z between neighbours, sign (-1: the mate was taken), column, rows, planes as stored."""
+    """Where samples fall: x, y, z between neighbours, sign (-1: the Friedel partner was taken), column, rows, planes as
+    stored."""
     u, v = scale * kx, scale * ky
     x = tl.load(rotation_ptr) * u + tl.load(rotation_ptr + 1) * v
     y = tl.load(rotation_ptr + 3) * u + tl.load(rotation_ptr + 4) * v
     z = tl.load(rotation_ptr + 6) * u + tl.load(rotation_ptr + 7) * v
-    # By the sign's bit: the reference takes the mate of -0 too.
+    # By the sign's bit: the reference takes the Friedel partner of -0 too.
     sign = tl.where(x.to(tl.int32, bitcast=True) < 0, -1.0, 1.0)
     x, y, z = x * sign, y * sign, z * sign
     half = (box // 2).to(tl.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from scalecryo.errors import TrainingError
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.mask import soft_sphere
-from scalecryo.train.observed import Observed
+from scalecryo.physics.particle_images import ParticleImages
 
 logger = logging.getLogger(__name__)
 LEAST_PARTICLES = 100  # two halves, a tenth of each held out
@@ -32,7 +32,7 @@ def check_count(count: int, where: str) -> None:
         )
 
 
-def check_images(batch: Observed, pixels: FourierPixels, where: str) -> None:
+def check_images(batch: ParticleImages, pixels: FourierPixels, where: str) -> None:
     """Refuse images that are all alike, and say so where their power does not follow their CTFs.
 
     Raises:
@@ -57,7 +57,7 @@ def check_images(batch: Observed, pixels: FourierPixels, where: str) -> None:
         )  # fmt: skip
 
 
-def ctf_correlation(batch: Observed, pixels: FourierPixels) -> float | None:
+def ctf_correlation(batch: ParticleImages, pixels: FourierPixels) -> float | None:
     """Correlation, from image to image, of the power at each Fourier pixel with the CTF²; None where CTFs are alike.
 
     Right CTFs of different defocus give a clearly positive one; those of another pixel size, unit or table do not.

@@ -16,10 +16,10 @@ from scalecryo.data.streaming.stream import Batch, sequential
 from scalecryo.distributed.world import World
 from scalecryo.map.halfmaps import HalfMaps
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred, rfft2_centred
-from scalecryo.physics.image_formation import Filtered, filtered, filtered_on_padded_box
+from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted_on_padded_box, filtered
+from scalecryo.physics.poses import Assignment
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.results import write_results
-from scalecryo.train.assignment import Assignment
 from scalecryo.train.batches import chosen_weight, half_of, particle_inputs, stream_columns
 from scalecryo.train.posed import Posed
 from scalecryo.train.posed_parts import PosedParts
@@ -84,18 +84,18 @@ def assign_particles(
         collector.add(full.rows, posed, half)
     parts.flush()
     if world.size > 1:
-        halves.reduce(world.sum_, pixels.radius_limit)
+        halves.reduce(world.all_reduce_, pixels.radius_limit)
     assignment = collector.gather(world)
     if assignment is not None:
         write_results(config, store, run, assignment, halves.solve(store.pixel_size), learned)
         parts.remove()
 
 
-def _filtered(batch: Batch, store: ParticleStore, pixels: FourierPixels) -> Filtered:
+def _filtered(batch: Batch, store: ParticleStore, pixels: FourierPixels) -> CtfWeightedImages:
     """Full images times their CTF."""
     inputs = particle_inputs(batch, store, store.box_size)
     if inputs.ctf is not None:
-        return filtered_on_padded_box(inputs.images, inputs.ctf, store.pixel_size, pixels)
+        return ctf_weighted_on_padded_box(inputs.images, inputs.ctf, store.pixel_size, pixels)
     return filtered(pixels.pack(rfft2_centred(inputs.images)), None)
 
 
@@ -157,7 +157,7 @@ class _Collector:
         """Every worker's findings, in the order of the rows, on worker 0; None elsewhere. Collective."""
         columns = (self._rows, self._rotation, self._shift, self._confidence, self._half)
         gathered = [world.gather(torch.cat(parts)) for parts in columns]
-        if not world.leads:
+        if not world.is_leader:
             return None
         order = torch.cat(gathered[0]).argsort()
         rotation, shift, confidence, half = (torch.cat(parts)[order] for parts in gathered[1:])

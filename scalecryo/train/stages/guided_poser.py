@@ -12,6 +12,7 @@ from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.estimator import (
@@ -19,12 +20,11 @@ from scalecryo.pose.estimator import (
     GridSearch,
     Reference,
     Refined,
-    polish_candidates,
     predictions,
     presence,
+    refine_candidates,
 )
 from scalecryo.pose.modes import separated_modes
-from scalecryo.train.observed import Observed
 from scalecryo.train.particle_source import Particles
 from scalecryo.train.particle_state import PoseMemory
 from scalecryo.train.posed import Posed
@@ -34,16 +34,16 @@ from scalecryo.train.stages.refinement import FIRST_PASSES, PASSES, HalfReferenc
 
 MODES = 6
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
-# Radius and passes of the polish of a particle never seen, and the passes at the last radius. Measured on G with
+# Radius and passes of local refinement of a particle never seen, and the passes at the last radius. Measured on G with
 # shifts: as accurate as 2 last passes and a tenth of the gain, in half the time.
 FIRST_STEPS, LAST_PASSES = ((12.0, FIRST_PASSES), (28.0, 1)), 1
-FALL_BEHIND = 0.03  # of the best mode's gain, by which one is left
+UNSEEN_PRUNE_FRACTION = 0.03  # of the best mode's gain, by which one is left
 PRESENCE_RADIUS = 24.0  # Fourier pixels that tell whether an image shows the particle
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to
 
 
 class GuidedPoser:
-    """Poses by polish against each half's own reference, from what was remembered, else from a search.
+    """Poses by local refinement against each half's own reference, from what was remembered, else from a search.
 
     The second half's frame is laid onto the first's, so that poses and maps agree.
     """
@@ -76,7 +76,7 @@ class GuidedPoser:
         self._onto_first = lay_onto(state.half_maps[1], state.half_maps[0])
 
     def pose(self, batch: Batch, *, pictures: bool) -> Posed:
-        """Remembered poses polished once more; the others searched, then polished at rising radii."""
+        """Remembered poses refined once more; the others searched, then refined at rising radii."""
         # The turned grids of a search depend on the batch alone: a resumed pass finds the same.
         self._generator.manual_seed(self._seed + int(batch.rows[0]))  # host sync
         observed = self._particles.observe(batch, self.level, self._pixels)
@@ -101,7 +101,7 @@ class GuidedPoser:
             confidence[at] = found.confidence * shows[at]
         return Posed(rotation, shift, confidence, shows.clamp_min(LEAST_WEIGHT), shown)
 
-    def _pose_half(self, own: Observed, reference: Reference) -> Refined:
+    def _pose_half(self, own: ParticleImages, reference: Reference) -> Refined:
         if self._memory is None:
             return self._search(own, reference)
         rotation, shift, confidence, seen = self._memory.read(own.rows)
@@ -111,10 +111,10 @@ class GuidedPoser:
             fresh = self._search(own.select(new), reference)
             rotation[new], shift[new], confidence[new] = fresh.rotation, fresh.shift_px, fresh.confidence
         start = PoseCandidates(rotation[:, None], shift[:, None], torch.zeros_like(confidence)[:, None])
-        found = polish_candidates(own, start, reference, [(self._radius, PASSES)], fit_shift=self._fit_shift)
+        found = refine_candidates(own, start, reference, [(self._radius, PASSES)], fit_shift=self._fit_shift)
         return Refined(found.rotation, found.shift_px, confidence, found.cost)
 
-    def _search(self, own: Observed, reference: Reference) -> Refined:
+    def _search(self, own: ParticleImages, reference: Reference) -> Refined:
         if self._encoder is not None:
             modes = self._encoder_modes(own, self._encoder)
         else:
@@ -122,7 +122,9 @@ class GuidedPoser:
             modes = low.modes(own, self._shifts, MODES)
         steps = [(radius, passes) for radius, passes in FIRST_STEPS if radius < self._radius]
         steps.append((self._radius, LAST_PASSES))
-        return polish_candidates(own, modes, reference, steps, fit_shift=self._fit_shift, hopeless=FALL_BEHIND)
+        return refine_candidates(
+            own, modes, reference, steps, fit_shift=self._fit_shift, prune_fraction=UNSEEN_PRUNE_FRACTION
+        )
 
     def fresh(self, *, encoder: bool = True) -> "GuidedPoser":
         """The same poser as for particles that it has never seen; without the encoder it searches all poses."""
@@ -138,23 +140,23 @@ class GuidedPoser:
             TrainingError: the run has no encoder.
         """
         if self._encoder is None:
-            raise TrainingError("this run has no encoder: train it with guided.lessons >= 1")
+            raise TrainingError("this run has no encoder: train it with guided.encoder_steps >= 1")
         own = self._particles.observe(batch, self.level, self._pixels)
         return self._encoder.own_rotation(self._predict(own, self._encoder))
 
-    def _predict(self, own: Observed, encoder: GridEncoder) -> GridPrediction:
+    def _predict(self, own: ParticleImages, encoder: GridEncoder) -> GridPrediction:
         pixels = self._encoder_pixels
         near = own.prefix(len(pixels))
         weight = self._encoder_noise.pixel_weight(pixels)
         features = encoder_features(near.images * (pixels.box_size / self.level), near.ctf, weight)
         kind = features.device.type
-        # Twice as fast where the hardware has it; the polish makes up for the last bits of the modes.
+        # Twice as fast where the hardware has it; local refinement makes up for the last bits of the modes.
         brief = kind == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         with torch.autocast(kind, torch.bfloat16, enabled=brief):
             logits, shift_px = encoder(features)
         return GridPrediction(logits.float(), shift_px.float())
 
-    def _encoder_modes(self, own: Observed, encoder: GridEncoder) -> PoseCandidates:
+    def _encoder_modes(self, own: ParticleImages, encoder: GridEncoder) -> PoseCandidates:
         """Separated modes of the encoder's distribution."""
         factor = self._encoder_pixels.box_size / self.level
         prediction = self._predict(own, encoder)

@@ -1,8 +1,8 @@
 """Up the resolution ladder: streamed passes that pose particles, rebuild two half-maps and raise the radius.
 
-Each half has its own reference, made from its own particles only. A rung reads one pass of particles (or
-`rung_particles` of them) at the smallest level of the store that holds its radius; at its end the halves are summed
-over the workers, compared, filtered by their correlation, and the next radius follows from where it falls.
+Each half has its own reference, made from its own particles only. An iteration reads one pass of particles (or
+`iteration_particles` of them) at the smallest level of the store that holds its radius; at its end the halves are
+summed over the workers, compared, filtered by their correlation, and the next radius follows from where it falls.
 """
 
 import logging
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scalecryo.distributed.timer import Stopwatch
+from scalecryo.distributed.timer import Timer
 from scalecryo.distributed.world import World
 from scalecryo.map.halfmaps import HalfMaps, weight_shells
 from scalecryo.map.noise import NoiseSpectrum
@@ -20,6 +20,7 @@ from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.image_formation import filtered
 from scalecryo.physics.mask import mask_from_map
+from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.estimator import (
@@ -28,11 +29,10 @@ from scalecryo.pose.estimator import (
     Refined,
     join,
     likelihood_gain,
-    polish_candidates,
     predictions,
+    refine_candidates,
     scatter,
 )
-from scalecryo.train.observed import Observed
 from scalecryo.train.particle_state import PoseMemory
 from scalecryo.train.stages.bootstrap import reference_transform
 from scalecryo.train.stages.final_pass import EXAMPLES, pictures_of
@@ -40,8 +40,8 @@ from scalecryo.train.stages.final_pass import EXAMPLES, pictures_of
 logger = logging.getLogger(__name__)
 PADDING = 2.0
 MOVED_DEG = 10.0
-FIRST_PASSES, PASSES = 3, 2  # Levenberg-Marquardt: from a grid's modes, and from a pose polished before
-CHOICE_RADIUS = 32.0  # Fourier pixels up to which candidates are polished before one is chosen
+FIRST_PASSES, PASSES = 3, 2  # Levenberg-Marquardt: from a grid's modes, and from a pose refined before
+CHOICE_RADIUS = 32.0  # Fourier pixels up to which candidates are refined before one is chosen
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class HalfReferences:
         half_maps: at the level where they were made.
         curve: masked FSC between them, on the shells of that level.
         noise: variance of each shell, in units of unscaled transforms of unit-variance white noise divided by N².
-        radius: Fourier pixels up to which poses were polished.
-        moved: share of the particles seen before whose rotation moved by more than `MOVED_DEG` in the last rung.
+        radius: Fourier pixels up to which poses were refined.
+        moved: share of the particles seen before whose rotation moved by more than `MOVED_DEG` in the last iteration.
     """
 
     half_maps: tuple[Float[Tensor, "n n n"], Float[Tensor, "n n n"]]
@@ -96,15 +96,16 @@ def level_noise(variance: Float[Tensor, " shells"], level: int, pixels: FourierP
 
 
 @dataclass(frozen=True)
-class RungPlan:
-    """What one rung does.
+class IterationPlan:
+    """What one iteration does.
 
     Attributes:
-        radius: Fourier pixels that poses are polished with.
+        radius: Fourier pixels that poses are refined with.
         level: box of the store that is read.
         modes: modes that the exhaustive search offers each particle; 0: no search.
         search_radius: Fourier pixels of the search.
-        part: 0 or 1 takes only that part of each half's particles; None all. A searching rung poses one part against
+        part: 0 or 1 takes only that part of each half's particles; None all. A searching iteration poses one part
+        against
             a map of the other: a particle's own share in the map would hold it where it is, right or wrong.
     """
 
@@ -116,12 +117,15 @@ class RungPlan:
 
     @property
     def reach(self) -> float:
-        """Radius up to which images are inserted: beyond the polish, so that the correlation shows what comes next."""
+        """Radius up to which images are inserted: beyond local refinement, so that the correlation shows what comes
+        next."""
         return min(self.level / 2 - 1, 1.4 * self.radius + 6)
 
 
-def plan_rung(radius: float, levels: tuple[int, ...], number: int, *, search: bool, shifted: bool) -> RungPlan:
-    """The rung at a radius: the smallest level that holds it with room to see beyond, if there is one.
+def plan_iteration(
+    radius: float, levels: tuple[int, ...], number: int, *, search: bool, shifted: bool
+) -> IterationPlan:
+    """The iteration at a radius: the smallest level that holds it with room to see beyond, if there is one.
 
     Where shifts are unknown the search stays at a low radius: another mode may have another shift, and must still be
     seen at the remembered one.
@@ -131,15 +135,15 @@ def plan_rung(radius: float, levels: tuple[int, ...], number: int, *, search: bo
     radius = min(radius, level / 2 - 1)
     modes = 3 if number == 0 or shifted else 2
     search_radius = min(radius, 12.0 if number == 0 or shifted else 24.0)
-    return RungPlan(radius, level, modes if search else 0, search_radius, part=number % 2 if search else None)
+    return IterationPlan(radius, level, modes if search else 0, search_radius, part=number % 2 if search else None)
 
 
-class Rung:
+class Iteration:
     """One pass: poses every particle that streams by and rebuilds both half-maps."""
 
     def __init__(
         self,
-        plan: RungPlan,
+        plan: IterationPlan,
         state: HalfReferences,
         pixel_size: float,
         *,
@@ -147,10 +151,10 @@ class Rung:
         shift_grid_px: Float[Tensor, "t 2"],
         fit_shift: bool,
         generator: torch.Generator,
-        watch: Stopwatch,
+        timer: Timer,
     ) -> None:
         self.plan = plan
-        self.watch = watch
+        self.timer = timer
         self.pixel_size = pixel_size
         self.pixels = fourier_pixels(plan.level, plan.reach).to(grid.device)
         self.references = references(state, plan.level, self.pixels)
@@ -164,7 +168,7 @@ class Rung:
         self._shifts = shift_grid_px
         self._generator = generator
 
-    def take(self, batch: Observed, memory: PoseMemory) -> list[tuple[Observed, Refined]]:
+    def take(self, batch: ParticleImages, memory: PoseMemory) -> list[tuple[ParticleImages, Refined]]:
         """Pose a batch, insert it, note what was found, and return it half by half."""
         taken = []
         if self.plan.part is not None:
@@ -174,7 +178,7 @@ class Rung:
             if len(own) == 0:
                 continue
             refined = self._pose(own, reference, memory)
-            with self.watch.part("insert"):
+            with self.timer.part("insert"):
                 ones = refined.cost.new_ones(len(own))
                 images = filtered(own.images, own.ctf)
                 self.halves.halves[half - 1].add(images, refined.rotation, refined.shift_px, ones, self.pixels)
@@ -183,7 +187,7 @@ class Rung:
             taken.append((own, refined))
         return taken
 
-    def _pose(self, own: Observed, reference: Reference, memory: PoseMemory) -> Refined:
+    def _pose(self, own: ParticleImages, reference: Reference, memory: PoseMemory) -> Refined:
         rotation, shift, confidence, seen = memory.read(own.rows)
         refined = self._refine(own, reference, rotation.clone(), shift, confidence, seen)
         turned = geodesic_angle(rotation, refined.rotation)
@@ -191,9 +195,16 @@ class Rung:
         return refined
 
     def _refine(
-        self, own: Observed, reference: Reference, rotation: Tensor, shift: Tensor, confidence: Tensor, seen: Tensor
+        self,
+        own: ParticleImages,
+        reference: Reference,
+        rotation: Tensor,
+        shift: Tensor,
+        confidence: Tensor,
+        seen: Tensor,
     ) -> Refined:
-        """The likeliest of the remembered pose and, in a searching rung or where there is none, of the grid's modes."""
+        """The likeliest of the remembered pose and, in a searching iteration or where there is none, of the grid's
+        modes."""
         shift_px = shift / self.pixel_size
         wanted = (seen.logical_not() | (self.plan.modes > 0)).nonzero()[:, 0]  # host sync
         if len(wanted):
@@ -201,13 +212,15 @@ class Rung:
             rotation[wanted], shift_px[wanted], confidence[wanted] = found.rotation, found.shift_px, found.confidence
         start = PoseCandidates(rotation[:, None], shift_px[:, None], torch.zeros_like(confidence)[:, None])
         steps = [(self.plan.radius, PASSES)]
-        with self.watch.part("polish"):
-            polished = polish_candidates(own, start, reference, steps, fit_shift=self.fit_shift)
-        return replace(polished, confidence=confidence)
+        with self.timer.part("local_refinement"):
+            refined = refine_candidates(own, start, reference, steps, fit_shift=self.fit_shift)
+        return replace(refined, confidence=confidence)
 
-    def _search(self, own: Observed, reference: Reference, rotation: Tensor, shift_px: Tensor, seen: Tensor) -> Refined:
-        """Modes of the grid beside what is remembered, polished up to a middling radius."""
-        with self.watch.part("search"):
+    def _search(
+        self, own: ParticleImages, reference: Reference, rotation: Tensor, shift_px: Tensor, seen: Tensor
+    ) -> Refined:
+        """Modes of the grid beside what is remembered, refined up to a middling radius."""
+        with self.timer.part("search"):
             modes = self._grid_modes(own, reference, shift_px, seen)
         start = torch.where(seen[:, None, None], rotation, modes.rotation[:, 0])
         start_shift = torch.where(seen[:, None], shift_px, modes.shift_px[:, 0])
@@ -215,10 +228,10 @@ class Rung:
         highest = min(self.plan.radius, CHOICE_RADIUS)
         first = [(16.0, FIRST_PASSES)] if highest > 16.0 else []
         steps = [*first, (highest, PASSES)]
-        with self.watch.part("polish"):
-            return polish_candidates(own, join(known, modes), reference, steps, fit_shift=self.fit_shift)
+        with self.timer.part("local_refinement"):
+            return refine_candidates(own, join(known, modes), reference, steps, fit_shift=self.fit_shift)
 
-    def _grid_modes(self, own: Observed, reference: Reference, shift_px: Tensor, seen: Tensor) -> PoseCandidates:
+    def _grid_modes(self, own: ParticleImages, reference: Reference, shift_px: Tensor, seen: Tensor) -> PoseCandidates:
         """The grid's best modes: at the remembered shift, or over all shifts where none is remembered."""
         count = max(self.plan.modes, 2)
         search = GridSearch(reference, self._grid, self.plan.search_radius, self._generator)
@@ -230,7 +243,7 @@ class Rung:
         near = search.modes_near(own.select(old), shift_px[old], count)
         return scatter(near, old, search.modes(own.select(new), self._shifts, count), new)
 
-    def _note(self, own: Observed, refined: Refined, reference: Reference) -> None:
+    def _note(self, own: ParticleImages, refined: Refined, reference: Reference) -> None:
         """Residuals of a few particles, for the noise spectrum, and what the others tell the monitor."""
         few, predicted = predictions(own, refined, reference, 32)
         self.residuals.add(few.images - predicted, None, self.pixels)
@@ -240,7 +253,8 @@ class Rung:
 
     @property
     def gain(self) -> float:
-        """Mean log-likelihood ratio an image over an empty map, at the rung's radius; of all workers once finished."""
+        """Mean log-likelihood ratio an image over an empty map, at the iteration's radius; of all workers once
+        finished."""
         return float(self._gain[0] / self._gain[1].clamp_min(1))
 
     def pictures(self) -> tuple[Tensor, Tensor] | None:
@@ -250,14 +264,14 @@ class Rung:
     def finish(self, world: World) -> HalfReferences:
         """Sum over the workers, solve, compare the halves. Collective."""
         if world.size > 1:
-            self.halves.reduce(world.sum_, self.pixels.radius_limit)
-        world.sum_(*self.residuals.tensors(), self._moved, self._gain)
+            self.halves.reduce(world.all_reduce_, self.pixels.radius_limit)
+        world.all_reduce_(*self.residuals.tensors(), self._moved, self._gain)
         result = self.halves.solve(self.pixel_size)
         variance = self.residuals.variance() / self.plan.level**2
         moved = float(self._moved[0] / self._moved[1]) if self._moved[1] > 0 else 1.0
         return HalfReferences(result.half_maps, result.fsc_masked.float(), variance, self.plan.radius, moved)
 
 
-def next_radius(state: HalfReferences, plan: RungPlan) -> float:
-    """Where the next rung polishes to: a little past the shell at which the halves' correlation falls to 0.5."""
+def next_radius(state: HalfReferences, plan: IterationPlan) -> float:
+    """Where the next iteration refines to: a little past the shell at which the halves' correlation falls to 0.5."""
     return max(plan.radius, min(state.shared_shell + 3.0, 1.6 * plan.radius, plan.reach))

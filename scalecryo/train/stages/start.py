@@ -38,7 +38,7 @@ def from_nothing(particles: Particles) -> HalfReferences:
     level = min(store.levels)
     pixels = fourier_pixels(level, min(level / 2 - 1, 14.0)).to(device)
     shifts = particles.shifts(level)
-    growing = Bootstrap(pixels, shifts, world, seeds=config.guided.seeds, steps=config.guided.bootstrap_steps,
+    growing = Bootstrap(pixels, shifts, world, seeds=config.guided.starts, steps=config.guided.bootstrap_steps,
                         seed=config.train.seed)  # fmt: skip
     saved = SavedBootstrap(particles, growing)
     with particles.stream(level, config.guided.bootstrap_batch, epoch=0, skip=saved.load()) as stream:
@@ -47,14 +47,14 @@ def from_nothing(particles: Particles) -> HalfReferences:
         check_images(batch, pixels, config.run.data)
         first = growing.run(itertools.chain([batch], batches), saved.after_step)
     maps = torch.stack(first.half_maps)
-    if world.leads:
+    if world.is_leader:
         alignment = align_maps(maps[1].cpu(), maps[0].cpu())
         maps[1] = apply_alignment(maps[1].cpu(), alignment).to(device)
         if alignment.mirrored:
             logger.info("bootstrap: the second half had the other hand and was mirrored")
     else:
         maps.zero_()
-    world.sum_(maps)  # worker 0's, to all
+    world.all_reduce_(maps)  # worker 0's, to all
     _refuse_noise(first, float(fsc(maps[0], maps[1])[2:7].mean()), config)
     check_contrast(maps.mean(0), config.run.data)
     return _references("bootstrap", maps, store, level)
@@ -67,7 +67,7 @@ def _refuse_noise(first: FirstMaps, agreement: float, config: Config) -> None:
         raise TrainingError(
             f"{config.run.data}: the bootstrap found no structure: held-out images gain {gain:.2f} ± {error:.2f} in "
             f"log-likelihood over an empty map, and the two halves' maps correlate by {agreement:.2f}: check contrast "
-            "sign, pixel size and box, use more particles, or raise guided.bootstrap_steps and guided.seeds"
+            "sign, pixel size and box, use more particles, or raise guided.bootstrap_steps and guided.starts"
         )
 
 
@@ -106,14 +106,14 @@ def from_poses(particles: Particles) -> HalfReferences:
         weight = chosen_weight(particles.subset, batch.rows)
         halves.add(filtered(own.images, own.ctf), batch.columns["rotation"], shift, weight, own.half, pixels)
     if world.size > 1:
-        halves.reduce(world.sum_, pixels.radius_limit)
+        halves.reduce(world.all_reduce_, pixels.radius_limit)
     maps = torch.stack(halves.solve(store.level_pixel_size(level)).half_maps)
     check_contrast(maps.mean(0), store.url)
     return _references("imported poses", maps, store, level)
 
 
 def _references(what: str, maps: Tensor, store: ParticleStore, level: int) -> HalfReferences:
-    """The state of a ladder before its first rung."""
+    """The state of a ladder before its first iteration."""
     mask = mask_from_map(maps.mean(0), store.level_pixel_size(level))
     curve = fsc(maps[0] * mask, maps[1] * mask).float()
     state = HalfReferences((maps[0], maps[1]), curve, torch.ones(level // 2 + 1, device=maps.device), 12.0)

@@ -1,4 +1,5 @@
-"""Pose polish against closed-form projections of Gaussian blobs, finite differences, and the forward model."""
+"""Local refinement of poses against closed-form projections of Gaussian blobs, finite differences, and the forward
+model."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.kernels import jit
 from scalecryo.physics.rotation import geodesic_angle, random_rotations, rotation_from_vector
 from scalecryo.pose import local_refinement_torch
-from scalecryo.pose.local_refinement import Backend, Polished, evaluate_poses, polish
+from scalecryo.pose.local_refinement import Backend, RefinedPoses, evaluate_poses, refine_poses
 
 BACKENDS: list[Backend] = ["numba", "torch"]
 
@@ -48,11 +49,13 @@ class Scene:
         transforms = {"volume_rfft": self.volume_rfft.to(torch.complex64), "images": self.images.to(torch.complex64)}
         return replace(self, pixels=self.pixels.to(dtype=torch.float32), **narrow, **transforms)
 
-    def polish(self, rotation: Tensor, shift_px: Tensor, radius: float, backend: Backend, **options) -> Polished:
+    def refine_poses(
+        self, rotation: Tensor, shift_px: Tensor, radius: float, backend: Backend, **options
+    ) -> RefinedPoses:
         near = self.pixels.prefix(radius)
         observed, ctf = self.images[:, : len(near)], None if self.ctf is None else self.ctf[:, : len(near)]
         arguments = (self.volume_rfft, observed, rotation, shift_px, ctf, near.weight, near, self.scale)
-        return polish(*arguments, backend=backend, **options)
+        return refine_poses(*arguments, backend=backend, **options)
 
 
 def scene(box: int, padding: float, count: int, sigma: float = 1.5, *, with_ctf: bool = False, seed: int = 0) -> Scene:
@@ -182,8 +185,8 @@ def test_converges_from_ten_degrees_and_two_pixels(
     for backend in BACKENDS:
         rotation, shift_px = start
         for radius in (6, 10, min(20, box // 2 - 1)):
-            polished = given.polish(rotation, shift_px, radius, backend, passes=4)
-            rotation, shift_px = polished.rotation, polished.shift_px
+            refined = given.refine_poses(rotation, shift_px, radius, backend, passes=4)
+            rotation, shift_px = refined.rotation, refined.shift_px
         error = geodesic_angle(rotation.double(), given.rotation.double())
         assert error.median() < degrees / 2
         assert error.quantile(0.9) < degrees
@@ -203,7 +206,9 @@ def test_compiled_and_batched_versions_agree(box: int, padding: float, fit_shift
     start = away(given, 4.0, 0.5)
     for passes in (1, 3):
         a, b = (
-            noisy.polish(*start, 16, backend, passes=passes, fit_shift=fit_shift, max_turn_deg=3.0, max_shift_px=0.4)
+            noisy.refine_poses(
+                *start, 16, backend, passes=passes, fit_shift=fit_shift, max_turn_deg=3.0, max_shift_px=0.4
+            )
             for backend in BACKENDS
         )
         # Single precision sums of gradient and matrix, 1e-6 of their size, give steps of degrees to 1e-5 of theirs;
@@ -215,15 +220,15 @@ def test_compiled_and_batched_versions_agree(box: int, padding: float, fit_shift
         assert (a.cost < a.cost_before).all()
 
 
-def test_double_precision_polish_is_exact_where_the_model_is():
+def test_double_precision_refinement_is_exact_where_the_model_is():
     # Images made by the slices themselves: the minimum is the true pose, to Newton's quadratic convergence.
     given = scene(32, 1.0, count=8)
     given = replace(given, images=predicted(given, given.rotation, given.shift_px))
     rotation, shift_px = away(given, 3.0, 0.5)
-    polished = given.polish(rotation, shift_px, 15, "torch", passes=30)
-    assert polished.rotation.dtype == torch.float64
-    assert geodesic_angle(polished.rotation, given.rotation).max() < 1e-6
-    assert (polished.shift_px - given.shift_px).abs().max() < 1e-8
+    refined = given.refine_poses(rotation, shift_px, 15, "torch", passes=30)
+    assert refined.rotation.dtype == torch.float64
+    assert geodesic_angle(refined.rotation, given.rotation).max() < 1e-6
+    assert (refined.shift_px - given.shift_px).abs().max() < 1e-8
 
 
 @settings(max_examples=25, deadline=None)
@@ -244,7 +249,7 @@ def test_never_worse(seed: int, backend: Backend, passes: int, radius: int, fit_
     images = signal * extract_slices(transform, rotation, pixels.kx, pixels.ky, 1.0)
     images = images + 30 * torch.randn(images.shape, dtype=torch.complex64, generator=generator)
     arguments = (None, pixels.weight, pixels, 1.0)
-    found = polish(
+    found = refine_poses(
         transform, images, rotation, shift_px, *arguments, passes=passes, fit_shift=fit_shift, backend=backend
     )
     assert (found.cost <= found.cost_before).all()
@@ -273,20 +278,20 @@ def test_without_information_poses_stay_bit_for_bit(backend: Backend):
     broken = replace(given, images=given.images * float("nan"))
     infinite = replace(given, volume_rfft=given.volume_rfft * float("inf"))
     for nothing in (weightless, opaque, empty, broken, infinite):
-        found = nothing.polish(rotation, shift_px, 14, backend, passes=3)
+        found = nothing.refine_poses(rotation, shift_px, 14, backend, passes=3)
         assert torch.equal(found.rotation, rotation)
         assert torch.equal(found.shift_px, shift_px)
-    assert (weightless.polish(rotation, shift_px, 14, backend, passes=3).cost == 0).all()
+    assert (weightless.refine_poses(rotation, shift_px, 14, backend, passes=3).cost == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_hopeless_image_does_not_touch_the_others(backend: Backend):
     given = scene(30, 1.0, count=3).single()
     start = away(given, 3.0, 0.5)
-    expected = given.polish(*start, 14, backend, passes=3)
+    expected = given.refine_poses(*start, 14, backend, passes=3)
     images = given.images.clone()
     images[1] = float("nan")
-    found = replace(given, images=images).polish(*start, 14, backend, passes=3)
+    found = replace(given, images=images).refine_poses(*start, 14, backend, passes=3)
     assert torch.equal(found.rotation[1], start[0][1])
     assert torch.equal(found.rotation[::2], expected.rotation[::2])
     assert torch.equal(found.cost[::2], expected.cost[::2])
@@ -297,7 +302,7 @@ def test_pixels_beyond_the_transform_count_as_unexplained(backend: Backend):
     # A transform of 20 px under images of 30 px: beyond 9 cycles the model is zero, which no pose can change.
     given = scene(30, 1.0, count=4).single()
     small = replace(given, volume_rfft=given.volume_rfft[:20, :20, :11].contiguous())
-    found = small.polish(given.rotation, given.shift_px, 14, backend, passes=2)
+    found = small.refine_poses(given.rotation, given.shift_px, 14, backend, passes=2)
     residual = small.images - predicted(small, given.rotation, given.shift_px)
     expected = 0.5 * (given.pixels.weight * residual.abs().square()).sum(-1).double()
     torch.testing.assert_close(found.cost_before, expected, rtol=1e-5, atol=0)
@@ -308,7 +313,7 @@ def test_pixels_beyond_the_transform_count_as_unexplained(backend: Backend):
 def test_steps_are_limited(backend: Backend):
     given = scene(30, 2.0, count=6).single()
     rotation, shift_px = away(given, 8.0, 1.5)
-    found = given.polish(rotation, shift_px, 8, backend, passes=1, max_turn_deg=0.5, max_shift_px=0.1)
+    found = given.refine_poses(rotation, shift_px, 8, backend, passes=1, max_turn_deg=0.5, max_shift_px=0.1)
     # Rounding of the angle between single precision matrices: 1e-7 rad against 0.5 degrees.
     assert geodesic_angle(found.rotation.double(), rotation.double()).max() < 0.5 + 1e-3
     assert (found.shift_px - shift_px).norm(dim=1).max() < 0.1 + 1e-5
@@ -320,7 +325,7 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.Monk
     start, found = away(given, 5.0, 1.0), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(given.polish(*start, 14, "numba", passes=3))
+        found.append(given.refine_poses(*start, 14, "numba", passes=3))
     for other in found[1:]:
         assert torch.equal(other.rotation, found[0].rotation)
         assert torch.equal(other.shift_px, found[0].shift_px)
@@ -332,7 +337,7 @@ def test_inputs_are_left_alone_and_gradients_are_not_needed():
     rotation, shift_px = (pose.requires_grad_() for pose in away(given, 5.0, 1.0))
     wanting = replace(given, volume_rfft=given.volume_rfft.clone().requires_grad_())
     before = rotation.detach().clone(), shift_px.detach().clone()
-    found = wanting.polish(rotation, shift_px, 10, "numba", passes=2)
+    found = wanting.refine_poses(rotation, shift_px, 10, "numba", passes=2)
     assert not found.rotation.requires_grad
     assert torch.equal(rotation, before[0])
     assert torch.equal(shift_px, before[1])
@@ -344,7 +349,7 @@ def test_empty_batch(backend: Backend):
     near = given.pixels.prefix(5)
     arguments = (None, near.weight, near, 1.0)
     images = given.images[:0, : len(near)]
-    found = polish(
+    found = refine_poses(
         given.volume_rfft, images, torch.zeros(0, 3, 3), torch.zeros(0, 2), *arguments, passes=2, backend=backend
     )
     assert found.rotation.shape == (0, 3, 3)
@@ -360,7 +365,7 @@ def test_bad_input_is_refused():
 
     def run(volume_rfft=given.volume_rfft, images=given.images, turned=rotation, ctf=None, table=near, **options):
         options = {"passes": 1} | options
-        return polish(volume_rfft, images, turned, shift_px, ctf, near.weight, table, 1.0, **options)
+        return refine_poses(volume_rfft, images, turned, shift_px, ctf, near.weight, table, 1.0, **options)
 
     with pytest.raises(InputError, match="rotation has shape"):
         run(turned=rotation[:1])
