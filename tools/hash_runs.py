@@ -2,10 +2,10 @@
 
     python tools/hash_runs.py OUT [--only guided] [--tree CHECKOUT]
 
-Runs the guided method in one process, in two Ray workers and resumed half way, from imported poses, and the
-auto-encoder; prints for each the SHA-256 of map.mrc's voxels, of particles.star and of the values in metrics.jsonl that
-do not tell times, rates or memory (their names aside). Compare two commits on one machine: other processors round
-otherwise.
+Runs the guided method in one process, in two Ray workers and resumed half way, from imported poses, and the auto-
+encoder; prints for each the SHA-256 of map.mrc's voxels, of particles.star and of the values in metrics.jsonl (to nine
+digits) that do not tell times, rates or memory (their names aside). Compare two commits on one machine: other
+processors round otherwise.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def hashes(run: Path) -> dict[str, str]:
     values = []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        values += [[row["step"], value] for name, value in row.items() if not UNSTABLE.search(name)]
-    kept = json.dumps(sorted(map(str, values))).encode()
+        values += [f"{row['step']} {value:.9g}" for name, value in row.items() if not UNSTABLE.search(name)]
+    kept = json.dumps(sorted(values)).encode()
     table = (run / "particles.star").read_bytes()
     return {name: hashlib.sha256(data).hexdigest()[:16]
             for name, data in (("map", voxels), ("particles", table), ("metrics", kept))}  # fmt: skip
@@ -68,7 +68,7 @@ def main() -> None:
     data, store, posed = out / "data", out / "store.zarr", out / "posed.zarr"
     if not posed.exists():
         with as_file(files("scalecryo.data") / "4ake.pdb.gz") as structure:
-            call(tree, "simulate", str(structure), str(data), "--n", "1000", "--box", "64", "--pixel-size", "1.6",
+            call(tree, "simulate", str(structure), str(data), "--n", "1000", "--box", "64", "--pixel-size", "2.0",
                  "--snr-db", "0", "--defocus-um", "0.8", "1.6", "--shift-a", "2", "--seed", "3")  # fmt: skip
         call(tree, "convert", str(data / "particles.star"), str(store), "--uninvert")
         call(tree, "convert", str(data / "truth.star"), str(posed), "--uninvert")

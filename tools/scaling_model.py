@@ -145,8 +145,8 @@ def encoder_operations(box: int, channels: tuple[int, ...] = (32, 64, 128), hidd
 
 
 def poses_bytes(particles: int) -> int:
-    """What an iteration found of so many particles: row, rotation, shift, confidence, which every worker gets."""
-    return (8 + 36 + 8 + 4) * particles
+    """What an iteration found of so many particles: row, rotation, shift, class, confidence, probability and half."""
+    return (8 + 36 + 8 + 4 * 4) * particles
 
 
 def image_bytes(box: int) -> int:

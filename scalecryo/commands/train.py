@@ -11,7 +11,7 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError, UsageError
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.logs import log_to_stderr
+from scalecryo.runs.recorder import log_to_stderr
 from scalecryo.train.loop import train
 
 

@@ -13,6 +13,11 @@ from scalecryo.distributed.timer import Timer
 TOGETHER_BYTES = 2**22  # smaller tensors are copied into one: a reduction costs a round trip each
 
 
+def process_group_backend(device: str) -> str:
+    """Gloo for tensors on the host, NCCL for those on a GPU: a group of NCCL alone refuses the former."""
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+
+
 @dataclass(frozen=True)
 class World:
     """This worker's place among all workers; one worker needs no process group."""
@@ -59,21 +64,21 @@ class World:
 
         return settle
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every worker's tensor, on worker 0 (an empty list elsewhere); first sizes may differ. Collective."""
-        if self.size == 1:
-            return [tensor]
-        gathered: list[Tensor | None] = [None] * self.size
-        dist.gather_object(tensor, gathered if self.is_leader else None)
-        return [part for part in gathered if part is not None] if self.is_leader else []
-
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every worker's tensor, on every worker; first sizes may differ. Collective."""
+        """Every worker's tensor, on every worker; shapes must agree. Collective."""
         if self.size == 1:
             return [tensor]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, tensor)
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor)
         return gathered
+
+    def all_gather_names(self, names: list[str]) -> list[str]:
+        """Every worker's names, on every worker, sorted. Collective; a barrier."""
+        if self.size == 1:
+            return sorted(names)
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, names)
+        return sorted(name for part in gathered for name in part)
 
     def barrier(self) -> None:
         """Wait for all workers. Collective."""

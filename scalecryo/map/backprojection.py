@@ -1,4 +1,6 @@
-"""From images and poses to a map: weighted insertion of slices and its Wiener-like solution."""
+"""From images and poses to maps: weighted insertion of slices, and its Wiener-like solution."""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,18 +14,26 @@ from scalecryo.physics.kernels.backend import choose_backend, cuda_kernels
 from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
 from scalecryo.physics.mask import soft_sphere
 
+PADDING = 2.0
 
-class MapAccumulator:
-    """Numerator Σ w·CTF·Y and denominator Σ w·CTF² of the least-squares map, on a padded Fourier grid.
 
-    Both are sums over images, so accumulators of several workers simply add. Y is brought back to the centre by
-    the conjugate shift ramp. Method: Scheres 2012 (RELION), equation for the M-step, without its gridding iterations.
+class Backprojection:
+    """Numerators Σ w·CTF·Y and denominators Σ w·CTF² of least-squares maps, one for each class and half.
+
+    All are sums over images, so those of several workers simply add. Y is brought back to the centre by the conjugate
+    shift ramp. Method: Scheres 2012 (RELION), equation for the M-step, without its gridding iterations.
+
+    Attributes:
+        numerator, denominator: on the padded Fourier grid; half h (1 or 2) at index h - 1.
     """
 
-    def __init__(self, box_size: int, padding: float = 2.0, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, box_size: int, padding: float = PADDING, device: torch.device | str = "cpu", *, classes: int = 1
+    ) -> None:
         self.box_size = box_size
         self.padded_box = padded_box(box_size, padding)
-        shape = (self.padded_box, self.padded_box, self.padded_box // 2 + 1)
+        self.classes = classes
+        shape = (classes, 2, self.padded_box, self.padded_box, self.padded_box // 2 + 1)
         self.numerator = torch.zeros(shape, dtype=torch.complex64, device=device)
         self.denominator = torch.zeros(shape, dtype=torch.float32, device=device)
 
@@ -33,12 +43,35 @@ class MapAccumulator:
         rotation: Float[Tensor, "b 3 3"],
         shift_px: Float[Tensor, "b 2"],
         weight: Float[Tensor, " b"],
+        half: Int[Tensor, " b"],
         pixels: FourierPixels,
+        class_index: Int[Tensor, " b"] | None = None,
     ) -> None:
-        """Insert images (packed by `pixels`, times their CTF) at their poses, each with a weight."""
+        """Insert images into the map of the half, 1 or 2, and the class (None: the only one) that each belongs to."""
+        for number in range(self.classes):
+            in_class = weight > 0 if class_index is None else (weight > 0) & (class_index == number)
+            for which in (1, 2):
+                own = (in_class & (half == which)).nonzero()[:, 0]  # host sync
+                if len(own):
+                    pose = rotation[own], shift_px[own], weight[own]
+                    self.insert(images.select(own), *pose, pixels, class_index=number, half=which)
+
+    def insert(
+        self,
+        images: CtfWeightedImages,
+        rotation: Float[Tensor, "b 3 3"],
+        shift_px: Float[Tensor, "b 2"],
+        weight: Float[Tensor, " b"],
+        pixels: FourierPixels,
+        *,
+        class_index: int = 0,
+        half: int = 1,
+    ) -> None:
+        """Insert images (packed by `pixels`, times their CTF) into one map, each with a weight."""
         # Half the Hermitian weight, and `add_friedel_pairs` when solving: every pixel and its Friedel partner count
         # once.
-        once, grids = pixels.weight / 2, (self.numerator, self.denominator)
+        once = pixels.weight / 2
+        grids = self.numerator[class_index, half - 1], self.denominator[class_index, half - 1]
         backend = choose_backend(self.numerator)
         if backend == "cpu":
             power = torch.ones(1, len(pixels)) if images.power is None else images.power
@@ -52,12 +85,12 @@ class MapAccumulator:
         if backend == "cuda":
             cuda_kernels().insert_slices_cuda(values, power, *geometry, *grids)
         else:
-            insert_slices(values, *geometry, self.padded_box, out=self.numerator)
-            insert_slices(power, *geometry, self.padded_box, out=self.denominator)
+            insert_slices(values, *geometry, self.padded_box, out=grids[0])
+            insert_slices(power, *geometry, self.padded_box, out=grids[1])
 
     @property
     def scale(self) -> float:
-        """Samples of the padded grid per cycle a box."""
+        """Samples of the padded grid per cycle and box."""
         return self.padded_box / self.box_size
 
     def decay(self, keep: float) -> None:
@@ -75,13 +108,24 @@ class MapAccumulator:
         A tenth of the grid at half the Nyquist radius: this is what crosses the network between workers.
         """
         where = self._reached(radius)
-        return self.numerator.view(-1).index_select(0, where), self.denominator.view(-1).index_select(0, where)
+        return tuple(grid.flatten(2).index_select(2, where) for grid in self.tensors())  # type: ignore[return-value]
 
     def put_within(self, radius: float, numerator: Tensor, denominator: Tensor) -> None:
         """Put back what `within` took out."""
         where = self._reached(radius)
-        self.numerator.view(-1).index_copy_(0, where, numerator)
-        self.denominator.view(-1).index_copy_(0, where, denominator)
+        self.numerator.view(self.classes, 2, -1).index_copy_(2, where, numerator)
+        self.denominator.view(self.classes, 2, -1).index_copy_(2, where, denominator)
+
+    def all_reduce_(self, all_reduce_: Callable[..., None], radius: float) -> None:
+        """Add what several workers inserted. Collective.
+
+        Args:
+            all_reduce_: adds tensors over the workers, in place.
+            radius: Fourier pixels up to which images were inserted.
+        """
+        parts = self.within(radius)
+        all_reduce_(*parts)
+        self.put_within(radius, *parts)
 
     def _reached(self, radius: float) -> Int[Tensor, " k"]:
         """Flat positions of the grid within the radius and the neighbours that a sample is shared among."""
@@ -90,25 +134,35 @@ class MapAccumulator:
         squared = line[:, None, None] + line[:, None] + half
         return (squared.view(-1) <= (radius * self.scale + 2) ** 2).nonzero()[:, 0]  # host sync: once per reduction
 
-    def solve(self, regularisation: float = 1e-3) -> Float[Tensor, "n n n"]:
-        """The map: numerator over denominator plus a share of the shell's mean weight, gridding-corrected, in a sphere.
+    def solve(self, regularisation: float = 1e-3) -> Float[Tensor, "classes 2 n n n"]:
+        """The maps of every class and half; arguments as in `solve_one`."""
+        shape = (self.classes, 2, *[self.box_size] * 3)
+        maps = torch.empty(shape, dtype=torch.float32, device=self.denominator.device)
+        for number in range(self.classes):
+            for half in (1, 2):
+                maps[number, half - 1] = self.solve_one(number, half, regularisation)
+        return maps
+
+    def solve_one(self, class_index: int = 0, half: int = 1, regularisation: float = 1e-3) -> Float[Tensor, "n n n"]:
+        """A map: numerator over denominator plus a share of the shell's mean weight, gridding-corrected, in a sphere.
 
         Conjugate gradients on the exact normal equations, with and without a Wiener prior, came within 0.2 % of this
         map's mean FSC to the truth (4AKE, 10,000 images at 0 dB, true poses) and took ten times as long.
 
         Args:
+            class_index, half: which.
             regularisation: share of the mean denominator of each shell that is added to it; keeps voxels that
                 hardly any image covers from blowing up.
         """
         shells = shell_index_3d(self.padded_box, self.numerator.device).flatten()
-        numerator = add_friedel_pairs(self.numerator.clone())
-        weight = add_friedel_pairs(self.denominator.clone()).flatten()
+        numerator = add_friedel_pairs(self.numerator[class_index, half - 1].clone())
+        weight = add_friedel_pairs(self.denominator[class_index, half - 1].clone()).flatten()
         count = torch.zeros(int(shells.max()) + 1, device=weight.device)  # host sync: once per map
         total = count.clone().index_add_(0, shells, weight)
         count.index_add_(0, shells, torch.ones_like(weight))
         floor = regularisation * total / count.clamp_min(1)
         floor = floor + 1e-6 * total.max() / count.sum()
-        solved = numerator / (weight + floor[shells]).clamp_min(1e-20).reshape(self.denominator.shape)
+        solved = numerator / (weight + floor[shells]).clamp_min(1e-20).reshape(numerator.shape)
         density = irfft3_centred(solved, self.box_size)
         # The particle lies inside the sphere: what the solution puts into the corners is noise.
         density = density * soft_sphere(self.box_size, self.box_size / 2 - 2, edge_px=2, device=density.device)

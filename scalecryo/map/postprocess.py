@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scalecryo.map.halfmaps import HalfMapResult, weight_shells
+from scalecryo.map.reference import ReferenceSet, c_ref, weight_shells
 from scalecryo.physics.fsc import fsc, phase_randomise, power_spectrum, resolution
 
 RANDOM_FROM = 0.8  # phases are randomised past the shell where the unmasked FSC falls below this
@@ -33,33 +33,31 @@ class FinalMap:
     b_factor: float
 
 
-def postprocess(halves: HalfMapResult, pixel_size: float, generator: torch.Generator) -> FinalMap:
+def postprocess(references: ReferenceSet, generator: torch.Generator, class_index: int = 0) -> FinalMap:
     """Correct the masked FSC by phase randomisation (Chen et al. 2013), weight and sharpen the mean map.
 
     FSC_true = (FSC_masked - FSC_random) / (1 - FSC_random) from two shells past the one where randomising starts.
-    Weights are C_ref = sqrt(2 FSC / (1 + FSC)), the B-factor is fitted to the Guinier plot between 10 Å and the
-    resolution (Rosenthal & Henderson 2003).
+    Weights are C_ref of the corrected curve, the B-factor is fitted to the Guinier plot between 10 Å and the resolution
+    (Rosenthal & Henderson 2003).
 
     Args:
-        halves: solved half-maps, their mask and curves.
-        pixel_size: Å.
+        references: solved half-maps, their masks and curves.
         generator: of the random phases, on the CPU.
+        class_index: which class.
     """
-    first, second = halves.half_maps
-    box_size = first.shape[-1]
-    shell, _ = resolution(halves.fsc, box_size, pixel_size, RANDOM_FROM)
+    halves, mask, masked = (part[class_index] for part in (references.maps, references.mask, references.fsc_masked))
+    box_size, pixel_size = references.level, references.pixel_size
+    shell, _ = resolution(references.fsc[class_index], box_size, pixel_size, RANDOM_FROM)
     start = max(1, min(int(shell), box_size // 2 - 1))
-    random = [phase_randomise(half, start, generator) * halves.mask for half in (first, second)]
+    random = [phase_randomise(half, start, generator) * mask for half in halves]
     curve_random = fsc(random[0], random[1])
-    corrected = halves.fsc_masked.clone()
-    past = torch.arange(len(corrected), device=corrected.device) >= start + 2
-    freed = (halves.fsc_masked - curve_random) / (1 - curve_random).clamp_min(1e-6)
-    corrected = torch.where(past, freed, corrected).clamp(-1, 1)
-    mean = (first + second) / 2
-    weight = (2 * corrected.clamp(0, 1) / (1 + corrected.clamp(0, 1))).sqrt()
-    b_factor = guinier_b_factor(mean * halves.mask, corrected, pixel_size)
-    frequency = torch.arange(len(weight), device=weight.device) / (box_size * pixel_size)
-    sharpened = weight_shells(mean, (weight * torch.exp(b_factor / 4 * frequency.square())).float())
+    past = torch.arange(len(masked), device=masked.device) >= start + 2
+    freed = (masked - curve_random) / (1 - curve_random).clamp_min(1e-6)
+    corrected = torch.where(past, freed, masked).clamp(-1, 1)
+    mean = references.mean(class_index)
+    b_factor = guinier_b_factor(mean * mask, corrected, pixel_size)
+    frequency = torch.arange(len(corrected), device=corrected.device) / (box_size * pixel_size)
+    sharpened = weight_shells(mean, (c_ref(corrected) * torch.exp(b_factor / 4 * frequency.square())).float())
     return FinalMap(sharpened, curve_random, corrected, start, b_factor)
 
 

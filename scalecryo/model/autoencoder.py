@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from scalecryo.config import Config
 from scalecryo.errors import ConfigError
 from scalecryo.model.encoder import PoseEncoder
-from scalecryo.model.inputs import ParticleInputs
 from scalecryo.model.loss import residual_loss
 from scalecryo.model.pose_source import ROTATION_PARAMETERS, EncoderPoses, KnownPoses, PoseTable
 from scalecryo.model.volume import Volume
-from scalecryo.physics.ctf import contrast_transfer
-from scalecryo.physics.fft import FourierPixels, fourier_pixels, rfft2_centred
 from scalecryo.physics.fourier_slice import fourier_slice
 from scalecryo.physics.kernels.backend import Backend
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseCandidates, Poses
 
 
 class AutoEncoderOutput(NamedTuple):
@@ -24,81 +23,55 @@ class AutoEncoderOutput(NamedTuple):
 
     Attributes:
         loss: mean squared residual per pixel of the winning candidate.
-        rotation: its rotation, image frame to volume frame.
-        shift_px: its shift, pixels.
+        poses: its poses.
         predicted: its predicted image, packed Fourier pixels.
-        observed: the image itself, packed Fourier pixels.
     """
 
     loss: Float[Tensor, " b"]
-    rotation: Float[Tensor, "b 3 3"]
-    shift_px: Float[Tensor, "b 2"]
+    poses: Poses
     predicted: Complex[Tensor, "b p"]
-    observed: Complex[Tensor, "b p"]
 
 
 class AutoEncoder(nn.Module):
     """A pose source and the shared volume, compared with the images through the imaging model."""
 
-    def __init__(
-        self, pose_source: nn.Module, volume: Volume, pixel_size: float, backend: Backend | None = None
-    ) -> None:
+    def __init__(self, pose_source: nn.Module, volume: Volume, backend: Backend | None = None) -> None:
         super().__init__()
         self.backend = backend
         self.pose_source = pose_source
         self.volume = volume
-        self.pixel_size = pixel_size
-        self._pixels = fourier_pixels(volume.box_size)
-
-    def pixels(self, device: torch.device) -> FourierPixels:
-        """The Fourier pixels that are compared, on a device."""
-        if self._pixels.kx.device != device:
-            self._pixels = self._pixels.to(device)
-        return self._pixels
 
     def predict(
-        self,
-        transform: Complex[Tensor, "d d h"],
-        rotation: Float[Tensor, "b 3 3"],
-        shift_px: Float[Tensor, "b 2"],
-        ctf: Float[Tensor, "b p"] | None,
-        pixels: FourierPixels,
+        self, transform: Complex[Tensor, "d d h"], poses: Poses, images: ParticleImages
     ) -> Complex[Tensor, "b p"]:
         """Predicted images: central slice, CTF, shift (equation 1 of Nashed et al. 2021)."""
+        pixels = images.pixels
         geometry = pixels.kx, pixels.ky, self.volume.scale, pixels.box_size
-        return fourier_slice(transform, rotation, shift_px, ctf, *geometry, backend=self.backend)
+        shift_px = poses.shift_px(images.pixel_size)
+        return fourier_slice(transform, poses.rotation, shift_px, images.ctf, *geometry, backend=self.backend)
 
-    def forward(self, inputs: ParticleInputs) -> AutoEncoderOutput:
+    def forward(self, images: ParticleImages) -> AutoEncoderOutput:
         """Score every candidate without gradient, then the best one with it (winner takes all)."""
-        pixels = self.pixels(inputs.images.device)
-        observed = pixels.pack(rfft2_centred(inputs.images))
-        ctf = None
-        if inputs.ctf is not None:
-            ctf = contrast_transfer(inputs.ctf, pixels.kx, pixels.ky, pixels.box_size, self.pixel_size)
-        candidates = self.pose_source(inputs)
+        pixels, observed = images.pixels, images.transforms
+        candidates: PoseCandidates = self.pose_source(images)
         transform = self.volume()
         best = torch.zeros(len(observed), dtype=torch.long, device=observed.device)
-        if candidates.rotation.shape[1] > 1:
+        count = candidates.rotation.shape[1]
+        if count > 1:
             with torch.no_grad():
-                scores = [
-                    residual_loss(
-                        observed,
-                        self.predict(transform, rotation, shift, ctf, pixels),
-                        pixels.weight,
-                        pixels.box_size,
-                    )
-                    for rotation, shift in zip(
-                        candidates.rotation.unbind(1), candidates.shift_px.unbind(1), strict=True
-                    )
-                ]
+                predicted = (
+                    self.predict(transform, candidates.select(torch.full_like(best, number)), images)
+                    for number in range(count)
+                )
+                scores = [residual_loss(observed, each, pixels.weight, pixels.box_size) for each in predicted]
                 best = torch.stack(scores, 1).argmin(1)
-        rotation, shift_px = candidates.select(best)
-        predicted = self.predict(transform, rotation, shift_px, ctf, pixels)
-        loss = residual_loss(observed, predicted, pixels.weight, pixels.box_size)
-        return AutoEncoderOutput(loss, rotation, shift_px, predicted, observed)
+        poses = candidates.select(best)
+        predicted_best = self.predict(transform, poses, images)
+        loss = residual_loss(observed, predicted_best, pixels.weight, pixels.box_size)
+        return AutoEncoderOutput(loss, poses, predicted_best)
 
 
-def build_autoencoder(config: Config, box_size: int, pixel_size: float, rows: int) -> AutoEncoder:
+def build_autoencoder(config: Config, box_size: int, rows: int) -> AutoEncoder:
     """The model that a configuration names, for images of a box; its start depends on train.seed alone.
 
     Raises:
@@ -123,7 +96,7 @@ def build_autoencoder(config: Config, box_size: int, pixel_size: float, rows: in
         encoder = _build_encoder(config, box_size, outputs)
         source = EncoderPoses(encoder, pose.parameterisation, pose.centred, pose.symmetric_loss)
     kernels = config.volume.kernels
-    return AutoEncoder(source, volume, pixel_size, None if kernels == "auto" else kernels)
+    return AutoEncoder(source, volume, None if kernels == "auto" else kernels)
 
 
 def _build_encoder(config: Config, box_size: int, outputs: int) -> PoseEncoder:

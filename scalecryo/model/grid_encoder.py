@@ -42,10 +42,16 @@ class GridEncoder(nn.Module):
         hidden = self.trunk(features)
         return GridPrediction(self.rotation_head(hidden), self.shift_head(hidden) * self.largest_shift_px)
 
-    def candidates(self, prediction: GridPrediction, keep: int) -> PoseCandidates:
-        """The likeliest `keep` rotations with their probability, all at the predicted shift."""
+    def candidates(self, prediction: GridPrediction, keep: int, pixel_size: float) -> PoseCandidates:
+        """The likeliest `keep` rotations with their probability, all at the predicted shift.
+
+        Args:
+            prediction: of a batch.
+            keep: candidates of each image.
+            pixel_size: Å, of the encoder's level.
+        """
         log_weight, index = prediction.logits.log_softmax(1).topk(keep, 1)
-        shift = prediction.shift_px[:, None].expand(-1, keep, -1)
+        shift = (prediction.shift_px * pixel_size)[:, None].expand(-1, keep, -1)
         return PoseCandidates(self.grid[index], shift, log_weight)
 
     def own_rotation(self, prediction: GridPrediction, nearest: int = 16, width_deg: float = 20.0) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from scalecryo.config import Parameterisation
 from scalecryo.model.encoder import PoseEncoder
-from scalecryo.model.inputs import ParticleInputs
-from scalecryo.physics.poses import PoseCandidates
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseCandidates, Poses
 from scalecryo.physics.rotation import (
     euler_head_to_rotation,
     quaternion_to_rotation,
@@ -29,22 +29,22 @@ _TO_ROTATION = {
 
 
 def _candidates(
-    parameters: Float[Tensor, "b k outputs"], parameterisation: Parameterisation, centred: bool
+    parameters: Float[Tensor, "b k outputs"], parameterisation: Parameterisation, centred: bool, pixel_size: float
 ) -> PoseCandidates:
     """Read rotations, and shifts in pixels where they are free, out of network or table parameters."""
     count = ROTATION_PARAMETERS[parameterisation]
     rotation = _TO_ROTATION[parameterisation](parameters[..., :count])
-    shift = torch.zeros_like(parameters[..., :2]) if centred else parameters[..., count:]
+    shift = torch.zeros_like(parameters[..., :2]) if centred else parameters[..., count:] * pixel_size
     return PoseCandidates(rotation, shift, torch.zeros_like(parameters[..., 0]))
 
 
 class KnownPoses(nn.Module):
     """The poses that came with the particles."""
 
-    def forward(self, inputs: ParticleInputs) -> PoseCandidates:
-        """One candidate a particle: its known rotation and shift."""
-        rotation, shift = cast(Tensor, inputs.rotation), cast(Tensor, inputs.shift_px)
-        return PoseCandidates(rotation[:, None], shift[:, None], torch.zeros_like(shift[:, :1]))
+    def forward(self, images: ParticleImages) -> PoseCandidates:
+        """One candidate per particle: its known rotation and shift."""
+        known = cast(Poses, images.poses)
+        return PoseCandidates(known.rotation[:, None], known.shift[:, None], torch.zeros_like(known.shift[:, :1]))
 
 
 class PoseTable(nn.Module):
@@ -60,9 +60,10 @@ class PoseTable(nn.Module):
         start[:, -2:] = 0.0
         self.parameters_of_row = nn.Parameter(start)
 
-    def forward(self, inputs: ParticleInputs) -> PoseCandidates:
-        """One candidate a particle: its row of the table."""
-        return _candidates(self.parameters_of_row[inputs.rows, None], self.parameterisation, self.centred)
+    def forward(self, images: ParticleImages) -> PoseCandidates:
+        """One candidate per particle: its row of the table; padding and rows beyond it get some row's."""
+        rows = images.rows.clamp(0, len(self.parameters_of_row) - 1)
+        return _candidates(self.parameters_of_row[rows, None], self.parameterisation, self.centred, images.pixel_size)
 
 
 class EncoderPoses(nn.Module):
@@ -82,19 +83,19 @@ class EncoderPoses(nn.Module):
         self.centred = centred
         self.symmetric = symmetric
 
-    def forward(self, inputs: ParticleInputs) -> PoseCandidates:
-        """K = heads, or 2 x heads, candidates a particle."""
-        images = inputs.images
+    def forward(self, images: ParticleImages) -> PoseCandidates:
+        """K = heads, or 2 x heads, candidates per particle."""
+        real = cast(Tensor, images.real)
         if self.symmetric:
             # Turning by 180° about the centre N//2 of an even box maps index i to -i modulo N.
-            turned = torch.roll(images.flip((-2, -1)), (1, 1), (-2, -1))
-            images = torch.cat([images, turned])
-        found = _candidates(self.encoder(images), self.parameterisation, self.centred)
+            turned = torch.roll(real.flip((-2, -1)), (1, 1), (-2, -1))
+            real = torch.cat([real, turned])
+        found = _candidates(self.encoder(real), self.parameterisation, self.centred, images.pixel_size)
         if not self.symmetric:
             return found
         half_turn = found.rotation.new_tensor([-1.0, -1.0, 1.0])
         straight, turned_rotation = found.rotation.chunk(2)
-        shift, turned_shift = found.shift_px.chunk(2)
+        shift, turned_shift = found.shift.chunk(2)
         return PoseCandidates(
             torch.cat([straight, turned_rotation * half_turn], 1),
             torch.cat([shift, -turned_shift], 1),

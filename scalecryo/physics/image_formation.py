@@ -14,7 +14,7 @@ _AT_ONCE = 16  # images on the padded box: few enough to stay in a processor's c
 
 
 class CtfWeightedImages(NamedTuple):
-    """Images as a reconstruction sums them up.
+    """CTF-weighted images: what a reconstruction sums up.
 
     Attributes:
         values: transforms times CTF, packed.
@@ -56,7 +56,7 @@ def form_images(
     return images if shift_px is None else images * shift_ramp(shift_px, kx, ky, box_size)
 
 
-def filtered(transforms: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None) -> CtfWeightedImages:
+def ctf_weighted(transforms: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None) -> CtfWeightedImages:
     """Images times their CTF, pixel by pixel: right where the CTF turns slowly from one Fourier pixel to the next."""
     return CtfWeightedImages(transforms, None) if ctf is None else CtfWeightedImages(transforms * ctf, ctf.square())
 

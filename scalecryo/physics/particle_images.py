@@ -1,38 +1,91 @@
-"""Particles as search, local refinement and insertion see them: packed Fourier pixels, CTF, half."""
+"""A batch of particles at one level of the store: the only record of images that the method knows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from scalecryo.physics.ctf import CtfParameters, contrast_transfer
+from scalecryo.physics.fft import FourierPixels, rfft2_centred
+from scalecryo.physics.poses import Poses
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class ParticleImages:
-    """A batch of particles at one level, in Fourier space.
+    """Particles with what is known of them. Transforms and CTF values are made when they are first asked for.
 
     Attributes:
-        rows: of the store.
+        rows: of the store; -1 for padding.
         half: 1 or 2.
-        images: transforms, packed.
-        ctf: packed alike, or None where the images carry none.
+        weight: 1, or 0 for padding.
+        optics_group: of the table.
+        pixels: Fourier pixels that transforms and CTF values are packed by.
+        pixel_size: Å, of the level.
+        optics: CTF parameters, or None where the images carry no CTF.
+        poses: that came with the particles, or None.
+        real: images in real space, protein bright, background at zero mean and unit standard deviation; None once some
+            of the particles were selected.
     """
 
     rows: Int[Tensor, " b"]
     half: Int[Tensor, " b"]
-    images: Complex[Tensor, "b p"]
-    ctf: Float[Tensor, "b p"] | None
+    weight: Float[Tensor, " b"]
+    optics_group: Int[Tensor, " b"]
+    pixels: FourierPixels
+    pixel_size: float
+    optics: CtfParameters | None = None
+    poses: Poses | None = None
+    real: Float[Tensor, "b n n"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def box_size(self) -> int:
+        """Of the level, px."""
+        return self.pixels.box_size
+
+    @cached_property
+    def transforms(self) -> Complex[Tensor, "b p"]:
+        """Unscaled transforms, packed."""
+        assert self.real is not None, "selected particles keep the transforms they had"
+        return self.pixels.pack(rfft2_centred(self.real))
+
+    @cached_property
+    def ctf(self) -> Float[Tensor, "b p"] | None:
+        """CTF values, packed alike; None where the images carry none."""
+        if self.optics is None:
+            return None
+        pixels = self.pixels
+        return contrast_transfer(self.optics, pixels.kx, pixels.ky, pixels.box_size, self.pixel_size)
+
+    def with_transforms(self, transforms: Complex[Tensor, "b p"]) -> "ParticleImages":
+        """The same particles with other images."""
+        return self._with(replace(self, real=None), transforms, self.ctf)
+
     def select(self, keep: Tensor) -> "ParticleImages":
         """Some of the particles, by mask or index."""
-        return ParticleImages(
-            self.rows[keep], self.half[keep], self.images[keep], None if self.ctf is None else self.ctf[keep]
+        made = replace(
+            self,
+            rows=self.rows[keep],
+            half=self.half[keep],
+            weight=self.weight[keep],
+            optics_group=self.optics_group[keep],
+            optics=None if self.optics is None else self.optics.select(keep),
+            poses=None if self.poses is None else self.poses.select(keep),
+            real=None,
         )
+        return self._with(made, self.transforms[keep], None if self.ctf is None else self.ctf[keep])
 
-    def prefix(self, count: int) -> "ParticleImages":
-        """The same particles up to a lower frequency: the first `count` pixels."""
-        return ParticleImages(
-            self.rows, self.half, self.images[:, :count], None if self.ctf is None else self.ctf[:, :count]
-        )
+    def within(self, radius: float) -> "ParticleImages":
+        """The same particles up to a lower frequency, Fourier pixels."""
+        pixels = self.pixels.prefix(radius)
+        ctf = None if self.ctf is None else self.ctf[:, : len(pixels)]
+        return self._with(replace(self, pixels=pixels, real=None), self.transforms[:, : len(pixels)], ctf)
+
+    @staticmethod
+    def _with(made: "ParticleImages", transforms: Tensor, ctf: Tensor | None) -> "ParticleImages":
+        """Fill in what was made before."""
+        made.__dict__.update(transforms=transforms, ctf=ctf)
+        return made

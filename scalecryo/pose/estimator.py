@@ -1,191 +1,224 @@
-"""Poses of a batch against a reference: exhaustive search, separated modes, local refinement, choice."""
+"""The E-step, once: poses of a batch against the references of each particle's own half.
 
-import dataclasses
+A particle's candidates (the remembered pose, separated modes of a search or of the encoder) are locally refined at
+rising radii; the likeliest is its pose. Every stage that poses particles calls this.
+"""
+
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from scalecryo.map.noise import NoiseSpectrum
-from scalecryo.physics.fft import FourierPixels
-from scalecryo.physics.image_formation import form_images, shift_ramp
+from scalecryo.distributed.timer import Timer
+from scalecryo.map.reference import Reference, References
+from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseCandidates
+from scalecryo.physics.poses import PoseCandidates, PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
-from scalecryo.pose.local_refinement import PackedVolume, evaluate_poses, refine_poses
-from scalecryo.pose.modes import separated_modes
-from scalecryo.pose.search import grid_posterior, templates, turned_grid, with_flips
+from scalecryo.pose.candidate_sources import CandidateSource
+from scalecryo.pose.local_refinement import evaluate_poses, refine_poses
+from scalecryo.pose.search import templates
 
-SEPARATION_DEG = 25.0
-KEEP = 64
-PRUNE_FRACTION, PRUNE_MARGIN_NATS = 0.1, 20.0  # a share, and nats
+# A candidate is pruned on the way where it is further behind its image's best than a share of what the best gains over
+# an empty image, and than so many nats: one that starts at a grid's point has still some way to go.
+PRUNE_FRACTION, PRUNE_MARGIN_NATS = 0.1, 20.0
 SAME = 15.0  # degrees times Fourier pixels: a quarter of the turn that moves the outermost pixel by one
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A map that poses are sought against.
+class EStepPlan:
+    """What the E-step does with a batch.
 
     Attributes:
-        transform: padded and ready to be sliced.
-        scale: samples a cycle per box.
-        noise: spectrum in the units of the images' transforms at the same level.
-        pixels: the level's Fourier pixels, up to the highest radius in use.
+        radius: Fourier pixels of the last local refinement.
+        passes: Levenberg-Marquardt passes of every particle at that radius; 0: none after the candidates' own.
+        search_known: whether candidates are sought also for particles with a remembered pose.
+        steps: radius and passes of the candidates' refinement, before one is chosen.
+        prune_fraction: see `PRUNE_FRACTION`.
+        fit_shift: False leaves shifts as they are.
+        probability_radius: Fourier pixels that tell whether an image shows a particle; 0: every image does.
+        shift_radius: of the disc of possible shifts, Å.
     """
 
-    transform: Tensor
-    scale: float
-    noise: NoiseSpectrum
-    pixels: FourierPixels
-
-    @cached_property
-    def volume(self) -> PackedVolume:
-        """The transform as local refinement takes it; what it prepares is kept for the next batch."""
-        return PackedVolume(self.transform)
-
-
-@dataclass(frozen=True)
-class Refined:
-    """The chosen pose of each particle.
-
-    Attributes:
-        rotation, shift_px: at the reference's level.
-        confidence: posterior probability among the candidates that were refined.
-        cost: negative log-likelihood up to a constant of the image.
-    """
-
-    rotation: Float[Tensor, "b 3 3"]
-    shift_px: Float[Tensor, "b 2"]
-    confidence: Float[Tensor, " b"]
-    cost: Float[Tensor, " b"]
+    radius: float
+    passes: int
+    search_known: bool
+    steps: tuple[tuple[float, int], ...]
+    prune_fraction: float = PRUNE_FRACTION
+    fit_shift: bool = True
+    probability_radius: float = 0.0
+    shift_radius: float = 0.0
 
 
-class GridSearch:
-    """Exhaustive search of a reference at one radius, over a grid turned at random for each batch."""
+class PoseEstimator:
+    """Poses of batches against references that stand still."""
 
-    def __init__(
-        self,
-        reference: Reference,
-        grid: Float[Tensor, "h 3 3"],
-        radius: float,
-        generator: torch.Generator,
-    ) -> None:
-        self.reference = reference
-        self.near = reference.pixels.prefix(radius)
-        self.weight = reference.noise.pixel_weight(self.near)
-        half = turned_grid(grid, generator)
-        self.rotations = with_flips(half)
-        self.bank = templates(reference.transform, half, self.near, reference.scale)
+    def __init__(self, references: References, plan: EStepPlan, source: CandidateSource, timer: Timer) -> None:
+        """
+        Args:
+            references: by class and half, at the level of the images.
+            plan: what to do.
+            source: of candidates for particles that are searched.
+            timer: counts search and local refinement.
+        """
+        self._references, self._plan, self._source, self._timer = references, plan, source, timer
+        self._classes = 1 + max(number for number, _ in references)
 
-    def modes(self, own: ParticleImages, shift_grid_px: Float[Tensor, "t 2"], count: int) -> PoseCandidates:
-        """The `count` best separated modes of each particle, over a grid of shifts as well."""
-        near = own.prefix(len(self.near))
-        posterior = grid_posterior(near.images, near.ctf, self.weight, self.bank, shift_grid_px, self.near, keep=KEEP)
-        found = posterior.candidates(self.rotations, shift_grid_px)
-        return separated_modes(found, count, SEPARATION_DEG)
+    def estimate(self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"]) -> PoseEstimates:
+        """The likeliest pose of every particle, over all classes.
 
-    def modes_near(self, own: ParticleImages, shift_px: Float[Tensor, "b 2"], count: int) -> PoseCandidates:
-        """The same at each particle's own shift: the images are brought to the centre first."""
-        back = shift_ramp(-shift_px, self.near.kx, self.near.ky, self.near.box_size)
-        centred = dataclasses.replace(own.prefix(len(self.near)), images=own.images[:, : len(self.near)] * back)
-        found = self.modes(centred, shift_px.new_zeros(1, 2), count)
-        return dataclasses.replace(found, shift_px=found.shift_px + shift_px[:, None])
+        Args:
+            images: a batch.
+            known: what is remembered of them.
+            seen: of which of them anything is.
+        """
+        found = PoseEstimates.unknown(len(images), images.transforms.device)
+        for half in (1, 2):
+            at = (images.half == half).nonzero()[:, 0]  # host sync
+            if len(at):
+                own = images.select(at), known.select(at), seen[at]
+                by_class = [self._estimate(*own, self._references[number, half]) for number in range(self._classes)]
+                found = found.put(at, _best_class(by_class))
+        return found
+
+    def _estimate(
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], reference: Reference
+    ) -> PoseEstimates:
+        """Poses against one reference."""
+        plan, found = self._plan, known
+        wanted = (seen.logical_not() | plan.search_known).nonzero()[:, 0]  # host sync
+        if len(wanted):
+            found = known.put(
+                wanted, self._search(images.select(wanted), known.select(wanted), seen[wanted], reference)
+            )
+        if plan.passes:
+            start = PoseCandidates(found.rotation[:, None], found.shift[:, None], found.confidence[:, None] * 0)
+            with self._timer.part("local_refinement"):
+                refined = refine_candidates(
+                    images, start, reference, [(plan.radius, plan.passes)], fit_shift=plan.fit_shift
+                )
+            found = replace(refined, confidence=found.confidence)
+        if plan.probability_radius:
+            radius, shift_radius = plan.probability_radius, plan.shift_radius if plan.fit_shift else 0.0
+            probability = particle_probability(images, found, reference, radius, shift_radius)
+            found = replace(found, particle_probability=probability)
+        return found
+
+    def _search(
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], reference: Reference
+    ) -> PoseEstimates:
+        plan = self._plan
+        with self._timer.part("search"):
+            candidates = self._source.candidates(images, reference, known, seen)
+        with self._timer.part("local_refinement"):
+            return refine_candidates(
+                images, candidates, reference, plan.steps, fit_shift=plan.fit_shift, prune_fraction=plan.prune_fraction
+            )
+
+    def predictions(
+        self, images: ParticleImages, found: PoseEstimates, count: int, half: int
+    ) -> tuple[ParticleImages, Tensor]:
+        """The first so many particles of a half, and what their references predict for them at the poses found."""
+        at = (images.half == half).nonzero()[:count, 0]  # host sync
+        few, poses, pixels = images.select(at), found.select(at), images.pixels
+        predicted = torch.zeros_like(few.transforms)
+        for number in range(self._classes):
+            own = (poses.class_index == number).nonzero()[:, 0]  # host sync
+            if len(own):
+                reference = self._references[number, half]
+                slices = templates(reference.transform, poses.rotation[own], pixels, reference.scale)
+                predicted[own] = form_images(
+                    slices, None if few.ctf is None else few.ctf[own],
+                    poses.select(own).shift_px(images.pixel_size), pixels.kx, pixels.ky, pixels.box_size,
+                )  # fmt: skip
+        return few, predicted
+
+    def likelihood_gain(self, images: ParticleImages, found: PoseEstimates) -> Float[Tensor, " b"]:
+        """Log-likelihood ratio of the poses found over an empty map, at the radius of the last refinement."""
+        near = images.within(self._plan.radius)
+        weight = self._references[0, 1].noise.pixel_weight(near.pixels)  # one noise for all
+        return empty_cost(near.transforms, weight) + found.log_likelihood
+
+
+def _best_class(by_class: Sequence[PoseEstimates]) -> PoseEstimates:
+    """Of every particle the estimate in its likeliest class; its confidence shrinks by the other classes' share."""
+    if len(by_class) == 1:
+        return by_class[0]
+    log_likelihood = torch.stack([found.log_likelihood for found in by_class], 1)
+    share, best = log_likelihood.softmax(1).max(1)
+    chosen = by_class[0]
+    for number, found in enumerate(by_class):
+        at = (best == number).nonzero()[:, 0]  # host sync
+        chosen = chosen.put(at, replace(found.select(at), class_index=best[at]))
+    return replace(chosen, confidence=chosen.confidence * share)
 
 
 def refine_candidates(
-    own: ParticleImages,
+    images: ParticleImages,
     candidates: PoseCandidates,
     reference: Reference,
     steps: Sequence[tuple[float, int]],
     *,
     fit_shift: bool,
     prune_fraction: float = PRUNE_FRACTION,
-) -> Refined:
+) -> PoseEstimates:
     """Refine every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
 
-    On the way, those far behind their image's best are left: by more than `prune_fraction` of what the best gains over
-    an empty image, since one that starts at a grid's point has still some way to go. So are those that have arrived
+    On the way, those far behind their image's best are pruned (see `PRUNE_FRACTION`), as are those that have arrived
     where the best is. Two candidates that end within a degree of each other are one: only separate ones share the
     probability.
     """
     count, each = candidates.rotation.shape[:2]
-    image = torch.arange(count, device=own.images.device).repeat_interleave(each)
-    rotation, shift = candidates.rotation.flatten(0, 1), candidates.shift_px.flatten(0, 1)
+    image = torch.arange(count, device=candidates.rotation.device).repeat_interleave(each)
+    rotation, shift_px = candidates.rotation.flatten(0, 1), candidates.shift.flatten(0, 1) / images.pixel_size
     for number, (radius, passes) in enumerate(steps):
-        near = reference.pixels.prefix(radius)
-        part = own.prefix(len(near))
-        part = part if len(image) == count else part.select(image)  # one each: in the images' own order
+        near = images.within(radius)
+        part = near if len(image) == count else near.select(image)  # one each: in the images' own order
+        weight = reference.noise.pixel_weight(near.pixels)
         found = refine_poses(
-            reference.volume, part.images, rotation, shift, part.ctf, reference.noise.pixel_weight(near), near,
-            reference.scale, passes=passes, fit_shift=fit_shift,
+            reference.packed, part.transforms, rotation, shift_px, part.ctf, weight, near.pixels, reference.scale,
+            passes=passes, fit_shift=fit_shift,
         )  # fmt: skip
-        rotation, shift, cost = found.rotation, found.shift_px, found.cost
+        rotation, shift_px, cost = found.rotation, found.shift_px, found.cost
         lead = cost.new_full((count,), torch.inf).scatter_reduce_(0, image, cost, "amin")
         if each > 1 and number < len(steps) - 1:
-            gain = empty_cost(own.images[:, : len(near)], reference.noise.pixel_weight(near)) - lead
+            gain = empty_cost(near.transforms, weight) - lead
             margin = PRUNE_MARGIN_NATS + prune_fraction * gain.clamp_min(0)
             best = _leaders(cost, lead, image)
             apart = geodesic_angle(rotation, rotation[best[image]]) > SAME / radius
             apart[best] = True
             hopeful = ((cost <= (lead + margin)[image]) & apart).nonzero()[:, 0]  # host sync
-            image, rotation, shift = image[hopeful], rotation[hopeful], shift[hopeful]
+            image, rotation, shift_px = image[hopeful], rotation[hopeful], shift_px[hopeful]
     best = _leaders(cost, lead, image)
     apart = geodesic_angle(rotation, rotation[best[image]]) > 1.0
     rivals = torch.where(apart, (lead[image] - cost).exp(), torch.zeros_like(cost))
     others = torch.zeros_like(lead).scatter_add_(0, image, rivals)
-    return Refined(rotation[best], shift[best], (1 / (1 + others)).float(), lead.float())
-
-
-def _leaders(cost: Tensor, lead: Tensor, image: Tensor) -> Tensor:
-    """Which candidate leads each image; of equals, which are the same pose twice, any."""
-    is_leader = (cost == lead[image]).nonzero()[:, 0]  # host sync
-    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_(0, image[is_leader], is_leader)
-
-
-def scatter(first: PoseCandidates, at_first: Tensor, second: PoseCandidates, at_second: Tensor) -> PoseCandidates:
-    """Candidates of two groups of particles, put back in the order of all of them."""
-    order = torch.cat([at_first, at_second]).argsort()
-    return PoseCandidates(
-        torch.cat([first.rotation, second.rotation])[order],
-        torch.cat([first.shift_px, second.shift_px])[order],
-        torch.cat([first.log_weight, second.log_weight])[order],
+    return PoseEstimates(
+        rotation=rotation[best],
+        shift=shift_px[best] * images.pixel_size,
+        class_index=torch.zeros(count, dtype=torch.long, device=image.device),
+        confidence=(1 / (1 + others)).float(),
+        particle_probability=torch.ones(count, device=image.device),
+        log_likelihood=-lead.float(),
     )
 
 
-def join(first: PoseCandidates, second: PoseCandidates) -> PoseCandidates:
-    """Candidates of both, side by side."""
-    return PoseCandidates(
-        torch.cat([first.rotation, second.rotation], 1),
-        torch.cat([first.shift_px, second.shift_px], 1),
-        torch.cat([first.log_weight, second.log_weight], 1),
-    )
+def _leaders(cost: Float[Tensor, " c"], lead: Float[Tensor, " b"], image: Int[Tensor, " c"]) -> Int[Tensor, " b"]:
+    """Which candidate is each image's best; of equals, which are the same pose twice, any."""
+    leading = (cost == lead[image]).nonzero()[:, 0]  # host sync
+    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_(0, image[leading], leading)
 
 
-def predictions(own: ParticleImages, found: Refined, reference: Reference, count: int) -> tuple[ParticleImages, Tensor]:
-    """The first so many particles of a batch, and what the reference predicts for them at the poses found."""
-    few, pixels = own.select(torch.arange(min(count, len(own)), device=own.rows.device)), reference.pixels
-    predicted = templates(reference.transform, found.rotation[:count], pixels, reference.scale)
-    shift = found.shift_px[:count]
-    return few, form_images(predicted, few.ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
-
-
-def likelihood_gain(own: ParticleImages, found: Refined, reference: Reference, radius: float) -> Float[Tensor, " b"]:
-    """Log-likelihood ratio of the poses found, refined to that radius, over an empty map."""
-    near = reference.pixels.prefix(radius)
-    return empty_cost(own.images[:, : len(near)], reference.noise.pixel_weight(near)) - found.cost
-
-
-def empty_cost(images: Tensor, pixel_weight: Tensor) -> Tensor:
+def empty_cost(transforms: Tensor, pixel_weight: Tensor) -> Float[Tensor, " b"]:
     """Cost of each image, as in `refine_poses`, against an empty map."""
-    return 0.5 * (images.abs().square().double() @ pixel_weight.double())
+    return 0.5 * (transforms.abs().square().double() @ pixel_weight.double())
 
 
-def presence(
-    own: ParticleImages, found: Refined, reference: Reference, radius: float, shift_radius_px: float
+def particle_probability(
+    images: ParticleImages, found: PoseEstimates, reference: Reference, radius: float, shift_radius: float
 ) -> Float[Tensor, " b"]:
     """Probability that an image shows the particle at all, at even odds beforehand.
 
@@ -193,17 +226,20 @@ def presence(
     log-likelihood ratio over an empty image. Noise fits one of so many poses by chance, and no better.
 
     Args:
+        images: with the poses found for them.
+        found: those poses.
+        reference: that they were found against.
         radius: Fourier pixels that are compared. A low one: an image's own share in the map would speak for it.
-        shift_radius_px: of the disc of possible shifts; 0 where particles are centred.
+        shift_radius: of the disc of possible shifts, Å; 0 where particles are centred.
     """
-    near = reference.pixels.prefix(radius)
-    part, weight = own.prefix(len(near)), reference.noise.pixel_weight(near)
+    near = images.within(radius)
+    weight = reference.noise.pixel_weight(near.pixels)
     cost = evaluate_poses(
-        reference.volume, part.images, found.rotation[:, None], found.shift_px[:, None], part.ctf, weight, near,
-        reference.scale,
+        reference.packed, near.transforms, found.rotation[:, None], found.shift_px(images.pixel_size)[:, None],
+        near.ctf, weight, near.pixels, reference.scale,
     )[:, 0]  # fmt: skip
-    empty = empty_cost(part.images, weight)
-    poses = 8 * math.pi**2 * near.radius_limit**3
-    if shift_radius_px > 0:
-        poses *= max(1.0, math.pi * (shift_radius_px * 2 * math.pi * near.radius_limit / near.box_size) ** 2)
-    return torch.sigmoid(empty - cost - math.log(poses)).float()
+    limit = near.pixels.radius_limit
+    poses = 8 * math.pi**2 * limit**3
+    if shift_radius > 0:
+        poses *= max(1.0, math.pi * (shift_radius / images.pixel_size * 2 * math.pi * limit / images.box_size) ** 2)
+    return torch.sigmoid(empty_cost(near.transforms, weight) - cost - math.log(poses)).float()

@@ -45,7 +45,7 @@ def separated_modes(candidates: PoseCandidates, count: int, min_angle_deg: float
     mass, index = torch.stack(masses, 1), torch.stack(picks, 1)
     index = torch.where(mass.isneginf(), index[:, :1], index)
     weight = mass - mass.logsumexp(1, keepdim=True)
-    return PoseCandidates(candidates.rotation[row[:, None], index], candidates.shift_px[row[:, None], index], weight)
+    return PoseCandidates(candidates.rotation[row[:, None], index], candidates.shift[row[:, None], index], weight)
 
 
 @torch.no_grad()

@@ -54,10 +54,10 @@ class Posterior:
     log_evidence: Float[Tensor, "b"]
     """log of the summed likelihoods, up to the same constant: take off log(number of hypotheses) to compare grids."""
 
-    def candidates(self, rotations: Float[Tensor, "g 3 3"], shift_grid_px: Float[Tensor, "t 2"]) -> PoseCandidates:
-        """The hypotheses as poses; their log-weight is the logarithm of the posterior mass."""
+    def candidates(self, rotations: Float[Tensor, "g 3 3"], shift_grid: Float[Tensor, "t 2"]) -> PoseCandidates:
+        """The hypotheses as poses, the shift grid in Å; their log-weight is the logarithm of the posterior mass."""
         mass = self.log_likelihood - self.log_evidence[:, None]
-        return PoseCandidates(rotations[self.rotation_index], shift_grid_px[self.shift_index], mass)
+        return PoseCandidates(rotations[self.rotation_index], shift_grid[self.shift_index], mass)
 
 
 def with_flips(rotations: Float[Tensor, "h 3 3"]) -> Float[Tensor, "2*h 3 3"]:

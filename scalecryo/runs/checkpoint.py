@@ -1,11 +1,12 @@
-"""Checkpoints: model, optimiser and position in the sample order, written whole, checked when read."""
+"""Checkpoints: one format for every stage, written whole, checked when read."""
 
 import io
 import json
 import logging
 import re
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,20 +15,45 @@ from scalecryo.data.io import urls
 from scalecryo.errors import CheckpointError
 from scalecryo.runs.folder import RunFolder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_FIELDS = ("step", "recipe", "stage", "store_hash", "state")
 _NAME = re.compile(r"step_(\d{10})\.pt$")
 logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(run: RunFolder, step: int, state: Mapping[str, Any], keep: int, *, score: float) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run stands.
+
+    Attributes:
+        step: of the run's curves; 0 before the first.
+        recipe: of the configuration.
+        stage: under way, by name.
+        store_hash: of the particles trained on.
+        state: the stage's `state_dict`: tensors, numbers, strings and containers of them.
+    """
+
+    step: int
+    recipe: str
+    stage: str
+    store_hash: str
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(run: RunFolder, checkpoint: Checkpoint, keep: int, *, score: float) -> None:
     """Write `checkpoints/step_<step>.pt`; remove all others but the newest `keep` and the best.
 
     Args:
-        step: number of finished steps.
-        state: tensors, numbers, strings and containers of them.
+        run: whose folder it is written to.
+        checkpoint: what to write.
+        keep: how many of the newest stay.
         score: how good it is, larger for better; `checkpoints/best.json` names the best so far.
     """
-    save_state(run, f"step_{step:010d}.pt", {"step": step, **state})
+    buffer, step = io.BytesIO(), checkpoint.step
+    fields = {name: getattr(checkpoint, name) for name in _FIELDS}
+    torch.save({"format_version": FORMAT_VERSION, **fields}, buffer)
+    urls.make_folder(run.path("checkpoints"))
+    run.write(f"checkpoints/step_{step:010d}.pt", buffer.getvalue())
     best = best_checkpoint(run)
     if best is None or best[0] >= step or score > best[1]:  # a later one is of a run that was taken up before it
         best = step, score
@@ -46,12 +72,13 @@ def best_checkpoint(run: RunFolder) -> tuple[int, float] | None:
     return int(found["step"]), float(found["score"])
 
 
-def load_checkpoint(run: RunFolder, *, store_hash: str | None, wanted: Collection[str] = ()) -> dict[str, Any] | None:
+def load_checkpoint(run: RunFolder, *, store_hash: str | None, recipe: str) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
     Args:
-        store_hash: hash of the particle store, which must be the one trained on; None: any store.
-        wanted: what it must hold beside the step and the hash.
+        run: whose folder is read.
+        store_hash: of the particles, which must be those trained on; None: any.
+        recipe: that must have written it.
 
     Raises:
         CheckpointError: none of the checkpoints can be read, or the run was trained on another store or by another
@@ -59,33 +86,24 @@ def load_checkpoint(run: RunFolder, *, store_hash: str | None, wanted: Collectio
     """
     names = _list(run)
     for step, name in reversed(names):
-        state = load_state(run, name)
-        if state is None:
+        found = _load(run, name)
+        if found is None:
             logger.warning("checkpoint of step %d is damaged: falling back to the one before", step)
             continue
-        if store_hash is not None and state["store_hash"] != store_hash:
+        if store_hash is not None and found.store_hash != store_hash:
             raise CheckpointError(
-                f"{run.url}: its checkpoint was trained on another store (hash {state['store_hash']}, this one "
+                f"{run.url}: its checkpoint was trained on another store (hash {found.store_hash}, this one "
                 f"{store_hash}): name the store of the run with --data, or start a new run"
             )
-        missing = sorted(set(wanted) - state.keys())
-        if missing:
+        if found.recipe != recipe:
             raise CheckpointError(
-                f"{run.url}: checkpoint {step} holds no {', '.join(missing)}: another recipe (pose.source) or version "
-                "of scalecryo wrote it: use that one, or start the run anew"
+                f"{run.url}: checkpoint {step} is of the recipe {found.recipe}, the settings are of {recipe}: "
+                "give back pose.source and guided.start, or start a new run"
             )
-        return state
+        return found
     if names:
         raise CheckpointError(f"{run.url}: none of its {len(names)} checkpoints can be read: start the run anew")
     return None
-
-
-def save_state(run: RunFolder, name: str, state: Mapping[str, Any]) -> None:
-    """Write a file of tensors into `checkpoints`, whole."""
-    buffer = io.BytesIO()
-    torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
-    urls.make_folder(run.path("checkpoints"))
-    run.write(f"checkpoints/{name}", buffer.getvalue())
 
 
 def newest_step(run: RunFolder) -> int:
@@ -99,12 +117,8 @@ def _list(run: RunFolder) -> list[tuple[int, str]]:
     return sorted((int(match[1]), name) for name in names if (match := _NAME.search(name)))
 
 
-def load_state(run: RunFolder, name: str) -> dict[str, Any] | None:
-    """The contents of a file in `checkpoints`, or None where it is damaged.
-
-    Raises:
-        CheckpointError: another format.
-    """
+def _load(run: RunFolder, name: str) -> Checkpoint | None:
+    """A checkpoint, or None where it is damaged."""
     url = run.path("checkpoints", name)
     data = urls.read_bytes(url)
     try:
@@ -114,10 +128,10 @@ def load_state(run: RunFolder, name: str) -> dict[str, Any] | None:
                 return None
     except zipfile.BadZipFile:
         return None
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if state["format_version"] != FORMAT_VERSION:
+    found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if found["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{url}: format {state['format_version']}, this scalecryo reads {FORMAT_VERSION}: "
+            f"{url}: format {found['format_version']}, this scalecryo reads {FORMAT_VERSION}: "
             "use the version that wrote it, or start the run anew"
         )
-    return state
+    return Checkpoint(**{name: found[name] for name in _FIELDS})

@@ -1,131 +1,128 @@
-"""What an auto-encoder's run says while it trains: scalars, pictures and a line of progress. Worker 0 only."""
+"""What a run says after each pass: curves, pictures, errors where a truth is known, and a line of the log."""
 
 import logging
 import time
-from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.stream import Batch, StreamMetrics
-from scalecryo.distributed.world import World
-from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
-from scalecryo.physics.fft import irfft2_centred
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.pictures import Pairs
 from scalecryo.runs.recorder import Recorder
-from scalecryo.runs.resources import memory_mib
 from scalecryo.runs.truth import Truth
 
 logger = logging.getLogger(__name__)
-RECENT_POSES = 1024
-EXAMPLES = 6
 
 
-class Monitor:
-    """Collects a run's scalars and pictures and writes them every so many steps."""
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass of a stage came to.
 
-    def __init__(
-        self,
-        config: Config,
-        store: ParticleStore,
-        run: RunFolder,
-        model: AutoEncoder,
-        *,
-        start_step: int,
-        world: World,
-    ) -> None:
-        self.config = config
-        self.model = model
-        self._world = world
-        box_size = model.volume.box_size
-        self._truth = Truth.load(config.monitor.truth, store, box_size) if config.monitor.truth else None
+    Attributes:
+        message: for the log; empty: nothing.
+        images: that this worker worked on.
+        step: of the run's curves; 0: nothing is recorded.
+        scalars: curves.
+        histograms: values whose spread is recorded.
+        density: the map as it stands, or None.
+        rows, rotation: of some particles with their poses, or None.
+        pairs: pictures, or None.
+        checkpoint: whether the stage can be taken up here.
+        score: of that checkpoint, larger for better.
+        progress: share of the stage that is done, or None where nobody knows.
+    """
+
+    message: str
+    images: int
+    step: int = 0
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
+    density: Float[Tensor, "n n n"] | None = None
+    rows: Int[Tensor, " k"] | None = None
+    rotation: Float[Tensor, "k 3 3"] | None = None
+    pairs: Pairs | None = None
+    checkpoint: bool = True
+    score: float = 0.0
+    progress: float | None = None
+
+
+class RunMonitor:
+    """Writes what passes report. Worker 0 only."""
+
+    def __init__(self, config: Config, store: ParticleStore, run: RunFolder, *, start_step: int) -> None:
+        """
+        Args:
+            config: of the run.
+            store: that it reads.
+            run: where curves go.
+            start_step: that the run was taken up at; later curves are forgotten.
+
+        Raises:
+            InputError, MissingInputError: see `Truth.load`.
+        """
+        self._store, self._folder = store, config.monitor.truth
+        self._truth: Truth | None = None
+        if self._folder:  # before anything is opened that would have to be closed
+            self._truth = Truth.load(self._folder, store, min(store.levels))
         self._recorder = Recorder(config, run, start_step=start_step)
-        self._recent: deque[tuple[Tensor, Tensor]] = deque()
-        self._mark = (start_step, time.monotonic(), 0.0)
-        self._started = time.monotonic()
-        self._start_step = start_step
-        self._reduced = (0.0, 0)
+        self._begun: tuple[float, float] | None = None
 
-    def after_step(
-        self, step: int, loss: Tensor, batch: Batch, output: AutoEncoderOutput, stream: StreamMetrics
-    ) -> None:
-        """Record one step; `loss` is the global mean."""
-        self._recent.append((batch.rows[batch.weight > 0], output.rotation.detach()[batch.weight > 0]))
-        while sum(len(rows) for rows, *_ in self._recent) > RECENT_POSES and len(self._recent) > 1:
-            self._recent.popleft()
-        last = step == self.config.train.steps
-        if step % self.config.monitor.every == 0 or last:
-            self._scalars(step, loss, output, stream)
-        if step % self.config.monitor.pictures_every == 0 or last:
-            self._pictures(step, output)
+    def after_pass(self, report: PassReport, rates: Mapping[str, float], by_worker: Float[Tensor, " w"]) -> None:
+        """Record one pass.
+
+        Args:
+            report: of the stage.
+            rates: what all workers together took.
+            by_worker: images/s of each.
+        """
+        if report.message:
+            left = self._left(report.progress)
+            logger.info("%s, %.0f images/s%s", report.message, rates["images_per_second"], left)
+        if not report.step:
+            return
+        values = dict(report.scalars)
+        if values:
+            values |= rates
+            self._recorder.histogram(report.step, "images_per_second_by_worker", by_worker)
+        for name, spread in report.histograms.items():
+            self._recorder.histogram(report.step, name, spread)
+        if report.rotation is not None:
+            tilt = torch.rad2deg(torch.arccos(report.rotation[:, 2, 2].clamp(-1, 1)))
+            self._recorder.histogram(report.step, "poses/tilt_deg", tilt)
+        if report.density is not None:
+            self._recorder.volume(report.step, report.density)
+            if report.rows is not None and report.rotation is not None and len(report.rows):
+                values |= self._errors(report.rows, report.rotation, report.density)
+        if report.pairs is not None:
+            self._recorder.pairs(report.step, *report.pairs)
+        if values:
+            self._recorder.scalars(report.step, values)
 
     def close(self) -> None:
         """Flush the event file."""
         self._recorder.close()
 
-    def _scalars(self, step: int, loss: Tensor, output: AutoEncoderOutput, stream: StreamMetrics) -> None:
-        before, then, waited = self._mark
-        now = time.monotonic()
-        seconds = max(now - then, 1e-9)
-        self._mark = (step, now, stream.wait_seconds)
-        values = {
-            "loss": float(loss),  # host sync, as are those below: once in monitor.every steps
-            "images_per_second": (step - before) * self.config.train.batch_size / seconds,
-            "images_per_second_per_worker": (step - before) * self.config.train.batch_size / seconds / self._world.size,
-            "data_wait_share": (stream.wait_seconds - waited) / seconds,
-            "stream/retries": stream.retries,
-            "stream/mib_read": stream.bytes_read / 2**20,
-            "pose_spread": float(pose_spread(output.rotation.detach())),
-            "gradient_norm/volume": _gradient_norm(self.model.volume),
-            "gradient_norm/poses": _gradient_norm(self.model.pose_source),
-            "world_size": self._world.size,
-            **self._reductions(step - before),
-            **memory_mib(output.rotation.device),
-        }
-        self._recorder.scalars(step, values)
-        left = (self.config.train.steps - step) * (now - self._started) / max(step - self._start_step, 1)
-        logger.info(
-            "step %d of %d  loss %.4f  %.0f images/s  %.0f s left",
-            step, self.config.train.steps, values["loss"], values["images_per_second"], left,
-        )  # fmt: skip
-
-    def _reductions(self, steps: int) -> dict[str, float]:
-        """Seconds that this worker waited for the others' gradients, and what it sent, a step."""
-        if self._world.size == 1:
+    def _errors(self, rows: Tensor, rotation: Tensor, density: Tensor) -> dict[str, float]:
+        """Errors against the truth at the map's level; none where no truth is known."""
+        if self._truth is None:
             return {}
-        timer = self._world.timer
-        seconds, sent = timer.seconds.get("reduce", 0.0), timer.reduced_bytes
-        before, self._reduced = self._reduced, (seconds, sent)
-        return {
-            "reduce/seconds_per_step": (seconds - before[0]) / max(steps, 1),
-            "reduce/mib_per_step": (sent - before[1]) / 2**20 / max(steps, 1),
-        }
+        if self._truth.volume.shape[-1] != density.shape[-1]:
+            self._truth = Truth.load(self._folder, self._store, density.shape[-1])
+        return self._truth.compare(rows.cpu(), rotation.cpu(), density.cpu())
 
-    @torch.no_grad()
-    def _pictures(self, step: int, output: AutoEncoderOutput) -> None:
-        density = self.model.volume.density()
-        self._recorder.volume(step, density)
-        pixels = self.model.pixels(output.observed.device)
-        observed, predicted = (
-            irfft2_centred(pixels.unpack(packed[:EXAMPLES]), pixels.box_size)
-            for packed in (output.observed, output.predicted)
-        )
-        self._recorder.pairs(step, observed, predicted)
-        rotation = torch.cat([found for _, found in self._recent]).cpu()
-        self._recorder.histogram(step, "poses/tilt_deg", torch.rad2deg(torch.arccos(rotation[:, 2, 2].clamp(-1, 1))))
-        if self._truth is not None:
-            rows, rotation = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
-            self._recorder.scalars(step, self._truth.compare(rows, rotation, density.cpu()))
-
-
-def pose_spread(rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, ""]:
-    """How far a batch's rotations spread: 1 - |mean R| / √3; 0 when all agree, near 1 when uniform on SO(3)."""
-    return 1.0 - rotation.mean(0).square().sum().div(3.0).sqrt()
-
-
-def _gradient_norm(module: torch.nn.Module) -> float:
-    squares = [p.grad.square().sum() for p in module.parameters() if p.grad is not None]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+    def _left(self, progress: float | None) -> str:
+        """How long the stage will still take, from the share of it that is done and when it was first seen."""
+        if progress is None:
+            self._begun = None
+            return ""
+        now = time.monotonic()
+        if self._begun is None or progress <= self._begun[0]:
+            self._begun = progress, now
+            return ""
+        share, then = self._begun
+        return f", {(now - then) * (1 - progress) / (progress - share):.0f} s left"

@@ -1,6 +1,8 @@
-"""Where a run's scalars and pictures go: TensorBoard's event files and metrics.jsonl. Worker 0 only."""
+"""Where a run's words, curves and pictures go: the log, TensorBoard's event files and metrics.jsonl."""
 
 import json
+import logging
+import sys
 import time
 from typing import Any
 
@@ -16,8 +18,18 @@ from scalecryo.runs.folder import RunFolder, trim_metrics
 RESULTS = ("halves/resolution_angstrom", "loss")
 
 
+def log_to_stderr() -> None:
+    """Show the package's messages from INFO up, one line each, with the time; called again, it changes nothing."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("scalecryo")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 class Recorder:
-    """Writes curves that go on after a resume: what came after the checkpoint is forgotten first."""
+    """Writes curves that go on after a resume: what came after the checkpoint is forgotten first. Worker 0 only."""
 
     def __init__(self, config: Config, run: RunFolder, *, start_step: int) -> None:
         run.fetch("metrics.jsonl")

@@ -3,10 +3,13 @@
 import csv
 import io
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scalecryo.config import Config
 from scalecryo.data.formats import mrc, star
@@ -21,17 +24,18 @@ from scalecryo.evaluate.report import (
     slices_figure,
     training_figure,
 )
-from scalecryo.map.halfmaps import HalfMapResult
 from scalecryo.map.postprocess import FinalMap, postprocess
+from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
-from scalecryo.physics.poses import Assignment
+from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.pictures import Pairs
 
 PANELS = {
     "halves/resolution_angstrom": "half-maps agree to (Å)",
     "iteration/radius": "refined to (Fourier px)",
     "iteration/moved_share": "share of particles that moved far",
-    "iteration/seconds": "seconds",
+    "pass_seconds": "seconds",
     "loss": "loss",
     "images_per_second": "images / s",
     "pose_spread": "pose spread",
@@ -40,23 +44,38 @@ PANELS = {
 }
 
 
+@dataclass(frozen=True)
+class FinalParticles:
+    """Every particle, by row of the store.
+
+    Attributes:
+        poses: that the final pass found.
+        half: 1 or 2.
+        pairs: a few images and their predictions, or None.
+    """
+
+    poses: PoseEstimates
+    half: Int[Tensor, " n"]
+    pairs: Pairs | None
+
+    @property
+    def confidence(self) -> Float[Tensor, " n"]:
+        """Probability that the image shows the particle, in this pose and not in another mode."""
+        return self.poses.confidence * self.poses.particle_probability
+
+
 def write_results(
     config: Config,
     store: ParticleStore,
     run: RunFolder,
-    assignment: Assignment,
-    maps: HalfMapResult,
-    learned: torch.Tensor | None = None,
+    particles: FinalParticles,
+    maps: ReferenceSet,
+    learned: Tensor | None = None,
 ) -> None:
     """Write the maps, particles.star, fsc.csv, pictures and report.html; volume.mrc where one was learnt."""
     generator = torch.Generator().manual_seed(config.train.seed)
-    final = postprocess(maps, store.pixel_size, generator)
-    volumes = {
-        "map": final.map,
-        "half1": maps.half_maps[0],
-        "half2": maps.half_maps[1],
-        "mask": maps.mask,
-    }
+    final = postprocess(maps, generator)
+    volumes = {"map": final.map, "half1": maps.maps[0, 0], "half2": maps.maps[0, 1], "mask": maps.mask[0]}
     for name, volume in volumes.items():
         mrc.write_map(run.path(f"{name}.mrc"), _numpy(volume), store.pixel_size)
     if learned is not None:
@@ -65,14 +84,14 @@ def write_results(
         run.path("particles.star"),
         store.source_star(),
         store.table(),
-        rotation=_numpy(assignment.rotation),
-        shift=_numpy(assignment.shift),
-        confidence=_numpy(assignment.confidence),
-        half=_numpy(assignment.half),
+        rotation=_numpy(particles.poses.rotation),
+        shift=_numpy(particles.poses.shift),
+        confidence=_numpy(particles.confidence),
+        half=_numpy(particles.half),
         box_size=int(store.attrs["source_box_size"]),
     )
     run.write("fsc.csv", _fsc_table(maps, final, store).encode())
-    sections = _sections(config, store, run, assignment, maps, final)
+    sections = _sections(config, store, run, particles, maps, final)
     for section, name in sections:
         if section.png is not None:
             run.write(f"{name}.png", section.png)
@@ -80,11 +99,11 @@ def write_results(
     run.write("report.html", report_html(title, [section for section, _ in sections]).encode())
 
 
-def _fsc_table(maps: HalfMapResult, final: FinalMap, store: ParticleStore) -> str:
+def _fsc_table(maps: ReferenceSet, final: FinalMap, store: ParticleStore) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["shell", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_random", "fsc_corrected"])
-    curves = torch.stack([maps.fsc, maps.fsc_masked, final.fsc_random, final.fsc_corrected], 1)
+    curves = torch.stack([maps.fsc[0], maps.fsc_masked[0], final.fsc_random, final.fsc_corrected], 1)
     for shell, values in enumerate(curves.tolist()):
         angstrom = store.box_size * store.pixel_size / shell if shell else float("inf")
         writer.writerow([shell, f"{angstrom:.4f}", *(f"{value:.5f}" for value in values)])
@@ -95,15 +114,15 @@ def _sections(
     config: Config,
     store: ParticleStore,
     run: RunFolder,
-    assignment: Assignment,
-    maps: HalfMapResult,
+    particles: FinalParticles,
+    maps: ReferenceSet,
     final: FinalMap,
 ) -> list[tuple[Section, str]]:
     """The report's parts, each with the name of its picture."""
     box, pixel_size = store.box_size, store.pixel_size
     curves = {
-        "half-maps": _numpy(maps.fsc),
-        "masked": _numpy(maps.fsc_masked),
+        "half-maps": _numpy(maps.fsc[0]),
+        "masked": _numpy(maps.fsc_masked[0]),
         "masked, phases randomised": _numpy(final.fsc_random),
         "masked, corrected": _numpy(final.fsc_corrected),
     }
@@ -119,25 +138,17 @@ def _sections(
             else "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
         )
     )
-    planes = {"map": _numpy(final.map), "mask": _numpy(maps.mask)}
+    examples = [_numpy(images) for images in particles.pairs or (torch.zeros(0, 1, 1), torch.zeros(0, 1, 1))]
+    planes = {"map": _numpy(final.map), "mask": _numpy(maps.mask[0])}
     steps, panels = _training_curves(run)
     label = "iteration" if config.pose.source == "guided" else "step"
     parts = [
         (Section("Summary", summary), ""),
         (Section("Fourier shell correlation", png=fsc_figure(curves, box, pixel_size)), "fsc"),
-        (
-            Section("Map", png=slices_figure(planes, pixel_size)),
-            "slices",
-        ),
-        (
-            Section(
-                "Particles and predictions",
-                png=projections_figure(_numpy(assignment.observed), _numpy(assignment.predicted)),
-            ),
-            "projections",
-        ),
-        (Section("Orientations", png=orientation_figure(_numpy(assignment.rotation))), "orientations"),
-        (Section("Confidence", png=confidence_figure(_numpy(assignment.confidence))), "confidence"),
+        (Section("Map", png=slices_figure(planes, pixel_size)), "slices"),
+        (Section("Particles and predictions", png=projections_figure(examples[0], examples[1])), "projections"),
+        (Section("Orientations", png=orientation_figure(_numpy(particles.poses.rotation))), "orientations"),
+        (Section("Confidence", png=confidence_figure(_numpy(particles.confidence))), "confidence"),
     ]
     if panels:
         parts.append((Section("Training", png=training_figure(steps, panels, x_label=label)), "training"))
@@ -157,5 +168,5 @@ def _training_curves(run: RunFolder) -> tuple[NDArray[np.int64], dict[str, NDArr
     return steps, panels
 
 
-def _numpy(tensor: torch.Tensor) -> NDArray:
+def _numpy(tensor: Tensor) -> NDArray:
     return tensor.detach().cpu().numpy()

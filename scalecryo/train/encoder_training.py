@@ -1,29 +1,30 @@
-"""Teaching the encoder while the ladder climbs: from what the search found, and from projections of the map.
+"""Training of the encoder during refinement: from the poses found, and from projections of the map.
 
-Half of each lesson are real images with the poses that the last local refinement gave them, turned in the plane by a
+Half of each batch are real images with the poses that the last local refinement gave them, turned in the plane by a
 multiple of 90° (exact on Fourier pixels, astigmatism included); half are projections of the present map at random
 poses, with the batch's CTFs and the estimated noise. The loss is the cross-entropy with soft labels, the shift's
 squared error, and the paper's reconstruction loss through the encoder's own pose.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from scalecryo.config import ReduceDtype
 from scalecryo.distributed.gradients import replicated
 from scalecryo.distributed.world import World
+from scalecryo.map.reference import Reference
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fourier_slice import extract_slices
 from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseCandidates
+from scalecryo.physics.poses import PoseCandidates, Poses
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.estimator import Reference, Refined
 from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import templates
 
@@ -35,42 +36,40 @@ RECONSTRUCTION_SHARE = 0.1
 class TrainingBatch:
     """Images with poses to learn from, at the encoder's level and radius."""
 
-    images: Tensor
-    ctf: Tensor | None
-    rotation: Float[Tensor, "b 3 3"]
-    shift_px: Float[Tensor, "b 2"]
+    transforms: Complex[Tensor, "b p"]
+    ctf: Float[Tensor, "b p"] | None
+    poses: Poses
 
+    @classmethod
+    def of(cls, images: ParticleImages, found: Poses, pixels: FourierPixels, size: int, number: int) -> "TrainingBatch":
+        """The `number`-th `size` particles of a batch with the poses found, at the encoder's level.
 
-def training_batch(
-    taken: list[tuple[ParticleImages, Refined]], level: int, pixels: FourierPixels, size: int, number: int
-) -> TrainingBatch:
-    """The `number`-th `size` particles of what an iteration took from a batch, at the encoder's level.
+        The transforms of two levels differ by the ratio of the boxes (levels keep the noise), and both are packed by
+        rising radius: the encoder's pixels are the first ones of the images'.
 
-    The transforms of two levels differ by the ratio of the boxes (levels keep the noise), and both are packed by
-    rising radius: the encoder's pixels are the first ones of the iteration's.
-    """
-    factor = pixels.box_size / level
-    count = len(pixels)
-    images = torch.cat([own.images[:, :count] for own, _ in taken]) * factor
-    ctf = (
-        torch.cat([own.ctf[:, :count] for own, _ in taken if own.ctf is not None])
-        if taken[0][0].ctf is not None
-        else None
-    )
-    rotation = torch.cat([refined.rotation for _, refined in taken])
-    shift = torch.cat([refined.shift_px for _, refined in taken]) * factor
-    # The halves lie one behind the other: stride through both.
-    at = torch.arange(number, len(rotation), max(1, len(rotation) // size), device=rotation.device)[:size]
-    return TrainingBatch(images[at], None if ctf is None else ctf[at], rotation[at], shift[at])
+        Args:
+            images: of any level.
+            found: their poses.
+            pixels: that the encoder sees.
+            size: particles that are taken.
+            number: of the step: each takes others.
+        """
+        count = len(pixels)
+        order = images.half.argsort(stable=True)  # strides through both halves
+        at = order[torch.arange(number, len(images), max(1, len(images) // size), device=order.device)[:size]]
+        transforms = images.transforms[at, :count] * (pixels.box_size / images.box_size)
+        ctf = None if images.ctf is None else images.ctf[at, :count]
+        return cls(transforms, ctf, Poses(found.rotation[at], found.shift[at]))
 
 
 class EncoderTrainer:
-    """The encoder, its optimiser and its lessons."""
+    """The encoder and its optimiser."""
 
     def __init__(
         self,
         encoder: GridEncoder,
         pixels: FourierPixels,
+        pixel_size: float,
         *,
         rate: float,
         shift_sigma_px: float,
@@ -80,6 +79,7 @@ class EncoderTrainer:
     ) -> None:
         self.encoder = encoder
         self.pixels = pixels
+        self.pixel_size = pixel_size
         self._shift_sigma = shift_sigma_px
         self._quarter_turn = pixels.quarter_turn()
         self._replica: nn.Module = encoder
@@ -93,14 +93,14 @@ class EncoderTrainer:
         """Draw an iteration's augmentations from a seed of its own: a resumed worker draws the same."""
         self._generator.manual_seed(self._seed + 1_000_003 * iteration)
 
-    def teach(self, lesson: TrainingBatch, reference: Reference) -> Tensor:
+    def train_step(self, batch: TrainingBatch, reference: Reference) -> Tensor:
         """One step of the optimiser on real images and as many projections; returns the loss. Collective."""
-        real, simulated = self._turned(lesson), self._simulated(lesson, reference)
+        real, simulated = self._turned(batch), self._simulated(batch, reference)
         weight = reference.noise.pixel_weight(self.pixels)
-        images = torch.cat([real.images, simulated.images])
+        images = torch.cat([real.transforms, simulated.transforms])
         ctf = None if real.ctf is None or simulated.ctf is None else torch.cat([real.ctf, simulated.ctf])
-        rotation = torch.cat([real.rotation, simulated.rotation])
-        shift = torch.cat([real.shift_px, simulated.shift_px])
+        rotation = torch.cat([real.poses.rotation, simulated.poses.rotation])
+        shift = torch.cat([part.poses.shift_px(self.pixel_size) for part in (real, simulated)])
         prediction: GridPrediction = self._replica(encoder_features(images, ctf, weight))
         truth = PoseCandidates(rotation[:, None], shift[:, None], torch.zeros_like(shift[:, :1]))
         index, share = soft_labels(truth, self.encoder.grid, width_deg=LABEL_WIDTH_DEG, nearest=LABEL_NEAREST)
@@ -113,12 +113,12 @@ class EncoderTrainer:
         self._optimiser.step()
         return loss.detach()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"encoder": self.encoder.state_dict(), "optimiser": self._optimiser.state_dict(),
                 "generator": self._generator.get_state()}  # fmt: skip
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.encoder.load_state_dict(state["encoder"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -140,12 +140,12 @@ class EncoderTrainer:
         residual = images - form_images(slices, ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
         return ((residual.real.square() + residual.imag.square()) * weight).sum(1).mean() / weight.count_nonzero()
 
-    def _turned(self, lesson: TrainingBatch) -> TrainingBatch:
+    def _turned(self, batch: TrainingBatch) -> TrainingBatch:
         """The real images, each turned in its plane by a multiple of 90°; the pose becomes R Rz(angle)ᵀ."""
-        turns = torch.randint(4, (len(lesson.rotation),), generator=self._generator).to(lesson.rotation.device)
+        rotation, shift, images, ctf = batch.poses.rotation, batch.poses.shift, batch.transforms, batch.ctf
+        turns = torch.randint(4, (len(rotation),), generator=self._generator).to(rotation.device)
         source, friedel = self._quarter_turn
-        quarter = lesson.rotation.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-        images, ctf, rotation, shift = lesson.images, lesson.ctf, lesson.rotation, lesson.shift_px
+        quarter = rotation.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
         for number in range(1, 4):
             more = turns >= number
             read = images[:, source]
@@ -153,15 +153,15 @@ class EncoderTrainer:
             ctf = None if ctf is None else torch.where(more[:, None], ctf[:, source], ctf)
             rotation = torch.where(more[:, None, None], rotation @ quarter.T, rotation)
             shift = torch.where(more[:, None], shift @ quarter[:2, :2].T, shift)
-        return TrainingBatch(images, ctf, rotation, shift)
+        return TrainingBatch(images, ctf, Poses(rotation, shift))
 
-    def _simulated(self, lesson: TrainingBatch, reference: Reference) -> TrainingBatch:
-        """Projections of the map at random poses with the lesson's CTFs and the estimated noise."""
-        count, pixels, device = len(lesson.rotation), self.pixels, lesson.rotation.device
+    def _simulated(self, batch: TrainingBatch, reference: Reference) -> TrainingBatch:
+        """Projections of the map at random poses with the batch's CTFs and the estimated noise."""
+        count, pixels, device = len(batch.poses), self.pixels, batch.transforms.device
         rotation = random_rotations(count, self._generator).to(device)
-        shift = (torch.randn((count, 2), generator=self._generator) * self._shift_sigma).to(device)
+        shift_px = (torch.randn((count, 2), generator=self._generator) * self._shift_sigma).to(device)
         images = templates(reference.transform, rotation, pixels, reference.scale)
-        images = form_images(images, lesson.ctf, shift, pixels.kx, pixels.ky, pixels.box_size)
+        images = form_images(images, batch.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
         sigma = (reference.noise.variance()[pixels.shell] / 2).sqrt()
         noise = torch.complex(*(torch.randn(images.shape, generator=self._generator).to(device) for _ in range(2)))
-        return TrainingBatch(images + noise * sigma, lesson.ctf, rotation, shift)
+        return TrainingBatch(images + noise * sigma, batch.ctf, Poses(rotation, shift_px * self.pixel_size))

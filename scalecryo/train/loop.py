@@ -1,205 +1,137 @@
-"""The training loop: the same for one process and for many, with or without Ray."""
+"""The training loop, the only one: the stages of a recipe, one after the other, for one process and for many."""
 
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
 
 from scalecryo.config import Config
-from scalecryo.data.selection.subset import choose
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.stream import Batch
-from scalecryo.distributed.gradients import Replica
+from scalecryo.distributed.throughput import Throughput
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError, TrainingError
-from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput, build_autoencoder
-from scalecryo.model.inputs import ParticleInputs
-from scalecryo.runs.checkpoint import load_checkpoint, save_checkpoint
+from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.monitor import Monitor
-from scalecryo.train.batches import data_hash, order_of, particle_inputs, stream_of, training_level
-from scalecryo.train.guided_run import train_guided
-from scalecryo.train.stages.final_pass import assign_particles
-from scalecryo.train.stages.model_poser import ModelPoser
+from scalecryo.runs.monitor import PassReport, RunMonitor
+from scalecryo.train.particle_source import ParticleReader, RunContext
+from scalecryo.train.recipes import recipe_of, stages_of
+from scalecryo.train.stage import Learned, Stage
+
+AtCheckpoint = Callable[[int], None]
+logger = logging.getLogger(__name__)
 
 
 def train(
-    config: Config,
-    world: World,
-    device: torch.device,
-    *,
-    at_checkpoint: Callable[[int], None] = lambda step: None,
+    config: Config, world: World, device: torch.device, *, at_checkpoint: AtCheckpoint = lambda step: None
 ) -> None:
-    """Train a run from its newest checkpoint, or from its start where it has none; then assign every particle.
+    """Train a run from its newest checkpoint, or from its start where it has none; then pose every particle.
 
     Args:
         config: everything that determines the run.
         world: this worker's place; with more than one, a process group is already up.
         device: where the tensors live.
-        at_checkpoint: called by every worker with the step, after each checkpoint.
+        at_checkpoint: called by every worker with the step, after each checkpoint past the start.
 
     Raises:
         TrainingError: the particles lack what the configuration needs, or the loss stops being a number.
         CheckpointError: see `load_checkpoint`.
     """
     store = ParticleStore.open(config.run.data)
-    _check_particles(config, store)
-    run = RunFolder(config.run.out)
-    recipe = train_guided if config.pose.source == "guided" else _train_autoencoder
-    try:
-        recipe(config, store, run, world, device, at_checkpoint)
-        if world.is_leader:
-            run.sync()
-    except torch.OutOfMemoryError as error:
-        lower = "guided.batch_size or train.box" if config.pose.source == "guided" else "train.batch_size or train.box"
-        raise TrainingError(
-            f"out of memory on {device} at box {training_level(store, config.train.box)}: lower {lower}, or use more "
-            f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
-        ) from error
-    finally:
-        run.close()
-
-
-def _train_autoencoder(
-    config: Config,
-    store: ParticleStore,
-    run: RunFolder,
-    world: World,
-    device: torch.device,
-    at_checkpoint: Callable[[int], None],
-) -> None:
-    """The paper's recipe and its controls: gradient descent on pose source and volume together."""
-    level = training_level(store, config.train.box)
-    rows = min(config.train.rows or store.count, store.count)
-    subset = choose(config.train, store)
-    model = build_autoencoder(config, level, store.level_pixel_size(level), rows).to(device)
-    optimiser = build_optimiser(config, model)
-    chosen = data_hash(store, subset)
-    start = _restore(run, chosen, model, optimiser)
-    order = order_of(config, store, level, config.train.batch_size, subset)
-    replica = Replica(model, world, config.optim.reduce_dtype, voxels=model.volume.voxels, window=model.volume.window)
-    losses = torch.zeros((), device=device)  # since the last checkpoint
-    stream = stream_of(config, store, level, order, world, start, device)
-    monitor = Monitor(config, store, run, model, start_step=start, world=world) if world.is_leader else None
-    try:
-        for step in range(start + 1, config.train.steps + 1):
-            batch = next(stream)
-            loss, output = train_step(replica, optimiser, batch, particle_inputs(batch, store, level), world, config)
-            losses += loss
-            if monitor is not None:
-                monitor.after_step(step, loss, batch, output, stream.metrics)
-            if step % config.train.checkpoint_every == 0 or step == config.train.steps:
-                if not bool(torch.isfinite(loss)):  # host sync
-                    raise TrainingError(
-                        f"loss is {float(loss)} at step {step}: lower optim.encoder_rate or optim.volume_rate, "
-                        "then --resume from the last checkpoint"
-                    )
-                if world.is_leader:
-                    run.sync()  # first: a checkpoint vouches for the curves up to it
-                    state = {"store_hash": chosen, "model": model.state_dict(),
-                             "optimiser": optimiser.state_dict()}  # fmt: skip
-                    mean = float(losses) / ((step - 1) % config.train.checkpoint_every + 1)
-                    save_checkpoint(run, step, state, config.train.keep_checkpoints, score=-mean)
-                losses.zero_()
-                at_checkpoint(step)
-    finally:
-        stream.close()
-        if monitor is not None:
-            monitor.close()
-    if config.train.final_pass:
-        poser = ModelPoser(config, store, model)
-        learned = model.volume.density()
-        identity = f"{chosen}-{config.train.steps}"
-        assign_particles(config, store, poser, run, world, device, identity=identity, subset=subset, learned=learned)
-
-
-def train_step(
-    replica: Replica,
-    optimiser: torch.optim.Optimizer,
-    batch: Batch,
-    inputs: ParticleInputs,
-    world: World,
-    config: Config,
-) -> tuple[Tensor, AutoEncoderOutput]:
-    """One optimiser step; returns the global batch's mean loss and this worker's output.
-
-    The global loss is Σ weight·loss / Σ weight over all workers. Gradients are averaged over workers, so each
-    worker's share is scaled by their number: any split of the batch gives the same step.
-    """
-    weight = batch.weight.sum()
-    settle = world.all_reduce_async(weight)  # its way is shorter than the forward pass
-    output = replica(inputs)
-    loss = (batch.weight * output.loss).sum()
-    settle()
-    share = loss * (world.size / weight)
-    optimiser.zero_grad(set_to_none=True)
-    share.backward()
-    replica.finish()
-    if config.optim.clip_norm > 0:
-        encoder = [p for g in optimiser.param_groups if g["name"] == "encoder" for p in g["params"]]
-        nn.utils.clip_grad_norm_(encoder, config.optim.clip_norm)
-    optimiser.step()
-    total = loss.detach()
-    world.all_reduce_(total)  # last: by now every worker is here, since all have each other's gradients
-    return total / weight, output
-
-
-def build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Adam:
-    """Adam with one learning rate a kind of parameter."""
-    rates = {
-        "volume": (list(model.volume.parameters()), config.optim.volume_rate),
-        "encoder": (list(model.pose_source.parameters()), config.optim.encoder_rate),
-    }
-    if config.pose.source == "table":
-        rates["table"] = (rates.pop("encoder")[0], config.optim.table_rate)
-    groups = [{"name": name, "params": params, "lr": rate} for name, (params, rate) in rates.items() if params]
-    return torch.optim.Adam(groups, fused=True)
-
-
-def _check_particles(config: Config, store: ParticleStore) -> None:
-    if config.pose.source == "known" and not store.has_pose:
-        raise TrainingError(
-            f"{config.run.data}: pose.source = 'known' needs poses, and the store has none: convert a table with "
-            "rotation angles, or choose pose.source = 'encoder'"
-        )
     low, _ = config.run.worker_range
     if store.count < max(low, 1):
         raise TrainingError(f"{config.run.data}: {store.count} particles for {low} workers: use fewer workers")
+    run = RunFolder(config.run.out)
+    context = RunContext.of(config, store, run, world, device)
+    monitor: RunMonitor | None = None
+    try:
+        stages, _ = stages_of(context)
+        checkpoint = load_checkpoint(run, store_hash=context.data_hash, recipe=recipe_of(context))
+        step = 0 if checkpoint is None else checkpoint.step
+        if world.is_leader:
+            monitor = RunMonitor(config, store, run, start_step=step)
+        run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint)
+        logger.info("time on worker %d: %s", world.rank, world.timer.summary())
+        if world.is_leader:
+            run.sync()
+    except torch.OutOfMemoryError as error:
+        batch = "guided.batch_size" if config.pose.source == "guided" else "train.batch_size"
+        raise TrainingError(
+            f"out of memory on {device} at box {context.training_level}: lower {batch} or train.box, or use more "
+            f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        if monitor is not None:
+            monitor.close()
+        run.close()
 
 
-def _restore(run: RunFolder, data_hash: str, model: AutoEncoder, optimiser: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint into model and optimiser; returns the number of finished steps."""
-    state = load_checkpoint(run, store_hash=data_hash, wanted=("model", "optimiser"))
-    if state is None:
-        return 0
-    _load_model(run, model, state)
-    optimiser.load_state_dict(state["optimiser"])
-    return int(state["step"])
+def run_stages(
+    stages: Sequence[Stage],
+    context: RunContext,
+    monitor: RunMonitor | None = None,
+    at_checkpoint: AtCheckpoint = lambda step: None,
+) -> None:
+    """Run stages until each is done. Collective.
+
+    Args:
+        stages: in order; the first may stand at a checkpoint.
+        context: of the run.
+        monitor: gets the reports, on worker 0.
+        at_checkpoint: see `train`.
+    """
+    world, reader, throughput = context.world, ParticleReader(context), Throughput(context.world, context.device)
+    try:
+        for stage in stages:
+            while not stage.done():
+                waited, batches = reader.metrics.wait_seconds, 0
+                throughput.begin()
+                for images in reader.batches(stage.request()):
+                    stage.step(*images)
+                    batches += 1
+                metrics = reader.metrics
+                wait = metrics.wait_seconds - waited
+                world.timer.add("read", wait)
+                report = stage.finish_pass(world)
+                rates, speed = throughput.measure(report.images, batches, wait, metrics.retries, metrics.bytes_read)
+                if monitor is not None:
+                    monitor.after_pass(report, rates, speed)
+                if report.checkpoint:
+                    _save(stage, context, report)
+                    if report.step:
+                        at_checkpoint(report.step)
+    finally:
+        reader.close()
 
 
-def load_trained(config: Config, store: ParticleStore, run: RunFolder, *, same_store: bool) -> AutoEncoder:
-    """The model of a run's newest checkpoint.
+def _remaining(stages: Sequence[Stage], checkpoint: Checkpoint | None) -> Sequence[Stage]:
+    """The stages from a checkpoint's on, the first of them brought to where it stood."""
+    if checkpoint is None:
+        return stages
+    first = next(number for number, stage in enumerate(stages) if stage.name == checkpoint.stage)
+    stages[first].load_state_dict(checkpoint.state)
+    return stages[first:]
+
+
+def _save(stage: Stage, context: RunContext, report: PassReport) -> None:
+    """Write a checkpoint, worker 0 alone; curves first, since a checkpoint vouches for those up to it."""
+    if context.world.is_leader:
+        context.run.sync()
+        checkpoint = Checkpoint(report.step, recipe_of(context), stage.name, context.data_hash, stage.state_dict())
+        save_checkpoint(context.run, checkpoint, context.config.train.keep_checkpoints, score=report.score)
+
+
+def load_trained(
+    config: Config, store: ParticleStore, run: RunFolder, device: torch.device, *, same_store: bool
+) -> tuple[RunContext, Learned]:
+    """What a run had learnt at its newest checkpoint; on another store nothing is remembered of its particles.
 
     Raises:
         CheckpointError: there is none that can be read, or (with `same_store`) it saw another store.
     """
-    level = training_level(store, config.train.box)
-    rows = min(config.train.rows or store.count, store.count)
-    model = build_autoencoder(config, level, store.level_pixel_size(level), rows)
-    chosen = data_hash(store, choose(config.train, store)) if same_store else None
-    state = load_checkpoint(run, store_hash=chosen, wanted=("model",))
-    if state is None:
+    context = RunContext.of(config, store, run, World(), device, same_store=same_store)
+    stages, learned = stages_of(context)
+    checkpoint = load_checkpoint(run, store_hash=context.data_hash if same_store else None, recipe=recipe_of(context))
+    if checkpoint is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
-    _load_model(run, model, state)
-    return model
-
-
-def _load_model(run: RunFolder, model: AutoEncoder, state: dict[str, Any]) -> None:
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{run.url}: the checkpoint does not fit the configuration ({' '.join(str(error).split())[:200]}): "
-            "use the settings that it was trained with"
-        ) from None
+    _remaining(stages, checkpoint)
+    return context, learned

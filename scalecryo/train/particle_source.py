@@ -1,42 +1,85 @@
-"""The training particles as one worker of the guided method reads them."""
+"""The training particles as one worker reads them: what a stage asks for, and the images that it gets."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.config import Config
+from scalecryo.data.io.retry import RetryPolicy
+from scalecryo.data.particles import CTF_COLUMNS
+from scalecryo.data.selection.partition import Partition
 from scalecryo.data.selection.subset import Subset, choose
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.stream import Batch, ParticleStream
+from scalecryo.data.streaming.order import BatchOrder
+from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics, sequential
 from scalecryo.distributed.world import World
-from scalecryo.physics.fft import FourierPixels
+from scalecryo.errors import ConfigError
+from scalecryo.physics.ctf import CtfParameters
+from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import Poses
 from scalecryo.pose.search import shift_grid
-from scalecryo.train.batches import order_of, stream_of
-from scalecryo.train.observed import observe
+from scalecryo.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Particles:
-    """Where the particles are, which of them take part, and who this worker is."""
+class BatchRequest:
+    """What a stage wants to see in its next pass.
+
+    Attributes:
+        pixels: Fourier pixels of each level that is read; a batch is as many records of the same particles.
+        batch_size: particles in a batch, of all workers where shuffled, of each worker where in order.
+        shuffled: training rows in the sampler's order; else all rows in the store's.
+        start: batch to begin with, counted over epochs (shuffled only).
+        batches: in the pass; None: one epoch, or all.
+        training_rows: only the first `train.rows` (always where shuffled).
+        padding: whether padding rows are kept, so that every batch has the same shape.
+    """
+
+    pixels: tuple[FourierPixels, ...]
+    batch_size: int
+    shuffled: bool = True
+    start: int = 0
+    batches: int | None = None
+    training_rows: bool = True
+    padding: bool = False
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What a run works on: settings, store, folder, workers, device, and which particles take part."""
 
     config: Config
     store: ParticleStore
-    subset: Subset | None
+    run: RunFolder
     world: World
     device: torch.device
+    subset: Subset | None
+    partition: Partition
 
     @classmethod
-    def of(cls, config: Config, store: ParticleStore, world: World, device: torch.device) -> "Particles":
-        """Those of a store that the configuration chooses.
+    def of(
+        cls,
+        config: Config,
+        store: ParticleStore,
+        run: RunFolder,
+        world: World,
+        device: torch.device,
+        *,
+        same_store: bool = True,
+    ) -> "RunContext":
+        """With the particles that the configuration chooses; all of a store that the run was not trained on.
 
         Raises:
             ConfigError: it chooses none, or by something that cannot be read.
         """
-        return cls(config, store, choose(config.train, store), world, device)
+        subset = choose(config.train, store) if same_store else None
+        return cls(config, store, run, world, device, subset, Partition(new_halves=config.train.half > 0))
 
     @property
     def rows(self) -> int:
@@ -48,6 +91,12 @@ class Particles:
         """Number of particles that take part."""
         return self.rows if self.subset is None else self.subset.count
 
+    @cached_property
+    def data_hash(self) -> str:
+        """What is trained on: the store, and which of its particles."""
+        own = self.store.content_hash
+        return own if self.subset is None else f"{own}:{self.subset.digest}"
+
     @property
     def levels(self) -> tuple[int, ...]:
         """The store's levels up to train.box."""
@@ -55,39 +104,144 @@ class Particles:
         return tuple(level for level in self.store.levels if not box or level <= box)
 
     @property
-    def largest_radius(self) -> float:
-        """Fourier pixels that are ever refined: just inside the largest level's Nyquist."""
-        return max(self.levels) / 2 - 2.0
+    def training_level(self) -> int:
+        """The level that train.box names.
+
+        Raises:
+            ConfigError: the store has no such level.
+        """
+        level = self.config.train.box or self.store.box_size
+        if level not in self.store.levels:
+            raise ConfigError(
+                f"config: train.box = {level}: the store {self.store.url} has levels "
+                f"{', '.join(map(str, self.store.levels))} px"
+            )
+        return level
 
     @property
     def fit_shift(self) -> bool:
         """Whether shifts are unknown."""
         return not self.config.pose.centred
 
-    def shifts(self, level: int) -> Float[Tensor, "t 2"]:
+    def pixels(self, level: int, radius: float | None = None) -> FourierPixels:
+        """Fourier pixels of a level on the run's device."""
+        return fourier_pixels(level, radius).to(self.device)
+
+    def shift_grid_px(self, level: int) -> Float[Tensor, "t 2"]:
         """Shift hypotheses in px of a level: none where particles are centred, else a disc, about 1.5 px apart."""
         if not self.fit_shift:
             return torch.zeros(1, 2, device=self.device)
         radius = self.config.guided.shift_radius_a / self.store.level_pixel_size(level)
         return shift_grid(radius, min(1.5, max(radius / 2, 0.5))).to(self.device)
 
-    def stream(self, level: int, batch_size: int, *, epoch: int, skip: int = 0) -> ParticleStream:
-        """Batches at a level, over all workers of `batch_size`, from the start of an epoch or `skip` batches later."""
-        order = order_of(self.config, self.store, level, batch_size, self.subset)
-        start = epoch * order.steps_per_epoch + skip
-        return stream_of(self.config, self.store, level, order, self.world, start, self.device)
+    def order(self, level: int, batch_size: int) -> BatchOrder:
+        """The order of shuffled batches: a pure function of the configuration, the store and the subset."""
+        return BatchOrder(
+            count=self.rows,
+            block_rows=self.store.block_rows(level),
+            batch_size=batch_size,
+            seed=self.config.train.seed,
+            max_lanes=self.config.stream.lanes,
+            window_blocks=self.config.stream.window_blocks,
+            subset=self.subset,
+        )
 
-    def iteration_steps(self, level: int) -> int:
-        """Batches of an iteration: one pass, or as many as hold `guided.iteration_particles`."""
-        size = self.config.guided.batch_size
-        steps = order_of(self.config, self.store, level, size, self.subset).steps_per_epoch
-        return min(steps, -(-self.config.guided.iteration_particles // size))
+    def stream(self, level: int, batch_size: int, start: int) -> ParticleStream:
+        """This worker's stream of shuffled batches at a level from a global step on."""
+        stream = self.config.stream
+        return ParticleStream(
+            self.store, level, self.order(level, batch_size), rank=self.world.rank, world_size=self.world.size,
+            start_step=start, columns=stream_columns(self.store), threads=stream.threads, device=self.device,
+            prefetch_bytes=stream.prefetch_mib << 20, patience=RetryPolicy(seconds=stream.retry_seconds),
+        )  # fmt: skip
 
-    def observe(self, batch: Batch, level: int, pixels: FourierPixels) -> ParticleImages:
-        """A batch as transforms at some Fourier pixels."""
-        return observe(batch, self.store, level, pixels, new_halves=self.config.train.half > 0)
+    def images(self, batch: Batch, pixels: FourierPixels, *, padding: bool = False) -> ParticleImages:
+        """A batch of the store as images; padding rows are dropped unless they are asked for."""
+        columns, rows, real, weight = batch.columns, batch.rows, batch.images, batch.weight
+        if not padding:
+            present = weight > 0
+            if not bool(present.all()):  # host sync: the ragged end of an epoch
+                columns = {name: values[present] for name, values in columns.items()}
+                rows, real, weight = rows[present], real[present], weight[present]
+        return ParticleImages(
+            rows=rows,
+            half=self.partition.half(rows, columns["half"]),
+            weight=weight,
+            optics_group=columns["optics_group"],
+            pixels=pixels,
+            pixel_size=self.store.level_pixel_size(pixels.box_size),
+            optics=CtfParameters(**{name: columns[name] for name in CTF_COLUMNS}) if self.store.has_ctf else None,
+            poses=Poses(columns["rotation"], columns["shift"]) if self.store.has_pose else None,
+            real=real,
+        )
 
-    def observed(self, stream: ParticleStream, level: int, pixels: FourierPixels) -> Iterator[ParticleImages]:
-        """A stream's batches, endless."""
-        for batch in stream:
-            yield self.observe(batch, level, pixels)
+    def chosen(self, rows: Tensor) -> Float[Tensor, " b"]:
+        """1 for the rows that take part in the maps, else 0."""
+        if self.subset is None:
+            return torch.ones(len(rows), device=rows.device)
+        at = rows.cpu().numpy()  # host sync
+        inside = at < self.subset.store_rows
+        chosen = inside & self.subset.contains(np.where(inside, at, 0))
+        return torch.from_numpy(chosen).to(rows.device, torch.float32)
+
+
+def stream_columns(store: ParticleStore) -> tuple[str, ...]:
+    """The particle columns that images are made with."""
+    ctf, pose = CTF_COLUMNS if store.has_ctf else (), ("rotation", "shift") if store.has_pose else ()
+    return ("half", "optics_group", *ctf, *pose)
+
+
+class ParticleReader:
+    """Opens what stages ask for. A shuffled stream stays open while requests go on where it stands."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._stream: ParticleStream | None = None
+        self._kind: tuple[int, int] | None = None
+        self._closed = StreamMetrics(0.0, 0, 0, 0, 0, 0)
+
+    def batches(self, request: BatchRequest) -> Iterator[tuple[ParticleImages, ...]]:
+        """The batches of one pass, this worker's share of each."""
+        if request.shuffled:
+            (pixels,) = request.pixels
+            stream = self._shuffled(request)
+            count = request.batches
+            if count is None:
+                count = self._context.order(pixels.box_size, request.batch_size).steps_per_epoch
+            for _ in range(count):
+                yield (self._context.images(next(stream), pixels, padding=request.padding),)
+        else:
+            read = [self._in_order(pixels, request) for pixels in request.pixels]
+            for batches in zip(*read, strict=True):
+                yield tuple(self._context.images(batch, p) for batch, p in zip(batches, request.pixels, strict=True))
+
+    @property
+    def metrics(self) -> StreamMetrics:
+        """What shuffled streams have done so far."""
+        if self._stream is None:
+            return self._closed
+        return StreamMetrics(
+            *(a + b for a, b in zip(astuple(self._closed), astuple(self._stream.metrics), strict=True))
+        )
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._stream is not None:
+            self._closed = replace(self.metrics, bytes_ahead=0, bytes_in_flight=0)
+            self._stream.close()
+        self._stream = None
+
+    def _shuffled(self, request: BatchRequest) -> ParticleStream:
+        kind = (request.pixels[0].box_size, request.batch_size)
+        if self._stream is None or self._kind != kind or self._stream.step != request.start:
+            self.close()
+            self._stream, self._kind = self._context.stream(*kind, request.start), kind
+        return self._stream
+
+    def _in_order(self, pixels: FourierPixels, request: BatchRequest) -> Iterator[Batch]:
+        context = self._context
+        return sequential(
+            context.store, pixels.box_size, rank=context.world.rank, world_size=context.world.size,
+            batch_size=request.batch_size, columns=stream_columns(context.store),
+            rows_limit=context.rows if request.training_rows else None, device=context.device,
+        )  # fmt: skip

@@ -1,92 +1,181 @@
-"""What was found for each particle: its next visit starts there.
+"""What is known of every particle: one store of columns by row, on each worker's disk and in files of the run.
 
-While an iteration runs, the memory stands still: what the iteration finds is noted, exchanged between the workers at
-its end, kept as one small file in the run's folder, and only then remembered. So a run that goes on after a kill, on
-whichever machine and with however many workers, reads the same poses as one that was never disturbed. A particle never
-seen starts from the search or the encoder.
+A pass notes what it finds; parts of it are written whole into the run's folder as it goes. At its end the workers tell
+each other which parts there are, and all take them in: only then are they read. So a run that goes on after a kill, on
+whichever machine and with however many workers, knows the same as one that was never disturbed, and memory does not
+grow with the number of particles.
 """
 
-from typing import NamedTuple
+import io
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.data.io import urls
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
+from scalecryo.errors import CheckpointError, TrainingError
+from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
-from scalecryo.train.columns import RowColumns, arrays_to_bytes, read_arrays
 
-FOLDER = "poses"
+FOLDER = "particles"
+PART_ROWS = 20_000
+SCHEMA: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "rotation": (3, 3),  # image frame to volume frame
+        "shift": (2,),  # Å, (x, y), where the content sits
+        "class_index": (),
+        "confidence": (),
+        "particle_probability": (),
+        "half": (),  # 1 or 2
+    }
+)
 
 
-class Found(NamedTuple):
-    """Poses of some particles, by row of the store; shifts in Å so that they hold at every level."""
+class ParticleState:
+    """Last pose, class and confidence of every particle, by row of the store."""
 
-    rows: NDArray[np.int64]
-    rotation: NDArray[np.float32]
-    shift: NDArray[np.float32]
-    confidence: NDArray[np.float32]
+    def __init__(self, run: RunFolder, count: int) -> None:
+        """
+        Args:
+            run: in whose folder parts are written.
+            count: particles in the store.
+        """
+        self._run = run
+        self._columns = {name: _scratch((count, *shape), "f4") for name, shape in SCHEMA.items()}
+        self._written = _scratch((count,), "u1")
+        self._noted: list[dict[str, NDArray]] = []
+        self._new: list[str] = []
+        self._pass = ""
+        self.parts: list[str] = []
+        """Every part that was taken in, in this order."""
 
+    def __len__(self) -> int:
+        return len(self._written)
 
-class PoseMemory:
-    """Poses by row, on this worker's disk."""
+    def read(self, rows: Int[Tensor, " b"]) -> tuple[PoseEstimates, Bool[Tensor, " b"]]:
+        """What is known of some particles, and of which of them anything is."""
+        at = rows.cpu().numpy()  # host sync
+        column = {name: torch.from_numpy(values[at]).to(rows.device) for name, values in self._columns.items()}
+        return _estimates(column), torch.from_numpy(self._written[at] != 0).to(rows.device)
 
-    def __init__(self, count: int) -> None:
-        self._columns = RowColumns(count, {"rotation": (3, 3), "shift": (2,), "confidence": ()})
-        self._noted: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    def all(self) -> tuple[PoseEstimates, Int[Tensor, " n"]]:
+        """Estimates and half of every particle, without copies."""
+        column = {name: torch.from_numpy(values) for name, values in self._columns.items()}
+        return _estimates(column), column["half"].long()
 
-    def read(
-        self, rows: Int[Tensor, " b"]
-    ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, " b"], Bool[Tensor, " b"]]:
-        """Rotation, shift (Å), confidence and whether the particle was seen before."""
-        values, seen = self._columns.read(rows.cpu().numpy())
-        found = {name: torch.from_numpy(column).to(rows.device) for name, column in values.items()}
-        return found["rotation"], found["shift"], found["confidence"], torch.from_numpy(seen).to(rows.device)
-
-    def note(
-        self,
-        rows: Int[Tensor, " b"],
-        rotation: Float[Tensor, "b 3 3"],
-        shift: Float[Tensor, "b 2"],
-        confidence: Float[Tensor, " b"],
-    ) -> None:
-        """Keep what an iteration found, shifts in Å, until `settle`; `read` does not see it yet."""
-        self._noted.append((rows.cpu(), rotation.cpu(), shift.cpu(), confidence.cpu()))
-
-    def settle(self, world: World) -> Found:
-        """Exchange what all workers noted, remember it and return it, sorted by row. Collective."""
-        empty = (torch.zeros(0, dtype=torch.long), torch.zeros(0, 3, 3), torch.zeros(0, 2), torch.zeros(0))
-        own = [torch.cat(parts) for parts in zip(empty, *self._noted, strict=True)]
+    def begin(self, name: str) -> None:
+        """Start a pass: what it notes is kept in parts under its name."""
+        self._pass, self._new = name, []
         self._noted.clear()
-        rows, *columns = (torch.cat(world.all_gather(tensor)).numpy() for tensor in own)
-        order = np.argsort(rows, kind="stable")
-        found = Found(rows[order], *(column[order] for column in columns))
-        self.remember(found)
-        return found
 
-    def remember(self, found: Found) -> None:
-        """Take in poses of some particles."""
-        self._columns.write(found.rows, found._asdict())
+    def note(self, rows: Int[Tensor, " b"], found: PoseEstimates, half: Int[Tensor, " b"]) -> None:
+        """Keep what a pass found; `read` does not see it before the pass is committed."""
+        columns = {name: getattr(found, name) for name in SCHEMA if name != "half"} | {"half": half}
+        noted = {name: values.cpu().numpy().astype(np.float32) for name, values in columns.items()}
+        self._noted.append({"rows": rows.cpu().numpy(), **noted})
+        if sum(len(part["rows"]) for part in self._noted) >= PART_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was noted since the last time as a part."""
+        if sum(len(part["rows"]) for part in self._noted):
+            whole = {name: np.concatenate([part[name] for part in self._noted]) for name in ("rows", *SCHEMA)}
+            # No two workers note the same row, so no two parts have the same name.
+            name = f"{FOLDER}/{self._pass}/from_{whole['rows'][0]:010d}.npz"
+            urls.make_folder(self._run.path(FOLDER, self._pass))
+            self._run.write(name, _to_bytes(whole))
+            self._new.append(name)
+        self._noted.clear()
+
+    def commit(self, world: World) -> None:
+        """End a pass: take in the parts of all workers. Collective; a barrier."""
+        self.flush()
+        self.load(world.all_gather_names(self._new))
+
+    def load(self, parts: Iterable[str]) -> None:
+        """Take in parts of the run's folder.
+
+        Raises:
+            CheckpointError: one is missing or damaged.
+        """
+        for name in parts:
+            columns = _from_bytes(self._run.path(name))
+            rows = columns["rows"]
+            for column, values in self._columns.items():
+                values[rows] = columns[column]
+            self._written[rows] = 1
+            self.parts.append(name)
+
+    def load_pass(self, name: str) -> int:
+        """Take in what a pass that was killed had written so far; returns the number of particles."""
+        folder = self._run.path(FOLDER, name)
+        found = sorted(urls.list_folder(folder)) if urls.exists(folder) else []
+        self.load(f"{FOLDER}/{name}/{part}" for part in found)
+        return int(np.count_nonzero(self._written))
+
+    def load_table(self, store: ParticleStore) -> None:
+        """Take in the poses that came with the particles, shard by shard.
+
+        Raises:
+            TrainingError: the store has none.
+        """
+        if not store.has_pose:
+            raise TrainingError(
+                f"{store.url}: guided.start = 'poses' needs poses, and the store has none: convert a table with "
+                "rotation angles, or start from 'nothing'"
+            )
+        for start in range(0, store.count, store.shard_rows):
+            rows = slice(start, min(start + store.shard_rows, store.count))
+            for name, values in store.read_columns(rows.start, rows.stop, ("rotation", "shift")).items():
+                self._columns[name][rows] = values
+            self._columns["confidence"][rows] = self._columns["particle_probability"][rows] = 1
+            self._written[rows] = 1
+
+    def remove_pass(self, name: str) -> None:
+        """Remove a pass's parts: they are of no use any more."""
+        for folder in (self._run.path(FOLDER, name), self._run.path(FOLDER)):
+            if urls.exists(folder) and (folder.endswith(name) or not urls.list_folder(folder)):
+                urls.remove_tree(folder)
 
 
-def save_found(run: RunFolder, iteration: int, found: Found) -> None:
-    """Write what an iteration found into the run's folder."""
-    urls.make_folder(run.path(FOLDER))
-    run.write(_name(iteration), arrays_to_bytes(found._asdict()))
+def _estimates(column: Mapping[str, Tensor]) -> PoseEstimates:
+    return PoseEstimates(
+        rotation=column["rotation"],
+        shift=column["shift"],
+        class_index=column["class_index"].long(),
+        confidence=column["confidence"],
+        particle_probability=column["particle_probability"],
+        log_likelihood=torch.zeros_like(column["confidence"]),
+    )
 
 
-def load_found(run: RunFolder, iteration: int) -> Found:
-    """What an iteration found.
-
-    Raises:
-        CheckpointError: its file is missing or damaged.
-    """
-    repair = f"remove the checkpoints from iteration {iteration} on to go on before it, or start the run anew"
-    return Found(**read_arrays(run.path(_name(iteration)), Found._fields, repair))
+def _scratch(shape: tuple[int, ...], dtype: str) -> NDArray:
+    """Zeros in a file without a name, which goes with the process; rows never written take no space."""
+    with tempfile.TemporaryFile() as handle:
+        return np.memmap(handle, dtype=dtype, mode="w+", shape=shape)
 
 
-def _name(iteration: int) -> str:
-    return f"{FOLDER}/rung_{iteration:04d}.npz"
+def _to_bytes(arrays: Mapping[str, NDArray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def _from_bytes(url: str) -> dict[str, NDArray]:
+    try:
+        with np.load(io.BytesIO(urls.read_bytes(url)), allow_pickle=False) as archive:
+            return {name: archive[name] for name in ("rows", *SCHEMA)}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{urls.redacted(url)}: cannot be read ({reason}): remove the run's checkpoints that came after it to go "
+            "on before it, or start the run anew"
+        ) from None

@@ -17,16 +17,16 @@ import ray.train
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from scalecryo.config import Config, config_from_dict
 from scalecryo.data.io import urls
-from scalecryo.distributed.world import World
+from scalecryo.distributed.world import World, process_group_backend
 from scalecryo.errors import ScalecryoError, TrainingError
 from scalecryo.runs.checkpoint import newest_step
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.logs import log_to_stderr
+from scalecryo.runs.recorder import log_to_stderr
 from scalecryo.train.loop import train
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ def _fit(config: Config, workers: int) -> None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": dataclasses.asdict(config), "asked": time.time(), "room": room},
+        torch_config=TorchConfig(backend=process_group_backend(config.run.device)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=config.run.device == "cuda"),
         run_config=RunConfig(
             name="ray",

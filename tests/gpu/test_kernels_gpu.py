@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scalecryo.config import config_from_dict
-from scalecryo.map.backprojection import MapAccumulator
+from scalecryo.map.backprojection import Backprojection
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.model.memory import step_memory
 from scalecryo.physics.fft import fourier_pixels
@@ -16,7 +16,7 @@ from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.kernels.backend import cuda_kernels
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.local_refinement import refine_poses
-from scalecryo.train.loop import build_optimiser
+from scalecryo.train.stages.gradient_descent import build_optimiser
 from tests.numerics.test_slice_backends import TOLERANCE, Case, worst
 from tests.unit.test_hot_path import inputs, step
 from tests.unit.test_local_refinement import away, scene
@@ -94,7 +94,7 @@ def test_local_refinement(padding: float):
 def test_training_step_never_waits_for_the_device():
     config = config_from_dict({"pose": {"source": "encoder", "heads": 2, "symmetric_loss": True}})
     with torch.device("cpu"):
-        model, batch = build_autoencoder(config, 32, 2.0, 10).cuda(), inputs("cuda", 32, 4)
+        model, batch = build_autoencoder(config, 32, 10).cuda(), inputs("cuda", 32, 4)
     optimiser = build_optimiser(config, model)
 
     def once() -> None:
@@ -113,7 +113,7 @@ def test_training_step_never_waits_for_the_device():
 def test_memory_is_what_was_predicted():
     config = config_from_dict({"pose": {"source": "encoder"}})
     with torch.device("cpu"):
-        model, batch = build_autoencoder(config, 128, 2.0, 10).cuda(), inputs("cuda", 128, 16)
+        model, batch = build_autoencoder(config, 128, 10).cuda(), inputs("cuda", 128, 16)
     optimiser = build_optimiser(config, model)
     torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
@@ -147,7 +147,7 @@ def test_insertion_rate():
     with torch.device("cpu"):
         pixels, rotation = fourier_pixels(130, 64), random_rotations(1000, torch.Generator().manual_seed(0))
         values = torch.randn(1000, len(pixels), dtype=torch.complex64)
-    accumulator, near = MapAccumulator(130, device="cuda"), pixels.to("cuda")
+    accumulator, near = Backprojection(130, device="cuda"), pixels.to("cuda")
     images = CtfWeightedImages(values.cuda(), values.cuda().abs())
     pose = rotation.cuda(), torch.zeros(1000, 2), torch.ones(1000)
     # A core does 5,000 a second.

@@ -19,15 +19,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from scalecryo.commands import assign, convert, evaluate, simulate, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.formats.star import read_poses
-from scalecryo.data.streaming.stream import Batch
 from scalecryo.distributed.world import World
 from scalecryo.errors import TrainingError
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import load_checkpoint
 from scalecryo.runs.folder import RunFolder
-from scalecryo.train import loop, posed_parts
-from scalecryo.train.posed import Posed
-from scalecryo.train.progress import SavedBootstrap
-from scalecryo.train.stages.guided_poser import GuidedPoser
+from scalecryo.train import loop, particle_state
+from scalecryo.train.stages.bootstrap import Bootstrap
+from scalecryo.train.stages.final_poses import ReferencePoses
 
 ROWS, EXTRA, BOX, PIXEL_SIZE = 1500, 100, 64, 1.6
 
@@ -86,7 +86,7 @@ def test_it_converges_from_random_poses(
     assert 0.3 < np.median(poses.confidence) <= 1.0
 
 
-def test_tensorboard_shows_the_ladder(finished: Path) -> None:
+def test_tensorboard_shows_the_refinement(finished: Path) -> None:
     events = EventAccumulator(str(finished / "tb"))
     events.Reload()
     tags = events.Tags()
@@ -117,10 +117,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     # A kill within iteration 3, after its poses were written and before its checkpoint was: iteration 3 is done again.
     run = tmp_path / "run"
-    start(particles[1], run, guided__rungs="3", train__final_pass="false")
+    start(particles[1], run, guided__iterations="3", train__final_pass="false")
     assert not (run / "map.mrc").exists()
     (run / "checkpoints" / "step_0000000003.pt").unlink()
-    start(particles[1], run, resume=True, guided__rungs=SETTINGS["guided.iterations"], train__final_pass="true")
+    start(particles[1], run, resume=True, guided__iterations=SETTINGS["guided.iterations"], train__final_pass="true")
     for name in ("map.mrc", "half1.mrc"):
         assert (finished / name).read_bytes()[1024:] == (run / name).read_bytes()[1024:]  # past the header's date
     whole, resumed = (read_poses(str(path / "particles.star")) for path in (finished, run))
@@ -134,31 +134,34 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert first == second
 
 
-def test_a_bootstrap_that_was_killed_goes_on(
+def test_a_start_that_was_killed_goes_on(
     particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at step 45 of 60, it is taken up at its last save, step 40, and ends in the same maps bit for bit."""
-    options = {"guided__rungs": "1", "guided__lessons": "0", "train__final_pass": "false"}
+    options = {"guided__iterations": "1", "guided__encoder_steps": "0", "train__final_pass": "false"}
     start(particles[1], tmp_path / "whole", **options)
     seen: list[int] = []
-    save = SavedBootstrap.after_step
+    learn = Bootstrap._learn
 
-    def noted(self: SavedBootstrap, deadly: int = 45) -> None:
-        save(self)
-        seen.append(self._growing.step)
-        if seen == list(range(1, deadly + 1)):
+    def noted(self: Bootstrap, batch: ParticleImages, world: World, deadly: int = 45) -> None:
+        if len(seen) == deadly:
             raise KeyboardInterrupt
+        learn(self, batch, world)
+        seen.append(self._step + 1)
 
-    monkeypatch.setattr(SavedBootstrap, "after_step", noted)
+    monkeypatch.setattr(Bootstrap, "_learn", noted)
     with pytest.raises(KeyboardInterrupt):
         start(particles[1], tmp_path / "cut", **options)
+    monkeypatch.setattr(Bootstrap, "_learn", lambda self, batch, world: noted(self, batch, world, deadly=1000))
     start(particles[1], tmp_path / "cut", resume=True, **options)
     assert seen == [*range(1, 46), *range(41, 61)]
-    first, second = (load_checkpoint(RunFolder(str(tmp_path / name)), store_hash=None) for name in ("whole", "cut"))
+    first, second = (
+        load_checkpoint(RunFolder(str(tmp_path / name)), store_hash=None, recipe="guided") for name in ("whole", "cut")
+    )
     assert first is not None
     assert second is not None
-    assert torch.equal(first["half_maps"], second["half_maps"])
-    assert not (tmp_path / "cut" / "checkpoints" / "bootstrap.pt").exists()  # of no use any more
+    assert first.stage == second.stage == "refinement"
+    assert torch.equal(first.state["references"]["maps"], second.state["references"]["maps"])
 
 
 def test_assign_of_a_guided_run(finished: Path, particles: tuple[Path, str], tmp_path: Path) -> None:
@@ -183,7 +186,7 @@ def test_imported_poses_are_refined(
         truth["particles"][name] += generator.choice([-0.5, 0.5], len(true)) * PIXEL_SIZE
     starfile.write(truth, particles[0] / "moved.star")
     store = store_of(particles[0] / "moved.star", tmp_path / "moved.zarr")
-    start(store, tmp_path / "run", guided__start="poses", guided__rungs="4", guided__lessons="0")
+    start(store, tmp_path / "run", guided__start="poses", guided__iterations="4", guided__encoder_steps="0")
     poses = read_poses(str(tmp_path / "run" / "particles.star"))
     cosine = (np.einsum("nij,nij->n", poses.rotation, true) - 1) / 2
     assert np.median(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) < 1.2
@@ -204,16 +207,16 @@ def test_poses_that_are_not_there_cannot_be_refined(particles: tuple[Path, str],
 
 def test_an_assignment_that_was_killed_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Killed after five batches of 256; what was posed before must not be posed again, and nothing else may differ.
-    monkeypatch.setattr(posed_parts, "PART_ROWS", 300)
-    pose, posed_rows, last = GuidedPoser.pose, [], 5
+    monkeypatch.setattr(particle_state, "PART_ROWS", 300)
+    estimate, posed_rows, last = ReferencePoses.estimate, [], 5
 
-    def counted(self: GuidedPoser, batch: Batch, *, pictures: bool) -> Posed:
+    def counted(self: ReferencePoses, images: ParticleImages) -> PoseEstimates:
         if len(posed_rows) == last:
             raise KeyboardInterrupt
-        posed_rows.append(batch.rows.tolist())
-        return pose(self, batch, pictures=pictures)
+        posed_rows.append(images.rows.tolist())
+        return estimate(self, images)
 
-    monkeypatch.setattr(GuidedPoser, "pose", counted)
+    monkeypatch.setattr(ReferencePoses, "estimate", counted)
     with pytest.raises(KeyboardInterrupt):
         assign.run(str(finished), data=None, out=str(tmp_path / "again"))
     before = sum(len(rows) for rows in posed_rows)
@@ -222,7 +225,7 @@ def test_an_assignment_that_was_killed_goes_on(finished: Path, tmp_path: Path, m
     assign.run(str(finished), data=None, out=str(tmp_path / "again"))
     after = sum(len(rows) for rows in posed_rows)
     assert after <= ROWS + EXTRA - before + 256 + 300  # the first batch for its pictures, and the part not yet written
-    assert not (tmp_path / "again" / "assigning").exists()
+    assert not (tmp_path / "again" / "particles").exists()
     first, second = (read_poses(str(path / "particles.star")) for path in (finished, tmp_path / "again"))
     assert np.array_equal(first.rotation, second.rotation)
     assert (finished / "map.mrc").read_bytes()[1024:] == (tmp_path / "again" / "map.mrc").read_bytes()[1024:]

@@ -19,7 +19,6 @@ from scalecryo.commands import assign, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
-from scalecryo.data.selection.subset import choose
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
 from scalecryo.errors import (
@@ -32,10 +31,11 @@ from scalecryo.errors import (
     TrainingError,
 )
 from scalecryo.model.autoencoder import build_autoencoder
-from scalecryo.runs.checkpoint import best_checkpoint, save_checkpoint
+from scalecryo.runs.checkpoint import Checkpoint, best_checkpoint, save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
-from scalecryo.train.batches import order_of
+from scalecryo.train.particle_source import RunContext
+from scalecryo.train.stages import gradient_descent
 from tests.conftest import SimulatedParticles
 
 RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "metrics.jsonl",
@@ -125,7 +125,7 @@ def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_
     start(simulated.store, tmp_path / "run", train__index=rows, train__final_pass="false")
     seen = load_config(None, {"train.index": str(rows), "train.batch_size": "16"})
     store = ParticleStore.open(simulated.store)
-    order = order_of(seen, store, 32, 16, choose(seen.train, store))
+    order = RunContext.of(seen, store, RunFolder(""), World(), torch.device("cpu")).order(32, 16)
     assert order.rows_per_epoch == simulated.count // 3
     assert {int(row) % 3 for row in order.rows(0, 0) if row >= 0} == {0}
     with pytest.raises(CheckpointError, match="another store"):
@@ -188,15 +188,19 @@ def config_of(simulated: SimulatedParticles, out: Path, workers: int) -> Config:
     return dataclasses.replace(config, run=run)
 
 
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, "autoencoder", "gradient descent", "x", {})
+
+
 def test_the_best_checkpoint_is_kept(simulated: SimulatedParticles, tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
     for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.4), (5, 0.6)):
-        save_checkpoint(run, step, {"store_hash": "x"}, 2, score=score)
+        save_checkpoint(run, checkpoint(step), 2, score=score)
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == [
         f"step_{step:010d}.pt" for step in (2, 4, 5)
     ]
     assert best_checkpoint(run) == (2, 0.9)
-    save_checkpoint(run, 2, {"store_hash": "x"}, 2, score=0.2)  # of a run taken up at step 1: what was is gone
+    save_checkpoint(run, checkpoint(2), 2, score=0.2)  # of a run taken up at step 1: what was is gone
     assert best_checkpoint(run) == (2, 0.2)
 
 
@@ -222,7 +226,7 @@ def test_curves_reach_a_remote_run_before_the_checkpoint_that_follows_them(
 
 def test_checkpoint_of_another_recipe_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
     start(simulated.store, tmp_path / "run", train__final_pass="false")
-    with pytest.raises(CheckpointError, match="holds no half_maps, next_radius, settled, teacher: another recipe"):
+    with pytest.raises(CheckpointError, match="is of the recipe autoencoder, the settings are of guided"):
         start(simulated.store, tmp_path / "run", resume=True, pose__source="guided")
 
 
@@ -232,7 +236,7 @@ def test_out_of_memory_names_the_settings_to_lower(
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(loop, "train_step", full)
+    monkeypatch.setattr(gradient_descent, "train_step", full)
     with pytest.raises(TrainingError, match=r"box 32: lower train.batch_size .* \(CUDA out of memory"):
         start(simulated.store, tmp_path / "run")
 
@@ -280,7 +284,7 @@ def test_gradients_may_travel_in_bfloat16(simulated: SimulatedParticles, tmp_pat
         mib.append(rows[-1]["reduce/mib_per_step"])
     # Beside the gradients two float32 numbers a step. The volume's share is a sphere, π/6 of its cube.
     assert mib[1] == pytest.approx(mib[0] / 2, rel=1e-3)
-    model = build_autoencoder(config_of(simulated, tmp_path / "any", 1), 32, 3.2, simulated.count)
+    model = build_autoencoder(config_of(simulated, tmp_path / "any", 1), 32, simulated.count)
     encoder = sum(parameter.numel() for parameter in model.pose_source.parameters())
     assert mib[0] * 2**20 == pytest.approx(4 * (encoder + 32**3 * math.pi / 6), rel=0.02)
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import torch
 
-from scalecryo.map.backprojection import MapAccumulator
+from scalecryo.map.backprojection import Backprojection
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer, ctf_power_in_box
 from scalecryo.physics.fft import fourier_pixels, irfft2_centred, rfft2_centred
-from scalecryo.physics.image_formation import ctf_weighted_on_padded_box, filtered
+from scalecryo.physics.image_formation import ctf_weighted, ctf_weighted_on_padded_box
 
 BOX, PIXEL_SIZE = 96, 1.0
 
@@ -92,15 +92,15 @@ def test_a_reconstruction_with_it_keeps_more_of_the_signal() -> None:
     ring = (pixels.radius > 0.35 * BOX) & (pixels.radius < 0.48 * BOX)
     correlation = []
     for part in (
-        filtered(pixels.pack(rfft2_centred(images)), ctf),
+        ctf_weighted(pixels.pack(rfft2_centred(images)), ctf),
         ctf_weighted_on_padded_box(images, parameters, PIXEL_SIZE, pixels),
     ):
-        accumulator = MapAccumulator(BOX)
-        accumulator.add(
+        accumulator = Backprojection(BOX)
+        accumulator.insert(
             type(part)(part.values.to(torch.complex64), part.power.float()),
             torch.eye(3).expand(60, 3, 3), torch.zeros(60, 2), torch.ones(60), pixels,
         )  # fmt: skip
-        slab = pixels.pack(rfft2_centred(accumulator.solve().sum(0)))
+        slab = pixels.pack(rfft2_centred(accumulator.solve_one().sum(0)))
         cross = (slab[ring] * truth[ring].conj()).real.sum()
         correlation.append(float(cross / (slab[ring].abs().square().sum() * truth[ring].abs().square().sum()).sqrt()))
     assert math.isfinite(correlation[0])

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from scalecryo.map.halfmaps import HalfMapResult
 from scalecryo.map.postprocess import guinier_b_factor, postprocess
+from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fft import irfft3_centred, rfft3_centred
 from scalecryo.physics.fsc import fsc, resolution, shell_index_3d
 from scalecryo.physics.mask import soft_sphere
@@ -24,10 +24,10 @@ def fallen_off(volume: torch.Tensor, b_factor: float) -> torch.Tensor:
     return irfft3_centred(rfft3_centred(volume) * torch.exp(-b_factor / 4 * squared), BOX)
 
 
-def halves(signal: torch.Tensor, noise: float, mask: torch.Tensor) -> HalfMapResult:
-    first, second = signal + noise * white(1), signal + noise * white(2)
-    return HalfMapResult((first, second), (first + second) / 2, mask, fsc(first, second),
-                         fsc(first * mask, second * mask))  # fmt: skip
+def halves(signal: torch.Tensor, noise: float, mask: torch.Tensor) -> ReferenceSet:
+    maps = torch.stack([signal + noise * white(1), signal + noise * white(2)])[None]
+    spectrum = torch.ones(BOX // 2 + 1)
+    return ReferenceSet.of_maps(maps, PIXEL_SIZE, noise=spectrum, radius=BOX / 2 - 1, mask=mask[None])
 
 
 @pytest.mark.parametrize("b_factor", [30.0, 100.0])
@@ -55,9 +55,9 @@ def test_a_tight_mask_does_not_make_resolution() -> None:
     radius = 12
     mask = soft_sphere(BOX, radius, edge_px=2)
     made = halves(signal, 0.3, mask)
-    final = postprocess(made, PIXEL_SIZE, torch.Generator().manual_seed(0))
+    final = postprocess(made, torch.Generator().manual_seed(0))
     shell, _ = resolution(final.fsc_corrected, BOX, PIXEL_SIZE, 0.143)
-    masked, _ = resolution(made.fsc_masked, BOX, PIXEL_SIZE, 0.143)
+    masked, _ = resolution(made.fsc_masked[0], BOX, PIXEL_SIZE, 0.143)
     assert shell < 12.5 + BOX / radius
     assert shell <= masked
     # 33 shells of about 10³ independent values within the mask: a mean within 0.1 of zero.
@@ -66,7 +66,7 @@ def test_a_tight_mask_does_not_make_resolution() -> None:
 
 def test_weighting_leaves_a_noise_free_map_alone() -> None:
     made = halves(white(0), 0.0, torch.ones(BOX, BOX, BOX))
-    final = postprocess(made, PIXEL_SIZE, torch.Generator().manual_seed(0))
+    final = postprocess(made, torch.Generator().manual_seed(0))
     curve = fsc(final.map, white(0))
     assert curve[:32].min() > 0.999
     assert math.isfinite(final.b_factor)

@@ -1,4 +1,4 @@
-"""The guided method's encoder and its teacher: shapes of truth, and that lessons bring the encoder to the poses."""
+"""The grid encoder and its training: shapes of truth, and that training brings it to the poses."""
 
 import math
 
@@ -6,14 +6,15 @@ import torch
 
 from scalecryo.distributed.world import World
 from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.map.reference import Reference
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import Poses
 from scalecryo.physics.rotation import geodesic_angle, random_rotations
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.estimator import Reference, Refined
 from scalecryo.pose.search import templates, with_flips
-from scalecryo.train.encoder_training import EncoderTrainer, TrainingBatch, training_batch
+from scalecryo.train.encoder_training import EncoderTrainer, TrainingBatch
 
 
 def blobs(box_size: int, generator: torch.Generator) -> torch.Tensor:
@@ -52,11 +53,11 @@ def test_candidates_are_the_likeliest_with_their_probability() -> None:
     grid = with_flips(so3_grid(100))
     encoder = GridEncoder(grid, 10, 16, 1.0)
     logits = torch.randn((3, len(grid)), generator=torch.Generator().manual_seed(1))
-    found = encoder.candidates(GridPrediction(logits, torch.ones(3, 2)), 5)
+    found = encoder.candidates(GridPrediction(logits, torch.ones(3, 2)), 5, 3.0)
     assert found.rotation.shape == (3, 5, 3, 3)
     expected = logits.softmax(1).sort(1, descending=True).values[:, :5]
     assert torch.allclose(found.log_weight.exp(), expected)
-    assert (found.shift_px == 1).all()
+    assert (found.shift == 3).all()  # one pixel of 3 Å
 
 
 def test_features_do_not_depend_on_the_scale_of_an_image() -> None:
@@ -66,24 +67,25 @@ def test_features_do_not_depend_on_the_scale_of_an_image() -> None:
     assert torch.allclose(encoder_features(images, None, weight), encoder_features(7 * images, None, weight), atol=1e-5)
 
 
-def test_lessons_read_another_level_at_the_encoders_scale() -> None:
-    # Levels keep the noise: unscaled transforms differ by the ratio of the boxes, shifts in pixels likewise.
+def test_training_batches_are_at_the_encoders_scale() -> None:
+    # Levels keep the noise: unscaled transforms differ by the ratio of the boxes.
     small, large = fourier_pixels(32, 12), fourier_pixels(64, 20)
-    images = torch.randn((6, len(large)), dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
-    observed = ParticleImages(torch.arange(6), torch.ones(6, dtype=torch.long), images, None)
-    rotation, shift = torch.eye(3).expand(6, 3, 3), torch.full((6, 2), 4.0)
-    taken = [(observed, Refined(rotation, shift, torch.ones(6), torch.ones(6)))]
-    lesson = training_batch(taken, 64, small, 6, 0)
+    transforms = torch.randn((6, len(large)), dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    index = torch.arange(6)
+    images = ParticleImages(index, 1 + index % 2, torch.ones(6), index * 0, large, 2.0).with_transforms(transforms)
+    poses = Poses(torch.eye(3).expand(6, 3, 3), torch.full((6, 2), 8.0))
+    batch = TrainingBatch.of(images, poses, small, 6, 0)
     assert torch.equal(large.kx[: len(small)], small.kx)
     assert torch.equal(large.ky[: len(small)], small.ky)
-    assert torch.allclose(lesson.images, images[:, : len(small)] / 2)
-    assert torch.equal(lesson.shift_px, shift / 2)
+    order = [0, 2, 4, 1, 3, 5]  # one half behind the other
+    assert torch.allclose(batch.transforms, transforms[order, : len(small)] / 2)
+    assert torch.equal(batch.poses.shift_px(4.0), poses.shift_px(2.0) / 2)
 
 
-def test_a_teacher_brings_the_encoder_to_the_poses() -> None:
+def test_training_brings_the_encoder_to_the_poses() -> None:
     # Reference: the poses that the images were made with. A grid of 1,152 rotations lies 23.5° apart ((8π²/n)^(1/3));
-    # an untaught encoder errs by 126.5° on average (the mean angle of a uniform rotation, π/2 + 2/π), a taught one must
-    # be within the grid's spacing for half of the images.
+    # an untrained encoder errs by 126.5° on average (the mean angle of a uniform rotation, π/2 + 2/π), a trained one
+    # must be within the grid's spacing for half of the images.
     generator = torch.Generator().manual_seed(4)
     box_size, radius = 32, 8
     pixels = fourier_pixels(box_size, radius)
@@ -94,16 +96,16 @@ def test_a_teacher_brings_the_encoder_to_the_poses() -> None:
     noise = torch.randn(clean.shape, dtype=torch.complex64, generator=generator) * sigma
     spectrum = NoiseSpectrum(int(pixels.shell.max()) + 1)
     spectrum.add(noise[:500], None, pixels)
-    reference = Reference(transform, 2.0, spectrum, pixels)
+    reference = Reference(transform, 2.0, spectrum)
     torch.manual_seed(0)
     encoder = GridEncoder(with_flips(so3_grid(576)), len(pixels), 256, 1.0)
-    teacher = EncoderTrainer(
-        encoder, pixels, rate=1e-3, shift_sigma_px=0.0, world=World(), reduce_dtype="float32", seed=0
+    trainer = EncoderTrainer(
+        encoder, pixels, 3.0, rate=1e-3, shift_sigma_px=0.0, world=World(), reduce_dtype="float32", seed=0
     )
     images, zero = clean + noise, torch.zeros(6000, 2)
     for start in 12 * list(range(0, 5500, 110)):
         rows = slice(start, start + 110)
-        teacher.teach(TrainingBatch(images[rows], None, rotation[rows], zero[rows]), reference)
+        trainer.train_step(TrainingBatch(images[rows], None, Poses(rotation[rows], zero[rows])), reference)
     held = slice(5500, None)
     with torch.no_grad():
         prediction = encoder(encoder_features(images[held], None, spectrum.pixel_weight(pixels)))
@@ -111,22 +113,22 @@ def test_a_teacher_brings_the_encoder_to_the_poses() -> None:
     assert error < math.degrees((8 * math.pi**2 / 1152) ** (1 / 3))
 
 
-def test_a_teacher_resumes_exactly() -> None:
+def test_training_resumes_exactly() -> None:
     pixels = fourier_pixels(32, 6)
     generator = torch.Generator().manual_seed(5)
     transform = rfft3_centred(blobs(32, generator), 64)
     spectrum = NoiseSpectrum(8)
     images = torch.randn((40, len(pixels)), dtype=torch.complex64, generator=generator)
     spectrum.add(images, None, pixels)
-    reference = Reference(transform, 2.0, spectrum, pixels)
-    lesson = TrainingBatch(images, None, random_rotations(40, generator), torch.zeros(40, 2))
+    reference = Reference(transform, 2.0, spectrum)
+    batch = TrainingBatch(images, None, Poses(random_rotations(40, generator), torch.zeros(40, 2)))
 
     def fresh() -> EncoderTrainer:
         torch.manual_seed(1)
-        return EncoderTrainer(GridEncoder(so3_grid(50), len(pixels), 16, 1.0), pixels, rate=1e-3, shift_sigma_px=1.0,
-                       world=World(), reduce_dtype="float32", seed=7)  # fmt: skip
+        return EncoderTrainer(GridEncoder(so3_grid(50), len(pixels), 16, 1.0), pixels, 3.0, rate=1e-3,
+                       shift_sigma_px=1.0, world=World(), reduce_dtype="float32", seed=7)  # fmt: skip
 
     first, second = fresh(), fresh()
-    first.teach(lesson, reference)
-    second.load(first.state())
-    assert torch.equal(first.teach(lesson, reference), second.teach(lesson, reference))
+    first.train_step(batch, reference)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.train_step(batch, reference), second.train_step(batch, reference))

@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from scalecryo.config import Config, config_from_dict
 from scalecryo.model.autoencoder import AutoEncoder, build_autoencoder
-from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters
+from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import Poses
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose import local_refinement_torch
-from scalecryo.train.loop import build_optimiser
+from scalecryo.train.stages.gradient_descent import build_optimiser
 
 BOX, BATCH = 32, 4
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal", "item"}
@@ -59,15 +61,19 @@ def config(**pose: Any) -> Config:
     return config_from_dict(sections)
 
 
-def inputs(device: str, box: int = BOX, batch: int = BATCH) -> ParticleInputs:
+def inputs(device: str, box: int = BOX, batch: int = BATCH) -> ParticleImages:
     one = torch.ones(batch)
     optics = CtfParameters(10_000 * one, 9_000 * one, 0 * one, 300 * one, 2.7 * one, 0.1 * one, 0 * one)
-    rotation, shift = random_rotations(batch, torch.Generator()), torch.zeros(batch, 2)
-    images, rows = torch.randn(batch, box, box), torch.arange(batch)
-    return ParticleInputs(images.to(device), rows.to(device), optics.to(device), rotation.to(device), shift.to(device))
+    poses = Poses(random_rotations(batch, torch.Generator()).to(device), torch.zeros(batch, 2).to(device))
+    rows = torch.arange(batch).to(device)
+    return ParticleImages(
+        rows=rows, half=1 + rows % 2, weight=one.to(device), optics_group=rows * 0,
+        pixels=fourier_pixels(box).to(device), pixel_size=2.0, optics=optics.to(device), poses=poses,
+        real=torch.randn(batch, box, box).to(device),
+    )  # fmt: skip
 
 
-def step(model: AutoEncoder, batch: ParticleInputs) -> Tensor:
+def step(model: AutoEncoder, batch: ParticleImages) -> Tensor:
     loss = model(batch).loss.sum()
     loss.backward()
     return loss
@@ -85,8 +91,7 @@ SOURCES = [
 
 @pytest.mark.parametrize("pose", SOURCES, ids=lambda pose: "-".join(str(value) for value in pose.values()))
 def test_forward_and_backward_never_wait_for_the_device(pose: dict[str, Any]):
-    model, batch = build_autoencoder(config(**pose), BOX, 2.0, 10).to("meta"), inputs("meta")
-    model(batch)  # tables of Fourier pixels move to the device once
+    model, batch = build_autoencoder(config(**pose), BOX, 10).to("meta"), inputs("meta")
     with NoHostSync() as watch:
         loss = step(model, batch)
     assert {"fourier_slice", "fourier_slice_backward"} <= watch.seen
@@ -100,7 +105,7 @@ def test_whole_step_with_optimiser_runs_on_fake_tensors(precision: str):
     settings = config_from_dict(
         {"pose": {"source": "encoder"}, "encoder": {"channels": [4, 4], "hidden": 8, "precision": precision}}
     )
-    model, batch = build_autoencoder(settings, BOX, 2.0, 10), inputs("cpu")
+    model, batch = build_autoencoder(settings, BOX, 10), inputs("cpu")
     optimiser = build_optimiser(settings, model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss = step(model, batch)

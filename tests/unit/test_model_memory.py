@@ -6,17 +6,19 @@ from torch.profiler import ProfilerActivity, profile
 from scalecryo.config import config_from_dict
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.model.memory import step_memory
-from scalecryo.train.loop import build_optimiser
+from scalecryo.train.stages.gradient_descent import build_optimiser
 from tests.unit.test_hot_path import inputs, step
 
 
 def measured_peak(box: int, batch: int) -> int:
     """Tensors that stand before a step, and the most that the step adds."""
     config = config_from_dict({"pose": {"source": "encoder"}})
-    model, particles = build_autoencoder(config, box, 2.0, batch), inputs("cpu", box, batch)
+    model, particles = build_autoencoder(config, box, batch), inputs("cpu", box, batch)
     optimiser = build_optimiser(config, model)
 
     def once() -> None:
+        for made in ("transforms", "ctf"):
+            particles.__dict__.pop(made, None)
         optimiser.zero_grad(set_to_none=True)
         step(model, particles)
         optimiser.step()
@@ -24,7 +26,7 @@ def measured_peak(box: int, batch: int) -> int:
     once()
     optimiser.zero_grad(set_to_none=True)
     moments = [value for state in optimiser.state.values() for value in state.values()]
-    standing = [*model.parameters(), *model.buffers(), *moments, particles.images]
+    standing = [*model.parameters(), *model.buffers(), *moments, particles.real]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         once()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from scalecryo.config import config_from_dict
-from scalecryo.distributed.world import World
-from scalecryo.map.halfmaps import HalfMaps
+from scalecryo.map.backprojection import Backprojection
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.model.grid_encoder import GridEncoder
 from scalecryo.physics.fft import fourier_pixels
-from scalecryo.physics.image_formation import filtered
+from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.search import with_flips
-from scalecryo.train.particle_state import PoseMemory
+from scalecryo.train.particle_state import SCHEMA
+from scalecryo.train.recipes import ENCODER_RADIUS
 from scalecryo.train.stages.bootstrap import HALF_GRID
-from scalecryo.train.stages.guided_poser import ENCODER_RADIUS
 from scalecryo.train.stages.refinement import plan_iteration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
@@ -34,7 +33,7 @@ def size(*tensors: torch.Tensor) -> int:
 def test_gradients_are_as_large_as_the_models_parameters(box: int, channels: tuple[int, ...], hidden: int) -> None:
     config = config_from_dict({"pose": {"source": "encoder", "centred": True},
                                "encoder": {"channels": list(channels), "hidden": hidden}})  # fmt: skip
-    built = build_autoencoder(config, box, 2.0, 1)
+    built = build_autoencoder(config, box, 1)
     assert model.volume_bytes(box) == size(*built.volume.parameters())
     assert model.volume_bytes(box, 2) == size(*(p.half() for p in built.volume.parameters()))
     assert 4 * model.encoder_parameters(box, channels, hidden) == size(*built.pose_source.parameters())
@@ -50,9 +49,7 @@ def test_grid_encoder_is_as_large_as_the_real_one() -> None:
 @pytest.mark.parametrize("box", [16, 30])
 @pytest.mark.parametrize("padding", [1.0, 1.5, 2.0])
 def test_accumulators_are_as_large_as_the_half_maps(box: int, padding: float) -> None:
-    assert model.accumulator_bytes(box, padding) == size(
-        *(t for half in HalfMaps(box, padding).halves for t in half.tensors())
-    )
+    assert model.accumulator_bytes(box, padding) == size(*Backprojection(box, padding).tensors())
 
 
 @pytest.mark.parametrize("radius", [0.0, 1.0, 2.5, 7.0])
@@ -74,26 +71,25 @@ def test_half_ball_nears_the_balls_volume() -> None:
 @pytest.mark.parametrize(("box", "reach"), [(16, 4.0), (32, 15.0), (32, 9.0)])
 def test_slices_stay_within_the_accumulators_ball(box: int, reach: float) -> None:
     # Many random slices: all that they touch lies within the ball, and they touch almost all of it.
-    halves, pixels, count = HalfMaps(box), fourier_pixels(box, reach), 600
+    sums, pixels, count = Backprojection(box), fourier_pixels(box, reach), 600
     rotation = random_rotations(count, torch.Generator().manual_seed(0))
-    images = filtered(torch.ones(count, len(pixels), dtype=torch.complex64), None)
+    images = ctf_weighted(torch.ones(count, len(pixels), dtype=torch.complex64), None)
     half = 1 + torch.arange(count) % 2
-    halves.add(images, rotation, torch.zeros(count, 2), torch.ones(count), half, pixels)
-    touched = sum(int((accumulator.denominator != 0).sum()) for accumulator in halves.halves)
+    sums.add(images, rotation, torch.zeros(count, 2), torch.ones(count), half, pixels)
+    touched = int((sums.denominator != 0).sum())
     bound = model.accumulator_ball_bytes(reach) / 12
     assert 0.7 * bound < touched <= bound
 
 
 @pytest.mark.parametrize("radius", [14.0, 40.0, 60.0])
-def test_reach_is_that_of_a_rung(radius: float) -> None:
+def test_reach_is_that_of_an_iteration(radius: float) -> None:
     plan = plan_iteration(radius, (128,), 5, search=False, shifted=True)
-    assert model.rung_reach(plan.level, plan.radius) == plan.reach
+    assert model.rung_reach(plan.level, plan.radius) == plan.insertion_radius
 
 
-def test_poses_are_as_large_as_what_a_rung_exchanges() -> None:
-    memory, rows = PoseMemory(10), torch.arange(10)
-    memory.note(rows, torch.eye(3).expand(10, 3, 3), torch.zeros(10, 2), torch.ones(10))
-    assert model.poses_bytes(10) == sum(values.nbytes for values in memory.settle(World()))
+def test_poses_are_as_large_as_what_an_iteration_writes() -> None:
+    numbers = sum(math.prod(shape) for shape in SCHEMA.values())
+    assert model.poses_bytes(10) == 10 * (8 + 4 * numbers)  # a row, and single precision
 
 
 def test_all_reduce_of_a_ring() -> None:

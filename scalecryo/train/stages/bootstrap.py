@@ -1,237 +1,273 @@
 """From random poses to a first map: stochastic expectation maximisation at low resolution.
 
 Each step takes a batch, forms the posterior over a randomly turned grid of rotations (and over shifts where centring
-is unknown), and inserts every image at its likeliest poses, weighted, into a map that forgets. The radius marches
-from `FIRST_RADIUS` to `LAST_RADIUS` Fourier pixels. Several seeds run side by side on the same batches, each with two
-independent half-maps; held-out likelihood picks the best.
+is unknown), and inserts every image at its likeliest poses, weighted, into an exponentially decaying sum. The radius
+marches from `FIRST_RADIUS` to `LAST_RADIUS` Fourier pixels. Several random starts run side by side on the same batches,
+each with two independent half-maps; held-out likelihood picks the best.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.map.backprojection import MapAccumulator
+from scalecryo.errors import TrainingError
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
-from scalecryo.physics.fft import FourierPixels, rfft3_centred
-from scalecryo.physics.fourier_slice import gridding_correction
-from scalecryo.physics.image_formation import filtered, form_images
-from scalecryo.physics.mask import soft_sphere
+from scalecryo.map.reference import Reference, ReferenceSet, reference_transform
+from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.fsc import fsc
+from scalecryo.physics.image_formation import ctf_weighted, form_images
+from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.search import Posterior, grid_posterior, templates, turned_grid, with_flips
+from scalecryo.pose.candidate_sources import GridSearch
+from scalecryo.pose.search import templates
+from scalecryo.runs.monitor import PassReport
+from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.stage import Learned
+from scalecryo.train.stages.checks import check_contrast, check_count, check_images
 
 logger = logging.getLogger(__name__)
 FIRST_RADIUS, LAST_RADIUS, MARCH_SHARE = 4.0, 12.0, 0.7
+READ_RADIUS = 14.0  # Fourier pixels that are read: the noise is estimated a little beyond what is compared
 HALF_GRID = 2304
 KEEP = 40
 DECAY = 0.9
 REGULARISATION = 0.05
 LEAST_SHARE = 1e-2  # candidates with less posterior mass are not inserted
-PADDING = 2.0
-
-
-@dataclass
-class RandomStart:
-    """One half-map of one seed while it grows."""
-
-    seed: int
-    half: int
-    accumulator: MapAccumulator
-    evidence: list[float] = field(default_factory=list)
-
-    def transform(self) -> Tensor:
-        """Padded transform of the present map, ready to be sliced."""
-        return reference_transform(self.accumulator.solve(REGULARISATION), PADDING)
-
-
-@dataclass(frozen=True)
-class FirstMaps:
-    """What the bootstrap found: a map a half, at the box it worked in, and how much better than nothing it explains.
-
-    Attributes:
-        half_maps: independent maps, not yet aligned with each other.
-        gain: mean held-out log-likelihood ratio an image against an empty map, by half.
-        gain_error: its standard error.
-        all_gains: of every seed, by half.
-    """
-
-    half_maps: tuple[Float[Tensor, "n n n"], Float[Tensor, "n n n"]]
-    gain: tuple[float, float]
-    gain_error: tuple[float, float]
-    all_gains: tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def reference_transform(volume: Float[Tensor, "n n n"], padding: float) -> Tensor:
-    """Padded transform of a map inside its sphere, corrected for the slices' trilinear interpolation."""
-    box_size = volume.shape[-1]
-    window = soft_sphere(box_size, box_size / 2 - 2, edge_px=2, device=volume.device)
-    correction = gridding_correction(box_size, padding, volume.device)
-    return rfft3_centred(volume * window * correction, int(box_size * padding))
+SAVE_EVERY = 20
+NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
+LEAST_AGREEMENT = 0.5  # mean correlation of the halves over shells 2 to 6, aligned, below which there is none
+FIRST_REFERENCE_RADIUS = 12.0
 
 
 class Bootstrap:
-    """Grows `seeds` pairs of half-maps from random poses. Between two steps it can be saved, and taken up again."""
+    """Pairs of half-maps from several random starts; the starts stand where classes do."""
 
-    def __init__(
-        self,
-        pixels: FourierPixels,
-        shift_grid_px: Float[Tensor, "t 2"],
-        world: World,
-        *,
-        seeds: int,
-        steps: int,
-        seed: int,
-    ) -> None:
+    name = "start"
+
+    def __init__(self, context: RunContext, learned: Learned) -> None:
         """
         Args:
-            pixels: that the batches are packed by.
-            shift_grid_px: hypotheses for the shift, px of this level.
-            world: the workers among whom a batch is split.
-            seeds: independent starts.
-            steps: batches to learn from; a fifth as many more are read to judge.
-            seed: of the first start.
+            context: of the run.
+            learned: gets the best start's references.
+
+        Raises:
+            TrainingError: too few particles take part.
         """
-        device = pixels.kx.device
-        self.step = 0
-        self._pixels, self._shifts, self._world, self._steps = pixels, shift_grid_px, world, steps
-        self._grid = so3_grid(HALF_GRID).to(device)
-        self._noise = NoiseSpectrum(int(pixels.shell.max()) + 1, device)
-        self._starts = [
-            RandomStart(seed + number, half, MapAccumulator(pixels.box_size, PADDING, device))
-            for number in range(seeds)
-            for half in (1, 2)
-        ]
+        check_count(context.count, context.config.run.data)
+        self._context, self._learned = context, learned
+        settings, level = context.config.guided, min(context.store.levels)
+        self._starts, self._steps = settings.starts, settings.bootstrap_steps
+        self._judging = max(1, self._steps // 5)
+        self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
+        self._shifts = context.shift_grid_px(level)
+        self._grid = so3_grid(HALF_GRID).to(context.device)
+        self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
+        self._sums = Backprojection(level, device=context.device, classes=self._starts)
+        self._gains: dict[tuple[int, int], list[float]] = {}
+        self._step = 0  # batches learnt from
+        self._judged = 0
+        self._images = 0
 
-    def tensors(self) -> list[Tensor]:
-        """What the steps so far have come to; the same on every worker."""
-        return [*self._noise.tensors(), *(t for s in self._starts for t in s.accumulator.tensors())]
+    def request(self) -> BatchRequest:
+        """Some steps until the next checkpoint, or all batches that judge."""
+        batches = min(SAVE_EVERY - self._step % SAVE_EVERY, self._steps - self._step) or self._judging
+        self._images = 0
+        size = self._context.config.guided.bootstrap_batch
+        return BatchRequest((self._pixels,), size, start=self._step + self._judged, batches=batches)
 
-    def load(self, step: int, tensors: list[Tensor]) -> None:
-        """Go on after so many steps."""
-        self.step = step
-        for own, saved in zip(self.tensors(), tensors, strict=True):
+    def step(self, *images: ParticleImages) -> None:
+        """Learn from a batch, or judge by its held-out particles."""
+        (batch,) = images
+        self._images += len(batch)
+        held_out = self._context.partition.held_out(batch.rows)
+        if self._step == 0:
+            check_images(batch, self._context.config.run.data)
+        if self._step < self._steps:
+            self._learn(batch.select(~held_out), self._context.world)
+            self._step += 1
+        else:
+            self._judge(batch.select(held_out))
+            self._judged += 1
+
+    def finish_pass(self, world: World) -> PassReport:
+        """Say how far it is; at the end choose the best start of each half. Collective.
+
+        Raises:
+            TrainingError: the maps explain held-out images no better than nothing, or the contrast is inverted.
+        """
+        total = self._steps + self._judging
+        progress = (self._step + self._judged) / total
+        if self._judged:
+            self._learned.references = self._choose(world)
+        message = f"start: {self._step + self._judged} of {total} batches from random poses"
+        return PassReport(message, self._images, checkpoint=not self._judged, progress=progress)
+
+    def done(self) -> bool:
+        """Whether a start was chosen."""
+        return self._judged > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and noise; the same on every worker."""
+        tensors = [tensor.cpu() for tensor in self._tensors()]
+        return {"step": self._step, "settings": self._settings(), "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after so many steps; under other settings, from the beginning."""
+        if state["settings"] != self._settings():
+            return
+        self._step = int(state["step"])
+        for own, saved in zip(self._tensors(), state["tensors"], strict=True):
             own.copy_(saved)
 
-    def run(self, batches: Iterator[ParticleImages], after_step: Callable[[], None] = lambda: None) -> FirstMaps:
-        """The remaining steps; the best map of each half. Collective.
+    def _settings(self) -> str:
+        """What the random starts depend on."""
+        config = self._context.config
+        return f"{config.train.rows} {config.train.seed} {config.guided} {config.pose.centred}"
 
-        Args:
-            batches: endless, this worker's share of each global batch, from step `step` on.
-            after_step: called after each step.
-        """
-        while self.step < self._steps:
-            self._learn(_learning(next(batches)))
-            self.step += 1
-            after_step()
-        near = self._pixels.prefix(LAST_RADIUS)
-        for number in range(max(1, self._steps // 5)):
-            self._judge(next(batches), near, self._steps + number)
-        return _choose(self._starts, self._world)
+    def _tensors(self) -> list[Tensor]:
+        return [*self._noise.tensors(), *self._sums.tensors()]
 
-    def _learn(self, batch: ParticleImages) -> None:
+    def _slots(self) -> list[tuple[int, int]]:
+        """Start and half of each map."""
+        return [(number, half) for number in range(self._starts) for half in (1, 2)]
+
+    def _learn(self, batch: ParticleImages, world: World) -> None:
         """One step of every start, and of the noise that they share; one reduction over the workers."""
         noise = self._noise
-        radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(1.0, self.step / (MARCH_SHARE * self._steps))
+        radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(1.0, self._step / (MARCH_SHARE * self._steps))
         near = self._pixels.prefix(radius)
-        if self.step == 0:
-            noise.add(batch.images, None, self._pixels)
-            self._world.all_reduce_(*noise.tensors())
+        if self._step == 0:
+            noise.add(batch.transforms, None, self._pixels)
+            world.all_reduce_(*noise.tensors())
         noise.decay(DECAY)
         residuals = NoiseSpectrum(len(noise.power), near.kx.device)
-        # A worker that holds none of a half still takes part in the reduction.
-        grown = [self._grow(start, batch, near, residuals) for start in self._starts]
-        parts = [*residuals.tensors(), *(part for fresh in grown for part in fresh.within(radius))]
-        self._world.all_reduce_(*parts)
-        noise.power += parts[0]
-        noise.count += parts[1]
-        for number, (start, fresh) in enumerate(zip(self._starts, grown, strict=True)):
-            fresh.put_within(radius, parts[2 + 2 * number], parts[3 + 2 * number])
-            start.accumulator.decay(DECAY)
-            start.accumulator.numerator += fresh.numerator
-            start.accumulator.denominator += fresh.denominator
+        fresh = Backprojection(near.box_size, device=near.kx.device, classes=self._starts)
+        for slot in self._slots():
+            images = batch.select(batch.half == slot[1]).within(radius)
+            if len(images):  # a worker that holds none of a half still takes part in the reduction
+                self._insert(images, slot, near, fresh, residuals)
+        parts = fresh.within(radius)
+        world.all_reduce_(*residuals.tensors(), *parts)
+        noise.power += residuals.power
+        noise.count += residuals.count
+        fresh.put_within(radius, *parts)
+        self._sums.decay(DECAY)
+        self._sums.numerator += fresh.numerator
+        self._sums.denominator += fresh.denominator
 
-    def _grow(
-        self, start: RandomStart, batch: ParticleImages, near: FourierPixels, residuals: NoiseSpectrum
-    ) -> MapAccumulator:
-        """One step of one half-map on this worker: posterior of its images, insertion into a new accumulator."""
-        fresh = MapAccumulator(near.box_size, PADDING, near.kx.device)
-        images = batch.select(batch.half == start.half).prefix(len(near))
-        count = len(images)
-        if count and self.step == 0:
+    def _insert(
+        self, images: ParticleImages, slot: tuple[int, int], near: FourierPixels, fresh: Backprojection,
+        residuals: NoiseSpectrum,
+    ) -> None:  # fmt: skip
+        """One step of one half-map on this worker: the posterior of its images, each inserted where it is likely."""
+        (number, half), count, device = slot, len(images), near.kx.device
+        weighted = ctf_weighted(images.transforms, images.ctf)
+        if self._step == 0:
             # Other poses on every worker; the turned grids of later steps are the same on all.
-            generator = torch.Generator().manual_seed(start.seed + 1009 * self._world.rank)
-            rotation = random_rotations(count, generator).to(near.kx.device)
+            generator = torch.Generator().manual_seed(self._seed(number) + 1009 * self._context.world.rank)
+            rotation = random_rotations(count, generator).to(device)
             shift = self._shifts[torch.randint(len(self._shifts), (count,), generator=generator)]
-            ones = torch.ones(count, device=near.kx.device)
-            fresh.add(filtered(images.images, images.ctf), rotation, shift, ones, near)
-        elif count:
-            turned, posterior, transform = self._search(start, images, near, self.step)
-            mass = (posterior.log_likelihood - posterior.log_likelihood[:, :1]).exp()
-            mass = mass / mass.sum(1, keepdim=True)
-            rotation, shift = turned[posterior.rotation_index], self._shifts[posterior.shift_index]
-            image, candidate = (mass > LEAST_SHARE).nonzero(as_tuple=True)  # host sync: how many are inserted
-            chosen = rotation[image, candidate], shift[image, candidate]
-            fresh.add(filtered(images.images, images.ctf).select(image), *chosen, mass[image, candidate], near)
-            predicted = templates(transform, rotation[:, 0], near, fresh.scale)
-            predicted = form_images(predicted, images.ctf, shift[:, 0], near.kx, near.ky, near.box_size)
-            residuals.add(images.images - predicted, None, near)
-        return fresh
+            ones = torch.ones(count, device=device)
+            fresh.insert(weighted, rotation, shift, ones, near, class_index=number, half=half)
+            return
+        reference = self._reference(slot)
+        search = self._search(reference, slot, near, self._step)
+        posterior = search.posterior(images, self._shifts)
+        mass = (posterior.log_likelihood - posterior.log_likelihood[:, :1]).exp()
+        mass = mass / mass.sum(1, keepdim=True)
+        rotation, shift = search.rotations[posterior.rotation_index], self._shifts[posterior.shift_index]
+        image, candidate = (mass > LEAST_SHARE).nonzero(as_tuple=True)  # host sync: how many are inserted
+        chosen = rotation[image, candidate], shift[image, candidate], mass[image, candidate]
+        fresh.insert(weighted.select(image), *chosen, near, class_index=number, half=half)
+        predicted = templates(reference.transform, rotation[:, 0], near, reference.scale)
+        predicted = form_images(predicted, images.ctf, shift[:, 0], near.kx, near.ky, near.box_size)
+        residuals.add(images.transforms - predicted, None, near)
 
-    def _search(
-        self, start: RandomStart, images: ParticleImages, near: FourierPixels, step: int
-    ) -> tuple[Float[Tensor, "g 3 3"], Posterior, Tensor]:
-        """The turned grid, the posterior of a half's images over it, and the transform that it was formed with."""
+    def _reference(self, slot: tuple[int, int]) -> Reference:
+        """The present map of a start's half."""
+        solved = self._sums.solve_one(*slot, REGULARISATION)
+        return Reference(reference_transform(solved, self._sums.scale), self._sums.scale, self._noise)
+
+    def _seed(self, number: int) -> int:
+        return self._context.config.train.seed + number
+
+    def _search(self, reference: Reference, slot: tuple[int, int], near: FourierPixels, step: int) -> GridSearch:
         # Of the step alone: a run that was taken up again turns its grids alike.
-        generator = torch.Generator().manual_seed(1_000_003 * start.seed + 2 * step + start.half)
-        half_grid = turned_grid(self._grid, generator)
-        transform = start.transform()
-        bank = templates(transform, half_grid, near, start.accumulator.scale)
-        weight = self._noise.pixel_weight(near)
-        posterior = grid_posterior(images.images, images.ctf, weight, bank, self._shifts, near, keep=KEEP)
-        return with_flips(half_grid), posterior, transform
+        generator = torch.Generator().manual_seed(1_000_003 * self._seed(slot[0]) + 2 * step + slot[1])
+        return GridSearch(reference, self._grid, near, generator, keep=KEEP)
 
-    def _judge(self, batch: ParticleImages, near: FourierPixels, step: int) -> None:
-        """Note how much better than an empty map each start explains a batch's held-out particles."""
-        batch = batch.select(_held_out(batch))
+    def _judge(self, batch: ParticleImages) -> None:
+        """Note how much better than an empty map each start explains held-out particles."""
+        near = self._pixels.prefix(LAST_RADIUS)
         hypotheses = math.log(2 * len(self._grid) * len(self._shifts))
-        for start in self._starts:
-            images = batch.select(batch.half == start.half).prefix(len(near))
+        for slot in self._slots():
+            images = batch.select(batch.half == slot[1])
             if len(images):
-                _, posterior, _ = self._search(start, images, near, step)
-                start.evidence += (posterior.log_evidence - hypotheses).tolist()
+                search = self._search(self._reference(slot), slot, near, self._steps + self._judged)
+                gain = search.posterior(images, self._shifts).log_evidence - hypotheses
+                self._gains.setdefault(slot, []).extend(gain.tolist())  # host sync
+
+    def _choose(self, world: World) -> ReferenceSet:
+        """The start with the best held-out likelihood, for each half on its own; the halves laid onto each other."""
+        maps, gains = [], []
+        for half in (1, 2):
+            found = [torch.tensor(self._gains.get((n, half), []), dtype=torch.float64) for n in range(self._starts)]
+            sums = torch.stack([torch.stack([v.sum(), v.square().sum(), v.new_tensor(len(v))]) for v in found])
+            sums = sums.to(self._context.device)  # NCCL reduces no tensor of the CPU
+            world.all_reduce_(sums)
+            mean = sums[:, 0] / sums[:, 2]
+            error = (sums[:, 1] / sums[:, 2] - mean.square()).clamp_min(0).sqrt() / sums[:, 2].sqrt()
+            best = int(mean.argmax())  # host sync
+            maps.append(self._sums.solve_one(best, half, REGULARISATION))
+            gains.append((float(mean[best]), float(error[best])))
+            logger.info("start, half %d: held-out log-likelihood gain per image of each random start: %s",
+                        half, ", ".join(f"{gain:.2f}" for gain in mean.tolist()))  # fmt: skip
+        pair = _laid_onto_first(torch.stack(maps), world)
+        _refuse_noise(min(gains), float(fsc(pair[0], pair[1])[2:7].mean()), self._context.config.run.data)
+        check_contrast(pair.mean(0), self._context.config.run.data)
+        return first_references("start", pair, self._context)
 
 
-def _held_out(batch: ParticleImages) -> Tensor:
-    """A tenth of each half's particles, never learnt from, however often the stream comes round."""
-    return (batch.rows // 2) % 10 == 9
+def _laid_onto_first(maps: Float[Tensor, "2 n n n"], world: World) -> Float[Tensor, "2 n n n"]:
+    """The second half-map turned, moved and where needed mirrored onto the first, by worker 0. Collective."""
+    if world.is_leader:
+        alignment = align_maps(maps[1].cpu(), maps[0].cpu())
+        maps[1] = apply_alignment(maps[1].cpu(), alignment).to(maps)
+        if alignment.mirrored:
+            logger.info("start: the second half had the other hand and was mirrored")
+    else:
+        maps.zero_()
+    world.all_reduce_(maps)  # worker 0's, to all
+    return maps
 
 
-def _learning(batch: ParticleImages) -> ParticleImages:
-    return batch.select(~_held_out(batch))
+def _refuse_noise(gain: tuple[float, float], agreement: float, where: str) -> None:
+    """Raise where the maps explain held-out images no better than nothing, or the halves found different things."""
+    mean, error = gain
+    if mean < NO_SIGNAL_ERRORS * error or agreement < LEAST_AGREEMENT:
+        raise TrainingError(
+            f"{where}: the start found no structure: held-out images gain {mean:.2f} ± {error:.2f} in "
+            f"log-likelihood over an empty map, and the two halves' maps correlate by {agreement:.2f}: check contrast "
+            "sign, pixel size and box, use more particles, or raise guided.bootstrap_steps and guided.starts"
+        )
 
 
-def _choose(starts: list[RandomStart], world: World) -> FirstMaps:
-    """The seed with the best held-out likelihood, for each half on its own."""
-    maps, gains, errors, table = [], [], [], []
-    for half in (1, 2):
-        own = [s for s in starts if s.half == half]
-        sums = torch.tensor([[sum(s.evidence), sum(e * e for e in s.evidence), len(s.evidence)] for s in own],
-                            dtype=torch.float64)  # fmt: skip
-        world.all_reduce_(sums)
-        mean = sums[:, 0] / sums[:, 2]
-        spread = (sums[:, 1] / sums[:, 2] - mean.square()).clamp_min(0).sqrt() / sums[:, 2].sqrt()
-        best = int(mean.argmax())
-        maps.append(own[best].accumulator.solve(REGULARISATION))
-        gains.append(float(mean[best]))
-        errors.append(float(spread[best]))
-        table.append(tuple(mean.tolist()))
-        logger.info("bootstrap, half %d: log-likelihood gain an image by seed %s",
-                    half, ", ".join(f"{gain:.2f}" for gain in mean.tolist()))  # fmt: skip
-    return FirstMaps((maps[0], maps[1]), (gains[0], gains[1]), (errors[0], errors[1]), (table[0], table[1]))
+def first_references(what: str, maps: Float[Tensor, "2 n n n"], context: RunContext) -> ReferenceSet:
+    """References before the first iteration, from two half-maps of one class."""
+    pixel_size = context.store.level_pixel_size(maps.shape[-1])
+    mask = mask_from_map(maps.mean(0), pixel_size)
+    noise = torch.ones(maps.shape[-1] // 2 + 1, device=maps.device)
+    found = ReferenceSet.of_maps(maps[None], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, mask=mask[None])
+    shell, angstrom = found.resolution(0.5)
+    logger.info("%s: half-maps agree (FSC 0.5) to shell %.1f, %.1f Å", what, shell, angstrom)
+    return found

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.errors import TrainingError
-from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.mask import soft_sphere
 from scalecryo.physics.particle_images import ParticleImages
 
@@ -32,14 +31,14 @@ def check_count(count: int, where: str) -> None:
         )
 
 
-def check_images(batch: ParticleImages, pixels: FourierPixels, where: str) -> None:
+def check_images(batch: ParticleImages, where: str) -> None:
     """Refuse images that are all alike, and say so where their power does not follow their CTFs.
 
     Raises:
         TrainingError: one image over and over.
     """
-    mean = batch.images.mean(0)
-    power = batch.images.abs().square().mean(0)
+    pixels, mean = batch.pixels, batch.transforms.mean(0)
+    power = batch.transforms.abs().square().mean(0)
     differing = 1 - (mean.abs().square() * pixels.weight).sum() / (power * pixels.weight).sum().clamp_min(1e-30)
     if float(differing) < ALIKE:  # host sync: once a run
         raise TrainingError(
@@ -49,7 +48,7 @@ def check_images(batch: ParticleImages, pixels: FourierPixels, where: str) -> No
     if batch.ctf is None:
         logger.info("the particles carry no CTF: their images are taken as plain projections")
         return
-    follows = ctf_correlation(batch, pixels)
+    follows = ctf_correlation(batch)
     if follows is not None and follows < LEAST_CTF_CORRELATION:
         logger.warning(
             "the images' power does not follow the CTFs of the table (correlation %.3f): check pixel size, "
@@ -57,7 +56,7 @@ def check_images(batch: ParticleImages, pixels: FourierPixels, where: str) -> No
         )  # fmt: skip
 
 
-def ctf_correlation(batch: ParticleImages, pixels: FourierPixels) -> float | None:
+def ctf_correlation(batch: ParticleImages) -> float | None:
     """Correlation, from image to image, of the power at each Fourier pixel with the CTF²; None where CTFs are alike.
 
     Right CTFs of different defocus give a clearly positive one; those of another pixel size, unit or table do not.
@@ -66,7 +65,7 @@ def ctf_correlation(batch: ParticleImages, pixels: FourierPixels) -> float | Non
         return None
     expected = batch.ctf.square()
     spread = expected.std(0) / expected.mean(0).clamp_min(1e-6)
-    power = batch.images.abs().square()
+    power, pixels = batch.transforms.abs().square(), batch.pixels
     # Whole images differ in scale too, by their content: that says nothing of the CTF.
     power = power / (power / power.mean(0)).mean(1, keepdim=True)
     found = power / power.mean(0) - 1

@@ -1,165 +1,141 @@
-"""One streamed pass that gives every particle a pose and accumulates two half-maps."""
+"""The final pass: every particle a pose, both half-maps at the full box, and the results of the run."""
 
-import dataclasses
+import hashlib
 import logging
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from scalecryo.config import Config
-from scalecryo.data.selection.subset import Subset
-from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.stream import Batch, sequential
 from scalecryo.distributed.world import World
-from scalecryo.map.halfmaps import HalfMaps
-from scalecryo.physics.fft import FourierPixels, fourier_pixels, irfft2_centred, rfft2_centred
-from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted_on_padded_box, filtered
-from scalecryo.physics.poses import Assignment
+from scalecryo.errors import CheckpointError
+from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, ctf_weighted_on_padded_box
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.runs.checkpoint import newest_step
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.results import write_results
-from scalecryo.train.batches import chosen_weight, half_of, particle_inputs, stream_columns
-from scalecryo.train.posed import Posed
-from scalecryo.train.posed_parts import PosedParts
+from scalecryo.runs.monitor import PassReport
+from scalecryo.runs.pictures import Pairs
+from scalecryo.runs.results import FinalParticles, write_results
+from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.particle_state import ParticleState
+from scalecryo.train.stage import Learned
+from scalecryo.train.stages.final_poses import FinalPoses, ModelPoses, ReferencePoses
 
 logger = logging.getLogger(__name__)
 BATCH = 256
-EXAMPLES = 8
 
 
-class Poser(Protocol):
-    """Finds poses of particles that stream by."""
+class FinalPass:
+    """One pass over all particles, also those never trained on; one that was killed goes on where it stood."""
 
-    @property
-    def level(self) -> int:
-        """The box that it wants to see."""
+    name = "final pass"
 
-    def pose(self, batch: Batch, *, pictures: bool) -> Posed:
-        """Poses of a batch at that level; a few pictures where asked for."""
+    def __init__(
+        self, context: RunContext, learned: Learned, *, out: RunFolder | None = None, remember: bool = True
+    ) -> None:
+        """
+        Args:
+            context: of the run.
+            learned: references or model, and poses of the particles seen before.
+            out: where results go; None: the run's folder.
+            remember: whether the store is the one trained on, so that remembered poses are of its particles.
+        """
+        self._context, self._learned, self._remember = context, learned, remember
+        self._out = out or context.run
+        self._found = ParticleState(self._out, context.store.count)
+        self._sums: Backprojection | None = None
+        self._poses: FinalPoses | None = None
+        self._pairs: Pairs | None = None
+        self._pass, self._images, self._done = "", 0, False
 
+    def request(self) -> BatchRequest:
+        """Every particle in order, at the level that poses are found at and at the full box."""
+        context = self._context
+        # Of the particles and the checkpoint: what another one found counts for nothing.
+        identity = f"{context.data_hash}-{newest_step(context.run)}"
+        self._pass = f"final_{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+        self._poses = self._final_poses()
+        full = context.pixels(context.store.box_size)
+        self._sums = Backprojection(full.box_size, device=context.device, classes=self._classes())
+        before = self._found.load_pass(self._pass)
+        if before:
+            logger.info("final pass: %d particles were posed before", before)
+        self._found.begin(self._pass)
+        same = self._poses.pixels.box_size == full.box_size
+        pixels = (full,) if same else (self._poses.pixels, full)
+        return BatchRequest(pixels, BATCH, shuffled=False, training_rows=False)
 
-@torch.no_grad()
-def assign_particles(
-    config: Config,
-    store: ParticleStore,
-    poser: Poser,
-    run: RunFolder,
-    world: World,
-    device: torch.device,
-    *,
-    identity: str,
-    subset: Subset | None = None,
-    learned: Tensor | None = None,
-) -> None:
-    """Pose every particle, reconstruct both halves at the full box, and let worker 0 write the results.
-
-    A pass that was killed goes on where it stood, if it was one of the same identity.
-
-    Args:
-        identity: of what poses: the training data and the checkpoint's step.
-        subset: the particles that enter the maps; the others are posed only.
-        learned: a trained volume to write beside the reconstruction.
-    """
-    halves = HalfMaps(store.box_size, device=device)
-    pixels = fourier_pixels(store.box_size).to(device)
-    collector = _Collector()
-    parts = PosedParts(run, identity, store.count)
-    if parts.rows_before:
-        logger.info("assign: %d particles were posed before", parts.rows_before)
-    for small, full in _both_levels(store, poser.level, world, device):
-        before = parts.posed(small.rows)
+    @torch.no_grad()
+    def step(self, *images: ParticleImages) -> None:
+        """Pose a batch and add it to its half's sums."""
+        assert self._poses is not None, "request() comes first"
+        assert self._sums is not None, "request() comes first"
+        small, full = images[0], images[-1]
+        found, seen = self._found.read(small.rows)
         # The first batch is posed in any case: its pictures are wanted.
-        if before is not None and not collector.wants_pictures:
-            posed = before
-        else:
-            posed = poser.pose(small, pictures=collector.wants_pictures)
-        if before is None:
-            parts.note(full.rows, posed)
-        half = half_of(full, config.train.half > 0)
-        weight = posed.weight * chosen_weight(subset, full.rows)
-        images = _filtered(full, store, pixels)
-        halves.add(images, posed.rotation, posed.shift / store.pixel_size, weight, half, pixels)
-        collector.add(full.rows, posed, half)
-    parts.flush()
-    if world.size > 1:
-        halves.reduce(world.all_reduce_, pixels.radius_limit)
-    assignment = collector.gather(world)
-    if assignment is not None:
-        write_results(config, store, run, assignment, halves.solve(store.pixel_size), learned)
-        parts.remove()
+        if self._pairs is None or not bool(seen.all()):  # host sync
+            found = self._poses.estimate(small)
+            if self._pairs is None:
+                self._pairs = self._poses.pictures(small, found)
+            self._found.note(small.rows, found, small.half)
+        weight = self._poses.weight(found) * self._context.chosen(full.rows)
+        pose = found.rotation, found.shift_px(full.pixel_size), weight
+        self._sums.add(_weighted(full), *pose, full.half, full.pixels, found.class_index)
+        self._images += len(small)
+
+    def finish_pass(self, world: World) -> PassReport:
+        """Sum over the workers; worker 0 solves and writes the results. Collective."""
+        context, sums = self._context, self._sums
+        assert sums is not None, "request() comes first"
+        if world.size > 1:
+            sums.all_reduce_(world.all_reduce_, context.pixels(sums.box_size).radius_limit)
+        self._found.commit(world)
+        if world.is_leader:
+            self._write(sums)
+            self._found.remove_pass(self._pass)
+        self._done = True
+        return PassReport(f"final pass: {context.store.count:,} particles posed", self._images, checkpoint=False)
+
+    def done(self) -> bool:
+        """Whether the pass was made."""
+        return self._done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what is found lies in parts."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
+
+    def _final_poses(self) -> FinalPoses:
+        learned, context = self._learned, self._context
+        if learned.model is not None:
+            return ModelPoses(context, learned.model)
+        if learned.references is None:
+            raise CheckpointError(f"{context.run.url} holds no checkpoint: train it first")
+        remembered = learned.particles if self._remember else None
+        return ReferencePoses(context, learned.references, remembered, learned.encoder)
+
+    def _classes(self) -> int:
+        return 1 if self._learned.references is None else self._learned.references.classes
+
+    def _write(self, sums: Backprojection) -> None:
+        context, model = self._context, self._learned.model
+        level, radius = sums.box_size, sums.box_size / 2 - 1
+        noise = torch.ones(level // 2 + 1, device=context.device)
+        maps = ReferenceSet.of_maps(sums.solve(), context.store.pixel_size, noise=noise, radius=radius)
+        found, half = self._found.all()
+        particles = FinalParticles(found, half, self._pairs)
+        learned_map = None if model is None else model.volume.density()
+        write_results(context.config, context.store, self._out, particles, maps, learned_map)
 
 
-def _filtered(batch: Batch, store: ParticleStore, pixels: FourierPixels) -> CtfWeightedImages:
+def _weighted(images: ParticleImages) -> CtfWeightedImages:
     """Full images times their CTF."""
-    inputs = particle_inputs(batch, store, store.box_size)
-    if inputs.ctf is not None:
-        return ctf_weighted_on_padded_box(inputs.images, inputs.ctf, store.pixel_size, pixels)
-    return filtered(pixels.pack(rfft2_centred(inputs.images)), None)
-
-
-def _both_levels(store: ParticleStore, level: int, world: World, device: torch.device) -> Iterator[tuple[Batch, Batch]]:
-    """This worker's particles at the poser's level and at the full box."""
-
-    def read(box: int) -> Iterator[Batch]:
-        columns = stream_columns(store)
-        return sequential(
-            store, box, rank=world.rank, world_size=world.size, batch_size=BATCH, columns=columns, device=device
-        )
-
-    if level == store.box_size:
-        return ((batch, dataclasses.replace(batch, rows=batch.rows.clone())) for batch in read(level))
-    return zip(read(level), read(store.box_size), strict=True)
-
-
-def pictures_of(observed: Tensor, predicted: Tensor, pixels: FourierPixels) -> tuple[Tensor, Tensor]:
-    """The first few images and predictions, packed, as real-space pictures."""
-    first, second = (
-        irfft2_centred(pixels.unpack(packed[:EXAMPLES]), pixels.box_size).cpu() for packed in (observed, predicted)
-    )
-    return first, second
-
-
-def correlation(observed: Tensor, predicted: Tensor, weight: Float[Tensor, " p"]) -> Float[Tensor, " b"]:
-    """Correlation of images with their predictions over packed Fourier pixels, clipped to 0 … 1."""
-    weight = weight.clone()
-    weight[0] = 0.0  # the mean carries no shape
-    cross = (weight * (observed * predicted.conj()).real).sum(-1)
-    power = (weight * observed.abs().square()).sum(-1) * (weight * predicted.abs().square()).sum(-1)
-    return (cross / power.sqrt().clamp_min(1e-20)).clamp(0, 1)
-
-
-class _Collector:
-    """Gathers what the pass found, batch by batch, and in the end over the workers."""
-
-    def __init__(self) -> None:
-        self._rows = [torch.zeros(0, dtype=torch.long)]
-        self._rotation = [torch.zeros(0, 3, 3)]
-        self._shift = [torch.zeros(0, 2)]
-        self._confidence = [torch.zeros(0)]
-        self._half = [torch.zeros(0, dtype=torch.long)]
-        self._pictures: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def wants_pictures(self) -> bool:
-        return self._pictures is None
-
-    def add(self, rows: Tensor, posed: Posed, half: Tensor) -> None:
-        self._rows.append(rows.cpu())
-        self._rotation.append(posed.rotation.cpu())
-        self._shift.append(posed.shift.cpu())
-        self._confidence.append(posed.confidence.cpu())
-        self._half.append(half.cpu())
-        self._pictures = self._pictures or posed.pictures
-
-    def gather(self, world: World) -> Assignment | None:
-        """Every worker's findings, in the order of the rows, on worker 0; None elsewhere. Collective."""
-        columns = (self._rows, self._rotation, self._shift, self._confidence, self._half)
-        gathered = [world.gather(torch.cat(parts)) for parts in columns]
-        if not world.is_leader:
-            return None
-        order = torch.cat(gathered[0]).argsort()
-        rotation, shift, confidence, half = (torch.cat(parts)[order] for parts in gathered[1:])
-        observed, predicted = self._pictures or (torch.zeros(0, 1, 1), torch.zeros(0, 1, 1))
-        return Assignment(rotation, shift, confidence, half, observed, predicted)
+    if images.optics is not None and images.real is not None:
+        real: Tensor = images.real
+        return ctf_weighted_on_padded_box(real, images.optics, images.pixel_size, images.pixels)
+    return ctf_weighted(images.transforms, images.ctf)

@@ -1,0 +1,171 @@
+"""The maps that poses are sought against: two independent half-maps for every class, and what they share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from scalecryo.map.backprojection import PADDING
+from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.physics.fft import FourierPixels, fourier_resize_3d, irfft3_centred, rfft3_centred
+from scalecryo.physics.fourier_slice import gridding_correction
+from scalecryo.physics.fsc import fsc, resolution, shell_index_3d
+from scalecryo.physics.kernels.packed_volume import PackedVolume
+from scalecryo.physics.mask import mask_from_map, soft_sphere
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One map, ready to be sliced.
+
+    Attributes:
+        transform: padded, inside its sphere, corrected for the slices' trilinear interpolation.
+        scale: samples per cycle and box.
+        noise: spectrum in the units of the images' transforms at the same level.
+    """
+
+    transform: Complex[Tensor, "d d h"]
+    scale: float
+    noise: NoiseSpectrum
+
+    @cached_property
+    def packed(self) -> PackedVolume:
+        """The transform as local refinement takes it; what it prepares is kept for the next batch."""
+        return PackedVolume(self.transform)
+
+
+References = Mapping[tuple[int, int], Reference]
+"""By class (from 0) and half (1 or 2)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceSet:
+    """Half-maps of every class, not filtered, with their correlation and the noise that all share.
+
+    Attributes:
+        maps: at the level where they were made; half h (1 or 2) at index h - 1.
+        pixel_size: Å, of that level.
+        mask: soft mask around the density of each class.
+        fsc: between the half-maps of each class, unmasked, by integer shell.
+        fsc_masked: the same within the mask.
+        noise: variance of each shell, in units of unscaled transforms of unit-variance white noise divided by N².
+        radius: Fourier pixels up to which poses were refined.
+    """
+
+    maps: Float[Tensor, "classes 2 n n n"]
+    pixel_size: float
+    mask: Float[Tensor, "classes n n n"]
+    fsc: Float[Tensor, "classes shells"]
+    fsc_masked: Float[Tensor, "classes shells"]
+    noise: Float[Tensor, " shells"]
+    radius: float
+
+    @classmethod
+    def of_maps(
+        cls,
+        maps: Float[Tensor, "classes 2 n n n"],
+        pixel_size: float,
+        *,
+        noise: Float[Tensor, " shells"],
+        radius: float,
+        mask: Float[Tensor, "classes n n n"] | None = None,
+    ) -> "ReferenceSet":
+        """Compare half-maps that were just solved; without a mask it is made from their FSC-weighted mean."""
+        curves = torch.stack([fsc(*halves) for halves in maps])
+        if mask is None:
+            means = [weight_shells(pair.mean(0), c_ref(curve)) for pair, curve in zip(maps, curves, strict=True)]
+            mask = torch.stack([mask_from_map(mean, pixel_size) for mean in means])
+        masked = torch.stack([fsc(pair[0] * own, pair[1] * own) for pair, own in zip(maps, mask, strict=True)])
+        return cls(maps, pixel_size, mask, curves, masked, noise, radius)
+
+    @property
+    def level(self) -> int:
+        """Box of the level where the maps were made, px."""
+        return int(self.maps.shape[-1])
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.maps)
+
+    def mean(self, class_index: int = 0) -> Float[Tensor, "n n n"]:
+        """Mean of a class's half-maps."""
+        return (self.maps[class_index, 0] + self.maps[class_index, 1]) / 2
+
+    def curve(self, class_index: int = 0) -> Float[Tensor, " shells"]:
+        """A class's masked FSC in single precision: what maps are filtered by."""
+        return self.fsc_masked[class_index].float()
+
+    def resolution(self, threshold: float) -> tuple[float, float]:
+        """Shell and Å at which the best class's masked FSC falls to a threshold."""
+        return max(
+            resolution(self.curve(number), self.level, self.pixel_size, threshold) for number in range(self.classes)
+        )
+
+    def at(self, level: int, pixels: FourierPixels) -> References:
+        """Every map, filtered by what its halves share, at another level, for images packed by some Fourier pixels.
+
+        A half-map's Wiener filter is the half-map correlation itself: FSC = signal / (signal + noise of one half).
+        """
+        noise = self.level_noise(level, pixels)
+        return {
+            (number, half): self._reference(self.maps[number, half - 1], number, level, noise)
+            for number in range(self.classes)
+            for half in (1, 2)
+        }
+
+    def mean_at(self, level: int, pixels: FourierPixels, class_index: int = 0) -> Reference:
+        """The mean of a class's half-maps, prepared alike."""
+        return self._reference(self.mean(class_index), class_index, level, self.level_noise(level, pixels))
+
+    def _reference(self, volume: Float[Tensor, "n n n"], number: int, level: int, noise: NoiseSpectrum) -> Reference:
+        filtered = weight_shells(volume, self.curve(number).clamp(0, 1)) * mask_from_map(self.mean(number), 1.0)
+        if self.level != level:
+            filtered = fourier_resize_3d(filtered, level)
+        return Reference(reference_transform(filtered, PADDING), PADDING, noise)
+
+    def level_noise(self, level: int, pixels: FourierPixels) -> NoiseSpectrum:
+        """The noise spectrum in the units of a level; shells beyond those that were seen get the last one's."""
+        noise = NoiseSpectrum(int(pixels.shell.max()) + 1, self.noise.device)
+        shells = len(noise.power)
+        known = self.noise[:shells]
+        noise.power[:] = torch.cat([known, known[-1:].expand(shells - len(known))]) * level**2
+        noise.count[:] = 1.0
+        return noise
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        tensors = {name: getattr(self, name).cpu() for name in ("maps", "mask", "fsc", "fsc_masked", "noise")}
+        return tensors | {"pixel_size": self.pixel_size, "radius": self.radius}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], device: torch.device) -> "ReferenceSet":
+        """What `state_dict` gave."""
+        tensors = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
+        return cls(**tensors, pixel_size=float(state["pixel_size"]), radius=float(state["radius"]))
+
+
+def reference_transform(volume: Float[Tensor, "n n n"], padding: float) -> Complex[Tensor, "d d h"]:
+    """Padded transform of a map inside its sphere, corrected for the slices' trilinear interpolation."""
+    box_size = volume.shape[-1]
+    window = soft_sphere(box_size, box_size / 2 - 2, edge_px=2, device=volume.device)
+    correction = gridding_correction(box_size, padding, volume.device)
+    return rfft3_centred(volume * window * correction, int(box_size * padding))
+
+
+def c_ref(curve: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
+    """Expected correlation of the halves' mean with the truth, sqrt(2 FSC / (1 + FSC)) (Rosenthal & Henderson 2003)."""
+    positive = curve.clamp(0, 1)
+    return (2 * positive / (1 + positive)).sqrt()
+
+
+def weight_shells(volume: Float[Tensor, "n n n"], weight: Float[Tensor, " shells"]) -> Float[Tensor, "n n n"]:
+    """Multiply each Fourier shell of a map by a weight; shells past the last keep none."""
+    box_size = volume.shape[-1]
+    shells = shell_index_3d(box_size, volume.device)
+    padded = torch.cat([weight, weight.new_zeros(int(shells.max()) + 1 - len(weight))])  # host sync: once per map
+    return irfft3_centred(rfft3_centred(volume) * padded[shells], box_size)

@@ -1,0 +1,167 @@
+"""Where candidate poses come from: an exhaustive search of a reference, or the encoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.map.reference import Reference
+from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
+from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.image_formation import shift_ramp
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseCandidates, Poses, concatenated
+from scalecryo.pose.modes import separated_modes
+from scalecryo.pose.search import Posterior, grid_posterior, templates, turned_grid, with_flips
+
+SEPARATION_DEG = 25.0
+KEEP = 64  # hypotheses of a search, or of the encoder, that modes are made of
+
+
+class CandidateSource(Protocol):
+    """Candidate poses of a batch."""
+
+    def candidates(
+        self, images: ParticleImages, reference: Reference, known: Poses, seen: Bool[Tensor, " b"]
+    ) -> PoseCandidates:
+        """As many for every image; those of images seen before may use the known pose."""
+
+
+class GridSearch:
+    """Exhaustive search of a reference at one radius, over a grid of rotations that is turned at random."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        grid: Float[Tensor, "h 3 3"],
+        pixels: FourierPixels,
+        generator: torch.Generator,
+        *,
+        keep: int = KEEP,
+    ) -> None:
+        """
+        Args:
+            reference: that is searched.
+            grid: rotations; their in-plane flips are searched too.
+            pixels: that are compared, of the reference's level.
+            generator: of the turn.
+            keep: hypotheses kept for each image.
+        """
+        self.pixels = pixels
+        self._keep = keep
+        self._weight = reference.noise.pixel_weight(pixels)
+        half = turned_grid(grid, generator)
+        self.rotations = with_flips(half)
+        self._bank = templates(reference.transform, half, pixels, reference.scale)
+
+    def posterior(self, images: ParticleImages, shift_grid_px: Float[Tensor, "t 2"]) -> Posterior:
+        """The best hypotheses of every image."""
+        near = images.within(self.pixels.radius_limit)
+        return grid_posterior(
+            near.transforms, near.ctf, self._weight, self._bank, shift_grid_px, self.pixels, keep=self._keep
+        )
+
+    def modes(self, images: ParticleImages, shift_grid_px: Float[Tensor, "t 2"], count: int) -> PoseCandidates:
+        """The `count` best separated modes of each particle, over a grid of shifts as well."""
+        posterior = self.posterior(images, shift_grid_px)
+        found = posterior.candidates(self.rotations, shift_grid_px * images.pixel_size)
+        return separated_modes(found, count, SEPARATION_DEG)
+
+    def modes_near(self, images: ParticleImages, shift: Float[Tensor, "b 2"], count: int) -> PoseCandidates:
+        """The same at each particle's own shift, Å: the images are brought to the centre first."""
+        near, pixels = images.within(self.pixels.radius_limit), self.pixels
+        back = shift_ramp(-shift / images.pixel_size, pixels.kx, pixels.ky, pixels.box_size)
+        found = self.modes(near.with_transforms(near.transforms * back), shift.new_zeros(1, 2), count)
+        return replace(found, shift=found.shift + shift[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSource:
+    """Modes of an exhaustive search: at the known shift where a pose is known, beside that pose; else over all shifts.
+
+    Attributes:
+        grid: rotations, without their in-plane flips.
+        radius: Fourier pixels that are compared.
+        shift_grid_px: hypotheses for an unknown shift, px of the level.
+        count: modes per image.
+        generator: of the turns of the grid, one for each call.
+    """
+
+    grid: Float[Tensor, "h 3 3"]
+    radius: float
+    shift_grid_px: Float[Tensor, "t 2"]
+    count: int
+    generator: torch.Generator
+
+    def candidates(
+        self, images: ParticleImages, reference: Reference, known: Poses, seen: Bool[Tensor, " b"]
+    ) -> PoseCandidates:
+        """See `CandidateSource`."""
+        search = GridSearch(reference, self.grid, images.pixels.prefix(self.radius), self.generator)
+        old, new = seen.nonzero()[:, 0], seen.logical_not().nonzero()[:, 0]  # host sync
+        if len(old) == 0:
+            return search.modes(images, self.shift_grid_px, self.count)
+        if len(new) == 0:
+            modes = search.modes_near(images, known.shift, self.count)
+        else:
+            near = search.modes_near(images.select(old), known.shift[old], self.count)
+            far = search.modes(images.select(new), self.shift_grid_px, self.count)
+            modes = _in_order([near, far], torch.cat([old, new]))
+        # An image without a known pose gets its best mode twice: every image has as many candidates.
+        rotation = torch.where(seen[:, None, None], known.rotation, modes.rotation[:, 0])
+        shift = torch.where(seen[:, None], known.shift, modes.shift[:, 0])
+        first = PoseCandidates(rotation[:, None], shift[:, None], modes.log_weight[:, :1])
+        return concatenated([first, modes], 1)
+
+
+def _in_order(parts: Sequence[PoseCandidates], rows: Tensor) -> PoseCandidates:
+    """Candidates of several groups of particles, in the order of the rows that they belong to."""
+    joined, order = concatenated(parts, 0), rows.argsort()
+    return PoseCandidates(joined.rotation[order], joined.shift[order], joined.log_weight[order])
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderSource:
+    """Separated modes of the encoder's distribution; the known pose is not looked at.
+
+    Attributes:
+        encoder: at its own level.
+        pixels: that it sees, of that level.
+        pixel_size: Å, of that level.
+        noise: in the units of that level.
+        count: modes per image.
+    """
+
+    encoder: GridEncoder
+    pixels: FourierPixels
+    pixel_size: float
+    noise: NoiseSpectrum
+    count: int
+
+    def candidates(
+        self, images: ParticleImages, reference: Reference, known: Poses, seen: Bool[Tensor, " b"]
+    ) -> PoseCandidates:
+        """See `CandidateSource`."""
+        found = self.encoder.candidates(self.predict(images), KEEP, self.pixel_size)
+        return separated_modes(found, self.count, SEPARATION_DEG)
+
+    def predict(self, images: ParticleImages) -> GridPrediction:
+        """The encoder's distribution: one forward pass.
+
+        The transforms of two levels differ by the ratio of the boxes (levels keep the noise), and both are packed by
+        rising radius: the encoder's pixels are the first ones of the images'.
+        """
+        near = images.within(self.pixels.radius_limit)
+        weight = self.noise.pixel_weight(self.pixels)
+        scaled = near.transforms * (self.pixels.box_size / images.box_size)
+        features = encoder_features(scaled, near.ctf, weight)
+        kind = features.device.type
+        # Twice as fast where the hardware has it; local refinement makes up for the last bits of the modes.
+        brief = kind == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        with torch.autocast(kind, torch.bfloat16, enabled=brief):
+            logits, shift_px = self.encoder(features)
+        return GridPrediction(logits.float(), shift_px.float())

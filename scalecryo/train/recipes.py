@@ -1,0 +1,68 @@
+"""Recipes: which stages a run is made of. A new stage needs one file and one line here."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+
+from scalecryo.model.grid_encoder import GridEncoder
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.search import with_flips
+from scalecryo.train.encoder_training import EncoderTrainer
+from scalecryo.train.particle_source import RunContext
+from scalecryo.train.particle_state import ParticleState
+from scalecryo.train.stage import Learned, Stage
+from scalecryo.train.stages.bootstrap import HALF_GRID, Bootstrap
+from scalecryo.train.stages.final_pass import FinalPass
+from scalecryo.train.stages.gradient_descent import GradientDescent
+from scalecryo.train.stages.imported_poses import ImportedPoses
+from scalecryo.train.stages.refinement import Refinement
+
+ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
+
+StageMaker = Callable[[RunContext, Learned], Stage]
+RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
+    {
+        "guided": (Bootstrap, Refinement, FinalPass),
+        "poses": (ImportedPoses, Refinement, FinalPass),
+        "autoencoder": (GradientDescent, FinalPass),
+        "known": (GradientDescent, FinalPass),
+        "table": (GradientDescent, FinalPass),
+    }
+)
+
+
+def recipe_of(context: RunContext) -> str:
+    """The recipe that the settings name."""
+    config = context.config
+    if config.pose.source == "guided":
+        return "poses" if config.guided.start == "poses" else "guided"
+    return "autoencoder" if config.pose.source == "encoder" else config.pose.source
+
+
+def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
+    """The stages of a run, and what they will learn; the final pass only where `train.final_pass` asks for it."""
+    recipe = recipe_of(context)
+    learned = Learned(ParticleState(context.run, context.store.count))
+    if recipe in ("guided", "poses"):
+        learned.encoder = _encoder_trainer(context)
+    makers = [maker for maker in RECIPES[recipe] if maker is not FinalPass or context.config.train.final_pass]
+    return [maker(context, learned) for maker in makers], learned
+
+
+def _encoder_trainer(context: RunContext) -> EncoderTrainer | None:
+    """The encoder and its optimiser, at the store's smallest level; None where it learns nothing. Collective."""
+    settings, store, world = context.config.guided, context.store, context.world
+    if settings.encoder_steps == 0:
+        return None
+    level, seed = min(store.levels), context.config.train.seed
+    pixels, pixel_size = context.pixels(level, min(level / 2 - 1, ENCODER_RADIUS)), store.level_pixel_size(level)
+    sigma = settings.shift_radius_a / 2 / pixel_size if context.fit_shift else 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        grid = with_flips(so3_grid(HALF_GRID))
+        encoder = GridEncoder(grid, len(pixels), settings.encoder_hidden, max(sigma, 0.1)).to(context.device)
+    return EncoderTrainer(
+        encoder, pixels, pixel_size, rate=settings.encoder_rate, shift_sigma_px=sigma, world=world,
+        reduce_dtype=context.config.optim.reduce_dtype, seed=seed + world.rank,
+    )  # fmt: skip

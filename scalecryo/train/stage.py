@@ -1,0 +1,56 @@
+"""The protocol of a stage: one way to learn from a stream of particles."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from scalecryo.distributed.world import World
+from scalecryo.map.reference import ReferenceSet
+from scalecryo.model.autoencoder import AutoEncoder
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.runs.monitor import PassReport
+from scalecryo.train.encoder_training import EncoderTrainer
+from scalecryo.train.particle_source import BatchRequest
+from scalecryo.train.particle_state import ParticleState
+
+
+@dataclass
+class Learned:
+    """What stages hand on.
+
+    Attributes:
+        particles: last pose of every particle.
+        references: half-maps of every class.
+        encoder: that learns to pose while references are refined.
+        model: the auto-encoder.
+    """
+
+    particles: ParticleState
+    references: ReferenceSet | None = None
+    encoder: EncoderTrainer | None = None
+    model: AutoEncoder | None = None
+
+
+class Stage(Protocol):
+    """Expectation maximisation at a resolution, gradient descent, or the final pass; a loop of passes over batches."""
+
+    name: str
+    """What a checkpoint says where the run stands."""
+
+    def request(self) -> BatchRequest:
+        """What the next pass reads. Called once before each pass."""
+
+    def step(self, *images: ParticleImages) -> None:
+        """One batch: E-step and sums, or forward, backward, optimiser. A record of the batch for each level asked."""
+
+    def finish_pass(self, world: World) -> PassReport:
+        """End the pass: reduce over the workers, solve, measure. Collective."""
+
+    def done(self) -> bool:
+        """Whether another pass is needed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps between two passes."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""

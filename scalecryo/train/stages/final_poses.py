@@ -1,0 +1,192 @@
+"""Who poses the particles in the final pass: references, or the auto-encoder itself."""
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from scalecryo.errors import TrainingError
+from scalecryo.evaluate.align import Alignment
+from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
+from scalecryo.map.reference import ReferenceSet
+from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
+from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.candidate_sources import CandidateSource, EncoderSource, SearchSource
+from scalecryo.pose.estimator import EStepPlan, PoseEstimator
+from scalecryo.runs.pictures import EXAMPLES, Pairs, correlation, pictures_of
+from scalecryo.train.encoder_training import EncoderTrainer
+from scalecryo.train.particle_source import RunContext
+from scalecryo.train.particle_state import ParticleState
+from scalecryo.train.stages.bootstrap import HALF_GRID
+from scalecryo.train.stages.refinement import FIRST_PASSES, PASSES
+
+MODES = 6
+SEARCH_RADIUS = 12.0  # Fourier pixels
+# Radius and passes of the local refinement of a particle never seen, and the passes at the last radius. Measured on G
+# with shifts: as accurate as 2 last passes and a tenth of the gain, in half the time.
+FIRST_STEPS, LAST_PASSES = ((12.0, FIRST_PASSES), (28.0, 1)), 1
+PRUNE_FRACTION = 0.03  # of the best mode's gain
+PROBABILITY_RADIUS = 24.0  # Fourier pixels that tell whether an image shows the particle
+LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to
+
+
+class FinalPoses(Protocol):
+    """Poses of particles that stream by."""
+
+    pixels: FourierPixels
+    """Of the level that it wants to see."""
+
+    def estimate(self, images: ParticleImages) -> PoseEstimates:
+        """Poses of a batch at that level."""
+
+    def weight(self, found: PoseEstimates) -> Tensor:
+        """Of each particle in the maps, 0 … 1."""
+
+    def pictures(self, images: ParticleImages, found: PoseEstimates) -> Pairs:
+        """A few images and their predictions."""
+
+
+class ReferencePoses:
+    """Poses by local refinement against each half's own reference, from what is remembered, else from a search.
+
+    The second half's frame is laid onto the first's, so that poses and maps agree.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        references: ReferenceSet,
+        remembered: ParticleState | None,
+        encoder: EncoderTrainer | None,
+    ) -> None:
+        """
+        Args:
+            context: of the run.
+            references: of the last iteration.
+            remembered: poses of the particles seen before; None: every particle is new.
+            encoder: that finds new particles' modes; None: they are searched.
+        """
+        level = references.level
+        self.pixels = context.pixels(level)
+        self._remembered, self._seed = remembered, context.config.train.seed
+        self._generator = torch.Generator()
+        radius = min(references.radius, level / 2 - 1)
+        steps = tuple((at, passes) for at, passes in FIRST_STEPS if at < radius)
+        plan = EStepPlan(
+            radius=radius,
+            passes=PASSES if remembered is not None else 0,
+            search_known=False,
+            steps=(*steps, (radius, LAST_PASSES)),
+            prune_fraction=PRUNE_FRACTION,
+            fit_shift=context.fit_shift,
+            probability_radius=min(PROBABILITY_RADIUS, radius),
+            shift_radius=context.config.guided.shift_radius_a,
+        )
+        source: CandidateSource
+        self.encoder_source: EncoderSource | None = None
+        if encoder is not None:
+            noise = references.level_noise(encoder.pixels.box_size, encoder.pixels)
+            source = EncoderSource(encoder.encoder, encoder.pixels, encoder.pixel_size, noise, MODES)
+            self.encoder_source = source
+        else:
+            grid = so3_grid(HALF_GRID).to(context.device)
+            shifts = context.shift_grid_px(level)
+            source = SearchSource(grid, min(SEARCH_RADIUS, radius), shifts, MODES, self._generator)
+        prepared = references.at(level, self.pixels)
+        self._estimator = PoseEstimator(prepared, plan, source, context.world.timer)
+        self._pixel_size = references.pixel_size
+        self._onto_first = [_lay_onto(second, first) for first, second in references.maps]
+
+    def estimate(self, images: ParticleImages) -> PoseEstimates:
+        """Remembered poses refined once more; the others searched, then refined at rising radii."""
+        # The turned grids of a search depend on the batch alone: a resumed pass finds the same.
+        self._generator.manual_seed(self._seed + int(images.rows[0]))  # host sync
+        if self._remembered is not None:
+            known, seen = self._remembered.read(images.rows)
+        else:
+            known = PoseEstimates.unknown(len(images), images.rows.device)
+            seen = torch.zeros(len(images), dtype=torch.bool, device=images.rows.device)
+        self._own_frame = found = self._estimator.estimate(images, known, seen)
+        for number, alignment in enumerate(self._onto_first):
+            at = ((images.half == 2) & (found.class_index == number)).nonzero()[:, 0]  # host sync
+            if len(at):
+                found = found.put(at, _moved(found.select(at), alignment, self._pixel_size))
+        return found
+
+    def weight(self, found: PoseEstimates) -> Tensor:
+        """An image that shows no particle hardly enters the maps."""
+        return found.particle_probability.clamp_min(LEAST_WEIGHT)
+
+    def pictures(self, images: ParticleImages, found: PoseEstimates) -> Pairs:
+        """Of the first half, whose frame the poses are in."""
+        few, predicted = self._estimator.predictions(images, found, EXAMPLES, half=1)
+        return pictures_of(few.transforms, predicted, self.pixels)
+
+    def encoder_rotation(self, images: ParticleImages) -> Tensor:
+        """Rotations by the encoder alone, one forward pass and nothing else.
+
+        Raises:
+            TrainingError: the run has no encoder.
+        """
+        if self.encoder_source is None:
+            raise TrainingError("this run has no encoder: train it with guided.encoder_steps >= 1")
+        source = self.encoder_source
+        return source.encoder.own_rotation(source.predict(images))
+
+
+def _moved(found: PoseEstimates, alignment: Alignment, pixel_size: float) -> PoseEstimates:
+    """Poses of the second half in the first one's frame."""
+    rotation = alignment.rotation.to(found.rotation) @ found.rotation
+    moved = (rotation.mT @ alignment.shift_px.to(rotation))[:, :2] * pixel_size
+    return replace(found, rotation=rotation, shift=found.shift - moved)
+
+
+def _lay_onto(moving: Tensor, fixed: Tensor) -> Alignment:
+    """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well."""
+    fixed, moving = fixed.cpu(), moving.cpu()
+    starts = [Alignment(symmetry, False, torch.zeros(3), 0.0) for symmetry in rotational_symmetry((fixed + moving) / 2)]
+    return align_maps(moving, fixed, starts, search=False)
+
+
+class ModelPoses:
+    """Poses by the auto-encoder's own pose source: encoder, table or known."""
+
+    def __init__(self, context: RunContext, model: AutoEncoder) -> None:
+        """
+        Args:
+            context: of the run.
+            model: trained.
+        """
+        self.pixels = context.pixels(model.volume.box_size)
+        self._model = model
+        # A pose table knows only the rows that it was trained on.
+        limited = context.config.pose.source == "table" and context.config.train.rows
+        self._rows = context.config.train.rows if limited else context.store.count
+        self._output: AutoEncoderOutput | None = None
+
+    def estimate(self, images: ParticleImages) -> PoseEstimates:
+        """One forward pass."""
+        usable = (images.rows < self._rows).float()
+        self._output = output = self._model(images)
+        fit = correlation(images.transforms, output.predicted, images.pixels.weight)
+        return PoseEstimates(
+            rotation=output.poses.rotation,
+            shift=output.poses.shift,
+            class_index=torch.zeros(len(images), dtype=torch.long, device=images.rows.device),
+            confidence=fit,
+            particle_probability=usable,
+            log_likelihood=-output.loss,
+        )
+
+    def weight(self, found: PoseEstimates) -> Tensor:
+        """Every image whose pose is known enters the maps alike."""
+        return found.particle_probability
+
+    def pictures(self, images: ParticleImages, found: PoseEstimates) -> Pairs:
+        """Of the last batch."""
+        assert self._output is not None, "estimate() comes first"
+        return pictures_of(images.transforms, self._output.predicted, images.pixels)

@@ -1,0 +1,108 @@
+"""The E-step against the poses, halves and classes that images were made with."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalecryo.distributed.timer import Timer
+from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.fft import FourierPixels, fourier_pixels
+from scalecryo.physics.image_formation import form_images
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.rotation import geodesic_angle, random_rotations
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.candidate_sources import SearchSource
+from scalecryo.pose.estimator import EStepPlan, PoseEstimator
+from scalecryo.pose.search import shift_grid, templates
+
+BOX, PIXEL_SIZE, COUNT, SIGMA = 32, 3.0, 48, 0.5
+
+
+def blobs(seed: int) -> Tensor:
+    """A map of twelve Gaussian blobs without symmetry."""
+    line = torch.arange(BOX) - BOX // 2
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    volume = torch.zeros(BOX, BOX, BOX)
+    for centre in torch.randn((12, 3), generator=torch.Generator().manual_seed(seed)) * BOX / 8:
+        squared = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2
+        volume += torch.exp(-squared / (2 * 1.5**2))
+    return volume
+
+
+def references(classes: int) -> ReferenceSet:
+    """Noise-free half-maps: both halves of a class are one map."""
+    maps = torch.stack([torch.stack([blobs(number)] * 2) for number in range(classes)])
+    return ReferenceSet.of_maps(maps, PIXEL_SIZE, noise=torch.full((BOX // 2 + 1,), SIGMA**2), radius=12.0)
+
+
+def particles(known: ReferenceSet, pixels: FourierPixels) -> tuple[ParticleImages, PoseEstimates]:
+    """Images of the references at random poses, shifted, with white noise of the spectrum that the references name."""
+    generator = torch.Generator().manual_seed(7)
+    rotation, rows = random_rotations(COUNT, generator), torch.arange(COUNT)
+    shift_px = torch.rand(COUNT, 2, generator=generator) * 3 - 1.5
+    class_index, half, one = rows % known.classes, 1 + rows // 2 % 2, torch.ones(COUNT)
+    prepared = known.at(BOX, pixels)
+    slices = torch.zeros(COUNT, len(pixels), dtype=torch.complex64)
+    for number in range(known.classes):
+        own = class_index == number
+        slices[own] = templates(prepared[number, 1].transform, rotation[own], pixels, prepared[number, 1].scale)
+    images = form_images(slices, None, shift_px, pixels.kx, pixels.ky, BOX)
+    images += torch.randn(images.shape, dtype=torch.complex64, generator=generator) * BOX * SIGMA
+    truth = PoseEstimates(rotation, shift_px * PIXEL_SIZE, class_index, one, one, one)
+    return ParticleImages(rows, half, one, rows * 0, pixels, PIXEL_SIZE).with_transforms(images), truth
+
+
+def estimator(known: ReferenceSet, pixels: FourierPixels, *, search_known: bool) -> PoseEstimator:
+    source = SearchSource(so3_grid(1152), 10.0, shift_grid(2.0, 1.0), 3, torch.Generator().manual_seed(0))
+    plan = EStepPlan(12.0, 2, search_known, ((8.0, 3), (12.0, 2)), probability_radius=10.0, shift_radius=6.0)
+    return PoseEstimator(known.at(BOX, pixels), plan, source, Timer())
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_unknown_poses_and_classes_are_found(classes: int) -> None:
+    # Reference: what the images were made with. At 12 Fourier pixels of 32 px a turn of 60/12 = 5° moves the outermost
+    # pixel by one; at this noise local refinement is good to a small part of that, and of a pixel.
+    pixels, known = fourier_pixels(BOX, 13.0), references(classes)
+    images, truth = particles(known, pixels)
+    nothing, seen = PoseEstimates.unknown(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    found = estimator(known, pixels, search_known=False).estimate(images, nothing, seen)
+    assert geodesic_angle(found.rotation, truth.rotation).median() < 2.0
+    assert (found.shift - truth.shift).norm(dim=1).median() < 0.2 * PIXEL_SIZE
+    assert float((found.class_index == truth.class_index).float().mean()) > 0.95
+    assert found.particle_probability.median() > 0.99
+    assert ((found.confidence >= 0) & (found.confidence <= 1)).all()
+
+
+def test_a_known_pose_is_refined_and_kept_in_its_half() -> None:
+    # Poses turned by 3° come back; a search beside them finds no better one; each half is posed against its own map:
+    # with the second half's map replaced by another, only the second half's likelihood falls.
+    pixels, known = fourier_pixels(BOX, 13.0), references(1)
+    images, truth = particles(known, pixels)
+    angle = torch.tensor(3.0).deg2rad()
+    turn = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0], [0.0, 0.0, 1.0]])
+    start = PoseEstimates(truth.rotation @ turn, truth.shift, truth.class_index, *3 * [torch.ones(COUNT)])
+    seen = torch.ones(COUNT, dtype=torch.bool)
+    alone, beside = (
+        estimator(known, pixels, search_known=search).estimate(images, start, seen) for search in (False, True)
+    )
+    assert geodesic_angle(alone.rotation, truth.rotation).median() < 1.0
+    assert geodesic_angle(beside.rotation, alone.rotation).median() < 0.5
+    other = ReferenceSet.of_maps(
+        torch.stack([torch.stack([blobs(0), blobs(5)])]), PIXEL_SIZE, noise=known.noise, radius=12.0,
+        mask=known.mask,
+    )  # fmt: skip
+    wrong = estimator(other, pixels, search_known=False).estimate(images, start, seen)
+    fell = (wrong.log_likelihood < alone.log_likelihood - 20).float()
+    assert fell[images.half == 2].mean() > 0.9
+
+
+def test_noise_is_no_particle() -> None:
+    pixels, known = fourier_pixels(BOX, 13.0), references(1)
+    images, _ = particles(known, pixels)
+    noise = (
+        torch.randn(COUNT, len(pixels), dtype=torch.complex64, generator=torch.Generator().manual_seed(3)) * BOX * SIGMA
+    )
+    nothing, seen = PoseEstimates.unknown(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    found = estimator(known, pixels, search_known=False).estimate(images.with_transforms(noise), nothing, seen)
+    assert found.particle_probability.median() < 0.01
