@@ -204,7 +204,7 @@ class Refinement:
         self._number = 0  # finished iterations
         self._settled = 0  # iterations in a row that brought no progress
         self._radius = 0.0  # of the next one; 0: the first
-        self._moved = 1.0  # share of the particles seen before that moved far in the last one
+        self._moved: float | None = None  # share of the particles seen before that moved far in the last one
         self._iteration: Iteration | None = None
 
     def request(self) -> BatchRequest:
@@ -228,7 +228,7 @@ class Refinement:
         assert before is not None, "a start comes before the refinement"
         after = iteration.finish(world)
         plan, moved = iteration.plan, iteration.counts.tolist()  # host sync
-        self._moved = moved[0] / moved[1] if moved[1] else 1.0
+        self._moved = moved[0] / moved[1] if moved[1] else None
         still = plan.modes == 0 and _is_settled(before, after)
         self._settled = self._settled + 1 if still else 0
         self._number += 1
@@ -268,7 +268,7 @@ class Refinement:
             learned.encoder.load_state_dict(state["encoder"])
         learned.particles.load(state["parts"])
         self._number, self._settled = int(state["number"]), int(state["settled"])
-        self._radius, self._moved = float(state["radius"]), float(state["moved"])
+        self._radius, self._moved = float(state["radius"]), state["moved"]
 
     def _plan(self) -> IterationPlan:
         """The next iteration; it searches while particles still jump, unless they came with poses."""
@@ -277,30 +277,33 @@ class Refinement:
         settings, number, imported = context.config.guided, self._number, context.config.guided.start == "poses"
         if not self._radius:
             self._radius = max(FIRST_RADIUS, references.resolution(0.5)[0]) if imported else FIRST_RADIUS
-        jumping = number < 2 or self._moved > STILL
+        jumping = number < 2 or self._moved is None or self._moved > STILL
         searching = not imported and number < settings.search_iterations and jumping
         radius = min(self._radius, max(context.levels) / 2 - 2.0)  # just inside the largest level's Nyquist
         return plan_iteration(radius, context.levels, number, search=searching, shifted=context.fit_shift)
 
     def _report(self, iteration: Iteration, after: ReferenceSet, counts: list[float]) -> PassReport:
-        plan, number, density = iteration.plan, self._number, after.mean()
+        plan, number = iteration.plan, self._number
         shell, angstrom = after.resolution(0.143)
         refined = after.level * after.pixel_size / plan.radius
         rows = torch.arange(self._context.rows)[:: max(1, self._context.rows // SAMPLE)]
         known, seen = self._learned.particles.read(rows)
         scalars: dict[str, float] = {
             "iteration/radius": plan.radius, "iteration/level": plan.level, "iteration/modes": plan.modes,
-            "iteration/moved_share": self._moved, "halves/fsc_0.143_shell": shell,
-            "halves/resolution_angstrom": angstrom, "halves/fsc_mean": float(after.curve().mean()),
+            "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom, "halves/fsc_mean": float(after.curve().mean()),
             "likelihood_gain_per_image": counts[2] / max(counts[3], 1),
         }  # fmt: skip
+        message = (
+            f"iteration {number}: poses refined to {refined:.1f} Å, half-maps agree (FSC 0.143) to {angstrom:.2f} Å"
+        )
+        if self._moved is not None:  # nobody was seen before the second visit
+            scalars["iteration/moved_share"] = self._moved
+            message += f", {100 * self._moved:.0f} % of the particles still move"
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(
-            f"iteration {number}: poses refined to {refined:.1f} Å, half-maps agree (FSC 0.143) to {angstrom:.2f} Å, "
-            f"{100 * self._moved:.0f} % of the particles still move",
-            iteration.images, number, scalars, {"poses/confidence": known.confidence[seen]}, density, rows[seen],
-            known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
+            message, iteration.images, number, scalars, {"poses/confidence": known.confidence[seen]}, after.mean(),
+            rows[seen], known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
         )  # fmt: skip
 
 
