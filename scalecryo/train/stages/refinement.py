@@ -290,7 +290,8 @@ class Refinement:
         known, seen = self._learned.particles.read(rows)
         scalars: dict[str, float] = {
             "iteration/radius": plan.radius, "iteration/level": plan.level, "iteration/modes": plan.modes,
-            "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom, "halves/fsc_mean": float(after.curve().mean()),
+            "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
+            "halves/fsc_mean": float(after.curve().mean()),
             "likelihood_gain_per_image": counts[2] / max(counts[3], 1),
         }  # fmt: skip
         message = (
