@@ -17,7 +17,7 @@ class GridPrediction(NamedTuple):
     """What the encoder says of a batch.
 
     Attributes:
-        logits: of each rotation of the grid, up to a constant a particle.
+        logits: of each rotation of the grid, up to a constant per particle.
         shift_px: where the content sits, px of the encoder's level.
     """
 
@@ -55,7 +55,7 @@ class GridEncoder(nn.Module):
         return PoseCandidates(self.grid[index], shift, log_weight)
 
     def own_rotation(self, prediction: GridPrediction, nearest: int = 16, width_deg: float = 20.0) -> Tensor:
-        """One differentiable rotation a particle: the mean of the grid around its likeliest point.
+        """One differentiable rotation per particle: the mean of the grid around its likeliest point.
 
         The chordal mean, projected onto SO(3), of the `nearest` likeliest rotations within the width of the best.
         """

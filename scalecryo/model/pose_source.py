@@ -1,6 +1,6 @@
 """Pose sources: each yields candidate poses for a batch, in the same form.
 
-`known` reads them from the particle table (the paper's «tomo»), `table` holds one free pose a particle (its «AD»),
+`known` reads them from the particle table (the paper's «tomo»), `table` holds one free pose per particle (its «AD»),
 `encoder` computes them from the image.
 """
 
@@ -48,7 +48,7 @@ class KnownPoses(nn.Module):
 
 
 class PoseTable(nn.Module):
-    """One free pose a particle, started at random: memory grows with the number of particles."""
+    """One free pose per particle, started at random: memory grows with the number of particles."""
 
     def __init__(
         self, count: int, parameterisation: Parameterisation, centred: bool, generator: torch.Generator
