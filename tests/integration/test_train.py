@@ -152,6 +152,14 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(simulated: SimulatedPa
     assert np.array_equal(a, b)
 
 
+def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    start(simulated.store, tmp_path / "run", train__final_pass="false")
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]
+    torch.save({"format_version": 1, "step": 6, "store_hash": "x", "model": {}}, newest)
+    with pytest.raises(CheckpointError, match=r"format 1, this scalecryo reads 2: use the version .*anew$"):
+        start(simulated.store, tmp_path / "run", resume=True)
+
+
 def test_damaged_newest_checkpoint_falls_back(
     simulated: SimulatedParticles, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,8 +78,7 @@ class GradientDescent:
         self._losses += self._loss
         self._last = batch, output
         self._images += len(batch)
-        present = batch.weight > 0
-        self._recent.append((batch.rows[present], output.poses.rotation.detach()[present]))  # host sync
+        self._recent.append((batch.rows, output.poses.rotation.detach()))
         while sum(len(rows) for rows, _ in self._recent) > RECENT_POSES and len(self._recent) > 1:
             self._recent.popleft()
         self._step += 1
@@ -150,7 +149,8 @@ class GradientDescent:
             }
         if pictures:
             rows, rotation = (torch.cat(parts).cpu() for parts in zip(*self._recent, strict=True))
-            found |= {"density": self._model.volume.density(), "rows": rows, "rotation": rotation,
+            present = rows >= 0  # the others are padding
+            found |= {"density": self._model.volume.density(), "rows": rows[present], "rotation": rotation[present],
                       "pairs": pictures_of(images.transforms, output.predicted, images.pixels)}  # fmt: skip
         return found
 
