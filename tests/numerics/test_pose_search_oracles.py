@@ -32,8 +32,8 @@ class Blobs:
     def slices(self, rotation: np.ndarray, kx: np.ndarray, ky: np.ndarray, box: int = BOX) -> np.ndarray:
         """F(R (kx, ky, 0)), (..., p); kx and ky in cycles per box."""
         phase = (rotation[..., :, 0, None] * kx + rotation[..., :, 1, None] * ky).swapaxes(-1, -2) @ self.centre.T
-        all_reduce_ = (np.exp(-2j * np.pi / box * phase) * self.amplitude).sum(-1)
-        return all_reduce_ * (2 * np.pi * SIGMA**2) ** 1.5 * np.exp(-2 * (np.pi * SIGMA / box) ** 2 * (kx**2 + ky**2))
+        amplitude = (np.exp(-2j * np.pi / box * phase) * self.amplitude).sum(-1)
+        return amplitude * (2 * np.pi * SIGMA**2) ** 1.5 * np.exp(-2 * (np.pi * SIGMA / box) ** 2 * (kx**2 + ky**2))
 
     def voxels(self, box: int = BOX) -> torch.Tensor:
         """Sampled density, [z, y, x], centred at box // 2."""

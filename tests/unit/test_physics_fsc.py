@@ -30,6 +30,7 @@ def test_resolution_is_plain_python():
     assert all(type(value) is float for value in resolution(torch.tensor([1.0, 0.9, 0.1]), 8, 2.0, 0.5))
 
 
+@pytest.mark.usefixtures("wrong_shapes")
 def test_unequal_boxes_are_refused():
     with pytest.raises(InputError, match="resize one"):
         fsc(torch.zeros(8, 8, 8), torch.zeros(6, 6, 6))

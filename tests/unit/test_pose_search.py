@@ -88,6 +88,7 @@ def packed(images: int, radius: float = 5) -> dict:
     }
 
 
+@pytest.mark.usefixtures("wrong_shapes")
 def test_posterior_refuses_what_does_not_fit():
     data = packed(3)
     templates = torch.randn(4, len(data["pixels"]), dtype=torch.complex64)
