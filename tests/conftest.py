@@ -14,6 +14,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from urllib.error import URLError
 
+import jaxtyping
 import pytest
 import torch
 
@@ -21,10 +22,24 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Before the package is imported. .ci/run sets it; CONTRIBUTING.md says what it costs.
+if os.environ.get("SCALECRYO_CHECK_SHAPES") == "1":
+    from tests.support.shapes import check_shapes
+
+    check_shapes()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that use Ray first: they take longest, and with `-n 2 --dist loadfile` the others run beside them."""
     items.sort(key=lambda item: item.parent is None or item.parent.get_closest_marker("ray") is None)
+
+
+@pytest.fixture
+def wrong_shapes() -> Iterator[None]:
+    """For tests of the package's own refusals: arguments need not have the shapes that annotations promise."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

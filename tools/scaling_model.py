@@ -1,15 +1,14 @@
 """What a step or an iteration costs on many GPUs: bytes, seconds, images a second and money, from a model with stated
 terms.
 
-tools/scaling_tables.py prints it. Nothing here was measured on a GPU. Each constant below says where it comes from.
+tools/bench/scaling.py prints it. Nothing here was measured on a GPU. Each constant below says where it comes from.
 What a step takes with one and two workers of one CPU core each, and how well the same terms describe that, is
-tools/bench_workers.py's.
+tools/bench/workers.py's.
 
 (a) the paper's auto-encoder: every GPU keeps its batch (weak scaling), gradients of volume and encoder are summed in
     every step, as plain DDP in float32 does it;
 (b) an iteration of the guided method that reads every particle: batches of `ITERATION_BATCH` a GPU, the encoder's
-lessons summed
-    `LESSONS` times a batch, the half-maps' accumulators once at the end.
+    lessons summed `LESSONS` times a batch, the half-maps' accumulators once at the end.
 
 Seconds of a step = max(max(GPU, host) + the part of the all-reduce that does not hide behind the backward pass, data).
 """
@@ -18,8 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from scalecryo.model.memory import step_memory
 from scalecryo.physics.fourier_slice import padded_box
+from tools.step_memory import step_memory
 
 PARTICLES = 10**7
 BOXES, GPUS = (128, 256, 400), (8, 64, 512)
@@ -115,7 +114,7 @@ def accumulator_ball_bytes(reach: float, padding: float = 2.0) -> int:
     return 2 * (8 + 4) * half_ball_points(padding * reach + math.sqrt(3))
 
 
-def rung_reach(box: int, radius: float) -> float:
+def iteration_reach(box: int, radius: float) -> float:
     """Radius up to which an iteration inserts, as `IterationPlan.reach`, in pixels."""
     return min(box / 2 - 1, 1.4 * radius + 6)
 
@@ -250,7 +249,7 @@ def predict_steps(
     return Prediction(gpus, box, PARTICLES, terms, max(busy, key=lambda name: busy[name]), hardware.dollars_hour)
 
 
-def rung_compute(box: int, batch: float, hardware: Hardware) -> tuple[float, float]:
+def iteration_compute(box: int, batch: float, hardware: Hardware) -> tuple[float, float]:
     """Seconds of the GPU for one batch of (b), and for what an iteration does once: references and solutions."""
     memory, reach = hardware.memory * hardware.memory_share, box / 2 - 1
     # Polish: two passes and a last look; insertion reads and adds; transform, CTF and copies of the packed pixels.
@@ -260,7 +259,7 @@ def rung_compute(box: int, batch: float, hardware: Hardware) -> tuple[float, flo
         hardware.flops * 0.3)
                          + ADAM_BYTES * grid_encoder_parameters() / memory)  # fmt: skip
     d = padded_box(box, 2.0)
-    # About forty walks over a padded transform for each half: references, plane mates, shell means, transforms.
+    # About forty walks over a padded transform for each half: references, Friedel partners, shell means, transforms.
     once = 2 * 40 * 12 * d * d * (d // 2 + 1) / memory
     return batch * samples / memory + lessons, once
 
@@ -270,7 +269,7 @@ def predict_iteration(
 ) -> Prediction:
     """An iteration of (b) that reads so many particles, `batch` of them a GPU at a time, and searches none of them
     anew."""
-    device, once = rung_compute(box, batch, hardware)
+    device, once = iteration_compute(box, batch, hardware)
     work = max(device, hardware.host_batch)
     lessons = LESSONS * all_reduce_seconds(4 * grid_encoder_parameters(), gpus, hardware)
     data, batches = data_seconds(batch, box, gpus, hardware), particles / (batch * gpus)

@@ -1,7 +1,5 @@
 """This worker's copy of the model, and what crosses the network for it in each step."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,18 +70,6 @@ class Replica:
         """The model's forward pass."""
         return self._module(*inputs)
 
-    @contextmanager
-    def unjoined(self) -> Iterator[None]:
-        """Within, gradients stay where they are: what a benchmark compares with."""
-        if self._volume is None:
-            yield
-            return
-        self._volume.paused = True
-        module = self._module
-        with module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext():
-            yield
-        self._volume.paused = False
-
     def finish(self) -> None:
         """After the backward pass: wait until the gradients of all workers are in. Collective."""
         if self._volume is not None:
@@ -108,7 +94,6 @@ class VolumeReduction:
             window: factor that each voxel is used with; 0: not at all.
             dtype: that gradients travel in.
         """
-        self.paused = False
         self._voxels, self._size, self._dtype = voxels, world.size, dtype
         self._inside: Int[Tensor, " k"] = (window.flatten() > 0).nonzero()[:, 0]
         # A group of its own: DDP's reductions need not come in the same order on every worker.
@@ -123,7 +108,7 @@ class VolumeReduction:
         return len(self._inside) * self._dtype.itemsize
 
     def _start(self, voxels: Tensor) -> None:
-        if voxels.grad is not None and not self.paused:
+        if voxels.grad is not None:
             packed = voxels.grad.view(-1).index_select(0, self._inside) / self._size
             self._packed = packed.to(self._dtype)
             self._work = dist.all_reduce(self._packed, group=self._group, async_op=True)

@@ -37,7 +37,10 @@ class NoiseSpectrum:
         return self.power, self.count
 
     def variance(self) -> Float[Tensor, " shells"]:
-        """Mean squared modulus of the noise in each shell; shells never seen get the last one that was."""
+        """Mean squared modulus of the noise in each shell; shells never seen get the largest of those that were.
+
+        The largest, since a likelihood divides by it: what nothing is known of weighs least.
+        """
         known = self.power / self.count.clamp_min(1e-30)
         floor = 1e-4 * known.max().clamp_min(1e-30)  # noise-free simulations: interpolation errors are the noise
         return torch.where(self.count > 0, known.clamp_min(floor), known.max().clamp_min(floor)).float()

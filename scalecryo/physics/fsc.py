@@ -1,4 +1,4 @@
-"""Fourier shell and ring correlation, resolution, power spectra, phase randomisation.
+"""Fourier shell correlation, resolution, power spectra, phase randomisation.
 
 Shells are integer: shell s holds the coefficients whose radius in cycles per box rounds to s, for s = 0 .. N/2; the
 corners beyond are left out. Sums run over the full transform (each half-complex coefficient counts as
@@ -12,21 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.fft import check_even_box, irfft3_centred, rfft2_centred, rfft3_centred
+from scalecryo.physics.fft import check_even_box, irfft3_centred, rfft3_centred
 
 
 def shell_index_3d(box_size: int, device: torch.device | str | None = None) -> Int[Tensor, "n n h"]:
     """Integer shell of each coefficient of a half-complex 3-D transform, corners included (shells > N/2)."""
-    return _shell_index(box_size, 3, device)
-
-
-def _shell_index(box_size: int, dims: int, device: torch.device | str | None) -> Tensor:
     check_even_box(box_size)
     line = torch.fft.fftfreq(box_size, 1 / box_size, device=device, dtype=torch.float64).square()
-    squared = torch.arange(box_size // 2 + 1, device=device, dtype=torch.float64).square()
-    for _ in range(dims - 1):
-        squared = line.reshape(-1, *[1] * squared.ndim) + squared
-    return squared.sqrt().round().long()
+    half = torch.arange(box_size // 2 + 1, device=device, dtype=torch.float64).square()
+    return (line[:, None, None] + (line[:, None] + half)).sqrt().round().long()
 
 
 def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "s"]:
@@ -35,7 +29,7 @@ def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "s"]:
     # Columns kx = 0 and kx = N/2 are their own Friedel partners.
     weight = torch.full((half + 1,), 2.0, dtype=torch.float64, device=values.device)
     weight[0] = weight[half] = 1.0
-    shell = _shell_index(box_size, values.ndim, values.device).clamp_max(half + 1)
+    shell = shell_index_3d(box_size, values.device).clamp_max(half + 1)
     sums = torch.zeros(half + 2, dtype=torch.float64, device=values.device)
     return sums.index_add_(0, shell.flatten(), (values.double() * weight).flatten())[: half + 1]
 
@@ -56,12 +50,6 @@ def fsc(a: Float[Tensor, "n n n"], b: Float[Tensor, "n n n"]) -> Float[Tensor, "
     """
     _check_same(a, b)
     return _correlation(rfft3_centred(a), rfft3_centred(b), a.shape[-1])
-
-
-def frc(a: Float[Tensor, "n n"], b: Float[Tensor, "n n"]) -> Float[Tensor, "n//2+1"]:
-    """Fourier ring correlation of two images; see `fsc`."""
-    _check_same(a, b)
-    return _correlation(rfft2_centred(a), rfft2_centred(b), a.shape[-1])
 
 
 def _check_same(a: Tensor, b: Tensor) -> None:
@@ -87,8 +75,8 @@ def resolution(
     return shell, box_size * pixel_size / max(shell, 1.0)
 
 
-def shell_mean(values: Float[Tensor, "*n h"]) -> Float[Tensor, "s"]:
-    """Mean over each shell of a real field given on the half-complex grid (2-D or 3-D)."""
+def shell_mean(values: Float[Tensor, "n n h"]) -> Float[Tensor, "s"]:
+    """Mean over each shell of a real field given on the half-complex grid."""
     box_size = values.shape[0]
     return _shell_sums(values, box_size) / _shell_sums(torch.ones_like(values), box_size)
 

@@ -14,30 +14,16 @@ def soft_sphere(
     box_size: int, radius_px: float, edge_px: float = 3.0, device: torch.device | str | None = None
 ) -> Float[Tensor, "n n n"]:
     """1 within radius_px of the centre, 0 beyond radius_px + edge_px, a raised cosine between."""
-    return _soft_ball(box_size, radius_px, edge_px, 3, device)
-
-
-def soft_disc(
-    box_size: int, radius_px: float, edge_px: float = 3.0, device: torch.device | str | None = None
-) -> Float[Tensor, "n n"]:
-    """The same as `soft_sphere` in an image."""
-    return _soft_ball(box_size, radius_px, edge_px, 2, device)
-
-
-def _soft_ball(box_size: int, radius_px: float, edge_px: float, dims: int, device: torch.device | str | None) -> Tensor:
     check_even_box(box_size)
     if radius_px < 0 or edge_px < 0:
         raise InputError(f"mask radius {radius_px:g} px and edge {edge_px:g} px must not be negative: raise them")
-    return _raised_cosine(_radius(box_size, dims, device) - radius_px, edge_px)
+    return _raised_cosine(_radius(box_size, device) - radius_px, edge_px)
 
 
-def _radius(box_size: int, dims: int, device: torch.device | str | None) -> Tensor:
+def _radius(box_size: int, device: torch.device | str | None) -> Float[Tensor, "n n n"]:
     """Distance from the centre in px."""
-    axis = torch.arange(box_size, device=device, dtype=torch.float32) - box_size // 2
-    squared = torch.zeros((), device=device)
-    for dim in range(dims):
-        squared = squared + axis.square().reshape([-1 if d == dim else 1 for d in range(dims)])
-    return squared.sqrt()
+    squared = (torch.arange(box_size, device=device, dtype=torch.float32) - box_size // 2).square()
+    return (squared[:, None, None] + squared[:, None] + squared).sqrt()
 
 
 def _raised_cosine(distance: Tensor, edge_px: float) -> Tensor:
@@ -76,7 +62,7 @@ def mask_from_map(
     box_size = volume.shape[-1]
     check_even_box(box_size)
     smooth = _gaussian_low_pass(volume.float(), pixel_size, low_pass or max(15.0, 2.5 * 2 * pixel_size))
-    outside = _radius(box_size, 3, volume.device) >= box_size / 2
+    outside = _radius(box_size, volume.device) >= box_size / 2
     background, sigma = smooth[outside].mean(), smooth[outside].std()
     peak = smooth.flatten().topk(max(1, box_size**3 // 1000)).values.mean()
     level = background + torch.maximum(3 * sigma, threshold * (peak - background))
@@ -98,7 +84,7 @@ def _gaussian_low_pass(volume: Tensor, pixel_size: float, resolution: float) -> 
 def _grow(inside: Tensor, dilate_px: float, edge_px: float) -> Tensor:
     """Dilate a binary mask by a ball, then add a soft edge from balls that grow by at most 1 px."""
     n = inside.shape[-1]
-    radius = _radius(n, 3, inside.device)
+    radius = _radius(n, inside.device)
     transform = rfft3_centred(inside)
 
     def dilated(by: float) -> Tensor:

@@ -31,14 +31,3 @@ def so3_grid(count: int, dtype: torch.dtype = torch.float32) -> Float[Tensor, "g
     alpha, beta = turn / _PHI, turn / _PSI
     quaternion = torch.stack([inner * alpha.sin(), inner * alpha.cos(), outer * beta.sin(), outer * beta.cos()], dim=-1)
     return roma.unitquat_to_rotmat(quaternion).to(dtype)
-
-
-def grid_spacing(count: int) -> float:
-    """Typical distance, in degrees, between neighbours of a grid of `count` rotations.
-
-    The edge of a cube that holds one rotation's share of SO(3), whose volume is 8 pi^2 in the metric where distance is
-    the rotation angle: (8 pi^2 / count)^(1/3). 14.8 degrees for 4,608.
-    """
-    if count < 1:
-        raise InputError(f"a grid of {count} rotations has no spacing: ask for at least 1")
-    return math.degrees((8 * math.pi**2 / count) ** (1 / 3))

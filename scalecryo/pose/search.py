@@ -211,7 +211,7 @@ def _tensor_cores() -> Iterator[None]:
     """TF32 products on CUDA, several times faster; nothing changes on other devices.
 
     The ranking survives: scores err by 1.4 % at most of what parts the best hypothesis from the second, at 0 dB and at
-    -10 dB (tools/bench_search.py). Rotations elsewhere are products too, so this must not be on for long.
+    -10 dB (tools/bench/search.py). Rotations elsewhere are products too, so this must not be on for long.
     """
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True

@@ -9,7 +9,6 @@ import torch
 from scalecryo.config import config_from_dict
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.model.autoencoder import build_autoencoder
-from scalecryo.model.memory import step_memory
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.fourier_slice import fourier_slice, insert_slices
 from scalecryo.physics.image_formation import CtfWeightedImages
@@ -20,6 +19,7 @@ from scalecryo.train.stages.gradient_descent import build_optimiser
 from tests.numerics.test_slice_backends import TOLERANCE, Case, worst
 from tests.unit.test_hot_path import inputs, step
 from tests.unit.test_local_refinement import away, scene
+from tools.step_memory import step_memory
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,7 +25,7 @@ from scalecryo.physics.fsc import fsc
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
 from tests.conftest import Seaweed, SimulatedParticles
-from tests.ray_nodes import RayNodes, kill_tree, wait_for
+from tests.support.ray_nodes import RayNodes, kill_tree, wait_for
 
 pytestmark = pytest.mark.ray
 

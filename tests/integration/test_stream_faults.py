@@ -24,7 +24,7 @@ from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import Batch, ParticleStream, sequential
 from scalecryo.errors import MissingInputError, StoreError
 from tests.conftest import Seaweed, SimulatedParticles
-from tools.fault_proxy import Fault, FaultProxy, no_faults
+from tests.support.fault_proxy import Fault, FaultProxy, no_faults
 
 PLACE = "particles/faults"
 COLUMNS = ("half", "defocus_u")

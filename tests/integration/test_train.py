@@ -126,7 +126,8 @@ def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_
     seen = load_config(None, {"train.index": str(rows), "train.batch_size": "16"})
     store = ParticleStore.open(simulated.store)
     order = RunContext.of(seen, store, RunFolder(""), World(), torch.device("cpu")).order(32, 16)
-    assert order.rows_per_epoch == simulated.count // 3
+    assert order.subset is not None
+    assert order.subset.count == simulated.count // 3
     assert {int(row) % 3 for row in order.rows(0, 0) if row >= 0} == {0}
     with pytest.raises(CheckpointError, match="another store"):
         start(simulated.store, tmp_path / "run", resume=True, train__index="", train__query="defocus_u < 1e9")

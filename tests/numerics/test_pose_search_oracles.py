@@ -1,6 +1,7 @@
 """The pose posterior against a double loop, real-space residuals, scipy, and Gaussian blobs with closed-form images."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,14 +9,11 @@ import torch
 from scipy.spatial.transform import Rotation
 from scipy.special import logsumexp
 
-from scalecryo.physics.fft import fourier_pixels, rfft3_centred
+from scalecryo.physics.fft import FourierPixels, fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
-from scalecryo.physics.poses import PoseCandidates
-from scalecryo.physics.rotation import rotation_from_vector
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import grid_posterior, shift_grid, templates, turned_grid, with_flips
-from scalecryo.pose.subdivision import SliceExtractor, refine_candidates
 
 BOX, SIGMA = 32, 1.6
 
@@ -34,8 +32,8 @@ class Blobs:
     def slices(self, rotation: np.ndarray, kx: np.ndarray, ky: np.ndarray, box: int = BOX) -> np.ndarray:
         """F(R (kx, ky, 0)), (..., p); kx and ky in cycles per box."""
         phase = (rotation[..., :, 0, None] * kx + rotation[..., :, 1, None] * ky).swapaxes(-1, -2) @ self.centre.T
-        all_reduce_ = (np.exp(-2j * np.pi / box * phase) * self.amplitude).sum(-1)
-        return all_reduce_ * (2 * np.pi * SIGMA**2) ** 1.5 * np.exp(-2 * (np.pi * SIGMA / box) ** 2 * (kx**2 + ky**2))
+        amplitude = (np.exp(-2j * np.pi / box * phase) * self.amplitude).sum(-1)
+        return amplitude * (2 * np.pi * SIGMA**2) ** 1.5 * np.exp(-2 * (np.pi * SIGMA / box) ** 2 * (kx**2 + ky**2))
 
     def voxels(self, box: int = BOX) -> torch.Tensor:
         """Sampled density, [z, y, x], centred at box // 2."""
@@ -189,7 +187,7 @@ def particles(blobs: Blobs, count: int, shift_px: float, seed: int) -> dict:
     }
 
 
-def extractor(blobs: Blobs) -> SliceExtractor:
+def extractor(blobs: Blobs) -> Callable[[torch.Tensor, FourierPixels], torch.Tensor]:
     """Templates as in use: from voxels, padded twice, gridding corrected."""
     volume = rfft3_centred(blobs.voxels() * gridding_correction(BOX, 2), 2 * BOX)
     return lambda rotation, pixels: templates(volume, rotation, pixels, 2.0)
@@ -225,54 +223,6 @@ def test_known_poses_are_found_within_the_grid_spacing(shift_px):
     assert error.min(1).max() < 14.8
 
 
-def test_subdivision_ends_at_the_true_pose():
-    blobs = Blobs.random(14, 7)
-    data = particles(blobs, 20, 3.0, 12)
-    rotation, shift = data.pop("rotation"), data.pop("shift")
-    half, shifts = so3_grid(2304), shift_grid(3.0, 1.0)
-    low = data["pixels"].prefix(7)
-    few = {
-        name: values if values is None else values[..., : len(low)]
-        for name, values in data.items()
-        if isinstance(values, torch.Tensor)
-    }
-    bank = extractor(blobs)(half, low)
-    start = grid_posterior(**few, pixels=low, templates=bank, shift_grid_px=shifts, keep=8)
-    steps = {"radii": (8, 10, 12, 12), "rotation_step_deg": 22.0, "shift_step_px": 1.5}
-
-    def refine(**options):
-        return refine_candidates(
-            start.candidates(with_flips(half), shifts),
-            extract=extractor(blobs),
-            **data,
-            **steps,
-            **options,
-        )
-
-    found = refine(beam=4)
-    image, best = np.arange(20), found.log_weight.argmax(1)
-    error = angles(found.rotation[image, best].double().numpy(), rotation)
-    distance = np.linalg.norm(found.shift_px[image, best].numpy() - shift, axis=1)
-    # The last level is 22/16 degrees and 1.5/16 px apart; nearest neighbours are on average half of that away, and the
-    # likeliest may be two apart.
-    assert np.median(error) < 1.2
-    assert error.max() < 3.5
-    assert distance.max() < 0.2
-    again = refine(beam=4, chunk_elements=1)
-    torch.testing.assert_close(again.log_weight, found.log_weight, rtol=1e-5, atol=1e-2)
-    # Templates are interpolated, to better than 1 % at twofold padding; their errors average out over the pixels.
-    np.testing.assert_allclose(found.log_weight.numpy(), brute_score(blobs, data, found), rtol=0.01)
-
-
-def brute_score(blobs: Blobs, data: dict, poses: PoseCandidates) -> np.ndarray:
-    """L of every candidate in closed form, (b, k)."""
-    kx, ky = data["pixels"].kx.double().numpy(), data["pixels"].ky.double().numpy()
-    model = blobs.slices(poses.rotation.double().numpy(), kx, ky) * ramp(poses.shift_px.double().numpy(), kx, ky)
-    model = model * data["ctf"].double().numpy()[:, None]
-    image, weight = data["observed"].numpy()[:, None], data["pixel_weight"].numpy()
-    return (weight * ((model.conj() * image).real - 0.5 * np.abs(model) ** 2)).sum(-1)
-
-
 def test_both_modes_of_a_nearly_two_fold_particle_are_found_and_kept():
     rng = np.random.default_rng(3)
     unit, strength = rng.uniform(1, 6, (7, 3)), rng.uniform(0.5, 1.5, 7)
@@ -287,35 +237,7 @@ def test_both_modes_of_a_nearly_two_fold_particle_are_found_and_kept():
     found = grid_posterior(**data, templates=bank, shift_grid_px=shifts, keep=64).candidates(with_flips(half), shifts)
     coarse = separated_modes(found, 4, 25)
     torch.testing.assert_close(coarse.log_weight.exp().sum(1), torch.ones(40), atol=1e-5, rtol=0)
-
-    steps = {"radii": (12,) * 5, "rotation_step_deg": 22.0, "shift_step_px": 0.0}
-    finer = refine_candidates(coarse, extract=extractor(blobs), **data, **steps, beam=4)
-    assert bool((finer.shift_px == 0).all())
-    modes = separated_modes(finer, 2, 25).rotation.double().numpy()
-    # Mode by truth; the symmetry acts on the volume's side of R.
-    error = np.array([[angles(modes[:, m], truth) for truth in (rotation, two_fold @ rotation)] for m in range(2)])
-    both = np.maximum(error[0, 0], error[1, 1])
-    # 22/32 degrees apart at the last level: there, 5 % tell the true mode, which then comes first, from the other.
-    assert np.mean(both < 4) > 0.93
-    assert np.median(both) < 1.0
-
-
-def test_padding_candidates_stay_padding():
-    blobs = Blobs.random(5, 1)
-    data = particles(blobs, 3, 0.0, 1)
-    rotation = torch.from_numpy(data.pop("rotation")).float()
-    data.pop("shift")
-    off = rotation @ rotation_from_vector(torch.tensor([0.05, 0.0, 0.0]))
-    weight = torch.tensor([[0.0, 0.0], [0.0, -torch.inf], [-torch.inf, 0.0]])
-    start = PoseCandidates(torch.stack([off, rotation], 1), torch.zeros(3, 2, 2), weight)
-    found = refine_candidates(
-        start,
-        extract=extractor(blobs),
-        **data,
-        radii=(10,),
-        rotation_step_deg=4.0,
-        shift_step_px=0.0,
-        beam=1,
-    )
-    assert torch.equal(found.log_weight.isneginf(), weight.isneginf())
-    assert bool((angles(found.rotation[:, 1].double().numpy(), rotation.double().numpy()) < 2).all())
+    modes = coarse.rotation.double().numpy()
+    # Both are among the modes to within the grid's spacing; the symmetry acts on the volume's side of R.
+    for truth in (rotation, two_fold @ rotation):
+        assert np.mean(np.min([angles(modes[:, m], truth) for m in range(4)], axis=0) < 14.8) > 0.93

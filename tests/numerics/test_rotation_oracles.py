@@ -8,7 +8,7 @@ from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
 from scalecryo.physics import rotation as rotations
-from scalecryo.physics.so3_grid import grid_spacing, so3_grid
+from scalecryo.physics.so3_grid import so3_grid
 
 
 def random_angles(count: int = 200) -> np.ndarray:
@@ -109,7 +109,8 @@ def test_so3_grid_covers(count: int):
     grid = Rotation.from_matrix(so3_grid(count, torch.float64).numpy()).as_quat()
     probe = Rotation.random(20000, rng=np.random.default_rng(7)).as_quat()
     chord, _ = KDTree(np.concatenate([grid, -grid])).query(probe)
-    angle = np.degrees(4 * np.arcsin(chord / 2)) / grid_spacing(count)
+    cell_edge = (8 * np.pi**2 / count) ** (1 / 3)  # SO(3)'s volume is 8 pi^2 where distance is the rotation angle
+    angle = 4 * np.arcsin(chord / 2) / cell_edge
     # In units of the cubic cell's edge a cubic lattice has mean distance 0.480 and covering radius sqrt(3)/2 = 0.866,
     # random rotations (a Poisson process) mean 0.554 and no bound. Nearer to the lattice, and 10 % from its covering.
     assert angle.mean() < (0.480 + 0.554) / 2

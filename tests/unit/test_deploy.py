@@ -18,6 +18,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from scalecryo import __version__
 from scalecryo.cli import app, split_tokens
 from scalecryo.config import load_config
 
@@ -228,8 +229,7 @@ def test_one_image_and_one_ray_everywhere() -> None:
     assert images == {IMAGE, "chrislusf/seaweedfs:4.48"}
     assert IMAGE in README
     assert IMAGE in (DEPLOY / "Dockerfile").read_text()
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert IMAGE.endswith(f":{project['version']}")
+    assert IMAGE.endswith(f":{__version__}")
     ray = _constraints()["ray"]
     assert {_cluster(name)["rayVersion"] for name in MANIFESTS} == {ray}
     assert f"ray[default]=={ray}" in README

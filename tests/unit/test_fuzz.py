@@ -1,13 +1,10 @@
-"""Mutations of good files: an answer or one ScalecryoError, whatever the bytes; tools/fuzz_parsers.py goes on longer.
+"""Mutations of good files: an answer or one ScalecryoError, whatever the bytes; support/fuzz_parsers.py goes on.
 
 `fuzz_corpus/` holds the inputs that once found something.
 """
 
-import importlib.util
 import random
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,24 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from scalecryo.errors import ScalecryoError
+from tests.support import fuzz_parsers
 
 HERE = Path(__file__).resolve().parent
 CORPUS = sorted((HERE / "fuzz_corpus").iterdir())
 KINDS = ["star", "mrc", "cs", "csg", "pkl"]
 RANDOM_CASES = 400
-
-
-def _tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_parsers", HERE.parents[1] / "tools" / "fuzz_parsers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz_parsers"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz_parsers = _tool()
 
 
 def answer(kind: str, data: bytes) -> str:

@@ -5,9 +5,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from scalecryo.config import config_from_dict
 from scalecryo.model.autoencoder import build_autoencoder
-from scalecryo.model.memory import step_memory
 from scalecryo.train.stages.gradient_descent import build_optimiser
 from tests.unit.test_hot_path import inputs, step
+from tools.step_memory import step_memory
 
 
 def measured_peak(box: int, batch: int) -> int:

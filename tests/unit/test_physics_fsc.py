@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scalecryo.errors import InputError
-from scalecryo.physics.fsc import frc, fsc, power_spectrum, resolution, shell_index_3d, shell_mean
+from scalecryo.physics.fsc import fsc, power_spectrum, resolution, shell_index_3d, shell_mean
 
 
 def test_shell_index():
@@ -30,8 +30,9 @@ def test_resolution_is_plain_python():
     assert all(type(value) is float for value in resolution(torch.tensor([1.0, 0.9, 0.1]), 8, 2.0, 0.5))
 
 
+@pytest.mark.usefixtures("wrong_shapes")
 def test_unequal_boxes_are_refused():
     with pytest.raises(InputError, match="resize one"):
         fsc(torch.zeros(8, 8, 8), torch.zeros(6, 6, 6))
     with pytest.raises(InputError, match="even"):
-        frc(torch.zeros(7, 7), torch.zeros(7, 7))
+        fsc(torch.zeros(7, 7, 7), torch.zeros(7, 7, 7))

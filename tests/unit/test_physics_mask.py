@@ -10,16 +10,16 @@ import torch
 from scipy import ndimage
 
 from scalecryo.errors import InputError
-from scalecryo.physics.mask import mask_from_map, soft_disc, soft_sphere
+from scalecryo.physics.mask import mask_from_map, soft_sphere
 
 
-def test_sphere_and_disc_profile():
-    for mask in (soft_sphere(32, 8, 4)[16, 16], soft_disc(32, 8, 4)[16]):
-        distance = (torch.arange(32) - 16).abs()
-        assert bool((mask[distance <= 8] == 1).all())
-        assert bool((mask[distance >= 12] == 0).all())
-        # Half way down the raised cosine.
-        assert mask[26].item() == pytest.approx(0.5)
+def test_sphere_profile():
+    mask = soft_sphere(32, 8, 4)[16, 16]
+    distance = (torch.arange(32) - 16).abs()
+    assert bool((mask[distance <= 8] == 1).all())
+    assert bool((mask[distance >= 12] == 0).all())
+    # Half way down the raised cosine.
+    assert mask[26].item() == pytest.approx(0.5)
     assert soft_sphere(32, 10, 0).sum().item() == pytest.approx(4 / 3 * math.pi * 10**3, rel=0.02)
 
 
@@ -27,7 +27,7 @@ def test_sphere_refuses_nonsense():
     with pytest.raises(InputError, match="not be negative"):
         soft_sphere(16, -1)
     with pytest.raises(InputError, match="even"):
-        soft_disc(15, 4)
+        soft_sphere(15, 4)
 
 
 def ball(box: int, radius: float) -> torch.Tensor:

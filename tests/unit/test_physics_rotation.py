@@ -1,13 +1,11 @@
 """Frames, hands and gradients of rotations."""
 
-import math
-
 import pytest
 import torch
 
 from scalecryo.errors import InputError
 from scalecryo.physics import rotation as rotations
-from scalecryo.physics.so3_grid import grid_spacing, so3_grid
+from scalecryo.physics.so3_grid import so3_grid
 
 
 def assert_rotations(matrices: torch.Tensor) -> None:
@@ -83,11 +81,7 @@ def test_gradient_of_the_exponential_at_zero_is_the_generator():
     torch.testing.assert_close(jacobian[..., 2], generator_z)
 
 
-def test_grid_spacing():
-    # One rotation's share of the whole group: 8 pi^2.
-    assert grid_spacing(1) == pytest.approx(math.degrees((8 * math.pi**2) ** (1 / 3)))
-    assert grid_spacing(4608) == pytest.approx(14.77, abs=0.01)
+def test_grid_keeps_its_precision_and_refuses_to_be_empty():
     assert so3_grid(10, torch.float64).dtype == torch.float64
-    for call in (so3_grid, grid_spacing):
-        with pytest.raises(InputError, match="at least 1"):
-            call(0)
+    with pytest.raises(InputError, match="at least 1"):
+        so3_grid(0)

@@ -12,7 +12,6 @@ from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose import search
 from scalecryo.pose.modes import separated_modes, soft_labels
 from scalecryo.pose.search import Posterior, grid_posterior, largest, shift_grid, turned_grid, with_flips
-from scalecryo.pose.subdivision import refine_candidates
 
 
 def angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -89,6 +88,7 @@ def packed(images: int, radius: float = 5) -> dict:
     }
 
 
+@pytest.mark.usefixtures("wrong_shapes")
 def test_posterior_refuses_what_does_not_fit():
     data = packed(3)
     templates = torch.randn(4, len(data["pixels"]), dtype=torch.complex64)
@@ -103,21 +103,6 @@ def test_posterior_refuses_what_does_not_fit():
         grid_posterior(**{**data, "ctf": data["ctf"][:, 1:]}, templates=templates, shift_grid_px=shifts, keep=1)
     with pytest.raises(InputError, match="observed is empty"):
         grid_posterior(**{**data, "observed": data["observed"][:0]}, templates=templates, shift_grid_px=shifts, keep=1)
-
-
-def test_refinement_refuses_what_does_not_fit():
-    data = packed(2)
-    start = PoseCandidates(torch.eye(3).expand(2, 1, 3, 3), torch.zeros(2, 1, 2), torch.zeros(2, 1))
-
-    def refine(radii=(5,), beam=1):
-        steps = {"rotation_step_deg": 10, "shift_step_px": 1}
-        return refine_candidates(start, extract=None, radii=radii, beam=beam, **steps, **data)
-
-    for radii in ((), (4, 6)):
-        with pytest.raises(InputError, match="radii"):
-            refine(radii=radii)
-    with pytest.raises(InputError, match="beam of 0"):
-        refine(beam=0)
 
 
 def test_candidates_of_a_posterior_carry_its_mass():

@@ -1,8 +1,6 @@
 """Bytes and times of tools/scaling_model.py against closed forms and against the real tensors."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,9 +18,7 @@ from scalecryo.train.particle_state import SCHEMA
 from scalecryo.train.recipes import ENCODER_RADIUS
 from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.refinement import plan_iteration
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import scaling_model as model
+from tools import scaling_model as model
 
 
 def size(*tensors: torch.Tensor) -> int:
@@ -84,7 +80,7 @@ def test_slices_stay_within_the_accumulators_ball(box: int, reach: float) -> Non
 @pytest.mark.parametrize("radius", [14.0, 40.0, 60.0])
 def test_reach_is_that_of_an_iteration(radius: float) -> None:
     plan = plan_iteration(radius, (128,), 5, search=False, shifted=True)
-    assert model.rung_reach(plan.level, plan.radius) == plan.insertion_radius
+    assert model.iteration_reach(plan.level, plan.radius) == plan.insertion_radius
 
 
 def test_poses_are_as_large_as_what_an_iteration_writes() -> None:

@@ -1,6 +1,5 @@
 """A store made of another one's shards: every array is readable by anyone and repeats the small store's rows."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import OutputExistsError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-from virtual_store import make_virtual_store
+from tests.support.virtual_store import make_virtual_store
 
 
 @pytest.mark.parametrize(("real", "count"), [(600, 2000), (600, 100), (600, 1024), (100, 700)])

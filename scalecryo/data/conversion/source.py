@@ -110,7 +110,7 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
 
     Raises:
         MissingInputError: it is in none of these places.
-        InputError: the name is_leader out of `data_dir`.
+        InputError: the name leads out of `data_dir`.
     """
     table, shown = urls.redacted(table_url), urls.redacted(name)
     if "::" in name or "\0" in name:

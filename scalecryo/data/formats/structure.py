@@ -50,11 +50,6 @@ class Atoms:
         return np.array([table[symbol] for symbol in self.elements])
 
     @property
-    def mass_kda(self) -> float:
-        """Total mass in kDa."""
-        return float(self.masses.sum() / 1000)
-
-    @property
     def centre_of_mass(self) -> NDArray[np.float64]:
         """Centre of mass (x, y, z) in Å."""
         centre: NDArray[np.float64] = self.masses @ self.positions / self.masses.sum()

@@ -1,6 +1,6 @@
 """Bytes of a store's objects by range: pread for files, obstore for S3, fsspec for every other address.
 
-obstore reads blocks from S3 1.5 to 2 times as fast as s3fs at a third of the CPU time (tools/bench_stream.py). Where
+obstore reads blocks from S3 1.5 to 2 times as fast as s3fs at a third of the CPU time (tools/bench/stream.py). Where
 it connects and as whom is taken from s3fs, so that environment, profiles and fsspec's own settings mean the same.
 """
 

@@ -151,11 +151,6 @@ class ParticleStore:
         """Names of the source's image stacks, as its table gives them."""
         return tuple(json.loads(urls.read_bytes(urls.join(self.url, SOURCE_STACKS)))["names"])
 
-    @property
-    def stack_urls(self) -> tuple[str, ...]:
-        """Where the stacks were when the store was made."""
-        return tuple(json.loads(urls.read_bytes(urls.join(self.url, SOURCE_STACKS)))["urls"])
-
     def block_rows(self, level: int) -> int:
         """Rows of one block (inner chunk) of a level.
 

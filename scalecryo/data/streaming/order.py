@@ -168,11 +168,6 @@ class BatchOrder:
         return _EvenBlocks(self.count, self.block_rows, self.seed, blocks, lanes)
 
     @property
-    def rows_per_epoch(self) -> int:
-        """Particles that are seen once in an epoch."""
-        return self.count if self.subset is None else self.subset.count
-
-    @property
     def blocks(self) -> int:
         """Number of blocks that are read in an epoch."""
         return self._blocks.blocks

@@ -202,7 +202,7 @@ def _check(tensors: dict[str, Tensor], rotation: Tensor, pixels: int) -> None:
 
 def insert_slices_cpu(
     values: Complex[Tensor, "b p"],
-    power: Float[Tensor, "b or 1 p"],
+    power: Float[Tensor, "#b p"],
     weight: Float[Tensor, " b"],
     pixel_weight: Float[Tensor, " p"],
     rotation: Float[Tensor, "b 3 3"],

@@ -1,7 +1,7 @@
 """Images a second of the stream, beside raw reads of the same blocks and other ways to read shuffled particles.
 
-    python tools/bench_stream.py --work /tmp/bench                 # files
-    python tools/bench_stream.py --work /tmp/bench --s3 URL        # the same store on S3, behind a latency of its own
+    python -m tools.bench stream --work /tmp/bench                 # files
+    python -m tools.bench stream --work /tmp/bench --s3 URL        # the same store on S3, behind a latency of its own
 
 Every way reads the same images in rounds that take turns; medians are printed, with their ratio to the raw reads. The
 stream, which never ends, is timed over its second epoch: what it has read ahead at the start it has again at the end.
@@ -28,11 +28,11 @@ import numpy as np
 import zarr
 
 from scalecryo.data.conversion.convert import convert, plan
-from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.data.io.ranges import RangeReader
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import ParticleStream, reading_threads
+from tools.bench._shared import write_noise
 
 BOX, BATCH = 128, 256
 #: Reads all images once; calls its argument when the clock is to begin.
@@ -64,10 +64,7 @@ print(json.dumps(rates[1:]))
 def make_store(work: Path, count: int, box: int = BOX) -> ParticleStore:
     """Noise in float16, and the same images as one .npy."""
     if not (work / "store.zarr").exists():
-        rng = np.random.default_rng(0)
-        with StackWriter(str(work / "s.mrcs"), count, box, 1.0) as writer:
-            for start in range(0, count, 1024):
-                writer.append(rng.normal(size=(min(1024, count - start), box, box)).astype(np.float32))
+        write_noise(work / "s.mrcs", count, box)
         convert(plan(str(work / "s.mrcs")), str(work / "store.zarr"), workers=2)
         (work / "s.mrcs").unlink()
     store = ParticleStore.open(str(work / "store.zarr"))
@@ -285,7 +282,3 @@ def report(rates: dict[str, list[float]], busy: dict[str, list[float]], threads:
     for one, other in pairs:
         if other in middle:
             print(f"\n{one} ÷ {other}: {middle[one] / middle[other]:.1f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """An HTTP proxy before an object store that adds latency and faults, for tests and benchmarks.
 
-    python tools/fault_proxy.py --upstream 127.0.0.1:8333 --port 8444 --latency-ms 20
+    python -m tests.support.fault_proxy --upstream 127.0.0.1:8333 --port 8444 --latency-ms 20
 
 The Host header passes unchanged, so that signed requests stay valid.
 """

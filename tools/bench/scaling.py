@@ -1,12 +1,12 @@
 """Tables and a plot of tools/scaling_model.py.
 
-python tools/scaling_tables.py [--plot scaling.png]
+python -m tools.bench scaling [--plot scaling.png]
 """
 
 import argparse
 from pathlib import Path
 
-from scaling_model import (
+from tools.scaling_model import (
     A100,
     BATCH,
     BOXES,
@@ -22,9 +22,9 @@ from scaling_model import (
     ball_bytes,
     encoder_parameters,
     grid_encoder_parameters,
+    iteration_reach,
     predict_iteration,
     predict_steps,
-    rung_reach,
     volume_bytes,
 )  # fmt: skip
 
@@ -47,13 +47,15 @@ def report_bytes() -> None:
         "a step, the same with encoder.input_box = 64": lambda _: 4 * encoder_parameters(64),
         "an iteration, accumulators, whole padded cube": lambda box: accumulator_bytes(box),
         "an iteration, their ball, refined to 0.9 of Nyquist": lambda box: accumulator_ball_bytes(
-            rung_reach(box, 0.9 * box / 2)
+            iteration_reach(box, 0.9 * box / 2)
         ),
         "an iteration, their ball, refined to 0.4 of Nyquist": lambda box: accumulator_ball_bytes(
-            rung_reach(box, 0.4 * box / 2)
+            iteration_reach(box, 0.4 * box / 2)
         ),
         "the whole cube, for each of 49 batches (50,000 particles)": lambda box: accumulator_bytes(box) / 49,
-        "the ball (0.4), for each of 49 batches": lambda box: accumulator_ball_bytes(rung_reach(box, 0.2 * box)) / 49,
+        "the ball (0.4), for each of 49 batches": lambda box: (
+            accumulator_ball_bytes(iteration_reach(box, 0.2 * box)) / 49
+        ),
         "a batch of an iteration, the encoder's lessons": lambda _: LESSONS * 4 * grid_encoder_parameters(),
     }
     for name, row in rows.items():
@@ -165,7 +167,3 @@ def main() -> None:
     report()
     if args.plot:
         plot(args.plot)
-
-
-if __name__ == "__main__":
-    main()

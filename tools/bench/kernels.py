@@ -1,18 +1,16 @@
-"""Polish and insertion in images a second, and slices against the closed form of Gaussian blobs.
+"""Local refinement and insertion in images/s, and slices against the closed form of Gaussian blobs.
 
-    python tools/bench_kernels.py [--rounds 5]
+    python -m tools.bench kernels [--rounds 5]
 
-Rates are of one core where OMP_NUM_THREADS=1, in CPU time (see bench_slice.py): local refinement at 32 Fourier pixels
+Rates are of one core where OMP_NUM_THREADS=1, in CPU time (see slice.py): local refinement at 32 Fourier pixels
 in 4 passes, insertion at 64 Fourier pixels. Errors are those of trilinear slices of 300 blobs (sigma 1.5 px), relative
 to the exact transform, in the shells 0.2 to 0.3 cycles a pixel.
 """
 
 import argparse
 import math
-import os
 
 import torch
-from bench_slice import quick
 from torch import Tensor
 
 from scalecryo.map.backprojection import MapAccumulator
@@ -21,6 +19,7 @@ from scalecryo.physics.fourier_slice import extract_slices, gridding_correction,
 from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.local_refinement import refine_poses
+from tools.bench._shared import machine, quick
 
 
 def refinement_rate(images: int, rounds: int) -> float:
@@ -31,11 +30,7 @@ def refinement_rate(images: int, rounds: int) -> float:
     observed = torch.randn(images, len(pixels), dtype=torch.complex64, generator=generator)
     ctf = torch.rand(images, len(pixels), generator=generator)
     arguments = (volume, observed, rotation, shift, ctf, pixels.weight, pixels, scale)
-    return (
-        1e3
-        * images
-        / quick({"local_refinement": lambda: refine_poses(*arguments, passes=4)}, rounds)["local_refinement"]
-    )
+    return 1e3 * images / quick({"refine": lambda: refine_poses(*arguments, passes=4)}, rounds)["refine"]
 
 
 def insertion_rate(images: int, rounds: int) -> float:
@@ -72,8 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
-          f"torch {torch.__version__}")  # fmt: skip
+    print(machine())
     print("| kernel | images/s |\n| --- | --- |")
     print(f"| local refinement, 32 Fourier pixels, 4 passes | {refinement_rate(200, rounds):.0f} |", flush=True)
     print(f"| insertion, 64 Fourier pixels, padding 2 | {insertion_rate(500, rounds):.0f} |", flush=True)
@@ -82,7 +76,3 @@ def main() -> None:
         errors = [slice_error(64, padding, extent, correct, "cpu") for extent in (0.2, 0.3, 0.42)]
         cells = " | ".join(f"{100 * error:.1f} %" for error in errors)
         print(f"| ×{padding:g} {'sinc²' if correct else 'none'} | {cells} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Fuzz the readers of other packages' files: whatever bytes come, an answer or one ScalecryoError, and soon.
 
-    python tools/fuzz_parsers.py KIND [--seconds 60] [--seeds DIR ...] [--keep DIR] [--seed 0]
+    python -m tests.support.fuzz_parsers KIND [--seconds 60] [--seeds DIR ...] [--keep DIR] [--seed 0]
 
 KIND is star, mrc, cs, csg or pkl. Seeds are files of that kind below the folders given (small ones), beside a few made
 here. With atheris installed (not a dependency: `pip install atheris`) the readers are instrumented and the search is

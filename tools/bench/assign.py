@@ -1,6 +1,6 @@
 """What amortisation is for: assigning particles never seen, from the encoder's modes against exhaustive search.
 
-    python tools/bench_assign.py RUN --truth DIR [--particles 1000] [--batch 250]
+    python -m tools.bench assign RUN --truth DIR [--particles 1000] [--batch 250]
 
 RUN is a finished guided run with unknown shifts, trained with `--train.rows` below the store's count: the particles
 after those are assigned twice, in one process, by the same code and the same local refinement. Prints images a second
@@ -8,11 +8,13 @@ of both (the posing alone: reading and insertion are the same), their ratio, and
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
 import torch
+from scalecryo.train.batches import stream_columns
+from scalecryo.train.guided_run import load_guided_poser
+from scalecryo.train.stages.guided_poser import GuidedPoser
 
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
@@ -22,9 +24,7 @@ from scalecryo.evaluate.align import align_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors
 from scalecryo.runs.folder import RunFolder
-from scalecryo.train.batches import stream_columns
-from scalecryo.train.guided_run import load_guided_poser
-from scalecryo.train.stages.guided_poser import GuidedPoser
+from tools.bench._shared import machine
 
 
 def held_out(store: ParticleStore, level: int, first: int, count: int, batch: int) -> list[Batch]:
@@ -68,7 +68,7 @@ def main() -> None:
     symmetry = rotational_symmetry(torch.from_numpy(read_map(str(arguments.truth / "truth.mrc"))[0]))
     rows = torch.cat([batch.rows for batch in batches])
     print(f"{len(rows)} particles of {store.level_pixel_size(poser.level):g} Å/px at {poser.level} px, "
-          f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+          f"{machine()}")  # fmt: skip
     print("| from | images/s | rotation error, median / mean, ° |\n| --- | --- | --- |")
     rates = []
     for name, own in (("encoder", poser.fresh()), ("exhaustive search", poser.fresh(encoder=False))):
@@ -77,7 +77,3 @@ def main() -> None:
         errors = rotation_errors(alignment.rotations(rotation), true_rotation[rows], symmetry)
         print(f"| {name} | {rate:.1f} | {errors.median_deg:.3f} / {errors.mean_deg:.2f} |", flush=True)
     print(f"ratio: {rates[0] / rates[1]:.1f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Bytes read over a guided run with the store's levels, and from the full box alone.
 
-    python tools/bench_levels.py --work /tmp/bench
+    python -m tools.bench levels --work /tmp/bench
 
 The iterations are those that the guided run plans while the resolution rises. A stream counts what it reads of each
 level; a run of 50,000 particles is made up of the bootstrap's batches and of whole passes, as the default settings say.
@@ -12,19 +12,19 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from bench_stream import make_store
+from scalecryo.train.guided_run import FIRST_RADIUS
 
 from scalecryo.config import GuidedConfig
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import ParticleStream
-from scalecryo.train.guided_run import FIRST_RADIUS
 from scalecryo.train.stages.refinement import IterationPlan, plan_iteration
+from tools.bench.stream import make_store
 
 BATCH = 512
 
 
-def ladder(levels: tuple[int, ...], factor: float) -> list[IterationPlan]:
+def marched(levels: tuple[int, ...], factor: float) -> list[IterationPlan]:
     """Iterations of rising radius: each refines `factor` as far as the one before; two at the end."""
     limit, radius, plans = max(levels) / 2 - 2, FIRST_RADIUS, []
     while not plans or plans[-1].radius < limit:
@@ -61,12 +61,8 @@ def main() -> None:
     print("| the radius rises by | levels | with levels, GiB | full box alone, GiB | ratio |")
     print("| --- | --- | --- | --- | --- |")
     for factor in (1.6, 1.3, 1.15):
-        levels = [plan.level for plan in ladder(store.levels, factor)]
+        levels = [plan.level for plan in marched(store.levels, factor)]
         read = first * image[min(store.levels)] + guided.iteration_particles * sum(image[level] for level in levels)
         full = (first + guided.iteration_particles * len(levels)) * image[args.box]
         chosen = f"{min(store.levels)} (bootstrap) " + " ".join(map(str, levels))
         print(f"| {factor} | {chosen} | {read / 1024:.1f} | {full / 1024:.1f} | {read / full:.2f} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How fast, and in how much memory, a large RELION table is read and written back with new poses.
 
-    python tools/bench_tables.py [ROWS] [--folder DIR]
+    python -m tools.bench tables [ROWS] [--folder DIR]
 
 Makes a 3.1 table of ROWS rows (10^6 by default, about 300 MB) with 28 columns as a refinement has them, and prints, for
 each step in a process of its own: seconds on the clock and of the processor (on a busy machine only these mean much),
@@ -90,7 +90,7 @@ def main() -> None:
         make(path, asked.rows)
         found = {}
         for name in ("base", "read", "write", *(() if asked.without_starfile else ("starfile",))):
-            command = [sys.executable, __file__, "--step", name, str(path)]
+            command = [sys.executable, "-m", "tools.bench", "tables", "--step", name, str(path)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
             found[name] = float(output[0]), float(output[1]), int(output[2]) / 1e6
         print(f"{asked.rows:,} rows, {path.stat().st_size / 1e6:,.0f} MB, {len(COLUMNS)} columns\n")
@@ -99,7 +99,3 @@ def main() -> None:
         for name, (seconds, processor, memory) in found.items():
             ratio = f"{processor / found['starfile'][1]:.2f}" if "starfile" in found and name != "base" else "–"
             print(f"| {name} | {seconds:.1f} | {processor:.1f} | {memory:.2f} | {ratio} |")
-
-
-if __name__ == "__main__":
-    main()

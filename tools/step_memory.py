@@ -69,7 +69,7 @@ def step_memory(
     if channels:
         weights += previous * side * side * hidden + hidden * (hidden + outputs + 2) + outputs
     pixels = math.pi * (box_size / 2 - 1) ** 2 / 2
-    # ParticleImages, CTF, predicted, residual, its square and the gradient: 8 bytes complex, 4 real; twice while one
+    # Observed, CTF, predicted, residual, its square and the gradient: 8 bytes complex, 4 real; twice while one
     # becomes another.
     packed = round(batch_size * pixels) * 48
     return StepMemory(

@@ -1,6 +1,6 @@
 """Everything that only a GPU can tell, in one table: kernels beside the roofline, steps, images/s.
 
-    python tools/bench_gpu.py [--boxes 128 256 400] [--batches 8 32 128] [--rounds 20] [--device cuda]
+    python -m tools.bench gpu [--boxes 128 256 400] [--batches 8 32 128] [--rounds 20] [--device cuda]
 
 Kernels at padding 2 with B = 32: time, the bytes that they cannot avoid (pixels once; of the volume the sectors that
 samples touch, 4 lines of 32 bytes each, once to read, twice to add), and these bytes over the time as a share of the
@@ -13,18 +13,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_step import particles, settings, step
+from scalecryo.model.inputs import ParticleInputs
 
 from scalecryo.map.backprojection import MapAccumulator
 from scalecryo.model.autoencoder import build_autoencoder
-from scalecryo.model.inputs import ParticleInputs
-from scalecryo.model.memory import step_memory
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice
 from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.local_refinement import evaluate_poses, refine_poses
 from scalecryo.train.loop import build_optimiser
+from tools.bench.step import particles, settings, step
+from tools.step_memory import step_memory
 
 Work = Callable[[], object]
 _PADDING = 2
@@ -148,7 +148,3 @@ def main() -> None:
                     continue
                 print(f"| {box} | {batch} | step, {precision} | {1e3 * taken:.2f} | {batch / taken:.0f} | | "
                       f"{peak:.1f} | {predicted:.1f} |", flush=True)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

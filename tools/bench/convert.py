@@ -1,6 +1,6 @@
 """How fast `convert` is against `cp` of the same bytes, and how much memory 10^5 particles take.
 
-    python tools/bench_convert.py FOLDER [--images 20000] [--box 128] [--many 100000]
+    python -m tools.bench convert FOLDER [--images 20000] [--box 128] [--many 100000]
 
 Copy and conversion take turns on one disk, each from a source in the page cache; medians of the rounds are compared in
 bytes of source a second. With `--sync` each must also have brought its output to the disk.
@@ -9,7 +9,6 @@ bytes of source a second. With `--sync` each must also have brought its output t
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -20,21 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from scalecryo.data.conversion.convert import convert, plan
-from scalecryo.data.formats.mrc import StackWriter
-
-_POOL = 512
-
-
-def make_stack(path: Path, count: int, box: int) -> None:
-    """A stack of noise; its images repeat with other means."""
-    pool = np.random.default_rng(0).normal(3, 2, (_POOL, box, box)).astype(np.float32)
-    with StackWriter(str(path), count, box, 1.0) as writer:
-        for first in range(0, count, _POOL):
-            writer.append(pool[: min(_POOL, count - first)] + np.float32(first * 1e-5))
+from tools.bench._shared import machine, write_noise
 
 
 def _sync(path: Path) -> None:
@@ -63,7 +49,7 @@ def _timed(work: Callable[[Path], object], out: Path, sync: bool) -> tuple[float
 def speed(folder: Path, count: int, box: int, rounds: int, sync: bool, dtype: str) -> None:
     """Print bytes a second of cp and of convert with one thread and with two, and their ratios."""
     source = folder / "bench.mrcs"
-    make_stack(source, count, box)
+    write_noise(source, count, box)
     size = source.stat().st_size
     made = plan(str(source), dtype=dtype)
 
@@ -96,7 +82,7 @@ def speed(folder: Path, count: int, box: int, rounds: int, sync: bool, dtype: st
 def memory(folder: Path, count: int, box: int) -> None:
     """Print the largest resident memory of one conversion of many particles, which repeat the images of one stack."""
     real = 4096
-    make_stack(folder / "few.mrcs", real, box)
+    write_noise(folder / "few.mrcs", real, box)
     names = "".join(f"{1 + row % real}@few.mrcs\n" for row in range(count))
     (folder / "many.star").write_text("data_\n\nloop_\n_rlnImageName\n" + names)
     code = "from scalecryo.cli import main; main()"
@@ -126,14 +112,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float16")
     args = parser.parse_args()
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load before {load}, torch {torch.__version__}")
+    print(machine())
     args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as made:
         for sync in (False, True):
             speed(Path(made), args.images, args.box, args.rounds, sync, args.dtype)
         memory(Path(made), args.many, args.box)
-
-
-if __name__ == "__main__":
-    main()

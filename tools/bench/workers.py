@@ -1,6 +1,6 @@
 """Weak and strong scaling from one worker to two on this machine, and the step's model fitted to what was measured.
 
-    python tools/bench_workers.py --work /tmp/bench [--boxes 64 128] [--rounds 5] [--plot scaling.png]
+    python -m tools.bench workers --work /tmp/bench [--boxes 64 128] [--rounds 5] [--plot scaling.png]
 
 Two processes of one thread each, joined by gloo as Ray Train joins its workers: Ray takes no part in a step, and would
 add its own processes to the cores that are measured. Each kind of trial runs in every round, in turns, so that all bear
@@ -31,18 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from scaling_tables import plot, report
-from workers_report import (
-    ITERATION_BATCH,
-    LINK_BYTES,
-    Figures,
-    Result,
-    report_fit,
-    report_rates,
-    report_rung_parts,
-    report_step_parts,
-    total,
-)  # fmt: skip
+from scalecryo.train.batches import order_of, particle_inputs, stream_of
 
 from scalecryo.config import load_config
 from scalecryo.data.storage.store import ParticleStore
@@ -51,8 +40,19 @@ from scalecryo.distributed.world import World
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
-from scalecryo.train.batches import order_of, particle_inputs, stream_of
 from scalecryo.train.loop import build_optimiser, train_step
+from tools.bench._workers_report import (
+    ITERATION_BATCH,
+    LINK_BYTES,
+    Figures,
+    Result,
+    report_fit,
+    report_iteration_parts,
+    report_rates,
+    report_step_parts,
+    total,
+)  # fmt: skip
+from tools.bench.scaling import plot, report
 
 COUNT, BOX = 8192, 128
 WARM = 3  # steps, and iterations: lessons begin with the third
@@ -76,14 +76,18 @@ def make_store(work: Path) -> str:
 class Steps:
     """Steps of the paper's auto-encoder from a store; the parts are those of one step, in seconds."""
 
-    def __init__(self, url: str, box: int, batch: int, world: World, seed: int, steps: int) -> None:
+    def __init__(
+        self, url: str, box: int, batch: int, world: World, seed: int, steps: int, reduce: bool = True
+    ) -> None:
+        """`reduce` False: gradients stay where they are, all else is the same."""
         settings = {"pose.source": "encoder", "train.batch_size": batch, "train.box": box, "train.seed": seed}
         self.config = load_config(None, {key: str(value) for key, value in settings.items()})
         self.store, self.box, self.world, self.steps = ParticleStore.open(url), box, world, steps
         self.batch = batch // world.size
         model = build_autoencoder(self.config, box, self.store.level_pixel_size(box), self.store.count)
         self.optimiser = build_optimiser(self.config, model)
-        self.replica = Replica(model, world, "float32", voxels=model.volume.voxels, window=model.volume.window)
+        joined = world if reduce else World()
+        self.replica = Replica(model, joined, "float32", voxels=model.volume.voxels, window=model.volume.window)
         order = order_of(self.config, self.store, box, batch)
         self.stream = stream_of(self.config, self.store, box, order, world, 0, torch.device("cpu"))
 
@@ -92,18 +96,17 @@ class Steps:
         inputs = particle_inputs(batch, self.store, self.box)
         train_step(self.replica, self.optimiser, batch, inputs, self.world, self.config)
 
-    def run(self, reduce: bool = True) -> Figures:
-        """Median of some steps; `reduce` False: gradients stay where they are, all else is the same."""
-        with contextlib.nullcontext() if reduce else self.replica.unjoined():
-            times, timer = [], self.world.timer.seconds
-            for number in range(1 + self.steps):
-                begun = time.perf_counter()
-                self._step()
-                if number == 0:  # warms caches that another trial used
-                    busy, parts = time.process_time(), (timer.get("reduce", 0.0), self.stream.wait_seconds)
-                    robbed = stolen()
-                else:
-                    times.append(time.perf_counter() - begun)
+    def run(self) -> Figures:
+        """Median of some steps."""
+        times, timer = [], self.world.timer.seconds
+        for number in range(1 + self.steps):
+            begun = time.perf_counter()
+            self._step()
+            if number == 0:  # warms caches that another trial used
+                busy, parts = time.process_time(), (timer.get("reduce", 0.0), self.stream.wait_seconds)
+                robbed = stolen()
+            else:
+                times.append(time.perf_counter() - begun)
         return {"images": self.batch, "seconds": statistics.median(times),
                 "mean": statistics.mean(times), "cpu": (time.process_time() - busy) / self.steps,
                 "stolen": (stolen() - robbed) / self.steps,
@@ -166,15 +169,16 @@ def step_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tupl
     half = Steps(url, box, batch // 2, World(), rank, steps)
     weak = Steps(url, box, 2 * batch, World(rank, 2), 0, steps)
     strong = Steps(url, box, batch, World(rank, 2), 0, steps)
+    kept = Steps(url, box, 2 * batch, World(rank, 2), 0, steps, reduce=False)
     trials: Trials = {
         "alone": (1, own.run), "alone, half": (1, half.run), "apart": (2, own.run), "apart, half": (2, half.run),
         "weak": (2, weak.run), "strong": (2, strong.run), "all-reduce": (2, all_reduces),
-        "weak, gradients kept": (2, lambda: weak.run(reduce=False)),
+        "weak, gradients kept": (2, kept.run),
     }  # fmt: skip
-    return trials, [own, half, weak, strong]
+    return trials, [own, half, weak, strong, kept]
 
 
-def rung_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tuple[Trials, list[Iterations]]:
+def iteration_trials(rank: int, url: str, box: int, args: argparse.Namespace) -> tuple[Trials, list[Iterations]]:
     count, iterations = args.iteration_particles, args.iterations
     own, half = (Iterations(url, box, part, World(), iterations, 2 * count) for part in (count, count // 2))
     weak, strong = (Iterations(url, box, part, World(rank, 2), iterations, 2 * count) for part in (2 * count, count))
@@ -242,11 +246,13 @@ def worker(rank: int, port: int, url: str, args: argparse.Namespace, out: str) -
             where = {cores[rank % len(cores)]} if place == "pinned" else set(cores)
             settle_on(where)
             kinds = [("step", box, step_trials) for box in args.boxes] if args.rounds else []
-            kinds += [("iteration", box, rung_trials) for box in args.rung_boxes] if args.rung_rounds else []
+            kinds += (
+                [("iteration", box, iteration_trials) for box in args.iteration_boxes] if args.iteration_rounds else []
+            )
             for kind, box, make in kinds:
                 trials, held = make(rank, url, box, args)
                 settle_on(where)
-                rounds = args.rounds if kind == "step" else args.rung_rounds
+                rounds = args.rounds if kind == "step" else args.iteration_rounds
                 if kind == "step":
                     take_turns(trials, rank, 1)  # compiles, and fills the read-ahead
                 found[f"{place}/{kind}/{box}"] = take_turns(trials, rank, rounds)
@@ -291,12 +297,8 @@ def main() -> None:
     found = json.loads(out.read_text())
     report_rates(found)
     report_step_parts(found)
-    report_rung_parts(found)
+    report_iteration_parts(found)
     report_fit(found, args.batch, args.iteration_particles)
     report()
     if args.plot:
         plot(args.plot)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,15 @@
 """Which encoder learns most in a second? Networks taught the true poses of one dataset, for the same time each.
 
-    python tools/bench_encoder.py FOLDER [--seconds 60] [--batch 64]
+    python -m tools.bench encoder FOLDER [--seconds 60] [--batch 64]
 
 FOLDER is a dataset of tools/paper_datasets.py: the first 9,000 images teach, the last 1,000 are asked. Regressions (6
-numbers made orthonormal, s2s2) learn the squared distance to the nearest of the true pose's mates under the map's
-pseudo-symmetry; the guided method's encoder learns its distribution over 4,608 rotations. Images are turned in their
-plane at random, by quarters. Time is the processor's, of one thread where OMP_NUM_THREADS=1; batches are made outside
-of it.
+numbers made orthonormal, s2s2) learn the squared distance to the nearest of the poses that the map's pseudo-symmetry
+relates to the true one; the guided method's encoder learns its distribution over 4,608 rotations. Images are turned in
+their plane at random, by quarters. Time is the processor's, of one thread where OMP_NUM_THREADS=1; batches are made
+outside of it.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +18,6 @@ import mrcfile
 import torch
 from torch import Tensor, nn
 
-from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import read_poses
-from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.model.encoder import PoseEncoder
 from scalecryo.model.grid_encoder import GridEncoder, encoder_features
 from scalecryo.physics.fft import fourier_crop_2d, fourier_pixels, rfft2_centred
@@ -30,6 +26,7 @@ from scalecryo.physics.rotation import geodesic_angle, s2s2_to_rotation
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import with_flips
+from tools.bench._shared import machine, symmetric_poses
 
 TEST, GRID, GRID_RADIUS, WIDTH_DEG = 1000, 2304, 12.0, 8.0
 Network = Callable[[Tensor], Tensor]
@@ -51,12 +48,12 @@ class Unshuffled(nn.Module):
             return self.inner.perceptron(self.inner.convolutions(folded)).float()[:, None]
 
 
-def nearest_error(found: Tensor, mates: Tensor) -> Tensor:
-    """Degrees to the nearest mate."""
-    return geodesic_angle(*torch.broadcast_tensors(found[:, None], mates)).amin(1)
+def nearest_error(found: Tensor, symmetric: Tensor) -> Tensor:
+    """Degrees to the nearest of the poses that the map's pseudo-symmetry relates."""
+    return geodesic_angle(*torch.broadcast_tensors(found[:, None], symmetric)).amin(1)
 
 
-def batches(images: Tensor, mates: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, symmetric: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Without end; every image turned by a quarter or none, and its poses with it."""
     generator = torch.Generator().manual_seed(0)
     quarter = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -66,7 +63,7 @@ def batches(images: Tensor, mates: Tensor, size: int) -> Iterator[tuple[Tensor, 
             # The box's centre is at N // 2: row and column 0 have no partner, and are rolled back to the edge.
             turned = torch.rot90(images[rows], turns, (1, 2))
             rolled = {0: (0, 0), 1: (1, 0), 2: (1, 1), 3: (0, 1)}[turns]
-            yield torch.roll(turned, rolled, (1, 2)), mates[rows] @ torch.matrix_power(quarter, turns)
+            yield torch.roll(turned, rolled, (1, 2)), symmetric[rows] @ torch.matrix_power(quarter, turns)
 
 
 def regression(model: nn.Module) -> tuple[Network, Callable[[Tensor, Tensor], Tensor]]:
@@ -75,8 +72,8 @@ def regression(model: nn.Module) -> tuple[Network, Callable[[Tensor, Tensor], Te
     def rotations(images: Tensor) -> Tensor:
         return s2s2_to_rotation(model(images)[:, 0])
 
-    def loss(images: Tensor, mates: Tensor) -> Tensor:
-        return (rotations(images)[:, None] - mates).square().sum((-2, -1)).amin(1).mean()
+    def loss(images: Tensor, symmetric: Tensor) -> Tensor:
+        return (rotations(images)[:, None] - symmetric).square().sum((-2, -1)).amin(1).mean()
 
     return rotations, loss
 
@@ -93,8 +90,10 @@ def classification(box: int) -> tuple[nn.Module, Network, Callable[[Tensor, Tens
             found = model(features)
         return found.logits.float(), found._replace(logits=found.logits.float())
 
-    def loss(images: Tensor, mates: Tensor) -> Tensor:
-        poses = PoseCandidates(mates, mates.new_zeros(*mates.shape[:2], 2), mates.new_zeros(mates.shape[:2]))
+    def loss(images: Tensor, symmetric: Tensor) -> Tensor:
+        poses = PoseCandidates(
+            symmetric, symmetric.new_zeros(*symmetric.shape[:2], 2), symmetric.new_zeros(symmetric.shape[:2])
+        )
         index, share = soft_labels(poses, grid, width_deg=WIDTH_DEG, nearest=16)
         return -(predicted(images)[0].log_softmax(1).gather(1, index) * share).sum(1).mean()
 
@@ -110,9 +109,7 @@ def main() -> None:
     with mrcfile.mmap(arguments.folder / "particles.mrcs", permissive=True) as stack:
         images = torch.from_numpy(stack.data.astype("float32"))
     images = images / images.std()
-    truth = torch.from_numpy(read_poses(str(arguments.folder / "truth.star")).rotation).float()
-    symmetry = rotational_symmetry(torch.from_numpy(read_map(str(arguments.folder / "truth.mrc"))[0]))
-    mates, box = torch.einsum("gij,njk->ngik", symmetry, truth), images.shape[-1]
+    symmetric, box = symmetric_poses(arguments.folder)[1], images.shape[-1]
     known, asked = slice(0, len(images) - TEST), slice(len(images) - TEST, None)
 
     def paper(size: int, precision: torch.dtype) -> nn.Module:
@@ -126,14 +123,13 @@ def main() -> None:
     contenders = {name: (model, size, *regression(model)) for name, (model, size) in networks.items()}
     model, *rest = classification(box // 4)
     contenders[f"guided: grid, radius {GRID_RADIUS:g}, bfloat16"] = model, box // 4, *rest
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{arguments.folder.parent.name}, {arguments.seconds:g} s each")  # fmt: skip
+    print(f"{machine()}, {arguments.folder.parent.name}, {arguments.seconds:g} s each")
     print("| encoder | images/s | passes | median error, ° | mean |\n| --- | --- | --- | --- | --- |")
     for name, (model, size, rotations, loss) in contenders.items():
         small = fourier_crop_2d(images, size) if size < box else images
         small = small / small.std()
         optimiser = torch.optim.Adam(model.parameters(), lr=1e-3 if "grid" in name else 3e-4, fused=True)
-        spent, seen, coming = 0.0, 0, batches(small[known], mates[known], arguments.batch)
+        spent, seen, coming = 0.0, 0, batches(small[known], symmetric[known], arguments.batch)
         while spent < arguments.seconds:
             batch = next(coming)
             start = time.process_time()
@@ -142,10 +138,6 @@ def main() -> None:
             optimiser.step()
             spent, seen = spent + time.process_time() - start, seen + len(batch[0])
         with torch.no_grad():
-            errors = nearest_error(torch.cat([rotations(part) for part in small[asked].split(250)]), mates[asked])
+            errors = nearest_error(torch.cat([rotations(part) for part in small[asked].split(250)]), symmetric[asked])
         print(f"| {name} | {seen / spent:.0f} | {seen / (len(images) - TEST):.1f} | {errors.median():.1f} | "
               f"{errors.mean():.1f} |", flush=True)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

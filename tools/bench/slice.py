@@ -1,6 +1,6 @@
 """Slicing forward and backward: the operator's backends beside torch-fourier-slice and grid_sample, in one process.
 
-    python tools/bench_slice.py [--boxes 64 128 256] [--batch 32] [--rounds 7]
+    python -m tools.bench slice [--boxes 64 128 256] [--batch 32] [--rounds 7]
 
 Contenders take turns; each time is the 20th percentile of the rounds after a warm-up, with one thread of the process's
 own CPU time: other work on the machine changes both little. Slices at padding 1 with radius N/2 - 1, with gradients by
@@ -9,8 +9,6 @@ chain (pad, shift, rfftn under autograd).
 """
 
 import argparse
-import os
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,19 +18,7 @@ from torch_fourier_slice import extract_central_slices_rfft_3d
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice
 from scalecryo.physics.rotation import random_rotations
-
-
-def quick(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Milliseconds of each, taking turns."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, work in contenders.items():
-            start = clock()
-            work()
-            if number:
-                times[name].append(1e3 * (clock() - start))
-    return {name: sorted(values)[len(values) // 5] for name, values in times.items()}
+from tools.bench._shared import machine, quick
 
 
 def grid_sampled(volume: Tensor, rotation: Tensor, kx: Tensor, ky: Tensor) -> Tensor:
@@ -100,8 +86,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=11)
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
-          f"torch {torch.__version__}, B = {arguments.batch}")  # fmt: skip
+    print(f"{machine()}, B = {arguments.batch}")
     print("| forward + backward | ms | ours is faster by |\n| --- | --- | --- |")
     for box in arguments.boxes:
         found = quick(slicing(box, arguments.batch), arguments.rounds)
@@ -111,7 +96,3 @@ def main() -> None:
         found = quick(transforms(box, padding), arguments.rounds)
         for name, value in found.items():
             print(f"| FFT N={box} ×{padding}, {name} | {value:.1f} | {value / found['ours']:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

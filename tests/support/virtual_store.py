@@ -1,6 +1,6 @@
 """Make a store of very many particles out of a small one, by hard links: its shards repeat, nothing is computed.
 
-    python tools/virtual_store.py small.zarr virtual.zarr 10000000
+    python -m tests.support.virtual_store small.zarr virtual.zarr 10000000
 
 What is measured on such a store says how planning, metadata, memory and file handles grow with the number of particles.
 It says nothing about the bandwidth of a disk: few real shards stay in the page cache.

@@ -1,28 +1,28 @@
 """A training step of the paper's encoder beside its stock composition, in one process.
 
-    python tools/bench_step.py [--box 128] [--batch 32] [--rounds 5]
+    python -m tools.bench step [--box 128] [--batch 32] [--rounds 5]
 
 Stock: float32, pad, rfftn and grid_sample under autograd, CTF and shift by tensors, Adam as it comes. Ours: the same
 model built from the configuration, with float32 and with bfloat16 convolutions. First gradients are compared; then they
-take turns (see bench_slice.py for what a time is), beside the encoder without the rest: the bound of its precision.
+take turns (see slice.py for what a time is), beside the encoder without the rest: the bound of its precision.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 
 import torch
-from bench_slice import grid_sampled, quick
+from scalecryo.model.inputs import ParticleInputs
 from torch import Tensor
 
 from scalecryo.config import Config, config_from_dict
 from scalecryo.model.autoencoder import AutoEncoder, build_autoencoder
-from scalecryo.model.inputs import ParticleInputs
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer
 from scalecryo.physics.fft import rfft2_centred
 from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.image_formation import form_images
 from scalecryo.train.loop import build_optimiser
+from tools.bench._shared import machine, quick
+from tools.bench.slice import grid_sampled
 
 
 def particles(box: int, batch: int) -> ParticleInputs:
@@ -87,8 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     inputs = particles(arguments.box, arguments.batch)
-    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, "
-          f"torch {torch.__version__}, box {arguments.box}, B = {arguments.batch}, padding 2")  # fmt: skip
+    print(f"{machine()}, box {arguments.box}, B = {arguments.batch}, padding 2")
     stock = build_autoencoder(settings("float32"), arguments.box, 1.5, 1)
     correction = gridding_correction(arguments.box, stock.volume.scale)
     difference = gradient_difference(stock, stock, inputs, correction)
@@ -107,7 +106,3 @@ def main() -> None:
     print("| step | ms | stock takes |\n| --- | --- | --- |")
     for name, value in found.items():
         print(f"| {name} | {value:.0f} | {found['stock'] / value:.2f} × |")
-
-
-if __name__ == "__main__":
-    main()

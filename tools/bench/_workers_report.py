@@ -1,9 +1,9 @@
-"""What tools/bench_workers.py measured, as tables, and the terms of tools/scaling_model.py fitted to it."""
+"""What tools/bench/workers.py measured, as tables, and the terms of tools/scaling_model.py fitted to it."""
 
 import statistics
 from typing import Any
 
-from scaling_model import (
+from tools.scaling_model import (
     LESSONS,
     accumulator_bytes,
     encoder_parameters,
@@ -90,7 +90,7 @@ def report_step_parts(found: dict[str, Any]) -> None:
                   f"{(whole - reduce - read) / whole:.1%} | {reduce / whole:.1%} | {read / whole:.1%} |")  # fmt: skip
 
 
-def report_rung_parts(found: dict[str, Any]) -> None:
+def report_iteration_parts(found: dict[str, Any]) -> None:
     """Where the time of an iteration goes."""
     print("\n| iteration | cores | trial | s | CPU s | stolen | local refinement | insert | encoder (its all-reduces "
           "within) | reduce | data wait | the rest |\n" + "| --- " * 12 + "|")  # fmt: skip

@@ -1,31 +1,29 @@
 """Does the search's ranking survive coarser arithmetic? float32, TF32 and bfloat16 products, side by side.
 
-    python tools/bench_search.py FOLDER [--particles 400] [--radius 8 12 16]
+    python -m tools.bench search FOLDER [--particles 400] [--radius 8 12 16]
 
 FOLDER is what `scalecryo simulate` wrote (or tools/paper_datasets.py): particles.mrcs, truth.star, truth.mrc. The same
 images are scored against templates of the true map, 4,608 rotations, without CTFs. TF32 and bfloat16 are those of
 tensor cores: inputs rounded to 10 and 7 bits of mantissa, products summed up in float32. Said of each: images whose
 best hypothesis is still the same one; whose six best separated modes hold one within the grid's reach of the true pose
-(or of its pseudo-symmetric mate); the error of the scores beside what parts the best hypothesis from the second.
+(or of one that the map's pseudo-symmetry relates to it); the error of the scores beside what parts the best hypothesis
+from the second.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import mrcfile
 import torch
 from torch import Tensor
 
-from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import read_poses
-from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.physics.fft import fourier_crop_2d, fourier_pixels, fourier_resize_3d, rfft2_centred, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import grid_posterior, shift_grid, templates, turned_grid, with_flips
+from tools.bench._shared import machine, symmetric_poses
 
 HALF_GRID, MODES, KEEP, APART_DEG, REACH_DEG = 2304, 6, 200, 15.0, 15.0
 
@@ -45,13 +43,11 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=400)
     parser.add_argument("--radius", type=float, nargs="+", default=[8.0, 12.0, 16.0])
     arguments = parser.parse_args()
-    density = torch.from_numpy(read_map(str(arguments.folder / "truth.mrc"))[0])
     with mrcfile.mmap(arguments.folder / "particles.mrcs", permissive=True) as stack:
         images = torch.from_numpy(stack.data[: arguments.particles].astype("float32"))
-    truth = torch.from_numpy(read_poses(str(arguments.folder / "truth.star")).rotation[: len(images)]).float()
-    # A pose and its mates under the map's pseudo-symmetry give nearly the same image.
-    mates = torch.einsum("gij,njk->ngik", rotational_symmetry(density), truth)
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {len(images)} images of {arguments.folder.name}")
+    density, symmetric = symmetric_poses(arguments.folder, len(images))
+    truth = symmetric[:, 0]
+    print(f"{machine()}, {len(images)} images of {arguments.folder.name}")
     print("| radius | arithmetic | same best | a mode near the truth | score error, rms | best minus second, median |")
     print("| --- | --- | --- | --- | --- | --- |")
     for radius in arguments.radius:
@@ -73,14 +69,10 @@ def main() -> None:
             best = found.rotation_index[:, 0]
             first = found if first is None else first
             modes = separated_modes(found.candidates(rotations, centred), MODES, APART_DEG).rotation
-            angle = geodesic_angle(*torch.broadcast_tensors(modes[:, :, None], mates[:, None]))
+            angle = geodesic_angle(*torch.broadcast_tensors(modes[:, :, None], symmetric[:, None]))
             near = (angle.flatten(1).amin(1) < REACH_DEG).float().mean()
             same = (best == first.rotation_index[:, 0]).float().mean()
             offset = (found.log_likelihood[:, 0] - first.log_likelihood[:, 0])[best == first.rotation_index[:, 0]]
             gap = (first.log_likelihood[:, 0] - first.log_likelihood[:, 1]).median()
             print(f"| {radius:g} | {name} | {100 * same:.1f} % | {100 * near:.1f} % | {offset.std():.2g} | {gap:.2g} |",
                   flush=True)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,12 @@
 """Step time and memory of training against the number of particles: virtual stores of 10^4 to 10^7.
 
-    python tools/bench_scale.py --work /tmp/bench
-    python tools/bench_scale.py --work /tmp/bench --s3      # from SeaweedFS, 20 ms away
+    python -m tools.bench scale --work /tmp/bench
+    python -m tools.bench scale --work /tmp/bench --s3      # from SeaweedFS, 20 ms away
 
 The auto-encoder trains for some steps from a stream of each size: all in one process, step by step in turns, for the
 step time; each in a process of its own for memory and CPU time, which count the reading threads. The stores repeat few
-real shards (tools/virtual_store.py; on S3 the proxy repeats them), so what is measured is planning, metadata, memory
-and handles, not the bandwidth of a disk.
+real shards (tests/support/virtual_store.py; on S3 the proxy repeats them), so what is measured is planning, metadata,
+memory and handles, not the bandwidth of a disk.
 """
 
 import argparse
@@ -22,8 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 SIZES = (10**4, 10**5, 10**6, 10**7)
 BOX, LEVEL, BATCH = 64, 32, 64
 LATENCY = 0.020
@@ -32,14 +30,11 @@ LATENCY = 0.020
 def make_small(work: Path, count: int = 16384) -> Path:
     """A store of noise with CTF columns: 64 and 32 px, float16."""
     from scalecryo.data.conversion.convert import convert, plan
-    from scalecryo.data.formats.mrc import StackWriter
+    from tools.bench._shared import write_noise
 
     store = work / "small.zarr"
     if not store.exists():
-        rng = np.random.default_rng(0)
-        with StackWriter(str(work / "s.mrcs"), count, BOX, 2.0) as writer:
-            for start in range(0, count, 1024):
-                writer.append(rng.normal(size=(min(1024, count - start), BOX, BOX)).astype(np.float32))
+        write_noise(work / "s.mrcs", count, BOX, 2.0)
         names = ["ImageName", "DefocusU", "DefocusV", "DefocusAngle", "Voltage", "SphericalAberration",
                  "AmplitudeContrast", "DetectorPixelSize", "Magnification"]  # fmt: skip
         lines = [f"{row + 1}@s.mrcs {8000 + row % 9000} {7900 + row % 9000} {row % 180} 300 2.7 0.1 5 25000"
@@ -56,13 +51,13 @@ class Run:
 
     def __init__(self, url: str) -> None:
         import torch
+        from scalecryo.train.batches import order_of, stream_of
 
         from scalecryo.config import load_config
         from scalecryo.data.storage.store import ParticleStore
         from scalecryo.distributed.gradients import Replica
         from scalecryo.distributed.world import World
         from scalecryo.model.autoencoder import build_autoencoder
-        from scalecryo.train.batches import order_of, stream_of
         from scalecryo.train.loop import build_optimiser
 
         torch.set_num_threads(1)
@@ -79,8 +74,9 @@ class Run:
 
     def step(self) -> float:
         """One step; the seconds it took."""
-        from scalecryo.distributed.world import World
         from scalecryo.train.batches import particle_inputs
+
+        from scalecryo.distributed.world import World
         from scalecryo.train.loop import train_step
 
         begun = time.perf_counter()
@@ -118,7 +114,7 @@ def measure_together(urls: list[str], steps: int, warm: int) -> list[float]:
 
 def stores_on_disk(work: Path) -> dict[int, str]:
     """Virtual stores, by hard links."""
-    from virtual_store import make_virtual_store
+    from tests.support.virtual_store import make_virtual_store
 
     small = make_small(work)
     for count in SIZES:
@@ -130,9 +126,9 @@ def stores_on_disk(work: Path) -> dict[int, str]:
 def stores_on_s3(work: Path, stack: ExitStack) -> dict[int, str]:
     """The small store on SeaweedFS, which the proxy shows as large ones; read without credentials, since it renames."""
     import s3fs
-    from fault_proxy import serve_process, wait_for
 
     from scalecryo.data.storage.store import ParticleStore
+    from tests.support.fault_proxy import serve_process, wait_for
 
     small = ParticleStore.open(str(make_small(work)))
     full = small.count // small.shard_rows
@@ -193,8 +189,8 @@ def main() -> None:
             env |= {"FSSPEC_S3_ANON": "true", "FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:28555"}
 
         def part(*chosen: str) -> Any:
-            command = [sys.executable, __file__, "--work", str(args.work), "--steps", str(args.steps),
-                       "--warm", str(args.warm), "--part", *chosen]  # fmt: skip
+            command = [sys.executable, "-m", "tools.bench", "scale", "--work", str(args.work),
+                       "--steps", str(args.steps), "--warm", str(args.warm), "--part", *chosen]  # fmt: skip
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
             return json.loads(done.stdout.splitlines()[-1])
 
@@ -219,7 +215,3 @@ def report(alone: dict[int, dict[str, float]], together: list[float], remote: bo
         print(f"| {count:,} | {step:.1f} | {step / together[0]:.3f} | {values['cpu']:.1f} "
               f"| {values['cpu'] / base['cpu']:.3f} | {values['wait']:.2f} | {values['rss']:.0f} "
               f"| {values['rss'] / base['rss']:.3f} | {values['first']:.2f} |")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
