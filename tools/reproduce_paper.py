@@ -38,7 +38,7 @@ CLAIMS = {"A": "1.6 Å", "B": "1.6 Å", "C": "1.6 Å", "D": "1.6 Å", "E": "-", 
 PLAIN = {"pose.source": "encoder", "pose.centred": "true"}
 RECIPES: dict[str, dict[str, str]] = {
     "guided": {"pose.source": "guided", "pose.centred": "true"},
-    "known": {"pose.source": "known", "pose.centred": "true"},
+    "known": {"pose.source": "known"},
     "s2s2": PLAIN,
     "quaternion": PLAIN | {"pose.parameterisation": "quaternion"},
     "euler": PLAIN | {"pose.parameterisation": "euler"},
@@ -62,11 +62,11 @@ def run_one(dataset: str, recipe: str, seed: int, steps: int, box: int, out: Pat
     start = time.monotonic()
     convert.run(str(data / table), store, data_dir=None, box=None, dtype="float16", workers=2, overwrite=True,
                 invert=False, uninvert=True)  # fmt: skip
-    settings = RECIPES[recipe] | {"train.rows": str(TRAIN), "train.seed": str(seed), "train.steps": str(steps)}
+    settings = RECIPES[recipe] | {"train.rows": str(TRAIN), "train.seed": str(seed)}
     if recipe == "known":  # the map comes from the true poses; the learnt volume is not looked at
         settings |= {"train.steps": "1", "train.box": "32"}
     elif recipe != "guided":
-        settings |= {"monitor.truth": str(data), "train.box": str(box)}
+        settings |= {"monitor.truth": str(data), "train.box": str(box), "train.steps": str(steps)}
     train.run(None, data=store, out=str(folder), workers="0", device="cpu", resume=False, overrides=settings)
     seconds = time.monotonic() - start
     with contextlib.redirect_stdout(io.StringIO()):

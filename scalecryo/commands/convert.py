@@ -12,7 +12,6 @@ from scalecryo.data.conversion.convert import ConvertPlan, check_destination, co
 from scalecryo.data.conversion.quality import REPORT, BadImage, listed, report_lines
 from scalecryo.data.conversion.source import Reading
 from scalecryo.data.io import urls
-from scalecryo.errors import UsageError
 
 
 def run(
@@ -32,10 +31,6 @@ def run(
     reading: Mapping[str, Any] | None = None,
 ) -> None:
     """Plan, say what was found, and write the store or add to it; `reading` holds the fields of `Reading`."""
-    if invert and uninvert:
-        raise UsageError("convert takes --invert or --uninvert, not both")
-    if add and (overwrite or box):
-        raise UsageError("convert --append keeps the store's box and particles: leave out --box and --overwrite")
     sign = "invert" if invert else "uninvert" if uninvert else None
     looked = Progress("looked at")
     how = Reading(**(reading or {}))
