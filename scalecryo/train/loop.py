@@ -44,7 +44,7 @@ def train(
         CheckpointError: see `load_checkpoint`.
     """
     store = ParticleStore.open(config.run.data)
-    _check_particles(config, store)
+    check_particles(config, store)
     run = RunFolder(config.run.out)
     recipe = train_guided if config.pose.source == "guided" else _train_autoencoder
     try:
@@ -157,11 +157,12 @@ def build_optimiser(config: Config, model: AutoEncoder) -> torch.optim.Adam:
     return torch.optim.Adam(groups, fused=True)
 
 
-def _check_particles(config: Config, store: ParticleStore) -> None:
-    if config.pose.source == "known" and not store.has_pose:
+def check_particles(config: Config, store: ParticleStore) -> None:
+    """Raise a TrainingError where the store lacks poses that the recipe reads, or particles for every worker."""
+    if config.recipe in ("known", "poses") and not store.has_pose:
         raise TrainingError(
-            f"{config.run.data}: pose.source = 'known' needs poses, and the store has none: convert a table with "
-            "rotation angles, or choose pose.source = 'encoder'"
+            f"{config.run.data}: the recipe {config.recipe} needs poses, and the store has none: convert a table with "
+            "rotation angles, or choose another recipe"
         )
     low, _ = config.run.worker_range
     if store.count < max(low, 1):

@@ -25,6 +25,7 @@ from scalecryo.distributed.world import World
 from scalecryo.errors import (
     CheckpointError,
     ConfigError,
+    MissingInputError,
     OutputError,
     OutputExistsError,
     ScalecryoError,
@@ -47,6 +48,8 @@ def start(data: str, out: Path | str, *, resume: bool = False, **overrides: obje
                 "monitor.pictures_every": 3, "train.checkpoint_every": 3,
                 "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
+    if settings["pose.source"] != "encoder":
+        settings = {key: value for key, value in settings.items() if not key.startswith("encoder.")}
     workers = str(settings.pop("run.workers", "0"))
     train.run(None, data=data, out=str(out), workers=workers, device="cpu", resume=resume,
               overrides={key: str(value) for key, value in settings.items()})  # fmt: skip
@@ -315,6 +318,19 @@ def test_refusals(
 ) -> None:
     with pytest.raises(kind, match=fragment):
         start(simulated.store, tmp_path / "run", **overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_choice_of_particles_does_not_cost_the_folder(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    for wrong, kind, fragment in (
+        ({"train__query": "defocusu > 0"}, ConfigError, "no column defocusu"),
+        ({"train__query": "defocus_u >"}, ConfigError, "invalid syntax"),
+        ({"train__index": str(tmp_path / "rows.txt")}, MissingInputError, "rows.txt"),
+    ):
+        with pytest.raises(kind, match=fragment):
+            start(simulated.store, tmp_path / "run", **wrong)
+    start(simulated.store, tmp_path / "run", train__query="half < 3", train__final_pass="false")
+    assert (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_said(simulated: SimulatedParticles) -> None:
