@@ -24,6 +24,7 @@ app = App(
     help="Cryo-EM ab initio reconstruction, streamed and distributed: particle stacks to map and poses.",
     help_epilogue="Every verb takes --debug to show the full traceback of an error.",
     help_format="plaintext",
+    default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,
 )
 
@@ -61,7 +62,7 @@ def _settings() -> Any:
         group = Group(section, help=kind.__doc__, sort_key=10 + number)
         keys = {field.name: _option(f"{section}.{field.name}", field, group) for field in fields(kind)}
         sections[section] = typed_dict(section, keys, total=False)
-    return Annotated[typed_dict("Settings", sections, total=False), Parameter(name="*", negative="")]
+    return Annotated[typed_dict("Settings", sections, total=False), Parameter(name="*")]
 
 
 def _run(verb: str, *args: Any, **kwargs: Any) -> None:
@@ -111,18 +112,18 @@ def convert(
     box: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     workers: int = 2,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
-    uninvert: Annotated[bool, Parameter(negative="")] = False,
-    invert: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: bool = False,
+    uninvert: bool = False,
+    invert: bool = False,
     bad_images: Literal["refuse", "exclude"] = "refuse",
-    append: Annotated[bool, Parameter(negative="")] = False,
+    append: bool = False,
     scheduler: str | None = None,
     ctf: str | None = None,
     poses: str | None = None,
     pixel_size: float | None = None,
-    passthrough: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    passthrough: tuple[str, ...] = (),
     mixed_optics: Literal["refuse", "resample"] = "refuse",
-    allow_outside: Annotated[bool, Parameter(negative="")] = False,
+    allow_outside: bool = False,
 ) -> None:
     """Convert a particle stack into a chunked Zarr store that training streams from.
 
@@ -167,7 +168,7 @@ def info(path: str, /) -> None:
 
 
 @app.command
-def verify(store: str, /, *, full: Annotated[bool, Parameter(negative="")] = False) -> None:
+def verify(store: str, /, *, full: bool = False) -> None:
     """Check a store against its manifest, and sampled rows against the source.
 
     Args:
@@ -183,7 +184,7 @@ def train(
     /,
     *,
     settings: _settings() = None,  # type: ignore[valid-type]
-    resume: Annotated[bool, Parameter(negative="")] = False,
+    resume: bool = False,
 ) -> None:
     """Train on a store, from nothing to a map and a pose for every particle.
 
@@ -243,7 +244,7 @@ def select(
     query: str | None = None,
     half: Literal[1, 2] | None = None,
     min_confidence: float | None = None,
-    passthrough: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    passthrough: tuple[str, ...] = (),
     data_dir: str | None = None,
 ) -> None:
     """Write some particles of a table as a table: all its columns, in its own order; or turn .star into .cs and back.

@@ -11,23 +11,12 @@ from scalecryo.errors import ConfigError, UsageError
 from scalecryo.runs.folder import RunFolder
 
 
-def run(
-    config: str | None,
-    *,
-    data: str | None = None,
-    out: str | None = None,
-    workers: str | None = None,
-    device: str | None = None,
-    resume: bool,
-    overrides: Mapping[str, Any],
-) -> None:
+def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **places: str) -> None:
     """Resolve the configuration, start or resume the run's folder, and train.
 
-    What can be refused is refused before the folder exists.
+    What can be refused is refused before the folder exists. `places` are settings of [run]: data, out, workers, device.
     """
-    flags = {"run.data": data, "run.out": out, "run.workers": workers, "run.device": device}
-    given = {**overrides, **{name: value for name, value in flags.items() if value is not None}}
-    settings = _resolve(config, given, resume)
+    settings = _resolve(config, {**overrides, **{f"run.{key}": value for key, value in places.items()}}, resume)
     if not settings.run.data or not settings.run.out:
         raise UsageError("train needs --data STORE and --out RUN (with --resume, --out alone)")
     settings = _absolute(settings)

@@ -54,6 +54,8 @@ SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.itera
 
 def start(data: str, out: Path, *, resume: bool = False, **extra: str) -> None:
     overrides = SETTINGS | {key.replace("__", "."): value for key, value in extra.items()}
+    if overrides.get("guided.start") == "poses":  # no bootstrap
+        overrides = {key: overrides[key] for key in overrides.keys() - {"guided.bootstrap_steps", "guided.starts"}}
     train.run(None, data=data, out=str(out), workers="0", device="cpu", resume=resume, overrides=overrides)
 
 
@@ -117,10 +119,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     # A kill within iteration 3, after its poses were written and before its checkpoint was: iteration 3 is done again.
     run = tmp_path / "run"
-    start(particles[1], run, guided__rungs="3", train__final_pass="false")
+    start(particles[1], run, guided__iterations="3", train__final_pass="false")
     assert not (run / "map.mrc").exists()
     (run / "checkpoints" / "step_0000000003.pt").unlink()
-    start(particles[1], run, resume=True, guided__rungs=SETTINGS["guided.iterations"], train__final_pass="true")
+    start(particles[1], run, resume=True, guided__iterations=SETTINGS["guided.iterations"], train__final_pass="true")
     for name in ("map.mrc", "half1.mrc"):
         assert (finished / name).read_bytes()[1024:] == (run / name).read_bytes()[1024:]  # past the header's date
     whole, resumed = (read_poses(str(path / "particles.star")) for path in (finished, run))
@@ -138,7 +140,7 @@ def test_a_bootstrap_that_was_killed_goes_on(
     particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at step 45 of 60, it is taken up at its last save, step 40, and ends in the same maps bit for bit."""
-    options = {"guided__rungs": "1", "guided__lessons": "0", "train__final_pass": "false"}
+    options = {"guided__iterations": "1", "guided__encoder_steps": "0", "train__final_pass": "false"}
     start(particles[1], tmp_path / "whole", **options)
     seen: list[int] = []
     save = SavedBootstrap.after_step
@@ -183,7 +185,7 @@ def test_imported_poses_are_refined(
         truth["particles"][name] += generator.choice([-0.5, 0.5], len(true)) * PIXEL_SIZE
     starfile.write(truth, particles[0] / "moved.star")
     store = store_of(particles[0] / "moved.star", tmp_path / "moved.zarr")
-    start(store, tmp_path / "run", guided__start="poses", guided__rungs="4", guided__lessons="0")
+    start(store, tmp_path / "run", guided__start="poses", guided__iterations="4", guided__encoder_steps="0")
     poses = read_poses(str(tmp_path / "run" / "particles.star"))
     cosine = (np.einsum("nij,nij->n", poses.rotation, true) - 1) / 2
     assert np.median(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) < 1.2
