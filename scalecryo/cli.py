@@ -12,7 +12,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
-from cyclopts import App, CycloptsError, Group, Parameter, UnknownOptionError
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from scalecryo import __version__
 from scalecryo.config import RECIPES, SECTIONS, refuse_renamed
@@ -29,11 +29,9 @@ app = App(
 )
 
 _FIRST = ("run.data", "run.out", "run.workers", "run.device")  # also --data …, and first in the help
-_GO_ON = {
-    "train": "; the same command with --resume goes on",
-    "convert": "; the same command goes on where it stopped",
-    "assign": "; the same command goes on where it stopped",
-}
+_GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
+    ("convert", "assign"), "; the same command goes on where it stopped"
+)
 
 
 def _option(name: str, field: Field[Any], group: Group) -> Any:
@@ -304,12 +302,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
     if not debug:
         sys.excepthook = _one_line
     try:
-        try:
-            app(words, exit_on_error=False, print_error=False, result_action="return_value")
-        except UnknownOptionError as error:
-            named = error.token.keyword or error.token.value
-            refuse_renamed(named.partition("=")[0].lstrip("-").replace("-", "_"))
-            raise
+        for option in (word[2:] for word in words if word.startswith("--")):
+            refuse_renamed(option.partition("=")[0].replace("-", "_"))
+        app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         _fail(f"{error} (see scalecryo {' '.join((*(error.command_chain or ()), '--help'))})", 2)
     except ScalecryoError as error:

@@ -126,7 +126,7 @@ def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_
     rows = tmp_path / "rows.txt"
     rows.write_text("\n".join(str(row) for row in range(0, simulated.count, 3)))
     start(simulated.store, tmp_path / "run", train__index=rows, train__final_pass="false")
-    seen = load_config(None, {"train.index": str(rows), "train.batch_size": "16"})
+    seen = load_config(None, {"pose.source": "encoder", "train.index": str(rows), "train.batch_size": "16"})
     store = ParticleStore.open(simulated.store)
     order = order_of(seen, store, 32, 16, choose(seen.train, store))
     assert order.rows_per_epoch == simulated.count // 3
