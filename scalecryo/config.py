@@ -35,8 +35,7 @@ _EM: tuple[Recipe, ...] = ("guided", "poses")
 _SGD: tuple[Recipe, ...] = ("autoencoder", "known", "table")
 _ENCODER: tuple[Recipe, ...] = ("autoencoder",)
 
-#: Old names of settings.
-RENAMED = {
+RENAMED = {  # settings, from their old names
     "guided.rungs": "guided.iterations",
     "guided.seeds": "guided.starts",
     "guided.search_rungs": "guided.search_iterations",
@@ -256,6 +255,7 @@ class Config:
         return "autoencoder" if self.pose.source == "encoder" else self.pose.source
 
 
+# `f.type` is a type, not its name, as long as this module does not postpone the evaluation of annotations.
 SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(Config)}
 SETTINGS = {f"{section}.{f.name}": f for section, kind in SECTIONS.items() for f in fields(kind)}
 

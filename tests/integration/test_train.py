@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scalecryo.cli import main
 from scalecryo.commands import assign, train
-from scalecryo.config import Config, load_config
+from scalecryo.config import SETTINGS, Config, load_config
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
 from scalecryo.data.selection.subset import choose
@@ -47,9 +47,10 @@ def start(data: str, out: Path | str, *, resume: bool = False, **overrides: obje
     settings = {"pose.source": "encoder", "train.steps": 6, "train.batch_size": 16, "monitor.every": 1,
                 "monitor.pictures_every": 3, "train.checkpoint_every": 3,
                 "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
+    source = overrides.get("pose__source", "encoder")
+    recipe = "autoencoder" if source == "encoder" else source
+    settings = {key: value for key, value in settings.items() if recipe in SETTINGS[key].metadata["recipes"]}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    if settings["pose.source"] != "encoder":
-        settings = {key: value for key, value in settings.items() if not key.startswith("encoder.")}
     workers = str(settings.pop("run.workers", "0"))
     train.run(None, data=data, out=str(out), workers=workers, device="cpu", resume=resume,
               overrides={key: str(value) for key, value in settings.items()})  # fmt: skip
