@@ -1,32 +1,66 @@
 """The command line: parse, import the verb, report errors in one line.
 
-Exit codes: 0 done; 1 failed, with one line that says what, where and what to do; 2 wrong usage.
+Exit codes: 0 done; 1 failed, with one line that says what, where and what to do; 2 wrong usage, settings included.
 Nothing here imports torch: a verb's module is imported only when it runs.
 """
 
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import Field, fields
 from importlib import import_module
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter
 
 from scalecryo import __version__
-from scalecryo.config import describe
-from scalecryo.errors import ScalecryoError, UsageError
+from scalecryo.config import RECIPES, SECTIONS, refuse_renamed
+from scalecryo.errors import ConfigError, ScalecryoError, UsageError
 
 app = App(
     name="scalecryo",
     version=__version__,
     help="Cryo-EM ab initio reconstruction, streamed and distributed: particle stacks to map and poses.",
     help_epilogue="Every verb takes --debug to show the full traceback of an error.",
+    help_format="plaintext",
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,
 )
 
-_SETTINGS = "Settings, as --section.key value (over the TOML file, over these defaults):\n\n" + "\n\n".join(
-    f"`--{name}` {help_text} [{default}]" for name, default, help_text in describe()
+_FIRST = ("run.data", "run.out", "run.workers", "run.device")  # also --data …, and first in the help
+_GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
+    ("convert", "assign"), "; the same command goes on where it stopped"
 )
+
+
+def _option(name: str, field: Field[Any], group: Group) -> Any:
+    """A setting as an option: its type, help, default, and the recipes that read it."""
+    many, readers = isinstance(field.default, tuple), field.metadata["recipes"]
+    default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default).strip("()")
+    only = "" if len(readers) == len(RECIPES) else f" (recipe {', '.join(readers)})"
+    parameter = Parameter(
+        name=(f"--{field.name}", f"--{name}") if name in _FIRST else f"--{name}",
+        help=field.metadata["help"] + only,
+        group=Group.create_default_parameters() if name in _FIRST else group,
+        show_default=default or False,
+        metavar="INT,..." if many else None,
+    )
+    return Annotated[str if many else field.type, parameter]
+
+
+def _settings() -> Any:
+    """What cyclopts reads settings into: nested dictionaries of those that were given, and nothing else.
+
+    The dataclasses themselves would check the command line before the TOML file under it is known.
+    """
+    typed_dict: Any = TypedDict
+    sections = {}
+    for number, (section, kind) in enumerate(SECTIONS.items()):
+        group = Group(section, help=kind.__doc__, sort_key=10 + number)
+        keys = {field.name: _option(f"{section}.{field.name}", field, group) for field in fields(kind)}
+        sections[section] = typed_dict(section, keys, total=False)
+    return Annotated[typed_dict("Settings", sections, total=False), Parameter(name="*")]
 
 
 def _run(verb: str, *args: Any, **kwargs: Any) -> None:
@@ -76,18 +110,18 @@ def convert(
     box: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     workers: int = 2,
-    overwrite: Annotated[bool, Parameter(negative="")] = False,
-    uninvert: Annotated[bool, Parameter(negative="")] = False,
-    invert: Annotated[bool, Parameter(negative="")] = False,
+    overwrite: bool = False,
+    uninvert: bool = False,
+    invert: bool = False,
     bad_images: Literal["refuse", "exclude"] = "refuse",
-    append: Annotated[bool, Parameter(negative="")] = False,
+    append: bool = False,
     scheduler: str | None = None,
     ctf: str | None = None,
     poses: str | None = None,
     pixel_size: float | None = None,
-    passthrough: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    passthrough: tuple[str, ...] = (),
     mixed_optics: Literal["refuse", "resample"] = "refuse",
-    allow_outside: Annotated[bool, Parameter(negative="")] = False,
+    allow_outside: bool = False,
 ) -> None:
     """Convert a particle stack into a chunked Zarr store that training streams from.
 
@@ -114,6 +148,10 @@ def convert(
         mixed_optics: stacks of several pixel sizes: stop, or resample them to the coarsest
         allow_outside: read stacks that the table names outside --data-dir
     """
+    if invert and uninvert:
+        raise UsageError("convert takes --invert or --uninvert, not both")
+    if append and (overwrite or box):
+        raise UsageError("convert --append keeps the store's box and particles: leave out --box and --overwrite")
     reading = {"ctf": ctf, "poses": poses, "pixel_size": pixel_size, "passthrough": passthrough,
                "mixed_optics": mixed_optics, "allow_outside": allow_outside}  # fmt: skip
     _run("convert", source, store, data_dir=data_dir, box=box, dtype=dtype, workers=workers, overwrite=overwrite,
@@ -128,7 +166,7 @@ def info(path: str, /) -> None:
 
 
 @app.command
-def verify(store: str, /, *, full: Annotated[bool, Parameter(negative="")] = False) -> None:
+def verify(store: str, /, *, full: bool = False) -> None:
     """Check a store against its manifest, and sampled rows against the source.
 
     Args:
@@ -138,30 +176,25 @@ def verify(store: str, /, *, full: Annotated[bool, Parameter(negative="")] = Fal
     _run("verify", store, full=full)
 
 
-@app.command(help_epilogue=_SETTINGS)
+@app.command(help_epilogue="Recipes: " + "; ".join(f"{name}: {how}" for name, how in RECIPES.items()) + ".")
 def train(
     config: str | None = None,
     /,
     *,
-    data: str | None = None,
-    out: str | None = None,
-    workers: str | None = None,
-    device: Literal["cpu", "cuda"] | None = None,
-    resume: Annotated[bool, Parameter(negative="")] = False,
-    override: Annotated[tuple[str, ...], Parameter(show=False, negative="")] = (),
+    settings: _settings() = None,  # type: ignore[valid-type]
+    resume: bool = False,
 ) -> None:
     """Train on a store, from nothing to a map and a pose for every particle.
 
+    The command line goes over the TOML file. A setting that the recipe does not read is refused.
+
     Args:
         config: TOML file of settings
-        data: the particle store
-        out: folder of the run, must not exist (or --resume)
-        workers: 0: this process, no Ray; N or MIN:MAX: Ray Train workers [0]
-        device: cpu or cuda [cpu]
         resume: go on from the newest checkpoint in the run's folder
     """
-    _run("train", config, data=data, out=out, workers=workers, device=device, resume=resume,
-         overrides=dict(pair.split("=", 1) for pair in override))  # fmt: skip
+    tables: dict[str, dict[str, Any]] = settings or {}
+    overrides = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    _run("train", config, resume=resume, overrides=overrides)
 
 
 @app.command
@@ -209,7 +242,7 @@ def select(
     query: str | None = None,
     half: Literal[1, 2] | None = None,
     min_confidence: float | None = None,
-    passthrough: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    passthrough: tuple[str, ...] = (),
     data_dir: str | None = None,
 ) -> None:
     """Write some particles of a table as a table: all its columns, in its own order; or turn .star into .cs and back.
@@ -225,6 +258,8 @@ def select(
         passthrough: a cryoSPARC file of the same particles with more fields, joined by uid
         data_dir: folder of the stacks, asked for the box size where a .star does not say
     """
+    if not out.endswith((".star", ".cs")):
+        raise UsageError(f"{out}: name a .star or .cs file to write")
     _run("select", source, out, index=index, query=query, half=half, min_confidence=min_confidence,
          passthrough=passthrough, data_dir=data_dir)  # fmt: skip
 
@@ -239,26 +274,20 @@ def demo(*, out: str = "demo") -> None:
     _run("demo", out=out)
 
 
-def split_tokens(tokens: Sequence[str]) -> tuple[list[str], bool]:
-    """Turn `--section.key value` into `--override section.key=value` and take out `--debug`.
+def words_of(tokens: Sequence[str]) -> tuple[list[str], bool]:
+    """What cyclopts parses, and whether `--debug` was among it.
 
-    A setting that is followed by another option, or by nothing, means `true`.
+    `--section.key value` becomes `--section.key=value`: in cyclopts a flag takes no value after a space, and no value
+    begins with a hyphen. A TOML file after a flag is none.
     """
-    plain: list[str] = []
-    debug = False
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        name, equals, value = token[2:].partition("=")
-        if token == "--debug":
-            debug = True
-        elif token.startswith("--") and "." in name:
-            if not equals:
-                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-            plain.append(f"--override={name}={value}")
-        else:
-            plain.append(token)
-    return plain, debug
+    words: list[str] = []
+    for token in tokens:
+        setting = words and words[-1].startswith("--") and "." in words[-1] and "=" not in words[-1]
+        if setting and not token.startswith("--") and not token.endswith(".toml"):
+            words[-1] += f"={token}"
+        elif token != "--debug":
+            words.append(token)
+    return words, "--debug" in tokens
 
 
 def _one_line(kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:
@@ -269,21 +298,23 @@ def _one_line(kind: type[BaseException], error: BaseException, _trace: Traceback
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point of the `scalecryo` command: runs a verb and exits with its code."""
-    plain, debug = split_tokens(sys.argv[1:] if tokens is None else tokens)
-    if not plain:
-        plain = ["--help"]
+    words, debug = words_of(sys.argv[1:] if tokens is None else tokens)
     if not debug:
         sys.excepthook = _one_line
     try:
-        app(plain, exit_on_error=False, print_error=False, result_action="return_value")
+        for option in (word[2:] for word in words if word.startswith("--")):
+            refuse_renamed(option.partition("=")[0].replace("-", "_"))
+        app(words, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        sys.stderr.write(f"scalecryo: {' '.join(str(error).split())} (see scalecryo --help)\n")
-        sys.exit(2)
+        _fail(f"{error} (see scalecryo {' '.join((*(error.command_chain or ()), '--help'))})", 2)
     except ScalecryoError as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"scalecryo: {' '.join(str(error).split())}\n")
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        _fail(str(error), 2 if isinstance(error, UsageError | ConfigError) else 1)
     except KeyboardInterrupt:
-        sys.stderr.write("scalecryo: stopped by the keyboard; train goes on with --resume\n")
-        sys.exit(1)
+        _fail(f"stopped by the keyboard{_GO_ON.get(words[0], '')}", 1)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    sys.stderr.write(f"scalecryo: {' '.join(text.split())}\n")
+    sys.exit(code)

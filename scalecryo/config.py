@@ -1,30 +1,58 @@
 """Configuration: a TOML file, then `--section.key value`, into frozen dataclasses that check themselves.
 
-Each field is its own documentation: `describe()` makes the help text of `scalecryo train` from them.
-Imports no torch, so help texts answer at once.
+Each field is its own documentation: its help, and the recipes that read it. A setting that the recipe does not read is
+refused where somebody gave it. Imports no torch, so help texts answer at once.
 """
 
-import dataclasses
 import difflib
+import json
+import operator
 import tomllib
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from scalecryo.errors import ConfigError
 
+Recipe = Literal["guided", "poses", "autoencoder", "known", "table"]
 Device = Literal["cpu", "cuda"]
 PoseSourceName = Literal["guided", "encoder", "known", "table"]
 Parameterisation = Literal["s2s2", "quaternion", "euler"]
 ReduceDtype = Literal["float32", "bfloat16"]
 KernelName = Literal["auto", "reference", "cpu", "cuda"]
 
+#: The recipes, and what chooses each.
+RECIPES: dict[Recipe, str] = {
+    "guided": "pose.source = guided, guided.start = nothing",
+    "poses": "pose.source = guided, guided.start = poses",
+    "autoencoder": "pose.source = encoder",
+    "known": "pose.source = known",
+    "table": "pose.source = table",
+}
+_GUIDED: tuple[Recipe, ...] = ("guided",)
+_EM: tuple[Recipe, ...] = ("guided", "poses")
+_SGD: tuple[Recipe, ...] = ("autoencoder", "known", "table")
+_ENCODER: tuple[Recipe, ...] = ("autoencoder",)
 
-def option(default: Any, help: str) -> Any:
-    """A configuration field with its default and one line of help."""
-    return field(default=default, metadata={"help": help})
+RENAMED = {  # settings, from their old names
+    "guided.rungs": "guided.iterations",
+    "guided.seeds": "guided.starts",
+    "guided.search_rungs": "guided.search_iterations",
+    "guided.settled_rungs": "guided.settled_iterations",
+    "guided.rung_batch": "guided.batch_size",
+    "guided.rung_particles": "guided.iteration_particles",
+    "guided.lessons": "guided.encoder_steps",
+    "guided.lesson_size": "guided.encoder_batch",
+    "optim.traffic": "optim.reduce_dtype",
+    "stream.patience_seconds": "stream.retry_seconds",
+    "train.assign": "train.final_pass",
+}
+
+
+def option(default: Any, help: str, recipes: tuple[Recipe, ...] = tuple(RECIPES), **limits: float) -> Any:
+    """A field with its default, one line of help, the recipes that read it, and its `least` and `most` value."""
+    return field(default=default, metadata={"help": help, "recipes": recipes, **limits})
 
 
 def _require(ok: bool, key: str, value: object, repair: str) -> None:
@@ -33,64 +61,67 @@ def _require(ok: bool, key: str, value: object, repair: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What a run reads, where it writes and on what it runs: --data, --out, --workers, --device."""
-
-    data: str = option("", "particle store, any fsspec URL")
-    out: str = option("", "folder of the run, any fsspec URL")
-    workers: str = option("0", "0: this process, no Ray; N or MIN:MAX: Ray Train workers")
-    device: Device = option("cpu", "cpu or cuda")
-    max_failures: int = option(3, "lost workers or nodes in a row, without a new checkpoint, before a run gives up")
-    wait_minutes: float = option(0.0, "how long to wait for missing nodes at the start; 0: refuse at once")
+class _Section:
+    """Settings within the ranges that their fields give."""
 
     def __post_init__(self) -> None:
-        _require(self.max_failures >= 0, "run.max_failures", self.max_failures, "must be 0 or more")
-        _require(self.wait_minutes >= 0, "run.wait_minutes", self.wait_minutes, "must be 0 or more")
-        low, high = self.worker_range
-        _require(0 <= low <= high and (low > 0 or high == 0), "run.workers", self.workers,
-                 "use 0, N >= 1, or MIN:MAX with 1 <= MIN <= MAX")  # fmt: skip
+        section = type(self).__name__.removesuffix("Config").lower()
+        for f in fields(self):
+            value, least, most = getattr(self, f.name), f.metadata.get("least"), f.metadata.get("most")
+            within = (least is None or value >= least) and (most is None or value <= most)
+            repair = f"must be at least {least}" if most is None else f"must lie between {least} and {most}"
+            _require(within, f"{section}.{f.name}", value, repair)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Section):
+    """What a run reads, where it writes and on what it runs."""
+
+    data: str = option("", "particle store, any fsspec URL")
+    out: str = option("", "folder of the run, any fsspec URL; must not exist (or --resume)")
+    workers: str = option("0", "0: this process, no Ray; N or MIN:MAX: Ray Train workers")
+    device: Device = option("cpu", "what tensors live on")
+    max_failures: int = option(3, "lost workers or nodes in a row, without a new checkpoint, that end a run", least=0)
+    wait_minutes: float = option(0.0, "how long to wait for missing nodes at the start; 0: refuse at once", least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.worker_range  # which checks them
 
     @property
     def worker_range(self) -> tuple[int, int]:
         """Smallest and largest number of workers; (0, 0) is this process alone."""
         low, _, high = self.workers.partition(":")
-        try:
-            return int(low), int(high or low)
-        except ValueError:
-            raise ConfigError(
-                f"config: run.workers = {self.workers!r}: use 0, N, or MIN:MAX, all whole numbers"
-            ) from None
+        numbers = [int(text) for text in (low, high or low) if text.isdecimal()]
+        good = len(numbers) == 2 and (0 < numbers[0] <= numbers[1] or numbers == [0, 0])
+        _require(good, "run.workers", self.workers, "use 0, N >= 1, or MIN:MAX with 1 <= MIN <= MAX")
+        return numbers[0], numbers[1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """How long and on what to train."""
 
-    steps: int = option(10_000, "number of optimiser steps")
-    batch_size: int = option(32, "particles in a global batch, over all workers")
-    box: int = option(0, "level of the store to train on, px; 0: the full box")
-    rows: int = option(0, "train on the first ROWS particles and hold out the others; 0: all")
-    half: int = option(0, "train on this half of the store alone, 1 or 2; 0: both")
-    optics_group: int = option(-1, "train on this optics group alone; -1: all")
+    steps: int = option(10_000, "number of optimiser steps", _SGD, least=1)
+    batch_size: int = option(32, "particles in a global batch, over all workers", _SGD, least=1)
+    box: int = option(0, "level of the store to train on, px; 0: the full box", least=0)
+    rows: int = option(0, "train on the first ROWS particles and hold out the others; 0: all", least=0)
+    half: int = option(0, "train on this half of the store alone, 1 or 2; 0: both", least=0, most=2)
+    optics_group: int = option(-1, "train on this optics group alone; -1: all", least=-1)
     index: str = option("", "train on the rows that this file lists: .txt (one a line, from 0) or .npy; any fsspec URL")
     query: str = option("", "train on rows for which this holds, such as `defocus_u < 20000 and optics_group != 3`")
-    seed: int = option(0, "seed of the start, the sample order and the noise")
-    checkpoint_every: int = option(500, "steps between checkpoints")
-    keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep")
+    seed: int = option(0, "seed of the start, the sample order and the noise", least=0)
+    checkpoint_every: int = option(500, "steps between checkpoints", _SGD, least=1)
+    keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
     final_pass: bool = option(True, "end by assigning a pose to every particle and writing the maps")
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "checkpoint_every", "keep_checkpoints"):
-            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "must be at least 1")
-        for key in ("box", "rows", "seed"):
-            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "must not be negative")
+        super().__post_init__()
         _require(self.box % 2 == 0, "train.box", self.box, "boxes are even: choose a level of the store")
-        _require(self.half in (0, 1, 2), "train.half", self.half, "choose 1 or 2, or 0 for both")
-        _require(self.optics_group >= -1, "train.optics_group", self.optics_group, "give a group, or -1 for all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoseConfig:
+class PoseConfig(_Section):
     """Where poses come from and how they are written."""
 
     source: PoseSourceName = option(
@@ -98,127 +129,99 @@ class PoseConfig:
         "guided: search, local refinement and re-insertion; encoder: from the image alone; known: from the store; "
         "table: one free pose a particle",
     )
-    parameterisation: Parameterisation = option("s2s2", "how encoder and table write a rotation")
-    heads: int = option(1, "encoder heads; the best one a particle learns (winner takes all)")
-    symmetric_loss: bool = option(False, "also try the image turned by 180 degrees, keep the better")
-    centred: bool = option(False, "particles sit at the centre; false: shifts are found too")
-
-    def __post_init__(self) -> None:
-        _require(1 <= self.heads <= 64, "pose.heads", self.heads, "must lie between 1 and 64")
-        if self.source != "encoder":
-            _require(self.heads == 1, "pose.heads", self.heads, f"pose.source = {self.source!r} has one head")
-            _require(not self.symmetric_loss, "pose.symmetric_loss", True, "only with pose.source = 'encoder'")
+    parameterisation: Parameterisation = option("s2s2", "how a rotation is written", ("autoencoder", "table"))
+    heads: int = option(1, "encoder heads; the best one a particle learns", _ENCODER, least=1, most=64)
+    symmetric_loss: bool = option(False, "also try the image turned by 180 degrees, keep the better", _ENCODER)
+    centred: bool = option(False, "particles sit at the centre; false: shifts are found too",
+                           (*_EM, "autoencoder", "table"))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuidedConfig:
+class GuidedConfig(_Section):
     """The guided method: bootstrap from random poses, then frequency marching by streamed passes."""
 
     start: Literal["nothing", "poses"] = option(
-        "nothing", "nothing: random poses; poses: those that came with the particles, refined without a search"
+        "nothing", "nothing: random poses; poses: those that came with the particles, refined without a search", _EM
     )
-    starts: int = option(2, "random starts of the bootstrap; held-out likelihood picks the best")
-    bootstrap_steps: int = option(100, "batches that the bootstrap learns from")
-    bootstrap_batch: int = option(400, "particles in a bootstrap batch, over both halves and all workers")
-    shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none")
-    iterations: int = option(12, "most iterations of the refinement")
-    search_iterations: int = option(8, "most iterations that search all rotations; fewer when particles stop jumping")
-    settled_iterations: int = option(1, "iterations without progress after which the refinement ends")
-    batch_size: int = option(1024, "particles in a batch of the refinement, over all workers")
-    iteration_particles: int = option(50_000, "particles that an iteration reads at most")
-    encoder_steps: int = option(2, "steps that the encoder learns for each batch of the refinement; 0: no encoder")
-    encoder_batch: int = option(256, "real particles in a training step, beside as many projections of the map")
-    encoder_hidden: int = option(1024, "units in each hidden layer of the grid encoder")
-    encoder_rate: float = option(1e-3, "learning rate of the grid encoder")
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, str):
-                continue
-            least = {"search_iterations": 0, "shift_radius_a": 0, "encoder_steps": 0, "encoder_rate": 1e-7}.get(
-                f.name, 1
-            )
-            _require(value >= least, f"guided.{f.name}", value, f"must be at least {least}")
+    starts: int = option(2, "random starts of the bootstrap; held-out likelihood picks the best", _GUIDED, least=1)
+    bootstrap_steps: int = option(100, "batches that the bootstrap learns from", _GUIDED, least=1)
+    bootstrap_batch: int = option(400, "particles in its batches, over both halves and all workers", _GUIDED, least=1)
+    shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none", _EM, least=0)
+    iterations: int = option(12, "most iterations of the refinement", _EM, least=1)
+    search_iterations: int = option(8, "most of them that search all rotations, while particles jump", _GUIDED, least=0)
+    settled_iterations: int = option(1, "iterations without progress that end the refinement", _EM, least=1)
+    batch_size: int = option(1024, "particles in a batch of the refinement, over all workers", _EM, least=1)
+    iteration_particles: int = option(50_000, "particles that an iteration reads at most", _EM, least=1)
+    encoder_steps: int = option(2, "steps of the encoder for each batch of the refinement; 0: none", _EM, least=0)
+    encoder_batch: int = option(256, "real particles in such a step, with as many projections of the map", _EM, least=1)
+    encoder_hidden: int = option(1024, "units in each hidden layer of the grid encoder", _EM, least=1)
+    encoder_rate: float = option(1e-3, "learning rate of the grid encoder", _EM, least=1e-7)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(_Section):
     """The network from image to pose."""
 
-    channels: tuple[int, ...] = option((32, 64, 128), "filters of the conv-conv-maxpool blocks")
-    hidden: int = option(512, "units in each of the two fully connected layers")
-    input_box: int = option(0, "Fourier-crop the images to this box before the network, px; 0: as trained")
-    precision: Literal["float32", "bfloat16"] = option("float32", "arithmetic of the convolutions")
+    channels: tuple[int, ...] = option((32, 64, 128), "filters of the conv-conv-maxpool blocks", _ENCODER)
+    hidden: int = option(512, "units in each of the two fully connected layers", _ENCODER, least=1)
+    input_box: int = option(0, "Fourier-crop its images to this box, px; 0: as trained", _ENCODER, least=0)
+    precision: Literal["float32", "bfloat16"] = option("float32", "arithmetic of the convolutions", _ENCODER)
 
     def __post_init__(self) -> None:
-        _require(all(c >= 1 for c in self.channels) and len(self.channels) >= 1, "encoder.channels",
-                 self.channels, "name at least one block, each with 1 filter or more")  # fmt: skip
-        _require(self.hidden >= 1, "encoder.hidden", self.hidden, "must be at least 1")
-        _require(self.input_box >= 0 and self.input_box % 2 == 0, "encoder.input_box", self.input_box,
-                 "must be even, or 0 for the training box")  # fmt: skip
+        super().__post_init__()
+        blocks = len(self.channels) >= 1 and min(self.channels) >= 1
+        _require(blocks, "encoder.channels", self.channels, "name at least one block, each with 1 filter or more")
+        even = self.input_box % 2 == 0
+        _require(even, "encoder.input_box", self.input_box, "must be even, or 0 for the training box")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VolumeConfig:
+class VolumeConfig(_Section):
     """The shared map inside the decoder."""
 
-    padding: float = option(2.0, "oversampling of the transform that is sliced: 1, 1.5 or 2")
-    gridding_correction: bool = option(True, "divide by the sinc squared of trilinear interpolation")
-    initial_scale: float = option(1.0, "uniform random start in [0, SCALE / box)")
+    padding: float = option(2.0, "oversampling of the transform that is sliced: 1, 1.5 or 2", _SGD, least=1, most=4)
+    gridding_correction: bool = option(True, "divide by the sinc squared of trilinear interpolation", _SGD)
+    initial_scale: float = option(1.0, "uniform random start in [0, SCALE / box)", _SGD)
     kernels: KernelName = option(
-        "auto", "what slices the map: auto: as --device; reference: plain torch; cpu: numba; cuda: Triton"
+        "auto", "what slices the map: auto: as --device; reference: plain torch; cpu: numba; cuda: Triton", _SGD
     )
 
     def __post_init__(self) -> None:
-        _require(1.0 <= self.padding <= 4.0, "volume.padding", self.padding, "must lie between 1 and 4")
+        super().__post_init__()
         _require(self.initial_scale > 0, "volume.initial_scale", self.initial_scale, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(_Section):
     """Adam's learning rates, one for each kind of parameter."""
 
-    encoder_rate: float = option(1e-3, "learning rate of the encoder")
-    volume_rate: float = option(0.1, "learning rate of the voxels, as a share of their starting scale")
-    table_rate: float = option(1e-2, "learning rate of the pose table")
-    clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip")
-    reduce_dtype: ReduceDtype = option("float32", "what gradients travel in between workers: float32 or bfloat16")
-
-    def __post_init__(self) -> None:
-        for key in ("encoder_rate", "volume_rate", "table_rate"):
-            value = getattr(self, key)
-            _require(0 < value < 10, f"optim.{key}", value, "a learning rate lies between 0 and 10")
-        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "must not be negative")
+    encoder_rate: float = option(1e-3, "learning rate of the encoder", _ENCODER, least=1e-12, most=10)
+    volume_rate: float = option(
+        0.1, "learning rate of the voxels, as a share of their start", _SGD, least=1e-12, most=10
+    )
+    table_rate: float = option(1e-2, "learning rate of the pose table", ("table",), least=1e-12, most=10)
+    clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip", _ENCODER, least=0)
+    reduce_dtype: ReduceDtype = option("float32", "what gradients travel in between workers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamConfig:
+class StreamConfig(_Section):
     """How particles stream from the store; memory is lanes x window_blocks x one block, and what is read ahead."""
 
-    lanes: int = option(32, "independent reading lanes; at least the largest number of workers")
-    window_blocks: int = option(4, "blocks that a lane shuffles together")
-    threads: int = option(0, "reading threads in each worker; 0: 4 for files, 12 for object storage")
-    prefetch_mib: int = option(256, "most that a worker reads ahead, MiB; at least one window")
-    retry_seconds: float = option(120.0, "how long a request to an object store may keep failing")
-
-    def __post_init__(self) -> None:
-        for key, least in {"lanes": 1, "window_blocks": 1, "threads": 0, "prefetch_mib": 1}.items():
-            _require(getattr(self, key) >= least, f"stream.{key}", getattr(self, key), f"must be at least {least}")
-        _require(self.retry_seconds >= 0, "stream.retry_seconds", self.retry_seconds, "must not be negative")
+    lanes: int = option(32, "independent reading lanes; at least the largest number of workers", least=1)
+    window_blocks: int = option(4, "blocks that a lane shuffles together", least=1)
+    threads: int = option(0, "reading threads in each worker; 0: 4 for files, 12 for object storage", least=0)
+    prefetch_mib: int = option(256, "most that a worker reads ahead, MiB; at least one window", least=1)
+    retry_seconds: float = option(120.0, "how long a request to an object store may keep failing", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorConfig:
+class MonitorConfig(_Section):
     """What a run reports while it trains."""
 
-    every: int = option(20, "steps between scalars")
-    pictures_every: int = option(200, "steps between pictures, FSC and pose errors")
+    every: int = option(20, "steps between scalars", _SGD, least=1)
+    pictures_every: int = option(200, "steps between pictures, FSC and pose errors", _SGD, least=1)
     truth: str = option("", "folder with truth.star and truth.mrc, to follow errors of a simulation")
-
-    def __post_init__(self) -> None:
-        for key in ("every", "pictures_every"):
-            _require(getattr(self, key) >= 1, f"monitor.{key}", getattr(self, key), "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,94 +240,84 @@ class Config:
 
     def __post_init__(self) -> None:
         _, high = self.run.worker_range
-        lanes = self.stream.lanes
-        _require(high <= lanes, "stream.lanes", lanes, f"must be at least the number of workers ({high})")
-        _require(self.train.batch_size >= max(high, 1), "train.batch_size", self.train.batch_size,
-                 f"must be at least the number of workers ({high})")  # fmt: skip
-        if self.train.box and self.encoder.input_box:
-            _require(self.encoder.input_box <= self.train.box, "encoder.input_box", self.encoder.input_box,
-                     f"must not exceed train.box ({self.train.box})")  # fmt: skip
+        settings = settings_of(self)
+        for key in ("stream.lanes", "train.batch_size", "guided.batch_size", "guided.bootstrap_batch"):
+            value = settings.get(key, high)
+            _require(high <= value, key, value, f"must be at least the number of workers ({high})")
+        fits = not self.train.box or self.encoder.input_box <= self.train.box
+        _require(fits, "encoder.input_box", self.encoder.input_box, f"must not exceed train.box ({self.train.box})")
+
+    @property
+    def recipe(self) -> Recipe:
+        """What pose.source and guided.start choose."""
+        if self.pose.source == "guided":
+            return "guided" if self.guided.start == "nothing" else "poses"
+        return "autoencoder" if self.pose.source == "encoder" else self.pose.source
 
 
-def load_config(path: str | None, overrides: Mapping[str, str], *, base: Mapping[str, Any] | None = None) -> Config:
-    """Read a TOML file (or none), apply `section.key` overrides given as text, and check everything.
+# `f.type` is a type, not its name, as long as this module does not postpone the evaluation of annotations.
+SECTIONS: dict[str, Any] = {f.name: f.type for f in fields(Config)}
+SETTINGS = {f"{section}.{f.name}": f for section, kind in SECTIONS.items() for f in fields(kind)}
+
+
+def load_config(path: str | None, overrides: Mapping[str, Any], *, base: Mapping[str, Any] | None = None) -> Config:
+    """Read a TOML file (or none), apply overrides, and check everything.
 
     Args:
         path: the TOML file, or None to start from `base`, or from the defaults.
-        overrides: by `section.key`, each value as text.
-        base: nested values to start from where there is no file.
+        overrides: by `section.key`; a text stands for what it means in TOML, lists without their brackets.
+        base: nested values to start from where there is no file; the recipe need not read them.
 
     Raises:
-        ConfigError: unreadable TOML, unknown section or key (with the nearest name), wrong type or value.
+        ConfigError: unreadable TOML; a setting that is unknown, of a wrong type or value, or not read by the recipe.
     """
-    values: dict[str, Any] = dict(base or {})
-    if path is not None:
-        try:
-            with open(path, "rb") as handle:
-                values = tomllib.load(handle)
-        except FileNotFoundError:
-            raise ConfigError(f"config file {path} does not exist: check the path") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise ConfigError(f"config file {path} cannot be read as TOML: {error}") from None
-    merged = {section: dict(table) if isinstance(table, Mapping) else table for section, table in values.items()}
-    for dotted, text in overrides.items():
-        section, _, key = dotted.replace("-", "_").partition(".")
-        kind = _field_type(section, key)
-        table = merged.setdefault(section, {})
-        if isinstance(table, dict):
-            table[key] = _parse_text(text, kind, f"{section}.{key}")
-    return config_from_dict(merged)
+    given = {} if path is None else _flat(_read_toml(path))
+    for name, value in overrides.items():
+        dotted = name.replace("-", "_")
+        given[dotted] = _from_text(value, _field(dotted).type) if isinstance(value, str) else value
+    config = _build(given if path is not None else {**_flat(base or {}), **given})
+    for dotted in given:
+        readers = SETTINGS[dotted].metadata["recipes"]
+        if config.recipe not in readers:
+            others = " or ".join(f"{recipe} ({RECIPES[recipe]})" for recipe in readers)
+            raise ConfigError(
+                f"config: {dotted} is not read by the recipe {config.recipe} ({RECIPES[config.recipe]}): leave it out, "
+                f"or choose {others}"
+            )
+    return config
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
     """Build a Config from nested mappings, refusing unknown names and wrong types.
 
     Raises:
-        ConfigError: as `load_config`.
+        ConfigError: as `load_config`; keys that the recipe does not read are let pass.
     """
-    sections = {f.name: f.type for f in fields(Config)}
-    built = {}
-    for section, table in values.items():
-        if section not in sections:
-            raise ConfigError(f"config: unknown section [{section}]{_nearest(section, sections)}")
-        if not isinstance(table, Mapping):
-            raise ConfigError(f"config: {section} = {table!r}: write it as a section, [{section}]")
-        kind = typing.get_type_hints(Config)[section]
-        built[section] = kind(**{k: _convert(v, _field_type(section, k), f"{section}.{k}") for k, v in table.items()})
-    return Config(**built)
+    return _build(_flat(values))
 
 
-def config_to_toml(config: Config) -> str:
-    """The whole configuration as TOML text; `load_config` reads back the same Config."""
-    lines = []
-    for section, table in dataclasses.asdict(config).items():
-        lines.append(f"[{section}]")
-        lines.extend(f"{key} = {_toml_value(value)}" for key, value in table.items())
-        lines.append("")
-    return "\n".join(lines)
-
-
-def describe() -> list[tuple[str, str, str]]:
-    """Every setting as (section.key, default, help), for help texts."""
-    rows: list[tuple[str, str, str]] = []
-    for section in fields(Config):
-        kind = typing.get_type_hints(Config)[section.name]
-        rows.extend(
-            (f"{section.name}.{f.name}", _toml_value(f.default), f.metadata["help"])
-            for f in fields(kind)
-            if section.name != "run"
-        )
-    return rows
+def settings_of(config: Config) -> dict[str, Any]:
+    """What the recipe reads, by `section.key`."""
+    read = (name for name, f in SETTINGS.items() if config.recipe in f.metadata["recipes"])
+    return {name: operator.attrgetter(name)(config) for name in read}
 
 
 def flat_settings(config: Config) -> dict[str, bool | int | float | str]:
-    """Every setting by `section.key`, lists as text."""
-    tables = dataclasses.asdict(config)
-    return {
-        f"{section}.{key}": value if isinstance(value, bool | int | float | str) else str(value)
-        for section, table in tables.items()
-        for key, value in table.items()
-    }
+    """What the recipe reads, by `section.key`, lists as text."""
+    return {name: str(value) if isinstance(value, tuple) else value for name, value in settings_of(config).items()}
+
+
+def config_to_toml(config: Config) -> str:
+    """What the recipe reads as TOML text; `load_config` reads back the same Config."""
+    lines: list[str] = []
+    for dotted, value in settings_of(config).items():
+        section, _, key = dotted.partition(".")
+        if f"[{section}]" not in lines:
+            lines += ["", f"[{section}]"]
+        # JSON's texts, lists and truth values are TOML's, but not its infinity.
+        text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+        lines.append(f"{key} = {text}")
+    return "\n".join([*lines[1:], ""])
 
 
 def describe_run(config: Config) -> str:
@@ -332,61 +325,76 @@ def describe_run(config: Config) -> str:
     return "".join(f"    {line}\n" for line in config_to_toml(config).splitlines())
 
 
-def _field_type(section: str, key: str) -> Any:
-    hints = typing.get_type_hints(Config)
-    if section not in hints:
-        raise ConfigError(f"config: unknown section [{section}]{_nearest(section, hints)}")
-    keys = typing.get_type_hints(hints[section])
-    if key not in keys:
-        dotted = {f"{s}.{f.name}" for s, kind in hints.items() for f in fields(kind)}
-        raise ConfigError(f"config: unknown key {section}.{key}{_nearest(f'{section}.{key}', dotted)}")
-    return keys[key]
+def refuse_renamed(dotted: str) -> None:
+    """Raise a ConfigError with the new name, where `section.key` is an old one."""
+    if dotted in RENAMED:
+        raise ConfigError(f"config: {dotted} was renamed to {RENAMED[dotted]}")
 
 
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as handle:
+            return tomllib.load(handle)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist: check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config file {path} cannot be read as TOML: {error}") from None
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values by `section.key`."""
+    for section, table in values.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"config: [{section}] = {table!r}: must be a section with keys")
+    return {f"{section}.{key}": value for section, table in values.items() for key, value in table.items()}
+
+
+def _build(given: Mapping[str, Any]) -> Config:
+    tables: dict[str, dict[str, Any]] = {}
+    for dotted, value in given.items():
+        section, _, key = dotted.partition(".")
+        tables.setdefault(section, {})[key] = _convert(value, _field(dotted).type, dotted)
+    return Config(**{section: SECTIONS[section](**table) for section, table in tables.items()})
+
+
+def _field(dotted: str) -> Any:
+    """The field of a setting, which must exist."""
+    refuse_renamed(dotted)
+    if (section := dotted.partition(".")[0]) not in SECTIONS:
+        raise ConfigError(f"config: unknown section [{section}]{_nearest(section, SECTIONS)}")
+    if dotted not in SETTINGS:
+        raise ConfigError(f"config: unknown key {dotted}{_nearest(dotted, SETTINGS)}")
+    return SETTINGS[dotted]
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f": did you mean {close[0]}?" if close else f": known are {', '.join(sorted(known))}"
 
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
-    """Check a TOML value against the field's type; whole numbers may stand for floats, lists for tuples."""
+    """Check a value against the field's type; whole numbers may stand for floats, lists for tuples."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        _require(value in choices, key, value, f"choose one of {', '.join(map(str, choices))}")
+        _require(value in choices, key, value, f"choose one of {', '.join(choices)}")
         return value
     if typing.get_origin(kind) is tuple:
-        _require(isinstance(value, list | tuple) and all(type(v) is int for v in value), key, value,
-                 "must be a list of whole numbers")  # fmt: skip
+        whole = isinstance(value, list | tuple) and all(type(v) is int for v in value)
+        _require(whole, key, value, "must be a list of whole numbers")
         return tuple(value)
     if kind is float and type(value) is int:
         return float(value)
-    _require(type(value) is kind, key, value, f"must be of type {kind.__name__}")
+    repair = "write true or false" if kind is bool else f"must be of type {kind.__name__}"
+    _require(type(value) is kind, key, value, repair)
     return value
 
 
-def _parse_text(text: str, kind: Any, key: str) -> Any:
-    """Turn an override's text into the field's type."""
-    if kind is bool:
-        known = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        _require(text.lower() in known, key, text, "write true or false")
-        return known[text.lower()]
+def _from_text(text: str, kind: Any) -> Any:
+    """What a text means for a type; the text itself where it means nothing, for `_convert` to refuse."""
+    if kind is str or typing.get_origin(kind) is Literal:
+        return text
+    literal = f"[{text.strip('[]()')}]" if typing.get_origin(kind) is tuple else text.lower()
     try:
-        if kind in (int, float):
-            return kind(text)
-        if typing.get_origin(kind) is tuple:
-            return tuple(int(part) for part in text.strip("[]()").split(","))
-    except ValueError:
-        name = "whole numbers, separated by commas" if isinstance(kind, types.GenericAlias) else kind.__name__
-        raise ConfigError(f"config: {key} = {text!r}: must be of type {name}") from None
-    return text
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    return repr(value)
+        return tomllib.loads(f"value = {literal}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

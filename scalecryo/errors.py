@@ -13,7 +13,7 @@ class UsageError(ScalecryoError):
 
 
 class ConfigError(ScalecryoError, ValueError):
-    """A configuration file or an override holds something that cannot be used."""
+    """A setting, a query or a list of rows that cannot be used; the command line exits with 2."""
 
 
 class MissingInputError(ScalecryoError, FileNotFoundError):

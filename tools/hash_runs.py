@@ -21,6 +21,7 @@ from pathlib import Path
 import mrcfile
 
 GUIDED = {"guided.shift_radius_a": "6", "guided.bootstrap_steps": "30", "guided.starts": "1", "train.rows": "900"}
+POSES = {"guided.start": "poses", "guided.iterations": "3", "guided.shift_radius_a": "6", "train.rows": "900"}
 OLD_NAMES = {
     "guided.iterations": "guided.rungs",
     "guided.starts": "guided.seeds",
@@ -79,9 +80,7 @@ def main() -> None:
             train(tree, store, run, GUIDED | {"guided.iterations": "3"}),
             train(tree, store, run, {"guided.iterations": "5"}, "--resume"),
         ),
-        "imported poses": lambda run: train(
-            tree, posed, run, GUIDED | {"guided.start": "poses", "guided.iterations": "3"}
-        ),
+        "imported poses": lambda run: train(tree, posed, run, POSES),
         "auto-encoder": lambda run: train(tree, store, run, ENCODER),
     }
     for name, start in runs.items():

@@ -19,6 +19,8 @@ import matplotlib
 import numpy as np
 import torch
 from paper_datasets import DATASETS, TRAIN, write_dataset
+from scalecryo.train.batches import stream_columns
+from scalecryo.train.guided_run import load_guided_poser
 
 from scalecryo.commands import convert, evaluate, train
 from scalecryo.data.formats.mrc import read_map
@@ -30,15 +32,13 @@ from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 from scalecryo.runs.folder import RunFolder
-from scalecryo.train.batches import stream_columns
-from scalecryo.train.guided_run import load_guided_poser
 
 matplotlib.use("Agg")
 CLAIMS = {"A": "1.6 Å", "B": "1.6 Å", "C": "1.6 Å", "D": "1.6 Å", "E": "-", "F": "better than 2.5 Å", "G": "1.6 Å"}
 PLAIN = {"pose.source": "encoder", "pose.centred": "true"}
 RECIPES: dict[str, dict[str, str]] = {
     "guided": {"pose.source": "guided", "pose.centred": "true"},
-    "known": {"pose.source": "known", "pose.centred": "true"},
+    "known": {"pose.source": "known"},
     "s2s2": PLAIN,
     "quaternion": PLAIN | {"pose.parameterisation": "quaternion"},
     "euler": PLAIN | {"pose.parameterisation": "euler"},
@@ -62,11 +62,11 @@ def run_one(dataset: str, recipe: str, seed: int, steps: int, box: int, out: Pat
     start = time.monotonic()
     convert.run(str(data / table), store, data_dir=None, box=None, dtype="float16", workers=2, overwrite=True,
                 invert=False, uninvert=True)  # fmt: skip
-    settings = RECIPES[recipe] | {"train.rows": str(TRAIN), "train.seed": str(seed), "train.steps": str(steps)}
+    settings = RECIPES[recipe] | {"train.rows": str(TRAIN), "train.seed": str(seed)}
     if recipe == "known":  # the map comes from the true poses; the learnt volume is not looked at
         settings |= {"train.steps": "1", "train.box": "32"}
     elif recipe != "guided":
-        settings |= {"monitor.truth": str(data), "train.box": str(box)}
+        settings |= {"monitor.truth": str(data), "train.box": str(box), "train.steps": str(steps)}
     train.run(None, data=store, out=str(folder), workers="0", device="cpu", resume=False, overrides=settings)
     seconds = time.monotonic() - start
     with contextlib.redirect_stdout(io.StringIO()):

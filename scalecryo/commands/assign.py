@@ -5,7 +5,6 @@ import dataclasses
 import torch
 
 from scalecryo.commands.console import say
-from scalecryo.config import config_from_dict
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.runs.folder import RunFolder
@@ -19,10 +18,9 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     """Load the run's newest checkpoint, stream the store once, and write the results."""
     log_to_stderr()
     trained = RunFolder(urls.absolute(run))
-    values = dataclasses.asdict(trained.config())
+    config = trained.config()
     if data is not None:
-        values["run"]["data"] = urls.absolute(data)
-    config = config_from_dict(values)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, data=urls.absolute(data)))
     store = ParticleStore.open(config.run.data)
     device = torch.device(config.run.device if torch.cuda.is_available() else "cpu")
     same = data is None

@@ -1,6 +1,7 @@
 """What the verbs say to a person: plain lines on standard output, notes on standard error."""
 
 import sys
+import time
 
 
 def say(text: str) -> None:
@@ -13,3 +14,27 @@ def note(text: str) -> None:
     """Write one line of progress or advice to standard error, so that it never mixes with results."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+class Progress:
+    """Notes of the rate and the time left, at most one every two seconds; the first call starts the clock."""
+
+    def __init__(self, verb: str = "") -> None:
+        self._verb = f"{verb} " if verb else ""
+        self._start = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Note how many of all particles are done."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._start = done, now
+            if done:
+                note(f"going on after {done:,} of {total:,} particles")
+            return
+        if done < total and now - self._told < 2:
+            return
+        self._told = now
+        rate = (done - self._first) / max(now - self._start, 1e-9)
+        left = (total - done) / rate if rate else float("inf")
+        note(f"{self._verb}{done:,} of {total:,} particles, {rate:,.0f} a second, {left:,.0f} s left")

@@ -1,18 +1,16 @@
 """`scalecryo convert`: a particle table and its stacks become a store, or are added to one."""
 
 import json
-import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from scalecryo.commands.console import note, say
+from scalecryo.commands.console import Progress, note, say
 from scalecryo.data.conversion.append import append, complete_append
 from scalecryo.data.conversion.append_plan import plan_append
 from scalecryo.data.conversion.convert import ConvertPlan, check_destination, convert, plan
 from scalecryo.data.conversion.quality import REPORT, BadImage, listed, report_lines
 from scalecryo.data.conversion.source import Reading
 from scalecryo.data.io import urls
-from scalecryo.errors import UsageError
 
 
 def run(
@@ -32,10 +30,6 @@ def run(
     reading: Mapping[str, Any] | None = None,
 ) -> None:
     """Plan, say what was found, and write the store or add to it; `reading` holds the fields of `Reading`."""
-    if invert and uninvert:
-        raise UsageError("convert takes --invert or --uninvert, not both")
-    if add and (overwrite or box):
-        raise UsageError("convert --append keeps the store's box and particles: leave out --box and --overwrite")
     sign = "invert" if invert else "uninvert" if uninvert else None
     looked = Progress("looked at")
     how = Reading(**(reading or {}))
@@ -91,27 +85,3 @@ def _describe(made: ConvertPlan, source: str) -> None:
     say(f"  levels {', '.join(map(str, made.levels))} px; {made.shards} shards of {made.shard_rows:,} particles")
     say(f"  normalisation: {scale}")
     say(f"  contrast: {'turned' if made.recipe.sign < 0 else 'kept'} ({made.sign_reason})")
-
-
-class Progress:
-    """Notes of the rate and the time left, at most one every two seconds."""
-
-    def __init__(self, verb: str = "") -> None:
-        self._verb = f"{verb} " if verb else ""
-        self._start = self._told = time.monotonic()
-        self._first: int | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        """Note how many of all particles are done."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first, self._start = done, now
-            if done:
-                note(f"going on after {done:,} of {total:,} particles")
-            return
-        if done < total and now - self._told < 2:
-            return
-        self._told = now
-        rate = (done - self._first) / max(now - self._start, 1e-9)
-        left = (total - done) / rate if rate else float("inf")
-        note(f"{self._verb}{done:,} of {total:,} particles, {rate:,.0f} a second, {left:,.0f} s left")

@@ -11,7 +11,7 @@ from scalecryo.data.formats.startext import text_of
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.selection.selection import Selection
-from scalecryo.errors import InputError, OutputExistsError, ScalecryoError, UsageError
+from scalecryo.errors import InputError, OutputExistsError, ScalecryoError
 
 _Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
@@ -28,8 +28,6 @@ def run(
     data_dir: str | None = None,
 ) -> None:
     """Write the rows that are asked for; a table of the source's own kind keeps every other byte or field."""
-    if not out.endswith((".star", ".cs")):
-        raise UsageError(f"{urls.redacted(out)}: name a .star or .cs file to write")
     if urls.exists(out):
         raise OutputExistsError(f"{urls.redacted(out)}: exists already; name another file")
     if urls.is_folder(source):

@@ -1,11 +1,10 @@
 """`scalecryo simulate`: particles of a structure or a map, with the truth beside them."""
 
 import math
-import time
 
 import torch
 
-from scalecryo.commands.console import note, say
+from scalecryo.commands.console import Progress, say
 from scalecryo.data.formats.mrc import StackWriter, read_map, write_map
 from scalecryo.data.formats.star import write_particles
 from scalecryo.data.formats.structure import potential_map, read_structure
@@ -66,22 +65,20 @@ def run(
 def _write_images(
     path: str, projector: Projector, table: ParticleTable, snr_db: float | None, generator: torch.Generator
 ) -> None:
-    """Make and write the stack chunk by chunk, telling how far it is every five seconds."""
+    """Make and write the stack chunk by chunk, telling how far it is."""
     count, sigma = len(table), 0.0
     if snr_db is not None:
         chunks = range(0, min(count, _SAMPLE), _CHUNK)
         sigma = noise_sigma(torch.cat([projector.images(table, slice(i, i + _CHUNK)) for i in chunks]), snr_db)
-    start = told = time.monotonic()
+    progress = Progress("made")
+    progress(0, count)
     with StackWriter(path, count, projector.box_size, projector.pixel_size) as stack:
         for first in range(0, count, _CHUNK):
             images = projector.images(table, slice(first, first + _CHUNK))
             if snr_db is not None:
                 images = images + sigma * torch.randn(images.shape, generator=generator)
             stack.append(images.numpy())
-            if time.monotonic() - told > 5:
-                told, done = time.monotonic(), first + len(images)
-                rate = done / (told - start)
-                note(f"{done:,} of {count:,} images, {rate:,.0f} a second, {(count - done) / rate:,.0f} s left")
+            progress(first + len(images), count)
 
 
 def _density(structure: str, box: int, pixel_size: float) -> tuple[torch.Tensor, tuple[float, float, float]]:

@@ -1,41 +1,36 @@
 """`scalecryo train`: from a store, from nothing, to a map and poses."""
 
 import dataclasses
-
-import torch
+from collections.abc import Mapping
+from typing import Any
 
 from scalecryo.commands.console import say
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data.io import urls
-from scalecryo.data.storage.store import ParticleStore
-from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError, UsageError
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.recorder import log_to_stderr
-from scalecryo.train.loop import train
 
 
-def run(
-    config: str | None,
-    *,
-    data: str | None,
-    out: str | None,
-    workers: str | None,
-    device: str | None,
-    resume: bool,
-    overrides: dict[str, str],
-) -> None:
-    """Resolve the configuration, start or resume the run's folder, and train."""
-    flags = {"data": data, "out": out, "workers": workers, "device": device}
-    given = {f"run.{name}": value for name, value in flags.items() if value is not None}
-    settings = _resolve(config, {**overrides, **given}, resume)
+def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **places: str) -> None:
+    """Resolve the configuration, start or resume the run's folder, and train.
+
+    What can be refused is refused before the folder exists. `places` are settings of [run]: data, out, workers, device.
+    """
+    settings = _resolve(config, {**overrides, **{f"run.{key}": value for key, value in places.items()}}, resume)
     if not settings.run.data or not settings.run.out:
         raise UsageError("train needs --data STORE and --out RUN (with --resume, --out alone)")
     settings = _absolute(settings)
+    # torch takes seconds to import: by now the command line and the settings are in order.
+    import torch
+
+    from scalecryo.distributed.world import World
+    from scalecryo.runs.recorder import log_to_stderr
+    from scalecryo.train.loop import train
+
     if settings.run.device == "cuda" and not torch.cuda.is_available() and settings.run.workers == "0":
         raise ConfigError("config: run.device = 'cuda': no CUDA device is visible here: use --device cpu")
     log_to_stderr()
-    ParticleStore.open(settings.run.data)  # fail before the run's folder exists
+    _check(settings)
     RunFolder(settings.run.out).create(settings, resume=resume)
     if settings.run.worker_range == (0, 0):
         train(settings, World(), torch.device(settings.run.device))
@@ -47,7 +42,27 @@ def run(
     say(f"run finished: {settings.run.out}")
 
 
-def _resolve(path: str | None, overrides: dict[str, str], resume: bool) -> Config:
+def _check(config: Config) -> None:
+    """Refuse what the store or the truth cannot give. Every worker would, but only after the run's folder is there."""
+    import torch
+
+    from scalecryo.data.storage.store import ParticleStore
+    from scalecryo.distributed.world import World
+    from scalecryo.model.autoencoder import encoder_box
+    from scalecryo.runs.truth import Truth
+    from scalecryo.train.particle_source import RunContext, check_particles
+
+    store = ParticleStore.open(config.run.data)
+    check_particles(config, store)
+    context = RunContext.of(config, store, RunFolder(config.run.out), World(), torch.device("cpu"))
+    level = context.training_level
+    if config.recipe == "autoencoder":
+        encoder_box(config, level)
+    if config.monitor.truth:
+        Truth.load(config.monitor.truth, store, level)
+
+
+def _resolve(path: str | None, overrides: Mapping[str, Any], resume: bool) -> Config:
     """The configuration: of the file, else (when resuming) of the run itself, under the overrides."""
     if path is None and resume and "run.out" in overrides:
         stored = RunFolder(overrides["run.out"])

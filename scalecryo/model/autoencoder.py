@@ -99,16 +99,27 @@ def build_autoencoder(config: Config, box_size: int, rows: int) -> AutoEncoder:
     return AutoEncoder(source, volume, None if kernels == "auto" else kernels)
 
 
+def encoder_box(config: Config, box_size: int) -> int:
+    """Box of the images that the encoder sees, px, where the training box is `box_size`.
+
+    Raises:
+        ConfigError: it does not suit the training box or the encoder's pooling.
+    """
+    input_box, poolings = config.encoder.input_box or box_size, len(config.encoder.channels)
+    if not 2**poolings <= input_box <= box_size:
+        raise ConfigError(
+            f"config: encoder.input_box = {input_box}: must lie between {2**poolings} px (for {poolings} poolings) and "
+            f"the training box of {box_size} px"
+        )
+    return input_box
+
+
 def _build_encoder(config: Config, box_size: int, outputs: int) -> PoseEncoder:
     settings = config.encoder
-    input_box = settings.input_box or box_size
-    if input_box > box_size or input_box < 2 ** len(settings.channels):
-        raise ConfigError(
-            f"config: encoder.input_box = {input_box}: must lie between {2 ** len(settings.channels)} px "
-            f"(for {len(settings.channels)} poolings) and the training box of {box_size} px"
-        )
     precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
     # The layers draw their start from torch's global generator: fork it so that nothing else depends on it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return PoseEncoder(input_box, settings.channels, settings.hidden, config.pose.heads, outputs, precision)
+        return PoseEncoder(
+            encoder_box(config, box_size), settings.channels, settings.hidden, config.pose.heads, outputs, precision
+        )

@@ -13,8 +13,8 @@ from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport, RunMonitor
-from scalecryo.train.particle_source import ParticleReader, RunContext
-from scalecryo.train.recipes import recipe_of, stages_of
+from scalecryo.train.particle_source import ParticleReader, RunContext, check_particles
+from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned, Stage
 
 AtCheckpoint = Callable[[int], None]
@@ -37,15 +37,13 @@ def train(
         CheckpointError: see `load_checkpoint`.
     """
     store = ParticleStore.open(config.run.data)
-    low, _ = config.run.worker_range
-    if store.count < max(low, 1):
-        raise TrainingError(f"{config.run.data}: {store.count} particles for {low} workers: use fewer workers")
+    check_particles(config, store)
     run = RunFolder(config.run.out)
     context = RunContext.of(config, store, run, world, device)
     monitor: RunMonitor | None = None
     try:
         stages, _ = stages_of(context)
-        checkpoint = load_checkpoint(run, store_hash=context.data_hash, recipe=recipe_of(context))
+        checkpoint = load_checkpoint(run, store_hash=context.data_hash, recipe=context.config.recipe)
         step = 0 if checkpoint is None else checkpoint.step
         if world.is_leader:
             monitor = RunMonitor(config, store, run, start_step=step)
@@ -116,7 +114,7 @@ def _save(stage: Stage, context: RunContext, report: PassReport) -> None:
     """Write a checkpoint, worker 0 alone; curves first, since a checkpoint vouches for those up to it."""
     if context.world.is_leader:
         context.run.sync()
-        checkpoint = Checkpoint(report.step, recipe_of(context), stage.name, context.data_hash, stage.state_dict())
+        checkpoint = Checkpoint(report.step, context.config.recipe, stage.name, context.data_hash, stage.state_dict())
         save_checkpoint(context.run, checkpoint, context.config.train.keep_checkpoints, score=report.score)
 
 
@@ -130,7 +128,9 @@ def load_trained(
     """
     context = RunContext.of(config, store, run, World(), device, same_store=same_store)
     stages, learned = stages_of(context)
-    checkpoint = load_checkpoint(run, store_hash=context.data_hash if same_store else None, recipe=recipe_of(context))
+    checkpoint = load_checkpoint(
+        run, store_hash=context.data_hash if same_store else None, recipe=context.config.recipe
+    )
     if checkpoint is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
     _remaining(stages, checkpoint)

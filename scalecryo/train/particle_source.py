@@ -18,7 +18,7 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics, sequential
 from scalecryo.distributed.world import World
-from scalecryo.errors import ConfigError
+from scalecryo.errors import ConfigError, TrainingError
 from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
@@ -183,6 +183,22 @@ class RunContext:
         inside = at < self.subset.store_rows
         chosen = inside & self.subset.contains(np.where(inside, at, 0))
         return torch.from_numpy(chosen).to(rows.device, torch.float32)
+
+
+def check_particles(config: Config, store: ParticleStore) -> None:
+    """Refuse a store that cannot give what the recipe needs.
+
+    Raises:
+        TrainingError: no poses where the recipe reads them, or fewer particles than workers.
+    """
+    if config.recipe in ("known", "poses") and not store.has_pose:
+        raise TrainingError(
+            f"{config.run.data}: the recipe {config.recipe} needs poses, and the store has none: convert a table with "
+            "rotation angles, or choose another recipe"
+        )
+    low, _ = config.run.worker_range
+    if store.count < max(low, 1):
+        raise TrainingError(f"{config.run.data}: {store.count} particles for {low} workers: use fewer workers")
 
 
 def stream_columns(store: ParticleStore) -> tuple[str, ...]:

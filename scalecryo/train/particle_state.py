@@ -21,7 +21,7 @@ from torch import Tensor
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
-from scalecryo.errors import CheckpointError, TrainingError
+from scalecryo.errors import CheckpointError
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
 
@@ -122,16 +122,7 @@ class ParticleState:
         return int(np.count_nonzero(self._written))
 
     def load_table(self, store: ParticleStore) -> None:
-        """Take in the poses that came with the particles, shard by shard.
-
-        Raises:
-            TrainingError: the store has none.
-        """
-        if not store.has_pose:
-            raise TrainingError(
-                f"{store.url}: guided.start = 'poses' needs poses, and the store has none: convert a table with "
-                "rotation angles, or start from 'nothing'"
-            )
+        """Take in the poses that came with the particles, shard by shard."""
         for start in range(0, store.count, store.shard_rows):
             rows = slice(start, min(start + store.shard_rows, store.count))
             for name, values in store.read_columns(rows.start, rows.stop, ("rotation", "shift")).items():

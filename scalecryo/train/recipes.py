@@ -32,17 +32,9 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
 )
 
 
-def recipe_of(context: RunContext) -> str:
-    """The recipe that the settings name."""
-    config = context.config
-    if config.pose.source == "guided":
-        return "poses" if config.guided.start == "poses" else "guided"
-    return "autoencoder" if config.pose.source == "encoder" else config.pose.source
-
-
 def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
     """The stages of a run, and what they will learn; the final pass only where `train.final_pass` asks for it."""
-    recipe = recipe_of(context)
+    recipe = context.config.recipe
     learned = Learned(ParticleState(context.run, context.store.count))
     if recipe in ("guided", "poses"):
         learned.encoder = _encoder_trainer(context)

@@ -85,7 +85,7 @@ def test_a_wrong_pixel_size_is_noticed_by_the_ctf(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
 ) -> None:
     # Nearer to the default of 100 steps: what disturbs the CTF also delays the halves' agreement.
-    changes = {"guided__rungs": "1", "guided__bootstrap_steps": "80"}
+    changes = {"guided__iterations": "1", "guided__bootstrap_steps": "80"}
     run_on(changed(good, tmp_path / "data", pixel_size=factor * PIXEL_SIZE), tmp_path, **changes)
     assert "does not follow the CTFs" in capsys.readouterr().err
     assert (tmp_path / "run" / "map.mrc").exists()
@@ -94,10 +94,10 @@ def test_a_wrong_pixel_size_is_noticed_by_the_ctf(
 def test_right_ctfs_give_no_warning_and_missing_ones_are_said(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_on(changed(good, tmp_path / "data"), tmp_path, guided__rungs="1", train__final_pass="false")
+    run_on(changed(good, tmp_path / "data"), tmp_path, guided__iterations="1", train__final_pass="false")
     assert "does not follow" not in capsys.readouterr().err
     (tmp_path / "without").mkdir()
-    run_on(changed(good, tmp_path / "without" / "data", ctf=False), tmp_path / "without", guided__rungs="1")
+    run_on(changed(good, tmp_path / "without" / "data", ctf=False), tmp_path / "without", guided__iterations="1")
     assert "carry no CTF" in capsys.readouterr().err
     assert (tmp_path / "without" / "run" / "map.mrc").exists()
 

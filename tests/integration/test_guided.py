@@ -54,6 +54,8 @@ SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.itera
 
 def start(data: str, out: Path, *, resume: bool = False, **extra: str) -> None:
     overrides = SETTINGS | {key.replace("__", "."): value for key, value in extra.items()}
+    if overrides.get("guided.start") == "poses":  # no bootstrap
+        overrides = {key: overrides[key] for key in overrides.keys() - {"guided.bootstrap_steps", "guided.starts"}}
     train.run(None, data=data, out=str(out), workers="0", device="cpu", resume=resume, overrides=overrides)
 
 

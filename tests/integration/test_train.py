@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scalecryo.cli import main
 from scalecryo.commands import assign, train
-from scalecryo.config import Config, load_config
+from scalecryo.config import SETTINGS, Config, load_config
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
 from scalecryo.data.storage.store import ParticleStore
@@ -24,6 +24,7 @@ from scalecryo.distributed.world import World
 from scalecryo.errors import (
     CheckpointError,
     ConfigError,
+    MissingInputError,
     OutputError,
     OutputExistsError,
     ScalecryoError,
@@ -46,6 +47,9 @@ def start(data: str, out: Path | str, *, resume: bool = False, **overrides: obje
     settings = {"pose.source": "encoder", "train.steps": 6, "train.batch_size": 16, "monitor.every": 1,
                 "monitor.pictures_every": 3, "train.checkpoint_every": 3,
                 "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
+    source = overrides.get("pose__source", "encoder")
+    recipe = "autoencoder" if source == "encoder" else source
+    settings = {key: value for key, value in settings.items() if recipe in SETTINGS[key].metadata["recipes"]}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     workers = str(settings.pop("run.workers", "0"))
     train.run(None, data=data, out=str(out), workers=workers, device="cpu", resume=resume,
@@ -123,7 +127,7 @@ def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_
     rows = tmp_path / "rows.txt"
     rows.write_text("\n".join(str(row) for row in range(0, simulated.count, 3)))
     start(simulated.store, tmp_path / "run", train__index=rows, train__final_pass="false")
-    seen = load_config(None, {"train.index": str(rows), "train.batch_size": "16"})
+    seen = load_config(None, {"pose.source": "encoder", "train.index": str(rows), "train.batch_size": "16"})
     store = ParticleStore.open(simulated.store)
     order = RunContext.of(seen, store, RunFolder(""), World(), torch.device("cpu")).order(32, 16)
     assert order.subset is not None
@@ -328,6 +332,19 @@ def test_refusals(
 ) -> None:
     with pytest.raises(kind, match=fragment):
         start(simulated.store, tmp_path / "run", **overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_choice_of_particles_does_not_cost_the_folder(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    for wrong, kind, fragment in (
+        ({"train__query": "defocusu > 0"}, ConfigError, "no column defocusu"),
+        ({"train__query": "defocus_u >"}, ConfigError, "invalid syntax"),
+        ({"train__index": str(tmp_path / "rows.txt")}, MissingInputError, "rows.txt"),
+    ):
+        with pytest.raises(kind, match=fragment):
+            start(simulated.store, tmp_path / "run", **wrong)
+    start(simulated.store, tmp_path / "run", train__query="half < 3", train__final_pass="false")
+    assert (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_said(simulated: SimulatedParticles) -> None:

@@ -1,11 +1,13 @@
 """The command line's contract: verbs, exit codes, one-line errors, and no torch behind a help text."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from scalecryo.cli import main, split_tokens
+from scalecryo.cli import main, words_of
+from scalecryo.config import SETTINGS
 
 VERBS = ("simulate", "convert", "info", "verify", "train", "assign", "evaluate", "export", "demo")
 
@@ -40,31 +42,109 @@ def test_wrong_usage_is_2_in_one_line(tokens: tuple[str, ...], capsys: pytest.Ca
     assert error.count("\n") == 1
 
 
-def test_failure_is_1_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "--data", "nowhere.zarr", "--out", "unused", "--pose.heds", "3") == 1
+@pytest.mark.parametrize(
+    ("tokens", "fragments"),
+    [
+        (["--pose.heds", "3"], ["pose.heads"]),
+        (["--pos.heads", "3"], ["pose.heads"]),
+        (["--train.steps", "many"], ["train.steps", "many", "int"]),
+        (["--pose.source", "magic"], ["pose.source", "encoder", "table"]),
+        (["--pose.centred", "maybe"], ["pose.centred", "maybe", "bool"]),
+        (["--optim.clip_norm", "-1", "--pose.source=encoder"], ["optim.clip_norm", "-1.0", "at least 0"]),
+        (["--train.steps", "3"], ["train.steps", "recipe guided", "pose.source = known"]),
+        (["--guided.rungs", "3"], ["guided.rungs was renamed to guided.iterations"]),
+        (["nowhere.toml"], ["nowhere.toml", "does not exist"]),
+        (["--run.workers", "2:1"], ["run.workers", "MIN <= MAX"]),
+    ],
+)
+def test_wrong_setting_is_2_in_one_line(
+    tokens: list[str], fragments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--data", "nowhere.zarr", "--out", "unused", *tokens) == 2
     error = capsys.readouterr().err
-    assert "pose.heads" in error
+    assert error.startswith("scalecryo: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    for fragment in fragments:
+        assert fragment in error
+
+
+def test_failure_is_1_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--data", "nowhere.zarr", "--out", "unused") == 1
+    error = capsys.readouterr().err
+    assert "nowhere.zarr" in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("train", "--data", "nowhere.zarr", "--out", "unused", "--pose.heds", "3", "--debug") == 1
+    assert run("train", "--debug", "--data", "nowhere.zarr", "--out", "unused", "--train.steps", "3") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_settings_become_overrides() -> None:
-    plain, debug = split_tokens(
-        ["train", "--pose.heads", "4", "--pose.symmetric_loss", "--optim.clip_norm=-1", "--data", "s"]
+def test_an_option_of_another_verb_is_named_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "RUN", "--train.seed", "3") == 2
+    assert "--train.seed" in capsys.readouterr().err
+
+
+def test_settings_take_their_values() -> None:
+    words, debug = words_of(
+        ["train", "--pose.heads", "4", "--pose.symmetric_loss", "--optim.clip_norm=-1", "--data", "s", "--debug",
+         "--train.query", "-half < 0", "--pose.centred", "c.toml"]
+    )  # fmt: skip
+    assert debug
+    assert words == ["train", "--pose.heads=4", "--pose.symmetric_loss", "--optim.clip_norm=-1", "--data", "s",
+                     "--train.query=-half < 0", "--pose.centred", "c.toml"]  # fmt: skip
+
+
+def test_what_was_given_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr("scalecryo.cli._run", lambda verb, *args, **kwargs: seen.update(kwargs, verb=verb, args=args))
+    main(["train", "c.toml", "--data", "s", "--run.out", "r", "--pose.centred", "--pose.symmetric-loss", "false",
+          "--encoder.channels", "8,16", "--optim.clip_norm", "-1"])  # fmt: skip
+    assert seen["verb"] == "train"
+    assert seen["args"] == ("c.toml",)
+    assert seen["overrides"] == {
+        "run.data": "s", "run.out": "r", "pose.centred": True, "pose.symmetric_loss": False,
+        "encoder.channels": "8,16", "optim.clip_norm": -1.0,
+    }  # fmt: skip
+
+
+def test_help_of_train_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert not [name for name in SETTINGS if f"--{name}" not in text]
+    assert text.index("--data") < text.index("--device") < text.index("--resume  ") < text.index("--train.steps")
+
+
+@pytest.mark.parametrize(("verb", "advice"), [("train", "--resume"), ("convert", "the same command"), ("info", "")])
+def test_a_stop_by_the_keyboard_is_one_line(verb: str, advice: str) -> None:
+    code = (
+        "import sys, time, types\nfrom scalecryo.cli import main\n"
+        "def run(*args, **kwargs):\n    print('running', flush=True)\n    time.sleep(60)\n"
+        "sys.modules['scalecryo.commands.' + sys.argv[1]] = types.SimpleNamespace(run=run)\nmain()\n"
     )
-    assert not debug
-    assert plain == ["train", "--override=pose.heads=4", "--override=pose.symmetric_loss=true",
-                     "--override=optim.clip_norm=-1", "--data", "s"]  # fmt: skip
+    words = [verb, "a"] + ["b"] * (verb == "convert")
+    command = [sys.executable, "-c", code, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error.startswith("scalecryo: stopped by the keyboard")
+    assert advice in error
+    assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("tokens", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_imports_neither_torch_nor_ray(tokens: list[str]) -> None:
-    # The help must answer in half a second; torch alone takes seconds to import.
+@pytest.mark.parametrize(
+    "tokens",
+    [["--help"], ["train", "--help"], ["--version"], ["train"],
+     ["train", "--data", "s", "--out", "r", "--train.steps=3"], ["train", "--data", "s", "--pose.heds=3"],
+     ["convert", "a", "b", "--invert", "--uninvert"], ["select", "a", "b.csv"]],
+)  # fmt: skip
+def test_help_and_wrong_usage_import_neither_torch_nor_ray(tokens: list[str]) -> None:
+    # They must answer in half a second; torch alone takes seconds to import.
     code = (
         "import sys\nfrom scalecryo.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'ray', 'zarr', 'numpy', 'matplotlib', 'dask'} & set(sys.modules)\nassert not heavy, heavy\n"

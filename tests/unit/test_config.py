@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from scalecryo.config import Config, config_from_dict, config_to_toml, describe, load_config
+from scalecryo.config import (
+    RECIPES,
+    RENAMED,
+    SETTINGS,
+    Config,
+    config_from_dict,
+    config_to_toml,
+    load_config,
+    settings_of,
+)
 from scalecryo.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
@@ -81,10 +90,60 @@ def test_missing_file() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    names = {name for name, _, _ in describe()}
     for section, table in dataclasses.asdict(Config()).items():
         for key in table:
-            assert section == "run" or f"{section}.{key}" in names
+            found = SETTINGS[f"{section}.{key}"].metadata
+            assert found["help"]
+            assert set(found["recipes"]) <= set(RECIPES)
+
+
+CHOICES = {
+    "guided": {},
+    "poses": {"guided.start": "poses"},
+    "autoencoder": {"pose.source": "encoder"},
+    "known": {"pose.source": "known"},
+    "table": {"pose.source": "table"},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_takes_what_it_reads_and_refuses_the_rest(recipe: str, tmp_path: Path) -> None:
+    config = load_config(None, CHOICES[recipe])
+    assert config.recipe == recipe
+    read = settings_of(config)
+    for name, setting in SETTINGS.items():
+        given = {name: setting.default} | CHOICES[recipe]
+        if name in read:
+            assert load_config(None, given) == config
+        else:
+            with pytest.raises(ConfigError, match=rf"config: {name} is not read by the recipe {recipe} .*leave it out"):
+                load_config(None, given)
+    (tmp_path / "c.toml").write_text(config_to_toml(config))
+    assert load_config(str(tmp_path / "c.toml"), {}) == config
+    # What a run has kept is no longer somebody's wish.
+    assert load_config(None, CHOICES[recipe], base=dataclasses.asdict(Config())) == config
+
+
+def test_keys_of_a_file_that_the_recipe_does_not_read_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[train]\nsteps = 7\n")
+    with pytest.raises(ConfigError, match=r"train\.steps is not read by the recipe guided"):
+        load_config(str(tmp_path / "c.toml"), {})
+    assert load_config(str(tmp_path / "c.toml"), {"pose.source": "known"}).train.steps == 7
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_old_names_are_answered_with_the_new_ones(old: str) -> None:
+    section, key = old.split(".")
+    assert RENAMED[old] in SETTINGS
+    for attempt in (lambda: load_config(None, {old: "3"}), lambda: config_from_dict({section: {key: 3}})):
+        with pytest.raises(ConfigError, match=f"{old} was renamed to {RENAMED[old]}"):
+            attempt()
+
+
+def test_unusual_values_are_written_as_toml(tmp_path: Path) -> None:
+    config = load_config(None, {"stream.retry_seconds": "inf", "train.query": "half == 1\nand\t\u00e4 > '\"'"})
+    (tmp_path / "c.toml").write_text(config_to_toml(config))
+    assert load_config(str(tmp_path / "c.toml"), {}) == config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

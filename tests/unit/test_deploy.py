@@ -19,7 +19,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from scalecryo import __version__
-from scalecryo.cli import app, split_tokens
+from scalecryo.cli import app, words_of
 from scalecryo.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -364,14 +364,14 @@ def test_ray_start_lines_parse() -> None:
 def test_every_command_shown_is_one(command: str) -> None:
     """The real command line takes it, the settings are settings, and a configuration that it names is there."""
     words = shlex.split(re.sub(r"\$\{?\w+\}?", "1", command))
-    plain, _ = split_tokens(words)
+    plain, _ = words_of(words)
     _, bound, _ = app.parse_args(plain, exit_on_error=False, print_error=False)
     assert bound.arguments
     if words[0] != "train":
         return
     arguments = bound.arguments
-    overrides = dict(pair.split("=", 1) for pair in arguments.get("override", ()))
-    overrides |= {f"run.{key}": arguments[key] for key in ("workers", "device") if arguments.get(key)}
+    given = arguments.get("settings") or {}
+    overrides = {f"{section}.{key}": value for section, table in given.items() for key, value in table.items()}
     named = arguments.get("config")
     path = None if named is None else ROOT / "configs" / Path(named).name
     assert path is None or path.exists()

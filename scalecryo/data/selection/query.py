@@ -41,18 +41,19 @@ class Query:
     columns: tuple[str, ...]
 
     @classmethod
-    def parse(cls, text: str, known: Collection[str]) -> "Query":
+    def parse(cls, text: str, known: Collection[str], where: str = "config: train.query =") -> "Query":
         """Read a condition.
 
         Args:
             text: the condition.
             known: columns that it may name.
+            where: it was written, for errors.
 
         Raises:
             ConfigError: it is no condition on these columns.
         """
         if len(text) > _LONGEST:
-            raise ConfigError(f"config: train.query is {len(text)} characters long: {_LONGEST} are read")
+            raise ConfigError(f"{where} {text[:40]!r}…: {len(text)} characters long, and {_LONGEST} are read")
         try:
             tree = ast.parse(text.strip(), mode="eval").body
             needed: set[str] = set()
@@ -60,16 +61,13 @@ class Query:
         except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             said = error.msg if isinstance(error, SyntaxError) else str(error)
             raise ConfigError(
-                f"config: train.query = {text!r}: {said}: write conditions on columns, such as "
-                "`defocus_u < 20000 and half == 1`"
+                f"{where} {text!r}: {said}: write conditions on columns, such as `defocus_u < 20000 and half == 1`"
             ) from None
         unknown = sorted(needed - set(known))
         if unknown:
-            raise ConfigError(
-                f"config: train.query = {text!r}: no column {unknown[0]}; there are {', '.join(sorted(known))}"
-            )
+            raise ConfigError(f"{where} {text!r}: no column {unknown[0]}; there are {', '.join(sorted(known))}")
         if kind is not bool or not needed:
-            raise ConfigError(f"config: train.query = {text!r}: not a condition on a column: compare something")
+            raise ConfigError(f"{where} {text!r}: not a condition on a column: compare something")
         return cls(text, tree, tuple(sorted(needed)))
 
     def evaluate(self, columns: Columns) -> npt.NDArray[np.bool_]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scalecryo.data.particles import COLUMNS, Columns, ParticleTable
 from scalecryo.data.selection.query import Query
 from scalecryo.data.selection.subset import read_index
-from scalecryo.errors import ConfigError, InputError, UsageError
+from scalecryo.errors import InputError
 
 #: Gives a column of the source's own by name, as numbers.
 Lookup = Callable[[str], npt.NDArray[np.float64]]
@@ -43,7 +43,7 @@ class Selection:
             lookup: gives them.
 
         Raises:
-            UsageError: the condition or the file of row numbers cannot be understood.
+            ConfigError: the condition or the file of row numbers cannot be understood.
             InputError: the table lacks what is asked for, or no row is left.
         """
         keep = np.ones(len(table), dtype=bool)
@@ -58,10 +58,7 @@ class Selection:
         if self.query is not None:
             keep &= self._holds(self.query, table, confidence, names, lookup)
         if self.index is not None:
-            try:
-                rows = read_index(self.index, len(table), len(table))
-            except ConfigError as error:
-                raise UsageError(str(error).replace("the store", "the table")) from error
+            rows = read_index(self.index, len(table), len(table), "the table")
             listed = np.zeros(len(table), dtype=bool)
             listed[rows] = True
             keep &= listed
@@ -76,8 +73,5 @@ class Selection:
         own: Columns = {name: values for name, values in table.columns.items() if not COLUMNS[name][1]}
         if confidence is not None:
             own["confidence"] = confidence
-        try:
-            query = Query.parse(text, {*own, *names})
-        except ConfigError as error:
-            raise UsageError(str(error).replace("config: train.query =", "--query")) from error
+        query = Query.parse(text, {*own, *names}, "--query")
         return query.evaluate({name: own[name] if name in own else lookup(name) for name in query.columns})

@@ -146,13 +146,14 @@ def _where(
         return Subset(np.concatenate(list(pool.map(piece, range(0, count, unit)))), count)
 
 
-def read_index(url: str, store_rows: int, limit: int) -> Rows:
+def read_index(url: str, store_rows: int, limit: int, where: str = "the store") -> Rows:
     """Row numbers, counted from 0, from a .npy of integers or a text file with one on each line (# begins a comment).
 
     Args:
         url: of the file.
         store_rows: rows of the store; a number beyond is an error.
         limit: rows from here on are left out.
+        where: the rows are, for errors.
 
     Raises:
         MissingInputError: there is no such file.
@@ -172,6 +173,6 @@ def read_index(url: str, store_rows: int, limit: int) -> Rows:
         raise ConfigError(f"{shown}: holds {rows.dtype} {rows.shape}: row numbers are a list of integers")
     outside = (rows < 0) | (rows >= store_rows)
     if outside.any():
-        raise ConfigError(f"{shown}: row {rows[outside][0]} is not in the store, whose rows are 0 to {store_rows - 1}")
+        raise ConfigError(f"{shown}: row {rows[outside][0]} is not in {where}, whose rows are 0 to {store_rows - 1}")
     rows = rows.astype(np.int64)
     return rows[rows < limit]

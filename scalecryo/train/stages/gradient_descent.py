@@ -34,16 +34,10 @@ class GradientDescent:
             learned: gets the model.
 
         Raises:
-            TrainingError: known poses are asked for, and the store has none.
             ConfigError: the store lacks the level, or the encoder does not suit it.
         """
         self._context, self._learned = context, learned
         config, level = context.config, context.training_level
-        if config.pose.source == "known" and not context.store.has_pose:
-            raise TrainingError(
-                f"{config.run.data}: pose.source = 'known' needs poses, and the store has none: convert a table with "
-                "rotation angles, or choose pose.source = 'encoder'"
-            )
         self._model = build_autoencoder(config, level, context.rows).to(context.device)
         self._optimiser = build_optimiser(config, self._model)
         self._replica: Replica | None = None

@@ -27,9 +27,6 @@ class ImportedPoses:
         Args:
             context: of the run.
             learned: gets the references, and the table's poses as what is known of every particle.
-
-        Raises:
-            TrainingError: the store has no poses.
         """
         self._context, self._learned = context, learned
         learned.particles.load_table(context.store)
