@@ -137,6 +137,7 @@ def test_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch):
         assert choose_backend(torch.zeros(2, 2, 2, dtype=torch.complex64), "cuda") == "reference"
 
 
+@pytest.mark.usefixtures("wrong_shapes")
 def test_bad_input_is_refused():
     case = Case(8, 1.0, count=2)
     given = {"rotation": case.rotation, "shift_px": case.shift, "ctf": case.ctf, "kx": case.kx, "ky": case.ky}
