@@ -110,7 +110,7 @@ class ReferencePoses:
         else:
             known = PoseEstimates.unknown(len(images), images.rows.device)
             seen = torch.zeros(len(images), dtype=torch.bool, device=images.rows.device)
-        self._own_frame = found = self._estimator.estimate(images, known, seen)
+        found = self._estimator.estimate(images, known, seen)
         for number, alignment in enumerate(self._onto_first):
             at = ((images.half == 2) & (found.class_index == number)).nonzero()[:, 0]  # host sync
             if len(at):
