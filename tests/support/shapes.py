@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from beartype import BeartypeConf, beartype
-from beartype.roar import BeartypeDecorHintPep3119Exception
+from beartype.roar import BeartypeDecorHintPep673Exception, BeartypeDecorHintPep3119Exception
 from jaxtyping import install_import_hook
 
 import tests
@@ -20,10 +20,11 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function or class with its arguments checked; as it is where they name a protocol, which has no instances."""
+    """A function or class with its arguments checked; as it is where they name a protocol, which has no instances, or
+    `Self`, which means nothing to a method that is checked on its own."""
     try:
         return _beartype(function)
-    except BeartypeDecorHintPep3119Exception:
+    except (BeartypeDecorHintPep3119Exception, BeartypeDecorHintPep673Exception):
         return function
 
 
