@@ -19,7 +19,7 @@ def angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.degrees((Rotation.from_matrix(a).inv() * Rotation.from_matrix(b)).magnitude())
 
 
-def test_mates_follow_their_rotations():
+def test_flips_follow_their_rotations():
     grid = so3_grid(20, torch.float64)
     both = with_flips(grid).numpy()
     expected = (Rotation.from_matrix(grid.numpy()) * Rotation.from_euler("Z", 180, degrees=True)).as_matrix()
@@ -28,14 +28,14 @@ def test_mates_follow_their_rotations():
     np.testing.assert_array_equal(both[:20], grid.numpy())
 
 
-def test_grid_with_mates_covers_rotations_as_its_docstring_says():
+def test_grid_with_flips_covers_rotations_as_its_docstring_says():
     samples = Rotation.random(4000, random_state=0).as_matrix().reshape(-1, 9)
     mean = {}
-    for name, grid in (("plain", so3_grid(4608)), ("mates", with_flips(so3_grid(2304)))):
+    for name, grid in (("plain", so3_grid(4608)), ("flips", with_flips(so3_grid(2304)))):
         trace = (samples @ grid.double().numpy().reshape(-1, 9).T).max(1)
         mean[name] = np.degrees(np.arccos(np.clip((trace - 1) / 2, -1, 1))).mean()
     # 4,000 samples of spread 2.3 degrees: the means are known to 0.04.
-    assert mean["mates"] == pytest.approx(7.30, abs=0.12)
+    assert mean["flips"] == pytest.approx(7.30, abs=0.12)
     assert mean["plain"] == pytest.approx(7.44, abs=0.12)
 
 
