@@ -112,7 +112,7 @@ def test_candidates_of_a_posterior_carry_its_mass():
         rotations, shifts
     )
     assert torch.equal(found.rotation[0], rotations[[2, 0]])
-    assert torch.equal(found.shift_px[0], shifts[[0, 4]])
+    assert torch.equal(found.shift[0], shifts[[0, 4]])
     torch.testing.assert_close(found.log_weight, score - 3.5)
 
 
@@ -133,7 +133,7 @@ def test_modes_absorb_their_neighbours():
     )
     modes = separated_modes(candidates, 2, 20)
     np.testing.assert_allclose(modes.rotation[0].numpy(), poses[[0, 3]])
-    np.testing.assert_allclose(modes.shift_px[0].numpy(), shift[[0, 3]])
+    np.testing.assert_allclose(modes.shift[0].numpy(), shift[[0, 3]])
     mass = np.array([np.exp(score[:3]).sum(), np.exp(score[3:5]).sum()])
     # The second mode is the heavier one; the third is forgotten.
     np.testing.assert_allclose(modes.log_weight[0].exp().numpy(), mass / mass.sum(), rtol=1e-12)
