@@ -19,8 +19,6 @@ import matplotlib
 import numpy as np
 import torch
 from paper_datasets import DATASETS, TRAIN, write_dataset
-from scalecryo.train.batches import stream_columns
-from scalecryo.train.guided_run import load_guided_poser
 
 from scalecryo.commands import convert, evaluate, train
 from scalecryo.data.formats.mrc import read_map
@@ -32,6 +30,9 @@ from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 from scalecryo.runs.folder import RunFolder
+from scalecryo.train.loop import load_trained
+from scalecryo.train.particle_source import stream_columns
+from scalecryo.train.stages.final_poses import ReferencePoses
 
 matplotlib.use("Agg")
 CLAIMS = {"A": "1.6 Å", "B": "1.6 Å", "C": "1.6 Å", "D": "1.6 Å", "E": "-", "F": "better than 2.5 Å", "G": "1.6 Å"}
@@ -84,9 +85,11 @@ def held_out_errors(run: Path, data: Path) -> dict[str, float]:
     folder = RunFolder(str(run))
     config = folder.config()
     store = ParticleStore.open(config.run.data)
-    poser = load_guided_poser(config, store, folder, torch.device("cpu"), same_store=True)
-    batches = sequential(store, poser.level, batch_size=250, columns=stream_columns(store))
-    encoder = torch.cat([poser.encoder_rotation(batch) for batch in batches])
+    context, learned = load_trained(config, store, folder, torch.device("cpu"), same_store=True)
+    assert learned.references is not None, "a finished guided run has references"
+    poses = ReferencePoses(context, learned.references, learned.particles, learned.encoder)
+    batches = sequential(store, poses.pixels.box_size, batch_size=250, columns=stream_columns(store))
+    encoder = torch.cat([poses.encoder_rotation(context.images(batch, poses.pixels)) for batch in batches])
     truth, final = (torch.from_numpy(read_poses(str(path)).rotation).float()
                     for path in (data / "truth.star", run / "particles.star"))  # fmt: skip
     alignment = align_poses(final[:TRAIN], truth[:TRAIN])

@@ -8,7 +8,7 @@ tools/bench/workers.py's.
 (a) the paper's auto-encoder: every GPU keeps its batch (weak scaling), gradients of volume and encoder are summed in
     every step, as plain DDP in float32 does it;
 (b) an iteration of the guided method that reads every particle: batches of `ITERATION_BATCH` a GPU, the encoder's
-    lessons summed `LESSONS` times a batch, the half-maps' accumulators once at the end.
+    gradients summed `ENCODER_STEPS` times a batch, the half-maps' accumulators once at the end.
 
 Seconds of a step = max(max(GPU, host) + the part of the all-reduce that does not hide behind the backward pass, data).
 """
@@ -24,7 +24,8 @@ PARTICLES = 10**7
 BOXES, GPUS = (128, 256, 400), (8, 64, 512)
 PER_NODE = 8
 BATCH = 128  # particles of one GPU in a step of (a)
-ITERATION_BATCH, LESSONS, LESSON_BATCH = 1024, 2, 256  # of one GPU in (b): the package's defaults, but for each GPU
+# Of one GPU in (b): the package's defaults, but for each GPU.
+ITERATION_BATCH, ENCODER_STEPS, ENCODER_BATCH = 1024, 2, 256
 CHECKPOINT_STEPS = 500  # the package's default
 ENCODER_PIXELS, ROTATIONS, GRID_HIDDEN = 233, 4608, 1024  # of the guided method's encoder: 12 Fourier pixels at 32 px
 SECTOR = 32  # bytes that a GPU moves at least
@@ -115,7 +116,7 @@ def accumulator_ball_bytes(reach: float, padding: float = 2.0) -> int:
 
 
 def iteration_reach(box: int, radius: float) -> float:
-    """Radius up to which an iteration inserts, as `IterationPlan.reach`, in pixels."""
+    """Radius up to which an iteration inserts, as `IterationPlan.insertion_radius`, in pixels."""
     return min(box / 2 - 1, 1.4 * radius + 6)
 
 
@@ -252,16 +253,16 @@ def predict_steps(
 def iteration_compute(box: int, batch: float, hardware: Hardware) -> tuple[float, float]:
     """Seconds of the GPU for one batch of (b), and for what an iteration does once: references and solutions."""
     memory, reach = hardware.memory * hardware.memory_share, box / 2 - 1
-    # Polish: two passes and a last look; insertion reads and adds; transform, CTF and copies of the packed pixels.
+    # Local refinement: two passes and a last look; insertion reads and adds; transform, CTF, copies of packed pixels.
     samples = pixels_of(reach) * ((3 + 3) * 4 * SECTOR + 100) + 12 * box * box
     # As many projections of the map as real particles.
-    lessons = LESSONS * (batch * 2 * LESSON_BATCH / ITERATION_BATCH * 6 * grid_encoder_parameters() / (
+    encoder = ENCODER_STEPS * (batch * 2 * ENCODER_BATCH / ITERATION_BATCH * 6 * grid_encoder_parameters() / (
         hardware.flops * 0.3)
                          + ADAM_BYTES * grid_encoder_parameters() / memory)  # fmt: skip
     d = padded_box(box, 2.0)
     # About forty walks over a padded transform for each half: references, Friedel partners, shell means, transforms.
     once = 2 * 40 * 12 * d * d * (d // 2 + 1) / memory
-    return batch * samples / memory + lessons, once
+    return batch * samples / memory + encoder, once
 
 
 def predict_iteration(
@@ -271,15 +272,15 @@ def predict_iteration(
     anew."""
     device, once = iteration_compute(box, batch, hardware)
     work = max(device, hardware.host_batch)
-    lessons = LESSONS * all_reduce_seconds(4 * grid_encoder_parameters(), gpus, hardware)
+    encoder = ENCODER_STEPS * all_reduce_seconds(4 * grid_encoder_parameters(), gpus, hardware)
     data, batches = data_seconds(batch, box, gpus, hardware), particles / (batch * gpus)
     maps = all_reduce_seconds(accumulator_bytes(box), gpus, hardware)
     # Every GPU of a node receives all poses over the node's one network.
     received = PER_NODE * poses_bytes(particles) / hardware.network if gpus > PER_NODE else 0.0
     poses = particles * hardware.row + received
     saved = hardware.report + (poses_bytes(particles) + 8 * box**3) / hardware.upload
-    terms = {"compute": batches * work + once, "sum": batches * lessons + maps,
-             "data": batches * max(0.0, data - work - lessons), "poses": poses, "checkpoints": saved}  # fmt: skip
+    terms = {"compute": batches * work + once, "sum": batches * encoder + maps,
+             "data": batches * max(0.0, data - work - encoder), "poses": poses, "checkpoints": saved}  # fmt: skip
     busy = {"GPU" if device > hardware.host_batch else "host": terms["compute"], "all-reduce": terms["sum"],
             "storage": batches * data if terms["data"] else 0.0, "poses": poses, "checkpoints": saved}  # fmt: skip
     return Prediction(gpus, box, particles, terms, max(busy, key=lambda name: busy[name]), hardware.dollars_hour)

@@ -243,7 +243,7 @@ def test_jobs_need_the_token_and_fail_in_one_line(cluster: RayNodes, folder: Pat
 def test_a_guided_job_on_s3_outlives_a_node(
     cluster: RayNodes, seaweed: Seaweed, simulated: SimulatedParticles, folder: Path
 ) -> None:
-    """The default recipe, submitted with its settings; the second node is killed in mid-ladder and a new one joins.
+    """The default recipe, submitted with its settings; the second node is killed during refinement and a new one joins.
 
     The map agrees with the undisturbed one to FSC 0.999 in every shell.
     """

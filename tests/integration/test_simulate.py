@@ -172,7 +172,8 @@ def judged(capsys: pytest.CaptureFixture[str], path: Path, truth: Path) -> dict[
 
 @pytest.fixture(scope="module")
 def finished(particles: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run as training might leave it: other frame, other hand, other origin, errors, a third in the wrong mate."""
+    """A run as training might leave it: other frame, other hand, other origin, errors, a third in the symmetry-related
+    pose."""
     generator = np.random.default_rng(7)
     run = tmp_path_factory.mktemp("run")
     q = Rotation.random(random_state=generator).as_matrix()
@@ -180,10 +181,10 @@ def finished(particles: Path, shared_data: Path, tmp_path_factory: pytest.TempPa
     truth = star.read_particles(str(particles / "truth.star"))
     atoms = read_structure(str(shared_data / "structures" / "4ake.pdb"))
     first, second = (half - half.mean(0) for half in np.split(atoms.positions, 2))
-    mate = Rotation.align_vectors(first, second)[0].as_matrix()
+    symmetry = Rotation.align_vectors(first, second)[0].as_matrix()
     rotation = truth.columns["rotation"].astype(np.float64)
     shift = truth.columns["shift"] + np.einsum("nji,j->ni", rotation, u)[:, :2]
-    rotation[::3] = mate @ rotation[::3]
+    rotation[::3] = symmetry @ rotation[::3]
     rotation = rotation @ Rotation.from_rotvec(np.radians(1.5) * generator.normal(size=(600, 3))).as_matrix()
     rotation = F @ (q.T @ rotation) @ F
     # A table in another order, with the stack named by another folder.
@@ -208,7 +209,7 @@ def test_evaluate_a_run(finished: Path, particles: Path, capsys: pytest.CaptureF
     # median over all of them is the 75th percentile of those: 2.03 σ.
     assert line["rotation_error_median_deg"] == pytest.approx(1.5 * 2.03, abs=0.5)
     assert line["rotation_error_mean_deg"] == pytest.approx(180 / 3, abs=8)
-    # The mate by atoms and the mate by maps differ by two degrees.
+    # The symmetry by atoms and the symmetry by maps differ by two degrees.
     assert line["rotation_error_mod_pseudosymmetry_median_deg"] == pytest.approx(1.5 * 1.54, abs=0.6)
     assert line["rotation_error_mod_pseudosymmetry_mean_deg"] < 4
     assert line["rotation_error_frobenius2_median"] == pytest.approx(

@@ -53,7 +53,7 @@ def ramp(shift: np.ndarray, kx: np.ndarray, ky: np.ndarray, box: int = BOX) -> n
 
 
 def brute_force(data: dict, images: np.ndarray, rotations: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """L (b, t, g) by a double loop in double precision; mates by the projection at their own rotation."""
+    """L (b, t, g) by a double loop in double precision; flips by the projection at their own rotation."""
     kx, ky = data["kx"], data["ky"]
     out = np.empty((len(images), len(shifts), len(rotations)))
     for g, rotation in enumerate(rotations):

@@ -121,7 +121,7 @@ def test_insert_is_the_adjoint_of_extract(scale: float):
     assert abs(left - right) < 1e-10 * abs(left)
 
 
-def test_insert_with_mates_is_the_sum_over_the_full_grid():
+def test_insert_with_friedel_partners_is_the_sum_over_the_full_grid():
     box, scale = 12, 1.5
     d, pixels = int(box * scale), fourier_pixels(box).to(dtype=torch.float64)
     rotation = rotations(6)

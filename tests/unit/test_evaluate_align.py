@@ -56,11 +56,11 @@ def test_aligned_rotations_are_the_true_ones() -> None:
         assert found.score == pytest.approx(1, abs=1e-4)
 
 
-def test_particles_in_two_symmetry_mates_are_aligned_on_the_larger_half() -> None:
+def test_particles_in_two_symmetry_related_poses_are_aligned_on_the_larger_half() -> None:
     truth = Rotation.random(400, random_state=4).as_matrix()
-    mate = Rotation.from_rotvec([0, 0, np.pi]).as_matrix()
+    symmetry = Rotation.from_rotvec([0, 0, np.pi]).as_matrix()
     estimate = truth.copy()
-    estimate[:180] = mate @ truth[:180]
+    estimate[:180] = symmetry @ truth[:180]
     found = align_poses(torch.from_numpy(estimate), torch.from_numpy(truth))
     assert angle_deg(found.rotation.numpy(), np.eye(3)) < 1e-3
 

@@ -35,7 +35,7 @@ def test_in_plane_turns_do_not_change_the_viewing_direction() -> None:
     assert tilted.out_of_plane_median_deg == pytest.approx(25, abs=1e-5)
 
 
-def test_symmetry_mates_count_as_right() -> None:
+def test_symmetry_related_poses_count_as_right() -> None:
     truth = Rotation.random(90, random_state=0)
     group = Rotation.from_rotvec(np.radians([[0, 0, 0], [0, 0, 120], [0, 0, 240]]))
     estimate = Rotation.concatenate([group[i] * truth[30 * i : 30 * i + 30] for i in range(3)])

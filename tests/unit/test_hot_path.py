@@ -114,7 +114,7 @@ def test_whole_step_with_optimiser_runs_on_fake_tensors(precision: str):
             loss.item()
 
 
-def test_polish_never_waits_for_the_device():
+def test_local_refinement_never_waits_for_the_device():
     # What a GPU runs but for the fused sums, which are one kernel.
     shape = (BATCH, 50)
     problem = local_refinement_torch.Problem(

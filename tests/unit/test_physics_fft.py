@@ -127,7 +127,7 @@ def test_a_quarter_turn_of_the_packed_pixels_is_that_of_the_image() -> None:
     turned = torch.zeros_like(image)
     turned[1:, 1:] = torch.rot90(image[1:, 1:], -1)  # rows are y: from x towards y
     pixels = fourier_pixels(16)
-    source, mate = pixels.quarter_turn()
+    source, is_partner = pixels.quarter_turn()
     packed = pixels.pack(rfft2_centred(image))[source]
-    packed = torch.where(mate, packed.conj(), packed)
+    packed = torch.where(is_partner, packed.conj(), packed)
     assert torch.allclose(packed, pixels.pack(rfft2_centred(turned)), atol=1e-12)

@@ -19,7 +19,7 @@ def angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.degrees((Rotation.from_matrix(a).inv() * Rotation.from_matrix(b)).magnitude())
 
 
-def test_mates_follow_their_rotations():
+def test_flips_follow_their_rotations():
     grid = so3_grid(20, torch.float64)
     both = with_flips(grid).numpy()
     expected = (Rotation.from_matrix(grid.numpy()) * Rotation.from_euler("Z", 180, degrees=True)).as_matrix()
@@ -28,14 +28,14 @@ def test_mates_follow_their_rotations():
     np.testing.assert_array_equal(both[:20], grid.numpy())
 
 
-def test_grid_with_mates_covers_rotations_as_its_docstring_says():
+def test_grid_with_flips_covers_rotations_as_its_docstring_says():
     samples = Rotation.random(4000, random_state=0).as_matrix().reshape(-1, 9)
     mean = {}
-    for name, grid in (("plain", so3_grid(4608)), ("mates", with_flips(so3_grid(2304)))):
+    for name, grid in (("plain", so3_grid(4608)), ("flips", with_flips(so3_grid(2304)))):
         trace = (samples @ grid.double().numpy().reshape(-1, 9).T).max(1)
         mean[name] = np.degrees(np.arccos(np.clip((trace - 1) / 2, -1, 1))).mean()
     # 4,000 samples of spread 2.3 degrees: the means are known to 0.04.
-    assert mean["mates"] == pytest.approx(7.30, abs=0.12)
+    assert mean["flips"] == pytest.approx(7.30, abs=0.12)
     assert mean["plain"] == pytest.approx(7.44, abs=0.12)
 
 
@@ -112,7 +112,7 @@ def test_candidates_of_a_posterior_carry_its_mass():
         rotations, shifts
     )
     assert torch.equal(found.rotation[0], rotations[[2, 0]])
-    assert torch.equal(found.shift_px[0], shifts[[0, 4]])
+    assert torch.equal(found.shift[0], shifts[[0, 4]])
     torch.testing.assert_close(found.log_weight, score - 3.5)
 
 
@@ -133,7 +133,7 @@ def test_modes_absorb_their_neighbours():
     )
     modes = separated_modes(candidates, 2, 20)
     np.testing.assert_allclose(modes.rotation[0].numpy(), poses[[0, 3]])
-    np.testing.assert_allclose(modes.shift_px[0].numpy(), shift[[0, 3]])
+    np.testing.assert_allclose(modes.shift[0].numpy(), shift[[0, 3]])
     mass = np.array([np.exp(score[:3]).sum(), np.exp(score[3:5]).sum()])
     # The second mode is the heavier one; the third is forgotten.
     np.testing.assert_allclose(modes.log_weight[0].exp().numpy(), mass / mass.sum(), rtol=1e-12)

@@ -108,7 +108,7 @@ def test_map_is_the_sum_of_scattering_factors(box_size: int, pixel_size: float) 
     # The fine grid leaves out density below 1e-6 of an atom and is in single precision: measured error 1e-4.
     error = np.linalg.norm((found - expected)[below]) / np.linalg.norm(expected[below])
     assert error < 5e-4
-    # Nyquist planes have no mate and are empty.
+    # Nyquist planes have no Friedel partner and are empty.
     assert np.abs(found[~below]).max() < 1e-4 * np.abs(expected).max()
 
 

@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 from tools.scaling_model import (
-    LESSONS,
+    ENCODER_STEPS,
     accumulator_bytes,
     encoder_parameters,
     grid_encoder_parameters,
@@ -132,8 +132,8 @@ def report_fit(found: dict[str, Any], batch: int, particles: int) -> None:
         box, of = int(rest[0]), batch if kind == "step" else particles
         sums = [volume_bytes(box) + 4 * encoder_parameters(box), 8]
         if kind == "iteration":
-            lessons = LESSONS * -(-of // ITERATION_BATCH)
-            sums = [4 * grid_encoder_parameters()] * lessons + [accumulator_bytes(box)]
+            steps = ENCODER_STEPS * -(-of // ITERATION_BATCH)
+            sums = [4 * grid_encoder_parameters()] * steps + [accumulator_bytes(box)]
         for clock in ("seconds", "cpu"):
             small, large = (middle(results, "all-reduce", f"{size} {clock}") for size in LINK_BYTES)
             bandwidth, latency = fitted_link(small, large)

@@ -12,9 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-from scalecryo.train.batches import stream_columns
-from scalecryo.train.guided_run import load_guided_poser
-from scalecryo.train.stages.guided_poser import GuidedPoser
 
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.star import read_poses
@@ -24,6 +21,9 @@ from scalecryo.evaluate.align import align_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.metrics import rotation_errors
 from scalecryo.runs.folder import RunFolder
+from scalecryo.train.loop import load_trained
+from scalecryo.train.particle_source import RunContext, stream_columns
+from scalecryo.train.stages.final_poses import ReferencePoses
 from tools.bench._shared import machine
 
 
@@ -39,13 +39,13 @@ def held_out(store: ParticleStore, level: int, first: int, count: int, batch: in
 
 
 @torch.no_grad()
-def timed(poser: GuidedPoser, batches: list[Batch]) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Images a second, rotations and shifts (Å); the first batch is posed once more beforehand, to warm up."""
-    poser.pose(batches[0], pictures=False)
+def timed(context: RunContext, poses: ReferencePoses, batches: list[Batch]) -> tuple[float, torch.Tensor]:
+    """Images a second, and rotations; the first batch is posed once more beforehand, to warm up."""
+    poses.estimate(context.images(batches[0], poses.pixels))
     start = time.perf_counter()
-    posed = [poser.pose(batch, pictures=False) for batch in batches]
+    found = [poses.estimate(context.images(batch, poses.pixels)) for batch in batches]
     rate = sum(len(batch.rows) for batch in batches) / (time.perf_counter() - start)
-    return rate, torch.cat([p.rotation for p in posed]), torch.cat([p.shift for p in posed])
+    return rate, torch.cat([each.rotation for each in found])
 
 
 def main() -> None:
@@ -58,21 +58,27 @@ def main() -> None:
     folder = RunFolder(arguments.run)
     config = folder.config()
     store = ParticleStore.open(config.run.data)
-    poser = load_guided_poser(config, store, folder, torch.device("cpu"), same_store=True)
+    context, learned = load_trained(config, store, folder, torch.device("cpu"), same_store=True)
+    if learned.references is None or learned.encoder is None:
+        raise SystemExit(f"{arguments.run}: needs a guided run with guided.encoder_steps >= 1")
+    contenders = {
+        "encoder": ReferencePoses(context, learned.references, None, learned.encoder),
+        "exhaustive search": ReferencePoses(context, learned.references, None, None),
+    }
+    level = learned.references.level
     first = min(config.train.rows or store.count, store.count - arguments.particles)
-    batches = held_out(store, poser.level, first, arguments.particles, arguments.batch)
+    batches = held_out(store, level, first, arguments.particles, arguments.batch)
     truth = read_poses(str(arguments.truth / "truth.star"))
     final = read_poses(str(Path(arguments.run) / "particles.star"))
     true_rotation, found_rotation = (torch.from_numpy(poses.rotation).float() for poses in (truth, final))
     alignment = align_poses(found_rotation, true_rotation)
     symmetry = rotational_symmetry(torch.from_numpy(read_map(str(arguments.truth / "truth.mrc"))[0]))
     rows = torch.cat([batch.rows for batch in batches])
-    print(f"{len(rows)} particles of {store.level_pixel_size(poser.level):g} Å/px at {poser.level} px, "
-          f"{machine()}")  # fmt: skip
+    print(f"{len(rows)} particles of {store.level_pixel_size(level):g} Å/px at {level} px, {machine()}")
     print("| from | images/s | rotation error, median / mean, ° |\n| --- | --- | --- |")
     rates = []
-    for name, own in (("encoder", poser.fresh()), ("exhaustive search", poser.fresh(encoder=False))):
-        rate, rotation, _ = timed(own, batches)
+    for name, poses in contenders.items():
+        rate, rotation = timed(context, poses, batches)
         rates.append(rate)
         errors = rotation_errors(alignment.rotations(rotation), true_rotation[rows], symmetry)
         print(f"| {name} | {rate:.1f} | {errors.median_deg:.3f} / {errors.mean_deg:.2f} |", flush=True)

@@ -1,8 +1,8 @@
-"""Which encoder learns most in a second? Networks taught the true poses of one dataset, for the same time each.
+"""Which encoder learns most in a second? Networks trained on the true poses of one dataset, for as long.
 
     python -m tools.bench encoder FOLDER [--seconds 60] [--batch 64]
 
-FOLDER is a dataset of tools/paper_datasets.py: the first 9,000 images teach, the last 1,000 are asked. Regressions (6
+FOLDER is a dataset of tools/paper_datasets.py: the first 9,000 images train, the last 1,000 test. Regressions (6
 numbers made orthonormal, s2s2) learn the squared distance to the nearest of the poses that the map's pseudo-symmetry
 relates to the true one; the guided method's encoder learns its distribution over 4,608 rotations. Images are turned in
 their plane at random, by quarters. Time is the processor's, of one thread where OMP_NUM_THREADS=1; batches are made

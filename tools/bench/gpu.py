@@ -13,17 +13,16 @@ import time
 from collections.abc import Callable
 
 import torch
-from scalecryo.model.inputs import ParticleInputs
 
-from scalecryo.map.backprojection import MapAccumulator
+from scalecryo.map.backprojection import Backprojection
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice
 from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.local_refinement import evaluate_poses, refine_poses
-from scalecryo.train.loop import build_optimiser
-from tools.bench.step import particles, settings, step
+from scalecryo.train.stages.gradient_descent import build_optimiser
+from tools.bench.step import fresh, particles, settings, step
 from tools.step_memory import step_memory
 
 Work = Callable[[], object]
@@ -66,7 +65,7 @@ def kernels(box: int, batch: int, device: torch.device) -> dict[str, tuple[Work,
     geometry = pixels.kx, pixels.ky, float(_PADDING), box
     images = fourier_slice(volume, turned, moved, ctf, *geometry)
     observed = images.detach()
-    accumulator = MapAccumulator(box, _PADDING, device)
+    sums = Backprojection(box, _PADDING, device)
     samples, transform = images.numel(), 8 * volume.numel()
     sectors = samples * 4 * 32
     with torch.no_grad():
@@ -93,8 +92,8 @@ def kernels(box: int, batch: int, device: torch.device) -> dict[str, tuple[Work,
             lambda: evaluate_poses(fixed, observed, *poses, *likelihood), sectors + samples * 12,
         ),
         "insertion": (
-            lambda: accumulator.add(CtfWeightedImages(observed, ctf), rotation, shift, ones, pixels), 3 * sectors +
-            samples * 12,
+            lambda: sums.insert(CtfWeightedImages(observed, ctf), rotation, shift, ones, pixels),
+            3 * sectors + samples * 12,
         ),
         "padded FFT": (lambda: rfft3_centred(map_, d), 4 * transform),
         "padded FFT backward": (
@@ -103,16 +102,11 @@ def kernels(box: int, batch: int, device: torch.device) -> dict[str, tuple[Work,
     }  # fmt: skip
 
 
-def moved_inputs(box: int, batch: int, device: torch.device) -> ParticleInputs:
-    given = particles(box, batch)
-    return ParticleInputs(given.images.to(device), given.rows.to(device), given.ctf.to(device))
-
-
 def training(box: int, batch: int, precision: str, device: torch.device, rounds: int) -> tuple[float, float]:
     """Seconds a step, and peak memory in GB (0 on a CPU)."""
     config = settings(precision)
-    model, inputs = build_autoencoder(config, box, 1.5, 1).to(device), moved_inputs(box, batch, device)
-    work = step(model, build_optimiser(config, model), lambda: model(inputs).loss.sum())
+    model, images = build_autoencoder(config, box, 1).to(device), particles(box, batch, device)
+    work = step(model, build_optimiser(config, model), lambda: model(fresh(images)).loss.sum())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     taken = seconds(work, device, rounds)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from scalecryo.map.backprojection import MapAccumulator
+from scalecryo.map.backprojection import Backprojection
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import extract_slices, gridding_correction, padded_box
 from scalecryo.physics.image_formation import CtfWeightedImages
@@ -35,11 +35,11 @@ def refinement_rate(images: int, rounds: int) -> float:
 
 def insertion_rate(images: int, rounds: int) -> float:
     generator = torch.Generator().manual_seed(1)
-    pixels, accumulator = fourier_pixels(130, 64), MapAccumulator(130)
+    pixels, sums = fourier_pixels(130, 64), Backprojection(130)
     values = torch.randn(images, len(pixels), dtype=torch.complex64, generator=generator)
     given = CtfWeightedImages(values, values.real.square())
     pose = random_rotations(images, generator), torch.randn(images, 2, generator=generator), torch.ones(images)
-    return 1e3 * images / quick({"insert": lambda: accumulator.add(given, *pose, pixels)}, rounds)["insert"]
+    return 1e3 * images / quick({"insert": lambda: sums.insert(given, *pose, pixels)}, rounds)["insert"]
 
 
 def slice_error(box: int, padding: float, extent: float, correct: bool, backend: str) -> float:

@@ -12,13 +12,11 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-from scalecryo.train.guided_run import FIRST_RADIUS
-
 from scalecryo.config import GuidedConfig
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import ParticleStream
-from scalecryo.train.stages.refinement import IterationPlan, plan_iteration
+from scalecryo.train.stages.refinement import FIRST_RADIUS, IterationPlan, plan_iteration
 from tools.bench.stream import make_store
 
 BATCH = 512

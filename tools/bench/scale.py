@@ -51,38 +51,32 @@ class Run:
 
     def __init__(self, url: str) -> None:
         import torch
-        from scalecryo.train.batches import order_of, stream_of
 
         from scalecryo.config import load_config
         from scalecryo.data.storage.store import ParticleStore
         from scalecryo.distributed.gradients import Replica
         from scalecryo.distributed.world import World
         from scalecryo.model.autoencoder import build_autoencoder
-        from scalecryo.train.loop import build_optimiser
+        from scalecryo.runs.folder import RunFolder
+        from scalecryo.train.particle_source import RunContext
+        from scalecryo.train.stages.gradient_descent import build_optimiser
 
         torch.set_num_threads(1)
         settings = {"pose.source": "encoder", "train.batch_size": str(BATCH), "train.box": str(LEVEL)}
-        self.config = load_config(None, settings)
-        self.store = ParticleStore.open(url)
-        self.model = build_autoencoder(self.config, LEVEL, self.store.level_pixel_size(LEVEL), self.store.count)
-        self.replica = Replica(
-            self.model, World(), "float32", voxels=self.model.volume.voxels, window=self.model.volume.window
-        )
-        self.optimiser = build_optimiser(self.config, self.model)
-        order = order_of(self.config, self.store, LEVEL, BATCH)
-        self.stream = stream_of(self.config, self.store, LEVEL, order, World(), 0, torch.device("cpu"))
+        config, store, run = load_config(None, settings), ParticleStore.open(url), RunFolder("")  # nothing is written
+        self.context = RunContext.of(config, store, run, World(), torch.device("cpu"))
+        model = build_autoencoder(config, LEVEL, self.context.rows)
+        self.replica = Replica(model, World(), "float32", voxels=model.volume.voxels, window=model.volume.window)
+        self.optimiser = build_optimiser(config, model)
+        self.pixels, self.stream = self.context.pixels(LEVEL), self.context.stream(LEVEL, BATCH, 0)
 
     def step(self) -> float:
         """One step; the seconds it took."""
-        from scalecryo.train.batches import particle_inputs
-
-        from scalecryo.distributed.world import World
-        from scalecryo.train.loop import train_step
+        from scalecryo.train.stages.gradient_descent import train_step
 
         begun = time.perf_counter()
-        batch = next(self.stream)
-        inputs = particle_inputs(batch, self.store, LEVEL)
-        train_step(self.replica, self.optimiser, batch, inputs, World(), self.config)
+        images = self.context.images(next(self.stream), self.pixels, padding=True)
+        train_step(self.replica, self.optimiser, images, self.context.world, clip_norm=0.0)
         return time.perf_counter() - begun
 
 

@@ -10,10 +10,10 @@ from tools.scaling_model import (
     A100,
     BATCH,
     BOXES,
+    ENCODER_STEPS,
     GPUS,
     H100,
     ITERATION_BATCH,
-    LESSONS,
     PARTICLES,
     PER_NODE,
     Hardware,
@@ -56,7 +56,7 @@ def report_bytes() -> None:
         "the ball (0.4), for each of 49 batches": lambda box: (
             accumulator_ball_bytes(iteration_reach(box, 0.2 * box)) / 49
         ),
-        "a batch of an iteration, the encoder's lessons": lambda _: LESSONS * 4 * grid_encoder_parameters(),
+        "a batch of an iteration, the encoder's steps": lambda _: ENCODER_STEPS * 4 * grid_encoder_parameters(),
     }
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{row(box) / 1e6:,.1f}" for box in BOXES) + " |")

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from scalecryo.train.batches import order_of, particle_inputs, stream_of
 
 from scalecryo.config import load_config
 from scalecryo.data.storage.store import ParticleStore
@@ -40,7 +39,8 @@ from scalecryo.distributed.world import World
 from scalecryo.model.autoencoder import build_autoencoder
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
-from scalecryo.train.loop import build_optimiser, train_step
+from scalecryo.train.particle_source import RunContext
+from scalecryo.train.stages.gradient_descent import build_optimiser, train_step
 from tools.bench._workers_report import (
     ITERATION_BATCH,
     LINK_BYTES,
@@ -55,7 +55,7 @@ from tools.bench._workers_report import (
 from tools.bench.scaling import plot, report
 
 COUNT, BOX = 8192, 128
-WARM = 3  # steps, and iterations: lessons begin with the third
+WARM = 3  # iterations: the encoder is trained from the third on
 
 
 def make_store(work: Path) -> str:
@@ -81,20 +81,18 @@ class Steps:
     ) -> None:
         """`reduce` False: gradients stay where they are, all else is the same."""
         settings = {"pose.source": "encoder", "train.batch_size": batch, "train.box": box, "train.seed": seed}
-        self.config = load_config(None, {key: str(value) for key, value in settings.items()})
-        self.store, self.box, self.world, self.steps = ParticleStore.open(url), box, world, steps
-        self.batch = batch // world.size
-        model = build_autoencoder(self.config, box, self.store.level_pixel_size(box), self.store.count)
-        self.optimiser = build_optimiser(self.config, model)
+        config, store = load_config(None, {key: str(value) for key, value in settings.items()}), ParticleStore.open(url)
+        self.context = RunContext.of(config, store, RunFolder(""), world, torch.device("cpu"))  # nothing is written
+        self.world, self.steps, self.batch = world, steps, batch // world.size
+        model = build_autoencoder(config, box, self.context.rows)
+        self.optimiser = build_optimiser(config, model)
         joined = world if reduce else World()
         self.replica = Replica(model, joined, "float32", voxels=model.volume.voxels, window=model.volume.window)
-        order = order_of(self.config, self.store, box, batch)
-        self.stream = stream_of(self.config, self.store, box, order, world, 0, torch.device("cpu"))
+        self.pixels, self.stream = self.context.pixels(box), self.context.stream(box, batch, 0)
 
     def _step(self) -> None:
-        batch = next(self.stream)
-        inputs = particle_inputs(batch, self.store, self.box)
-        train_step(self.replica, self.optimiser, batch, inputs, self.world, self.config)
+        images = self.context.images(next(self.stream), self.pixels, padding=True)
+        train_step(self.replica, self.optimiser, images, self.world, clip_norm=0.0)
 
     def run(self) -> Figures:
         """Median of some steps."""
