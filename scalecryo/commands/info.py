@@ -20,10 +20,10 @@ def run(path: str) -> None:
         _table(path, star.read_particles(path))
     elif path.endswith((".cs", ".csg")):
         _table(path, cryosparc.read_particles(path))
+    elif read_attributes(path):
+        _store(path)
     elif urls.is_folder(path):
-        if read_attributes(path):
-            _store(path)
-        elif urls.exists(urls.join(path, "config.toml")):
+        if urls.exists(urls.join(path, "config.toml")):
             _run(path)
         else:
             raise InputError(f"{urls.redacted(path)}: this folder is neither a particle store nor a run")

@@ -174,7 +174,7 @@ class _Stop(BaseException):
 def _writes_of_an_append(store: Path, source: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> int:
     """Append, but die before write number `limit`; how many writes there were."""
     writes = 0
-    replace, remove = files.os.replace, urls.remove_tree
+    replace, remove = urls.os.replace, urls.remove_tree
 
     def count() -> None:
         nonlocal writes
@@ -190,8 +190,8 @@ def _writes_of_an_append(store: Path, source: Path, monkeypatch: pytest.MonkeyPa
         count()
         remove(url)
 
-    monkeypatch.setattr(files.os, "replace", counted_replace)
-    monkeypatch.setattr(files, "remove_tree", counted_remove)
+    monkeypatch.setattr(urls.os, "replace", counted_replace)
+    monkeypatch.setattr(urls, "remove_tree", counted_remove)
     try:
         _append(source, store, workers=1)
     except _Stop:
