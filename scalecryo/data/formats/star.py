@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from scalecryo.data.formats.rotations import euler_to_matrix
 from scalecryo.data.formats.star_values import (
     ANGLES,
     DEFOCUS,
@@ -33,7 +33,6 @@ from scalecryo.data.growing import GrowingColumns
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
-from scalecryo.physics.rotation import euler_to_rotation
 
 # What would make every image disagree with its CTF, or is no single particle image, and how to come by one.
 _REFUSED = {
@@ -85,9 +84,7 @@ def _has_angles(values: Values) -> bool:
 
 
 def _rotation(values: Values) -> Floats:
-    angles = np.stack([values.numbers(name) for name in ANGLES], axis=-1)
-    rotation: Floats = euler_to_rotation(torch.from_numpy(angles)).numpy()
-    return rotation
+    return euler_to_matrix(np.stack([values.numbers(name) for name in ANGLES], axis=-1))
 
 
 def _shift(values: Values, pixel_sizes: Floats) -> Floats | None:
