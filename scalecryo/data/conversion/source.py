@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from scalecryo.data.conversion.given import with_ctf, with_poses
+from scalecryo.data.conversion.metadata_overrides import with_ctf, with_poses
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
 from scalecryo.data.formats import cryosparc, csrows
 from scalecryo.data.formats.mrc import Stack

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data.formats.rotations import euler_to_matrix
+from scalecryo.data.formats.spill_columns import SpillColumns
 from scalecryo.data.formats.star_values import (
     ANGLES,
     DEFOCUS,
@@ -29,7 +30,6 @@ from scalecryo.data.formats.star_write import write_particles as write_particles
 from scalecryo.data.formats.star_write import write_rows as write_rows
 from scalecryo.data.formats.star_write import write_with_poses as write_with_poses
 from scalecryo.data.formats.startext import StarText, Text
-from scalecryo.data.growing import GrowingColumns
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
@@ -158,7 +158,7 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
     star = StarText.open(url) if text is None else StarText(text, urls.redacted(url))
     stacks: dict[bytes, int] = {}
     pixels = StackPixels()
-    growing = GrowingColumns()
+    growing = SpillColumns()
     for values in pieces(star):
         columns, sizes = _piece_columns(values, stacks, pixel_size)
         pixels.add(columns["stack"], sizes, values.numbers(_BOX) if _BOX in values else None)

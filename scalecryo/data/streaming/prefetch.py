@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data.particles import Columns
+from scalecryo.data.permutation import Rows
 from scalecryo.data.storage.arrays import ColumnArray, ImageArray
 from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.permutation import Rows
 
 
 @dataclass

@@ -14,7 +14,7 @@ from scalecryo.errors import OutputError
 KEPT_BYTES = 256 << 20  # about 2.5 million particles with poses
 
 
-class GrowingColumns:
+class SpillColumns:
     """Columns of equal length made of pieces. Beyond `KEPT_BYTES` they are kept in files without names, and mapped.
 
     Raises:
