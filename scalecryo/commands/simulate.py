@@ -81,7 +81,7 @@ def _write_images(
             if time.monotonic() - told > 5:
                 told, done = time.monotonic(), first + len(images)
                 rate = done / (told - start)
-                note(f"{done:,} of {count:,} images, {rate:,.0f} a second, {(count - done) / rate:,.0f} s left")
+                note(f"{done:,} of {count:,} images, {rate:,.0f} images/s, {(count - done) / rate:,.0f} s left")
 
 
 def _density(structure: str, box: int, pixel_size: float) -> tuple[torch.Tensor, tuple[float, float, float]]:

@@ -11,7 +11,7 @@ import pytest
 from scalecryo.cli import main
 from scalecryo.commands import export, select
 from scalecryo.commands import verify as verify_command
-from scalecryo.data.conversion.source import Reading, read_source
+from scalecryo.data.conversion.source import ReadOptions, read_source
 from scalecryo.data.formats import cryosparc, csrows, star
 from scalecryo.data.formats.mrc import StackWriter, write_map
 from scalecryo.data.formats.star_values import not_applied, particle_block
@@ -336,7 +336,7 @@ def test_every_tricky_file_is_taken_or_refused_in_one_line(
 
 
 def test_what_is_kept_but_not_applied(shared_data: Path) -> None:
-    assert read_source(str(shared_data / BETAGAL), None, Reading(pixel_size=3.54)).notes == ()
+    assert read_source(str(shared_data / BETAGAL), None, ReadOptions(pixel_size=3.54)).notes == ()
     text = (shared_data / "metadata/star/isecc_aberrations_relion31.star").read_bytes()
     assert set(not_applied(StarText(text, "x"))) == {
         "rlnOddZernike", "rlnEvenZernike", "rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11",

@@ -15,10 +15,10 @@ import numpy as np
 
 from scalecryo.data.conversion.append_plan import AppendPlan
 from scalecryo.data.conversion.convert import content_hash, report_document, write_group
+from scalecryo.data.conversion.inspect import ProgressCallback
 from scalecryo.data.conversion.quality import REPORT, find_report
 from scalecryo.data.conversion.scheduler import run_tasks
 from scalecryo.data.conversion.shard_task import PENDING, Done, ShardTask, write_shard
-from scalecryo.data.conversion.survey import Report
 from scalecryo.data.conversion.verify import expected_keys
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import writing
@@ -40,7 +40,7 @@ def _tasks(made: AppendPlan, shards: list[int]) -> Iterator[ShardTask]:
         stacks = {int(number): made.source.stacks[number] for number in np.unique(table.columns["stack"])}
         kept = max(store.count - shard * size, 0)
         yield ShardTask(
-            store.url, shard, table, stacks, made.recipe, store.dtype, size, block_rows, store.columns, kept
+            store.url, shard, table, stacks, made.normalisation, store.dtype, size, block_rows, store.columns, kept
         )
 
 
@@ -82,14 +82,14 @@ def _todo(made: AppendPlan) -> list[int]:
 
 
 def append(
-    made: AppendPlan, *, workers: int = 0, scheduler: str | None = None, report: Report | None = None
+    made: AppendPlan, *, workers: int = 0, scheduler: str | None = None, progress: ProgressCallback | None = None
 ) -> dict[str, Any]:
     """Carry out a plan; an unfinished append of the same particles goes on.
 
     Args:
         made: from `plan_append`.
         workers, scheduler: who writes (`run_tasks`).
-        report: called with new particles done and new particles in all.
+        progress: called with new particles done and new particles in all.
 
     Returns:
         The attributes of the store.
@@ -108,13 +108,13 @@ def append(
         urls.remove_leftovers(store.url)
         begun = {"plan_hash": made.attrs["plan_hash"], "shards": -(-made.attrs["count"] // store.shard_rows)}
         urls.write_bytes_atomic(urls.join(store.url, _PLAN), json.dumps(begun).encode())
-        _write(made, renew, workers, scheduler, report)
+        _write(made, renew, workers, scheduler, progress)
         _prepare_commit(made)
         return _roll_forward(store.url)
 
 
 def _write(
-    made: AppendPlan, renew: Callable[[], None], workers: int, scheduler: str | None, report: Report | None
+    made: AppendPlan, renew: Callable[[], None], workers: int, scheduler: str | None, progress: ProgressCallback | None
 ) -> None:
     tasks = _todo(made)
     done = made.count - sum(len(task.table) for task in _tasks(made, tasks))
@@ -123,11 +123,11 @@ def _write(
         nonlocal done
         done += result.rows
         renew()
-        if report:
-            report(done, made.count)
+        if progress:
+            progress(done, made.count)
 
-    if report:
-        report(done, made.count)
+    if progress:
+        progress(done, made.count)
     run_tasks(write_shard, _tasks(made, tasks), finished, workers=workers, scheduler=scheduler)
 
 

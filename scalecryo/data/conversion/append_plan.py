@@ -8,10 +8,17 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.conversion.normalise import Recipe
+from scalecryo.data.conversion.inspect import (
+    ProgressCallback,
+    check_addresses,
+    choose,
+    contrast_of_groups,
+    drop_rows,
+    find_bad_images,
+)
+from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, BadImage
-from scalecryo.data.conversion.source import Reading, Source, read_source
-from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
+from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.formats.star_values import Optics, particle_block
 from scalecryo.data.formats.startext import StarText
 from scalecryo.data.io import urls
@@ -29,7 +36,7 @@ class AppendPlan:
     Args:
         store: as it is.
         source: the new particles; its table names stacks by their number in the store.
-        recipe: how the store's images are normalised.
+        normalisation: how the store's images are normalised.
         attrs: of the group when all is done, but for the content hash.
         documents: source table, stacks and images left out, when all is done.
         contrast: what the new optics groups' images suggest.
@@ -38,7 +45,7 @@ class AppendPlan:
 
     store: ParticleStore
     source: Source
-    recipe: Recipe
+    normalisation: Normalisation
     attrs: dict[str, Any] = field(repr=False)
     documents: dict[str, bytes] = field(repr=False)
     contrast: tuple[dict[str, Any], ...]
@@ -66,15 +73,17 @@ def _refuse_other_kind(store: ParticleStore, found: Source, source: str) -> None
         raise InputError(f"{shown}: has no {', '.join(missing)}, which the store has; make another store of it")
 
 
-def _store_recipe(store: ParticleStore, found: Source, source: str, sign: int | None, bad_images: str) -> Recipe:
-    """The store's recipe, after a look at whether the new images are of its kind."""
+def _store_normalisation(
+    store: ParticleStore, found: Source, source: str, sign: int | None, bad_images: str
+) -> Normalisation:
+    """The store's normalisation, after a look at whether the new images are of its kind."""
     attrs = store.attrs
     judged, reason = choose(found, store.box_size, None, bad_images)
     shown = urls.redacted(source)
-    if judged.normalisation != attrs["normalisation"]:
+    if judged.kind != attrs["normalisation"]:
         kinds = {"background": "noisy", "common": "noise-free"}
         raise InputError(
-            f"{shown}: its images look {kinds[judged.normalisation]}, the store's are {kinds[attrs['normalisation']]}; "
+            f"{shown}: its images look {kinds[judged.kind]}, the store's are {kinds[attrs['normalisation']]}; "
             "make another store of them"
         )
     option = {1: "--uninvert", -1: "--invert"}
@@ -88,7 +97,7 @@ def _store_recipe(store: ParticleStore, found: Source, source: str, sign: int | 
             f"{shown}: {reason}, unlike the store's; if that is wrong, say so by {option[attrs['sign']]}, "
             "else make another store of it"
         )
-    return Recipe(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
+    return Normalisation(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
 
 
 def _renumbered(old: ParticleTable, new: Columns) -> Columns:
@@ -166,15 +175,15 @@ def plan_append(
     *,
     workers: int = 0,
     scheduler: str | None = None,
-    report: Report | None = None,
-    how: Reading | None = None,
+    progress: ProgressCallback | None = None,
+    options: ReadOptions | None = None,
 ) -> AppendPlan:
     """Read the new table and headers, and check that its particles are of the store's kind.
 
     Args:
         source: the new particles, as for `plan`.
         store_url: a complete store.
-        data_dir, sign, bad_images, workers, scheduler, report, how: as for `plan`.
+        data_dir, sign, bad_images, workers, scheduler, progress, options: as for `plan`.
 
     Raises:
         MissingInputError: store, table or a stack does not exist.
@@ -182,18 +191,20 @@ def plan_append(
         InputError: the particles do not fit the store, or are in it already.
     """
     store = ParticleStore.open(store_url)
-    found = read_source(source, data_dir, how)
+    found = read_source(source, data_dir, options)
     if found.resampling:
         raise InputError(
             f"{urls.redacted(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
         )
     check_addresses(found)
     _refuse_other_kind(store, found, source)
-    recipe = _store_recipe(store, found, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images)
+    normalisation = _store_normalisation(
+        store, found, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images
+    )
     excluded: tuple[BadImage, ...] = ()
     if bad_images == "exclude":
-        excluded = look(found, recipe, store.dtype, workers, scheduler, report)
-        found = without(found, excluded)
+        excluded = find_bad_images(found, normalisation, store.dtype, workers, scheduler, progress)
+        found = drop_rows(found, excluded)
     old = store.table()
     star = _joined_star(store, found, source)
     placed, stacks = _in_store(store, old, found, source)
@@ -215,7 +226,9 @@ def plan_append(
     ]
     identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
     attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return AppendPlan(store, placed, recipe, attrs, documents, contrast_of_groups(placed, store.box_size), excluded)
+    return AppendPlan(
+        store, placed, normalisation, attrs, documents, contrast_of_groups(placed, store.box_size), excluded
+    )
 
 
 def _left_out(store: ParticleStore, excluded: tuple[BadImage, ...], rows_before: int) -> list[dict[str, Any]]:

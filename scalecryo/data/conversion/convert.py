@@ -14,12 +14,19 @@ from typing import Any, Literal
 import numpy as np
 
 from scalecryo import __version__
-from scalecryo.data.conversion.normalise import Recipe
+from scalecryo.data.conversion.inspect import (
+    ProgressCallback,
+    check_addresses,
+    choose,
+    contrast_of_groups,
+    drop_rows,
+    find_bad_images,
+)
+from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, REPORT, BadImage, find_report
 from scalecryo.data.conversion.scheduler import run_tasks
 from scalecryo.data.conversion.shard_task import Done, ShardTask, shard_task, write_shard
-from scalecryo.data.conversion.source import Reading, Source, read_source
-from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
+from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import LOCK, writing
 from scalecryo.data.particles import COLUMNS, ParticleTable
@@ -43,7 +50,7 @@ class ConvertPlan:
 
     Args:
         source: the table and its stacks, without the images that are left out.
-        recipe: how images are stored.
+        normalisation: how images are stored.
         sign_reason: why with this sign.
         dtype, levels, shard_rows: of the store.
         attrs: of the store's group.
@@ -52,7 +59,7 @@ class ConvertPlan:
     """
 
     source: Source
-    recipe: Recipe
+    normalisation: Normalisation
     sign_reason: str
     dtype: str
     levels: tuple[int, ...]
@@ -83,7 +90,7 @@ class ConvertPlan:
             "urls": [urls.redacted(urls.absolute(stack.url)) for stack in self.source.stacks],
         }
         if self.source.resampling:
-            stacks["resampling"] = [[how.fourier_box, how.box_size] for how in self.source.resampling]
+            stacks["resampling"] = [[item.fourier_box, item.box_size] for item in self.source.resampling]
             stacks["pixel_sizes"] = self.source.table.stack_pixel_sizes
             stacks["boxes"] = self.source.table.stack_boxes
         found: dict[str, Any] = {SOURCE_STACKS: json.dumps(stacks).encode()}
@@ -107,8 +114,8 @@ def plan(
     *,
     workers: int = 0,
     scheduler: str | None = None,
-    report: Report | None = None,
-    how: Reading | None = None,
+    progress: ProgressCallback | None = None,
+    options: ReadOptions | None = None,
 ) -> ConvertPlan:
     """Read the table and the headers, look at a sample of images, and decide everything.
 
@@ -120,8 +127,8 @@ def plan(
         sign: None to judge, `invert`, or `uninvert` to keep the source's contrast.
         bad_images: `exclude` looks at every image now and leaves out those that cannot be stored.
         workers, scheduler: who looks (`run_tasks`).
-        report: called with particles looked at and particles in all.
-        how: what else to know for reading the source.
+        progress: called with particles looked at and particles in all.
+        options: what else to know for reading the source.
 
     Raises:
         MissingInputError: the table or a stack does not exist.
@@ -129,29 +136,29 @@ def plan(
     """
     if dtype not in ("float16", "float32"):
         raise InputError(f"--dtype {dtype}: images are stored as float16 or float32")
-    found = read_source(source, data_dir, how)
+    found = read_source(source, data_dir, options)
     check_addresses(found)
     if box is not None and (box % 2 or not 0 < box <= found.box_size):
         raise InputError(f"--box {box}: the box must be even and at most the source's {found.box_size} px")
     box = box or found.box_size
     asked = {None: None, "invert": -1, "uninvert": 1}[sign]
-    recipe, reason = choose(found, box, asked or found.sign, bad_images)
+    normalisation, reason = choose(found, box, asked or found.sign, bad_images)
     if asked is None and found.sign is not None:
         reason = "as blob/sign says"
     excluded: tuple[BadImage, ...] = ()
     if bad_images == "exclude":
-        excluded = look(found, recipe, dtype, workers, scheduler, report)
-        found = without(found, excluded)
-    attrs = _attributes(source, found, recipe, dtype, len(excluded))
+        excluded = find_bad_images(found, normalisation, dtype, workers, scheduler, progress)
+        found = drop_rows(found, excluded)
+    attrs = _attributes(source, found, normalisation, dtype, len(excluded))
     contrast = contrast_of_groups(found, box)
     return ConvertPlan(
-        found, recipe, reason, dtype, tuple(attrs["levels"]), attrs["shard_rows"], attrs, excluded, contrast
+        found, normalisation, reason, dtype, tuple(attrs["levels"]), attrs["shard_rows"], attrs, excluded, contrast
     )
 
 
-def _attributes(source: str, found: Source, recipe: Recipe, dtype: str, excluded: int) -> dict[str, Any]:
+def _attributes(source: str, found: Source, normalisation: Normalisation, dtype: str, excluded: int) -> dict[str, Any]:
     """Attributes of a new store, with the hash of all that decides its bytes."""
-    box, count = recipe.box_size, len(found.table)
+    box, count = normalisation.box_size, len(found.table)
     levels, shard_rows = levels_of(box), shard_rows_of(box, dtype, count)
     attrs: dict[str, Any] = {
         "scalecryo_version": __version__,
@@ -165,9 +172,9 @@ def _attributes(source: str, found: Source, recipe: Recipe, dtype: str, excluded
         "block_rows": {str(level): min(block_rows_of(level, dtype, count), shard_rows) for level in levels},
         "columns": [*(name for name in COLUMNS if name in found.table.columns), *IMAGE_COLUMNS],
         "contrast": "protein-bright",
-        "sign": recipe.sign,
-        "normalisation": recipe.normalisation,
-        "common_scale": recipe.common_scale,
+        "sign": normalisation.sign,
+        "normalisation": normalisation.kind,
+        "common_scale": normalisation.common_scale,
         "source": urls.redacted(urls.absolute(source)),
         "source_box_size": found.box_size,
         "source_rows": count + excluded,
@@ -187,7 +194,9 @@ def _tasks(made: ConvertPlan, store_url: str, shards: list[int]) -> Iterator[Sha
     block_rows = {level: int(made.attrs["block_rows"][str(level)]) for level in made.levels}
     columns = tuple(made.attrs["columns"])
     for shard in shards:
-        yield shard_task(store_url, made.source, made.recipe, made.dtype, made.shard_rows, block_rows, columns, shard)
+        yield shard_task(
+            store_url, made.source, made.normalisation, made.dtype, made.shard_rows, block_rows, columns, shard
+        )
 
 
 def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
@@ -240,7 +249,7 @@ def convert(
     workers: int = 0,
     scheduler: str | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Carry out a plan; an unfinished store of the same plan is completed.
 
@@ -249,7 +258,7 @@ def convert(
         store_url: path or URL of the store.
         workers, scheduler: who writes (`run_tasks`); each thread holds some tens of MiB on disk, one shard elsewhere.
         overwrite: replace a store that is there.
-        report: called with particles done and particles in all.
+        progress: called with particles done and particles in all.
 
     Returns:
         The attributes of the finished store.
@@ -269,7 +278,7 @@ def convert(
         write_group(store_url, group, attrs)
         write_objects(store_url, "metadata", {**documents, **made.documents()})
 
-        _write_shards(made, store_url, renew, workers, scheduler, report)
+        _write_shards(made, store_url, renew, workers, scheduler, progress)
         if read_attributes(store_url).get("plan_hash") != made.attrs["plan_hash"]:
             raise OutputError(f"{urls.redacted(store_url)}: another conversion took this place; choose another")
         attrs = finish(store_url, attrs, made.source.table, made.contrast)
@@ -283,21 +292,21 @@ def _write_shards(
     renew: Callable[[], None],
     workers: int,
     scheduler: str | None,
-    report: Report | None,
+    progress: ProgressCallback | None,
 ) -> None:
     """Write the shards whose manifests are not there yet."""
     present = set(urls.list_folder(urls.join(store_url, MANIFESTS)))
     todo = [shard for shard in range(made.shards) if f"{shard:08d}.json" not in present]
     done = made.count - sum(min(made.shard_rows, made.count - shard * made.shard_rows) for shard in todo)
-    if report:
-        report(done, made.count)
+    if progress:
+        progress(done, made.count)
 
     def finished(result: Done) -> None:
         nonlocal done
         done += result.rows
         renew()
-        if report:
-            report(done, made.count)
+        if progress:
+            progress(done, made.count)
 
     run_tasks(write_shard, _tasks(made, store_url, todo), finished, workers=workers, scheduler=scheduler)
 

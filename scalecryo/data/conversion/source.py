@@ -25,7 +25,7 @@ _SAME_PIXEL = 1e-4
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a source is read.
 
     Args:
@@ -214,13 +214,13 @@ def _one_box(stacks: tuple[Stack, ...]) -> int:
 
 
 def _one_pixel_size(
-    table: ParticleTable, stacks: tuple[Stack, ...], how: Reading, where: str
+    table: ParticleTable, stacks: tuple[Stack, ...], options: ReadOptions, where: str
 ) -> tuple[ParticleTable, tuple[Stack, ...], tuple[Resampling, ...]]:
     """The table and the stacks in one pixel size, and what was done to each."""
     sizes = table.stack_pixel_sizes
     if not sizes:
         return table, stacks, ()
-    if how.mixed_optics == "refuse":
+    if options.mixed_optics == "refuse":
         raise InputError(
             f"{where}: pixel sizes from {min(sizes):g} to {max(sizes):g} Å; rescale the particles to one, or let "
             "--mixed-optics resample do it"
@@ -256,37 +256,37 @@ def _stated_pixel_size(table: ParticleTable, asked: float | None, where: str) ->
     return replace(table, pixel_size=asked, stack_pixel_sizes=())
 
 
-def read_source(source: str, data_dir: str | None = None, how: Reading | None = None) -> Source:
+def read_source(source: str, data_dir: str | None = None, options: ReadOptions | None = None) -> Source:
     """Read a table or a bare stack, open every stack's header, and check that all fits together.
 
     Args:
         source: `.star`, cryoSPARC's `.cs` or `.csg`, or `.mrcs`/`.mrc`; path or URL.
         data_dir: folder against which the table names its stacks.
-        how: options.
+        options: options.
 
     Raises:
         MissingInputError: the source or a stack does not exist.
         InputError: an unknown kind of file, an odd or non-square box, stacks of unlike boxes or pixel sizes, an image
             number past the end of a stack, no particles, or no pixel size anywhere.
     """
-    how = how or Reading()
+    options = options or ReadOptions()
     where = urls.redacted(source)
     star, cs, sign = None, None, None
     notes: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
-    if how.passthrough and not source.endswith((".cs", ".csg")):
+    if options.passthrough and not source.endswith((".cs", ".csg")):
         raise InputError(f"{where}: --passthrough is for cryoSPARC's .cs files")
     if source.endswith(".star"):
         star = text_of(source)
-        table = read_star(source, star, how.pixel_size or 0.0)
+        table = read_star(source, star, options.pixel_size or 0.0)
         notes = not_applied(StarText(star, where))
     elif source.endswith((".cs", ".csg")):
-        rows = csrows.read(source, how.passthrough)
+        rows = csrows.read(source, options.passthrough)
         table, sign = cryosparc.table_of(rows, where), cryosparc.sign_of(rows, where)
         cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
     elif source.lower().endswith(_STACK_ENDINGS):
         stacks = (Stack.open(source),)
-        table = _stack_table(stacks[0], how.pixel_size)
+        table = _stack_table(stacks[0], options.pixel_size)
     else:
         raise InputError(
             f"{where}: not a known kind of particle source; give a .star, .cs or .csg table, or an .mrcs or .mrc stack "
@@ -294,17 +294,17 @@ def read_source(source: str, data_dir: str | None = None, how: Reading | None = 
         )
     if not len(table):
         raise InputError(f"{where}: holds no particles")
-    table = _stated_pixel_size(table, how.pixel_size, where)
-    stacks = stacks or _open_stacks(table, source, data_dir, how.allow_outside)
+    table = _stated_pixel_size(table, options.pixel_size, where)
+    stacks = stacks or _open_stacks(table, source, data_dir, options.allow_outside)
     _check_indices(table, stacks, where)
     notes = _check_boxes(table, stacks, where, notes)
-    if how.ctf is not None:
-        table = with_ctf(table, how.ctf, [stack.box_size for stack in stacks], where)
+    if options.ctf is not None:
+        table = with_ctf(table, options.ctf, [stack.box_size for stack in stacks], where)
     if not table.pixel_size:
         table = replace(table, pixel_size=_header_pixel_size(stacks, where))
-    if how.poses is not None:
-        table = with_poses(table, how.poses, [stack.box_size for stack in stacks], where)
-    table, stacks, resampling = _one_pixel_size(table, stacks, how, where)
+    if options.poses is not None:
+        table = with_poses(table, options.poses, [stack.box_size for stack in stacks], where)
+    table, stacks, resampling = _one_pixel_size(table, stacks, options, where)
     return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling)
 
 

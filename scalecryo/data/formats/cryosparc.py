@@ -1,4 +1,4 @@
-"""cryoSPARC's .cs tables: NumPy structured arrays in .npy format, one row a particle.
+"""cryoSPARC's .cs tables: NumPy structured arrays in .npy format, one row per particle.
 
 `alignments3D/pose` is the rotation vector, in radians, of our R (checked against cryoDRGN's conversion of a real
 refinement: A = Rᵀ). `alignments3D/shift` is in pixels with RELION's sign, minus ours. Angles are in radians, lengths in

@@ -68,5 +68,5 @@ def _disk_full() -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{tempfile.gettempdir()}: a large table does not fit the folder for temporary files ({error.strerror}): "
-            "free about 100 bytes a row there, or set TMPDIR to a larger disk"
+            "free about 100 bytes per row there, or set TMPDIR to a larger disk"
         ) from error

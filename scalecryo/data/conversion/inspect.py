@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from scalecryo.data.conversion.normalise import Recipe, choose_recipe
+from scalecryo.data.conversion.normalise import Normalisation, choose_normalisation
 from scalecryo.data.conversion.quality import BadImage, bad_pixels, listed, refusal
 from scalecryo.data.conversion.scheduler import run_tasks
-from scalecryo.data.conversion.shard_task import Done, look_at, read_rows, shard_task
+from scalecryo.data.conversion.shard_task import Done, find_bad_in_shard, read_rows, shard_task
 from scalecryo.data.conversion.source import Source
 from scalecryo.data.io import urls
 from scalecryo.data.storage.layout import shard_rows_of
@@ -22,7 +22,7 @@ _SAMPLE = 128
 _GROUP_SAMPLE = 32
 _MOST_GROUPS = 64
 
-Report = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 
 
 def check_addresses(found: Source) -> None:
@@ -35,8 +35,8 @@ def check_addresses(found: Source) -> None:
             )
 
 
-def choose(found: Source, box: int, sign: int | None, bad_images: str) -> tuple[Recipe, str]:
-    """The recipe, from a sample of the images; where one of them is bad it is refused, or left out."""
+def choose(found: Source, box: int, sign: int | None, bad_images: str) -> tuple[Normalisation, str]:
+    """The normalisation, from a sample of the images; where one of them is bad it is refused, or left out."""
     count = len(found.table)
     part = found.table.select(np.unique(np.linspace(0, count - 1, min(_SAMPLE, count)).astype(np.int64)))
     sample = read_rows(dict(enumerate(found.stacks)), part.columns)
@@ -44,11 +44,16 @@ def choose(found: Source, box: int, sign: int | None, bad_images: str) -> tuple[
     if bad and (bad_images == "refuse" or len(bad) == len(sample)):
         raise refusal(bad)
     rows = {image.source_row for image in bad}
-    return choose_recipe(sample[[row not in rows for row in part.columns["source_row"].tolist()]], box, sign)
+    return choose_normalisation(sample[[row not in rows for row in part.columns["source_row"].tolist()]], box, sign)
 
 
-def look(
-    found: Source, recipe: Recipe, dtype: str, workers: int, scheduler: str | None, report: Report | None
+def find_bad_images(
+    found: Source,
+    normalisation: Normalisation,
+    dtype: str,
+    workers: int,
+    scheduler: str | None,
+    progress: ProgressCallback | None,
 ) -> tuple[BadImage, ...]:
     """Every image that cannot be stored, by row."""
     bad: list[BadImage] = []
@@ -58,19 +63,19 @@ def look(
         nonlocal seen
         seen += done.rows
         bad.extend(done.bad)
-        if report:
-            report(seen, len(found.table))
+        if progress:
+            progress(seen, len(found.table))
 
     size = shard_rows_of(found.box_size, dtype, len(found.table))
     shards = range(-(-len(found.table) // size))
-    made = (shard_task("", found, recipe, dtype, size, {}, (), shard) for shard in shards)
-    if report:
-        report(0, len(found.table))
-    run_tasks(look_at, made, finished, workers=workers, scheduler=scheduler)
+    made = (shard_task("", found, normalisation, dtype, size, {}, (), shard) for shard in shards)
+    if progress:
+        progress(0, len(found.table))
+    run_tasks(find_bad_in_shard, made, finished, workers=workers, scheduler=scheduler)
     return tuple(sorted(bad, key=lambda image: image.source_row))
 
 
-def without(found: Source, excluded: tuple[BadImage, ...]) -> Source:
+def drop_rows(found: Source, excluded: tuple[BadImage, ...]) -> Source:
     """The source without some images."""
     out = {image.source_row for image in excluded}
     keep = np.flatnonzero([row not in out for row in found.table.columns["source_row"].tolist()])
@@ -90,6 +95,6 @@ def contrast_of_groups(found: Source, box: int) -> tuple[dict[str, Any], ...]:
         bad = {image.source_row for image in bad_pixels(sample, part)}
         sample = sample[[row not in bad for row in part.columns["source_row"].tolist()]]
         if len(sample):
-            recipe, reason = choose_recipe(sample, box, None)
-            judged.append({"optics_group": int(group), "sign": recipe.sign, "reason": reason})
+            normalisation, reason = choose_normalisation(sample, box, None)
+            judged.append({"optics_group": int(group), "sign": normalisation.sign, "reason": reason})
     return tuple(judged)
