@@ -207,7 +207,7 @@ def test_profiles(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("AWS_PROFILE", "lab")
     assert urls.read_bytes(seaweed.url("profile", "x")) == b"found"
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    with pytest.raises(InputError, match="AWS profile nobody: "):
+    with pytest.raises(InputError, match=r"profile/x: .*profile \(nobody\) could not be found"):
         urls.read_bytes(seaweed.url("profile", "x"))
 
 
@@ -231,6 +231,6 @@ def test_zarr_reads_any_name(seaweed: Seaweed) -> None:
     for name in NAMES:
         files, key = remote_files(seaweed.url("zarr", name))
         assert isinstance(files, ObjectFiles)
-        array = zarr.create_array(zarr.storage.ObjectStore(files.reading), name=key, shape=(4,), dtype="f4")
+        array = zarr.create_array(zarr.storage.ObjectStore(files.store), name=key, shape=(4,), dtype="f4")
         array[:] = np.arange(4)
         assert ZarrRows(seaweed.url("zarr", name)).read(1, 3).tolist() == [1, 2]

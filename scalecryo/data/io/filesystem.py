@@ -7,6 +7,7 @@ from obstore.fsspec import FsspecStore
 from obstore.store import ObjectStore
 
 from scalecryo.data.io.objects import BY_OBSTORE, client
+from scalecryo.data.io.retry import RetryPolicy
 from scalecryo.data.io.urls import is_local
 
 _RETRIES = 8
@@ -19,7 +20,7 @@ class ExactFileSystem(FsspecStore):
     """
 
     def _construct_store(self, bucket: str) -> ObjectStore:
-        return client(f"{self.protocol}://{bucket}", _RETRIES)
+        return client(f"{self.protocol}://{bucket}", _RETRIES, RetryPolicy().request_seconds)
 
     async def _expand_path(self, path: str | list[str], recursive: bool = False, **options: Any) -> list[str]:
         paths = [path] if isinstance(path, str) else list(path)

@@ -1,18 +1,16 @@
 """Remote files by their exact name: S3, Google Cloud, Azure and web servers through obstore, all else through fsspec.
 
 A key is never a pattern: `*`, `?`, `[`, `]`, `%`, `#` and spaces in it are themselves. (fsspec's own `rm`, `cat` and
-`glob` take them for patterns; nothing here calls those.)
+`glob` take them for patterns; nothing here calls those.) Each call is one try, which fails as its client does.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from typing import Any
 
 import fsspec
 import obstore
@@ -26,9 +24,7 @@ Buffer = bytes | bytearray | memoryview
 
 BY_OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "http", "https")
 _SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HOME")  # of the environment, that say where and as whom
-_WRITE_SECONDS = 600.0  # one try of sending an object, which may be large and the line slow
-_PART_BYTES = 64 << 20
-_REMOVED_AT_ONCE = 1000
+_PART_BYTES = 5 << 20  # the smallest that S3 takes: each must arrive within one try, on slow lines too
 _CREDENTIALS_LAST = timedelta(minutes=5)
 
 
@@ -45,176 +41,116 @@ def redacted(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
-class RemoteFiles(Protocol):
-    """One server's files by key, each call one try that fails as its client does."""
+class ObjectFiles:
+    """Objects of one bucket or web server by key, through obstore."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> Buffer:
         """A whole file, or the bytes start…stop−1 of it; fewer where it ends before."""
+        if stop is None:
+            answer = obstore.get(self.store, key)
+            data = memoryview(answer.bytes())
+            if len(data) != answer.meta["size"]:
+                raise ShortBodyError(f"{len(data)} bytes came instead of {answer.meta['size']}")
+            return data
+        try:
+            return memoryview(obstore.get_range(self.store, key, start=start, end=stop)) if stop > start else b""
+        except BaseError as error:
+            if is_past_end(error):
+                return b""
+            raise
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
         """A small file, and the tag of this version of it."""
-
-    def status(self, key: str) -> tuple[int, str]:
-        """Length of a file and what tells one version of it from another."""
-
-    def exists(self, key: str) -> bool:
-        """Whether there is such a file or folder."""
-
-    def is_folder(self, key: str) -> bool:
-        """Whether there is such a folder: something below this name."""
-
-    def names(self, key: str) -> list[str]:
-        """Names in a folder; none where there is no such folder."""
-
-    def put(self, key: str, source: bytes | memoryview | Path) -> None:
-        """Write a file whole."""
-
-    def put_if(self, key: str, data: bytes, tag: str | None) -> bool:
-        """Write a small file if it still has this tag (None: if there is none); False where it was changed."""
-
-    def remove(self, key: str) -> None:
-        """Remove a file, and a folder of this name with all it holds."""
-
-
-@contextmanager
-def suppress_absent() -> Iterator[None]:
-    """End a block where a server has no such bucket, or no way to list what it has."""
-    try:
-        yield
-    except BaseError as error:
-        if not is_absent(error):
-            raise
-
-
-class ObjectFiles:
-    """Objects of one bucket or web server, through obstore.
-
-    Args:
-        reading, writing: its clients.
-    """
-
-    def __init__(self, reading: ObjectStore, writing: ObjectStore) -> None:
-        self.reading = reading
-        self._writing = writing
-
-    def get(self, key: str, start: int = 0, stop: int | None = None) -> Buffer:
-        """As `RemoteFiles.get`."""
-        if stop is not None:
-            if stop <= start:
-                return b""
-            try:
-                return memoryview(obstore.get_range(self.reading, key, start=start, end=stop))
-            except BaseError as error:
-                if is_past_end(error):
-                    return b""
-                raise
-        answer = obstore.get(self.reading, key)
-        data = memoryview(answer.bytes())
-        if len(data) != answer.meta["size"]:
-            raise ShortBodyError(f"{len(data)} bytes came instead of {answer.meta['size']}")
-        return data
-
-    def get_tagged(self, key: str) -> tuple[bytes, str]:
-        """As `RemoteFiles.get_tagged`."""
-        answer = obstore.get(self.reading, key)
+        answer = obstore.get(self.store, key)
         return answer.bytes().to_bytes(), answer.meta["e_tag"] or ""
 
     def status(self, key: str) -> tuple[int, str]:
-        """As `RemoteFiles.status`."""
-        meta = obstore.head(self.reading, key)
+        """Length of a file and what tells one version of it from another."""
+        meta = obstore.head(self.store, key)
         return meta["size"], meta["e_tag"] or str(meta["last_modified"])
 
     def exists(self, key: str) -> bool:
-        """As `RemoteFiles.exists`."""
-        if key:
+        """Whether there is such a file, or a folder: something below this name."""
+        try:
             with suppress(FileNotFoundError):
-                obstore.head(self.reading, key)
-                return True
-        return self.is_folder(key)
+                return bool(key and obstore.head(self.store, key)) or self._holds(key)
+            return self._holds(key)
+        except BaseError as error:
+            if is_absent(error):
+                return False
+            raise
 
-    def is_folder(self, key: str) -> bool:
-        """As `RemoteFiles.is_folder`; a plain web server shows none."""
-        with suppress_absent():
-            return any(len(batch) for batch in obstore.list(self.reading, key or None))
-        return False
+    def _holds(self, key: str) -> bool:
+        return any(len(batch) for batch in obstore.list(self.store, key or None))
 
     def names(self, key: str) -> list[str]:
-        """As `RemoteFiles.names`; a plain web server lists nothing."""
-        with suppress_absent():
-            found = obstore.list_with_delimiter(self.reading, key or None)
-            paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
-            return [path.rpartition("/")[2] for path in paths]
-        return []
+        """Names in a folder; none where there is no such folder. A plain web server lists nothing."""
+        try:
+            found = obstore.list_with_delimiter(self.store, key or None)
+        except BaseError as error:
+            if is_absent(error):
+                return []
+            raise
+        paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+        return [path.rpartition("/")[2] for path in paths]
 
     def put(self, key: str, source: bytes | memoryview | Path) -> None:
-        """As `RemoteFiles.put`; an object appears when all its parts have arrived."""
-        obstore.put(self._writing, key, source, chunk_size=_PART_BYTES, max_concurrency=2)
+        """Write a file; it appears when all of it has arrived."""
+        obstore.put(self.store, key, source, chunk_size=_PART_BYTES, max_concurrency=2)
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> bool:
-        """As `RemoteFiles.put_if`, which the server decides (If-None-Match, If-Match)."""
+        """Write a small file if it still has this tag (None: if there is none); False where it was changed."""
         try:
-            obstore.put(self._writing, key, data, mode="create" if tag is None else {"e_tag": tag})
+            obstore.put(self.store, key, data, mode="create" if tag is None else {"e_tag": tag})
         except (AlreadyExistsError, PreconditionError, FileNotFoundError):
             return False
         return True
 
     def remove(self, key: str) -> None:
-        """As `RemoteFiles.remove`."""
-        if key:
+        """Remove a file, and a folder of this name with all it holds."""
+        with suppress(FileNotFoundError):
+            obstore.delete(self.store, key)
+        for batch in obstore.list(self.store, key, chunk_size=1000):
             with suppress(FileNotFoundError):
-                obstore.delete(self._writing, key)
-        for batch in obstore.list(self.reading, key or None, chunk_size=_REMOVED_AT_ONCE):
-            with suppress(FileNotFoundError):
-                obstore.delete(self._writing, [item["path"] for item in batch])
+                obstore.delete(self.store, [item["path"] for item in batch])
 
 
 class FsspecFiles:
-    """Files of an fsspec file system: memory, SFTP and so on.
-
-    Args:
-        fs: the file system; keys are its paths.
-    """
+    """The same of an fsspec file system, such as memory or SFTP; keys are its paths."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> Buffer:
-        """As `RemoteFiles.get`."""
+        """A whole file, or the bytes start…stop−1 of it; fewer where it ends before."""
         data: bytes = self._fs.cat_file(key) if stop is None else self._fs.cat_file(key, start=start, end=stop)
         return data
 
     def get_tagged(self, key: str) -> tuple[bytes, str]:
-        """As `RemoteFiles.get_tagged`, without a tag."""
+        """A small file, without a tag."""
         return self._fs.cat_file(key), ""
 
     def status(self, key: str) -> tuple[int, str]:
-        """As `RemoteFiles.status`."""
+        """Length of a file and what tells one version of it from another."""
         info = self._fs.info(key)
-        version = next(
-            (info[name] for name in ("ETag", "etag", "LastModified", "mtime", "created") if name in info), ""
-        )
-        return int(info["size"]), str(version)
+        tags = ("ETag", "etag", "LastModified", "mtime", "created")
+        return int(info["size"]), str(next((info[name] for name in tags if name in info), ""))
 
     def exists(self, key: str) -> bool:
-        """As `RemoteFiles.exists`."""
+        """Whether there is such a file or folder."""
         return bool(self._fs.exists(key))
 
-    def is_folder(self, key: str) -> bool:
-        """As `RemoteFiles.is_folder`."""
-        return bool(self._fs.isdir(key))
-
     def names(self, key: str) -> list[str]:
-        """As `RemoteFiles.names`."""
+        """Names in a folder; none where there is no such folder."""
         self._fs.invalidate_cache(key)  # another process may have written since the last look
-        try:
-            if self._fs.isfile(key):
-                return []
-            return [entry.rstrip("/").rpartition("/")[2] for entry in self._fs.ls(key, detail=False)]
-        except FileNotFoundError:
-            return []
+        entries = self._fs.ls(key, detail=False) if self._fs.isdir(key) else []
+        return [entry.rstrip("/").rpartition("/")[2] for entry in entries]
 
     def put(self, key: str, source: bytes | memoryview | Path) -> None:
-        """As `RemoteFiles.put`."""
+        """Write a file, and the folders above it."""
         self._fs.makedirs(key.rpartition("/")[0], exist_ok=True)
         if isinstance(source, Path):
             self._fs.put_file(str(source), key)
@@ -222,7 +158,7 @@ class FsspecFiles:
             self._fs.pipe_file(key, bytes(source))
 
     def put_if(self, key: str, data: bytes, tag: str | None) -> bool:
-        """As `RemoteFiles.put_if`; a file that is there is replaced whoever has written it."""
+        """Write a small file; with no tag only where there is none, else whoever has written it."""
         self._fs.makedirs(key.rpartition("/")[0], exist_ok=True)
         try:
             self._fs.pipe_file(key, data, mode="create" if tag is None else "overwrite")
@@ -231,7 +167,7 @@ class FsspecFiles:
         return True
 
     def remove(self, key: str) -> None:
-        """As `RemoteFiles.remove`."""
+        """Remove a file, and a folder of this name with all it holds."""
         self._fs.invalidate_cache(key)
         entries = self._fs.find(key, withdirs=True, detail=True)
         for path in sorted(entries, reverse=True):  # what a folder holds before the folder
@@ -239,11 +175,11 @@ class FsspecFiles:
                 (self._fs.rmdir if entries[path]["type"] == "directory" else self._fs.rm_file)(path)
 
 
-def remote_files(url: str, policy: RetryPolicy | None = None) -> tuple[RemoteFiles, str]:
+def remote_files(url: str, policy: RetryPolicy | None = None) -> tuple[ObjectFiles | FsspecFiles, str]:
     """The files of the server that a URL names, and the key of the URL among them.
 
     Args:
-        policy: says after how many silent seconds one try to read counts as failed.
+        policy: says after how many silent seconds one try counts as failed.
 
     Raises:
         InputError: no such protocol, the package that speaks it is not installed, or the address holds credentials
@@ -270,11 +206,10 @@ def remote_files(url: str, policy: RetryPolicy | None = None) -> tuple[RemoteFil
     if not host or {"", ".", ".."} & set(key.split("/")[: len(key)]):
         raise MissingInputError(f"{redacted(url)}: no object has such a name: it has an empty part, `.` or `..`")
     settings = *sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS)), str(_stated())
-    seconds = (policy or RetryPolicy()).request_seconds
     try:
-        return _object_files(f"{scheme}://{host}", seconds, settings), key
+        return _object_files(f"{scheme}://{host}", (policy or RetryPolicy()).request_seconds, settings), key
     except (ValueError, BaseError) as error:
-        raise InputError(f"{redacted(url)}: cannot reach this address ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{redacted(url)}: cannot be reached: {str(error).splitlines()[0]}") from error
 
 
 @lru_cache(maxsize=1)
@@ -285,23 +220,19 @@ def _first_process() -> int:
 
 @lru_cache(maxsize=64)
 def _object_files(server: str, seconds: float, settings: tuple[object, ...]) -> ObjectFiles:
-    """Clients of a bucket or web server, made once for an environment; `with_retries` tries again, and counts."""
-    whole = timedelta(seconds=max(seconds, _WRITE_SECONDS))
-    return ObjectFiles(
-        client(server, retries=0, read_timeout=timedelta(seconds=seconds)), client(server, retries=0, timeout=whole)
-    )
+    """Made once for an environment; `with_retries` tries again, and counts."""
+    return ObjectFiles(client(server, retries=0, seconds=seconds))
 
 
-def client(server: str, retries: int, **limits: timedelta) -> ObjectStore:
-    """obstore's client of a bucket or web server.
-
-    Its own reading of the environment holds; AWS profiles (boto3), the bucket's region, Azure's connection string and
-    fsspec's settings for `s3` are added.
+def client(server: str, retries: int, seconds: float) -> ObjectStore:
+    """obstore's client of a bucket or web server, `scheme://host`.
 
     Args:
-        server: `scheme://host`.
         retries: how often the client itself tries again.
-        limits: its timeouts.
+        seconds: after which a try without an answer counts as failed.
+
+    Raises:
+        InputError: there are no credentials.
     """
     scheme, _, host = server.partition("://")
     arguments: dict[str, Any] = {}
@@ -309,7 +240,8 @@ def client(server: str, retries: int, **limits: timedelta) -> ObjectStore:
         arguments = _aws(host)
     elif scheme.startswith("a"):
         arguments = {"config": dict(_azure())}
-    arguments["client_options"] = {"allow_http": True, "connect_timeout": timedelta(seconds=5), **limits}
+    limits = {"read_timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=min(5.0, seconds))}
+    arguments["client_options"] = {"allow_http": True, **limits}
     made: ObjectStore = from_url(server, retry_config={"max_retries": retries}, **arguments)
     return made
 
@@ -321,62 +253,33 @@ def _stated() -> dict[str, Any]:
 
 
 def _aws(bucket: str) -> dict[str, Any]:
-    stated, found = _stated(), {}
-    more = stated.get("client_kwargs", {})
-    config: dict[str, Any] = {
-        "access_key_id": stated.get("key"),
-        "secret_access_key": stated.get("secret"),
-        "session_token": stated.get("token"),
-        "skip_signature": stated.get("anon"),
-        "endpoint": stated.get("endpoint_url") or more.get("endpoint_url"),
-        "region": more.get("region_name"),
-    }
-    profile = stated.get("profile") or os.environ.get("AWS_PROFILE")
-    if not config["access_key_id"] and not config["skip_signature"] and (profile or _has_profiles()):
-        found = _profile(profile, config)
-    endpoint = config["endpoint"] or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint is None or endpoint.endswith("amazonaws.com"):
-        config |= {"endpoint": None, "region": _region_of(bucket) or config["region"]}
-    return {**found, "config": {name: value for name, value in config.items() if value}}
-
-
-def _has_profiles() -> bool:
-    places = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}
-    return any(Path(os.environ.get(name, usual)).expanduser().is_file() for name, usual in places.items())
-
-
-def _profile(name: str | None, config: dict[str, Any]) -> dict[str, Any]:
-    """A provider of the credentials that the AWS command line would take; its region and endpoint go into `config`."""
+    """Endpoint, region and credentials as the AWS command line finds them, or as fsspec's settings say."""
     try:
         import boto3
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import BotoCoreError, ClientError
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError as error:
-        if name is None:
-            return {}
-        raise InputError(f"AWS profile {name}: profiles need boto3: pip install 'scalecryo[s3]'") from error
+        raise InputError("s3:// needs boto3: pip install 'scalecryo[s3]'") from error
+    stated = _stated()
     try:
-        session = boto3.Session(profile_name=_stated().get("profile"))  # else it reads AWS_PROFILE itself
-        meta = session.client("s3", region_name=session.region_name or "us-east-1").meta
-        config["endpoint"] = config["endpoint"] or meta.endpoint_url
-        config["region"] = config["region"] or meta.region_name
+        session = boto3.Session(*(stated.get(name) for name in ("key", "secret", "token")),
+                                profile_name=stated.get("profile"))  # fmt: skip
+        settings = {"endpoint_url": stated.get("endpoint_url"), **stated.get("client_kwargs", {})}
+        if not (session.region_name or settings.get("region_name")):
+            settings["region_name"] = "us-east-1"
+        s3 = session.client("s3", **settings)
+        config: dict[str, Any] = {"endpoint": s3.meta.endpoint_url, "region": s3.meta.region_name}
+        if "amazonaws.com" in s3.meta.endpoint_url:  # obstore follows no redirects to the bucket's own region
+            with suppress(ClientError):
+                config["region"] = s3.head_bucket(Bucket=bucket)["BucketRegion"]
+            config["endpoint"] = session.client("s3", region_name=config["region"]).meta.endpoint_url
+        if stated.get("anon") or os.environ.get("AWS_SKIP_SIGNATURE"):
+            return {"config": {**config, "skip_signature": True}}
         if session.get_credentials() is None:
-            return {}
-        return {"credential_provider": Boto3CredentialProvider(session, ttl=_CREDENTIALS_LAST)}
+            raise InputError("there are no credentials: set them as for the AWS command line")
+        return {"config": config, "credential_provider": Boto3CredentialProvider(session, ttl=_CREDENTIALS_LAST)}
     except BotoCoreError as error:
-        raise InputError(f"AWS profile {name or 'default'}: {error}; see ~/.aws/config") from error
-
-
-def _region_of(bucket: str) -> str | None:
-    """The region that AWS names for a bucket (obstore follows no redirects); None where it cannot be asked."""
-    request = Request(f"https://s3.amazonaws.com/{bucket}", method="HEAD")
-    try:
-        with urlopen(request, timeout=5) as answer:
-            return answer.headers.get("x-amz-bucket-region")
-    except HTTPError as error:  # it says so to strangers too
-        return error.headers.get("x-amz-bucket-region")
-    except OSError:
-        return None
+        raise InputError(str(error)) from error
 
 
 def _azure() -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from scalecryo.data.io.objects import redacted, remote_files
+from scalecryo.data.io.objects import FsspecFiles, ObjectFiles, redacted, remote_files
 from scalecryo.data.io.retry import REQUEST_ERRORS, RetryPolicy, ShortBodyError, cause, with_retries
 from scalecryo.errors import InputError, MissingInputError, OutputError, StoreError
 
@@ -99,10 +99,11 @@ def failures_explained(where: str) -> Iterator[None]:
         ) from error
 
 
-def _patient(url: str, call: Callable[[], Result]) -> Result:
-    """A remote call with the usual patience (`retry.py`)."""
+def _remote(url: str, call: Callable[[ObjectFiles | FsspecFiles, str], Result]) -> Result:
+    """A call on a remote file with the usual patience (`retry.py`)."""
+    files, key = remote_files(url)
     with failures_explained(redacted(url)):
-        return with_retries(call, RetryPolicy(), redacted(url))
+        return with_retries(lambda: call(files, key), RetryPolicy(), redacted(url))
 
 
 def exists(url: str) -> bool:
@@ -110,19 +111,13 @@ def exists(url: str) -> bool:
     if is_local(url):
         return local_path(url).exists()
     with suppress(MissingInputError):
-        files, key = remote_files(url)
-        return _patient(url, lambda: files.exists(key))
+        return _remote(url, lambda files, key: files.exists(key))
     return False
 
 
 def is_folder(url: str) -> bool:
-    """Whether a folder (or a common prefix of objects) is there."""
-    if is_local(url):
-        return local_path(url).is_dir()
-    with suppress(MissingInputError):
-        files, key = remote_files(url)
-        return _patient(url, lambda: files.is_folder(key))
-    return False
+    """Whether a folder is there; at a URL: one that holds something."""
+    return local_path(url).is_dir() if is_local(url) else bool(list_folder(url))
 
 
 def open_read(url: str) -> BinaryIO:
@@ -154,8 +149,7 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         with open_read(url) as stream:
             return stream.read()
-    files, key = remote_files(url)
-    return bytes(_patient(url, lambda: files.get(key)))
+    return bytes(_remote(url, lambda files, key: files.get(key)))
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -168,8 +162,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     if is_local(url):
         with open_read(url) as stream:
             return os.pread(stream.fileno(), stop - start, start)
-    files, key = remote_files(url)
-    return bytes(_patient(url, lambda: files.get(key, start, stop)))
+    return bytes(_remote(url, lambda files, key: files.get(key, start, stop)))
 
 
 def read_many(urls: Sequence[str]) -> list[bytes]:
@@ -199,9 +192,8 @@ def read_text(url: str) -> str:
 
 def read_tagged(url: str) -> tuple[bytes, str] | None:
     """A small remote file and the tag of this version of it, for `write_if`; None when there is no such file."""
-    files, key = remote_files(url)
     with suppress(MissingInputError):
-        return _patient(url, lambda: files.get_tagged(key))
+        return _remote(url, lambda files, key: files.get_tagged(key))
     return None
 
 
@@ -211,8 +203,7 @@ def write_if(url: str, data: bytes, tag: str | None) -> bool:
     Returns:
         Whether it was written; False where somebody else wrote it since.
     """
-    files, key = remote_files(url)
-    return _patient(url, lambda: files.put_if(key, data, tag))
+    return _remote(url, lambda files, key: files.put_if(key, data, tag))
 
 
 def size(url: str) -> int:
@@ -236,15 +227,17 @@ def fingerprint(url: str) -> tuple[int, str]:
         except FileNotFoundError as error:
             raise MissingInputError(f"{redacted(url)}: no such file") from error
         return status.st_size, str(status.st_mtime_ns)
-    files, key = remote_files(url)
-    return _patient(url, lambda: files.status(key))
+    return _remote(url, lambda files, key: files.status(key))
 
 
 def _send(url: str, source: memoryview | Path) -> None:
-    files, key = remote_files(url)
-    if not name(url) or not key:
-        raise OutputError(f"{redacted(url)}: names a bucket, not a file in it")
-    _patient(url, lambda: files.put(key, source))
+    _refuse_root(url)
+    _remote(url, lambda files, key: files.put(key, source))
+
+
+def _refuse_root(url: str) -> None:
+    if not remote_files(url)[1].strip("/"):
+        raise OutputError(f"{redacted(url)}: names a bucket, not a file or folder in it")
 
 
 @contextmanager
@@ -331,8 +324,7 @@ def list_folder(url: str) -> list[str]:
         path = local_path(url)
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     with suppress(MissingInputError):
-        files, key = remote_files(url)
-        return sorted(set(_patient(url, lambda: files.names(key))) - {""})
+        return sorted(set(_remote(url, lambda files, key: files.names(key))) - {""})
     return []
 
 
@@ -350,8 +342,8 @@ def remove_tree(url: str) -> None:
         with suppress(FileNotFoundError, NotADirectoryError):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     else:
-        files, key = remote_files(url)
-        _patient(url, lambda: files.remove(key))
+        _refuse_root(url)
+        _remote(url, lambda files, key: files.remove(key))
 
 
 def absolute(url: str) -> str:

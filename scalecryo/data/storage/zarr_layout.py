@@ -106,7 +106,7 @@ class ZarrRows:
         if not urls.is_local(url):
             files, key = remote_files(url)
             if isinstance(files, ObjectFiles):
-                place = {"store": zarr.storage.ObjectStore(files.reading, read_only=True), "path": key}
+                place = {"store": zarr.storage.ObjectStore(files.store, read_only=True), "path": key}
         try:
             self._array = zarr.open_array(**place, mode="r")
         except FileNotFoundError as error:

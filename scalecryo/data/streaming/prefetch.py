@@ -56,8 +56,8 @@ class _PendingWindow:
 class WindowQueue:
     """The windows of some lanes, each handed out once, in the order in which batches need them.
 
-    Reading runs ahead while all that was asked for and not yet handed out stays within `limit` bytes and two windows per
-    lane; one window is always read. Buffers are used again.
+    Reading runs ahead while all that was asked for and not yet handed out stays within `limit` bytes and two windows
+    per lane; one window is always read. Buffers are used again.
 
     Args:
         order: which blocks when.
