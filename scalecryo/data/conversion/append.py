@@ -7,7 +7,7 @@ whoever comes next takes them.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +15,9 @@ import numpy as np
 
 from scalecryo.data.conversion.append_plan import AppendPlan
 from scalecryo.data.conversion.convert import content_hash, report_document, write_group
-from scalecryo.data.conversion.inspect import ProgressCallback
 from scalecryo.data.conversion.quality import REPORT, find_report
-from scalecryo.data.conversion.scheduler import run_tasks
-from scalecryo.data.conversion.shard_task import PENDING, Done, ShardTask, write_shard
+from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
+from scalecryo.data.conversion.shard_task import PENDING, ShardTask, write_shard
 from scalecryo.data.conversion.verify import expected_keys
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import writing
@@ -108,27 +107,12 @@ def append(
         urls.remove_leftovers(store.url)
         begun = {"plan_hash": made.attrs["plan_hash"], "shards": -(-made.attrs["count"] // store.shard_rows)}
         urls.write_bytes_atomic(urls.join(store.url, _PLAN), json.dumps(begun).encode())
-        _write(made, renew, workers, scheduler, progress)
+        todo = _todo(made)
+        done = made.count - sum(len(task.table) for task in _tasks(made, todo))
+        run_tasks(write_shard, _tasks(made, todo), lambda _: renew(), total=made.count, done=done, workers=workers,
+                  scheduler=scheduler, progress=progress)  # fmt: skip
         _prepare_commit(made)
         return _roll_forward(store.url)
-
-
-def _write(
-    made: AppendPlan, renew: Callable[[], None], workers: int, scheduler: str | None, progress: ProgressCallback | None
-) -> None:
-    tasks = _todo(made)
-    done = made.count - sum(len(task.table) for task in _tasks(made, tasks))
-
-    def finished(result: Done) -> None:
-        nonlocal done
-        done += result.rows
-        renew()
-        if progress:
-            progress(done, made.count)
-
-    if progress:
-        progress(done, made.count)
-    run_tasks(write_shard, _tasks(made, tasks), finished, workers=workers, scheduler=scheduler)
 
 
 def _prepare_commit(made: AppendPlan) -> None:

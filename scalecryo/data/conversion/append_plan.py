@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data.conversion.inspect import (
-    ProgressCallback,
     check_addresses,
     choose,
     contrast_of_groups,
@@ -18,6 +17,7 @@ from scalecryo.data.conversion.inspect import (
 )
 from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, BadImage
+from scalecryo.data.conversion.scheduler import ProgressCallback
 from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.formats.star_values import Optics, particle_block
 from scalecryo.data.formats.startext import StarText

@@ -7,7 +7,7 @@ and then its manifest, so an interrupted conversion goes on where it stopped and
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ import numpy as np
 
 from scalecryo import __version__
 from scalecryo.data.conversion.inspect import (
-    ProgressCallback,
     check_addresses,
     choose,
     contrast_of_groups,
@@ -24,8 +23,8 @@ from scalecryo.data.conversion.inspect import (
 )
 from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, REPORT, BadImage, find_report
-from scalecryo.data.conversion.scheduler import run_tasks
-from scalecryo.data.conversion.shard_task import Done, ShardTask, shard_task, write_shard
+from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
+from scalecryo.data.conversion.shard_task import ShardTask, shard_task, write_shard
 from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import LOCK, writing
@@ -278,37 +277,16 @@ def convert(
         write_group(store_url, group, attrs)
         write_objects(store_url, "metadata", {**documents, **made.documents()})
 
-        _write_shards(made, store_url, renew, workers, scheduler, progress)
+        present = set(urls.list_folder(urls.join(store_url, MANIFESTS)))
+        todo = [shard for shard in range(made.shards) if f"{shard:08d}.json" not in present]
+        done = made.count - sum(min(made.shard_rows, made.count - shard * made.shard_rows) for shard in todo)
+        run_tasks(write_shard, _tasks(made, store_url, todo), lambda _: renew(), total=made.count, done=done,
+                  workers=workers, scheduler=scheduler, progress=progress)  # fmt: skip
         if read_attributes(store_url).get("plan_hash") != made.attrs["plan_hash"]:
             raise OutputError(f"{urls.redacted(store_url)}: another conversion took this place; choose another")
         attrs = finish(store_url, attrs, made.source.table, made.contrast)
         write_group(store_url, group, attrs)
     return attrs
-
-
-def _write_shards(
-    made: ConvertPlan,
-    store_url: str,
-    renew: Callable[[], None],
-    workers: int,
-    scheduler: str | None,
-    progress: ProgressCallback | None,
-) -> None:
-    """Write the shards whose manifests are not there yet."""
-    present = set(urls.list_folder(urls.join(store_url, MANIFESTS)))
-    todo = [shard for shard in range(made.shards) if f"{shard:08d}.json" not in present]
-    done = made.count - sum(min(made.shard_rows, made.count - shard * made.shard_rows) for shard in todo)
-    if progress:
-        progress(done, made.count)
-
-    def finished(result: Done) -> None:
-        nonlocal done
-        done += result.rows
-        renew()
-        if progress:
-            progress(done, made.count)
-
-    run_tasks(write_shard, _tasks(made, store_url, todo), finished, workers=workers, scheduler=scheduler)
 
 
 def finish(

@@ -3,7 +3,6 @@
 What is decided here holds for every image; what is found here stands in the store's report.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 
 from scalecryo.data.conversion.normalise import Normalisation, choose_normalisation
 from scalecryo.data.conversion.quality import BadImage, bad_pixels, listed, refusal
-from scalecryo.data.conversion.scheduler import run_tasks
-from scalecryo.data.conversion.shard_task import Done, find_bad_in_shard, read_rows, shard_task
+from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
+from scalecryo.data.conversion.shard_task import find_bad_in_shard, read_rows, shard_task
 from scalecryo.data.conversion.source import Source
 from scalecryo.data.io import urls
 from scalecryo.data.storage.layout import shard_rows_of
@@ -21,8 +20,6 @@ from scalecryo.errors import InputError
 _SAMPLE = 128
 _GROUP_SAMPLE = 32
 _MOST_GROUPS = 64
-
-ProgressCallback = Callable[[int, int], None]
 
 
 def check_addresses(found: Source) -> None:
@@ -57,21 +54,11 @@ def find_bad_images(
 ) -> tuple[BadImage, ...]:
     """Every image that cannot be stored, by row."""
     bad: list[BadImage] = []
-    seen = 0
-
-    def finished(done: Done) -> None:
-        nonlocal seen
-        seen += done.rows
-        bad.extend(done.bad)
-        if progress:
-            progress(seen, len(found.table))
-
-    size = shard_rows_of(found.box_size, dtype, len(found.table))
-    shards = range(-(-len(found.table) // size))
-    made = (shard_task("", found, normalisation, dtype, size, {}, (), shard) for shard in shards)
-    if progress:
-        progress(0, len(found.table))
-    run_tasks(find_bad_in_shard, made, finished, workers=workers, scheduler=scheduler)
+    count = len(found.table)
+    size = shard_rows_of(found.box_size, dtype, count)
+    tasks = (shard_task("", found, normalisation, dtype, size, {}, (), shard) for shard in range(-(-count // size)))
+    run_tasks(find_bad_in_shard, tasks, lambda done: bad.extend(done.bad), total=count, workers=workers,
+              scheduler=scheduler, progress=progress)  # fmt: skip
     return tuple(sorted(bad, key=lambda image: image.source_row))
 
 
