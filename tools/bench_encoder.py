@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.model.encoder import PoseEncoder
 from scalecryo.model.grid_encoder import GridEncoder, encoder_features

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.physics.fft import fourier_crop_2d, fourier_pixels, fourier_resize_3d, rfft2_centred, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction

@@ -58,6 +58,6 @@ def test_what_is_stored_is_as_before() -> None:
 
 
 def test_formats_are_read_without_torch() -> None:
-    code = ("import sys; from scalecryo.data.formats import cryodrgn, cryosparc, mrc, star, star_write, structure; "
+    code = ("import sys; from scalecryo.data.formats import cryodrgn, cryosparc, mrc, relion, structure; "
             "sys.exit('torch' in sys.modules or 'roma' in sys.modules)")  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data.conversion.inspect import (
-    check_addresses,
     choose,
     contrast_of_groups,
     drop_rows,
@@ -19,8 +18,8 @@ from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, BadImage
 from scalecryo.data.conversion.scheduler import ProgressCallback
 from scalecryo.data.conversion.source import ReadOptions, Source, read_source
-from scalecryo.data.formats.star_values import Optics, particle_block
-from scalecryo.data.formats.startext import StarText
+from scalecryo.data.formats.relion.syntax import StarText
+from scalecryo.data.formats.relion.values import Optics, particle_block
 from scalecryo.data.io import urls
 from scalecryo.data.particles import COLUMNS, Columns, ParticleTable
 from scalecryo.data.storage.store import SOURCE_STACKS, SOURCE_TABLE, ParticleStore
@@ -196,7 +195,6 @@ def plan_append(
         raise InputError(
             f"{urls.redacted(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
         )
-    check_addresses(found)
     _refuse_other_kind(store, found, source)
     normalisation = _store_normalisation(
         store, found, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images

@@ -15,7 +15,6 @@ import numpy as np
 
 from scalecryo import __version__
 from scalecryo.data.conversion.inspect import (
-    check_addresses,
     choose,
     contrast_of_groups,
     drop_rows,
@@ -136,7 +135,6 @@ def plan(
     if dtype not in ("float16", "float32"):
         raise InputError(f"--dtype {dtype}: images are stored as float16 or float32")
     found = read_source(source, data_dir, options)
-    check_addresses(found)
     if box is not None and (box % 2 or not 0 < box <= found.box_size):
         raise InputError(f"--box {box}: the box must be even and at most the source's {found.box_size} px")
     box = box or found.box_size

@@ -13,23 +13,12 @@ from scalecryo.data.conversion.quality import BadImage, bad_pixels, listed, refu
 from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
 from scalecryo.data.conversion.shard_task import find_bad_in_shard, read_rows, shard_task
 from scalecryo.data.conversion.source import Source
-from scalecryo.data.io import urls
 from scalecryo.data.storage.layout import shard_rows_of
 from scalecryo.errors import InputError
 
 _SAMPLE = 128
 _GROUP_SAMPLE = 32
 _MOST_GROUPS = 64
-
-
-def check_addresses(found: Source) -> None:
-    """Refuse a table whose stacks' names carry credentials: the store keeps those names."""
-    for name in found.table.stacks:
-        if "://" in name and urls.redacted(name) != name:
-            raise InputError(
-                f"{urls.redacted(name)}: the table gives this stack's address with credentials or a query; "
-                "take them out, and give them by the environment or a profile"
-            )
 
 
 def choose(found: Source, box: int, sign: int | None, bad_images: str) -> tuple[Normalisation, str]:

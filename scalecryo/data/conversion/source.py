@@ -12,9 +12,9 @@ from scalecryo.data.conversion.metadata_overrides import with_ctf, with_poses
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
 from scalecryo.data.formats import cryosparc, csrows
 from scalecryo.data.formats.mrc import Stack
-from scalecryo.data.formats.star import read_particles as read_star
-from scalecryo.data.formats.star_values import not_applied
-from scalecryo.data.formats.startext import StarText, Text, text_of
+from scalecryo.data.formats.relion import read_particles as read_star
+from scalecryo.data.formats.relion.syntax import StarText, Text, text_of
+from scalecryo.data.formats.relion.values import not_applied
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError, MissingInputError
@@ -110,7 +110,7 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
 
     Raises:
         MissingInputError: it is in none of these places.
-        InputError: the name is_leader out of `data_dir`.
+        InputError: the name leads out of `data_dir`.
     """
     table, shown = urls.redacted(table_url), urls.redacted(name)
     if "::" in name or "\0" in name:
@@ -145,6 +145,12 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
 
 def _open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_outside: bool) -> tuple[Stack, ...]:
     """The stacks of a table, several at a time: from an object store every header takes a few round trips."""
+    for name in table.stacks:
+        if "://" in name and urls.redacted(name) != name:
+            raise InputError(
+                f"{urls.redacted(name)}: the table gives this stack's address with credentials or a query, and stores "
+                "keep it; take them out, and give them by the environment or a profile"
+            )
     with ThreadPoolExecutor(max_workers=16) as pool:
         found = list(pool.map(lambda name: find_stack(name, source, data_dir, allow_outside), table.stacks))
         by_place: dict[str, str] = {}

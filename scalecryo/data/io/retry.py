@@ -75,6 +75,7 @@ def cause(error: BaseException) -> str:
     line = " ".join(text.split())
     line = re.sub(r"//[^/@\s]*@", "//", line)
     line = re.sub(r"\?\S*", "", line)
+    line = re.sub(r"Error performing \w+ \S+ in \S+ - ", "", line)  # obstore: the address is told already
     return line[:200] or type(error).__name__
 
 

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.rotations import matrix_to_euler
-from scalecryo.data.formats.star_values import (
+from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, Text
+from scalecryo.data.formats.relion.values import (
     ANGLES,
     DEFOCUS,
     GROUP,
@@ -25,7 +25,7 @@ from scalecryo.data.formats.star_values import (
     particle_block,
     pieces,
 )
-from scalecryo.data.formats.startext import Block, Rows, StarText, Text
+from scalecryo.data.formats.rotations import matrix_to_euler
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError

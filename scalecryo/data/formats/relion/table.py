@@ -1,4 +1,4 @@
-"""RELION's particle tables. With `star_values` and `star_write` the only place that knows `rln…` names.
+"""RELION's particle tables as this package's columns, and as poses.
 
 RELION 3.0 (optics in every row, pixel size by magnification) and 3.1 to 5 (optics groups) are read; 3.1 is written.
 RELION's origin is minus our shift; its angles (rot, tilt, psi) make our rotation by `physics.rotation`.
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.rotations import euler_to_matrix
-from scalecryo.data.formats.spill_columns import SpillColumns
-from scalecryo.data.formats.star_values import (
+from scalecryo.data.formats.relion.syntax import StarText, Text
+from scalecryo.data.formats.relion.values import (
     ANGLES,
     DEFOCUS,
     HALF,
+    MAX_CONFIDENCE,
     OPTICS,
     ORIGINS,
     ORIGINS_PX,
@@ -23,13 +23,8 @@ from scalecryo.data.formats.star_values import (
     pieces,
     split_names,
 )
-from scalecryo.data.formats.star_values import (
-    MAX_CONFIDENCE as MAX_CONFIDENCE,
-)
-from scalecryo.data.formats.star_write import write_particles as write_particles
-from scalecryo.data.formats.star_write import write_rows as write_rows
-from scalecryo.data.formats.star_write import write_with_poses as write_with_poses
-from scalecryo.data.formats.startext import StarText, Text
+from scalecryo.data.formats.rotations import euler_to_matrix
+from scalecryo.data.formats.spill_columns import SpillColumns
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
@@ -40,8 +35,6 @@ _REFUSED = {
     "rlnCtfDataArePhaseFlipped": (1, "the images are phase-flipped; extract them again without"),
     "rlnImageDimensionality": (3, "the images are volumes; give 2D particles"),
 }
-
-
 _BOX = "rlnImageSize"
 
 
