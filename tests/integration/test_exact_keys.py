@@ -1,7 +1,10 @@
 """Names with characters that are patterns elsewhere: only what is named is touched, on a real S3 server."""
 
+import http.server
 import json
+import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import torch
 import zarr
 
 from scalecryo.commands import convert as convert_command
+from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
 from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.data.io import lock, urls
@@ -22,6 +26,7 @@ from scalecryo.errors import InputError, MissingInputError, OutputError, StoreEr
 from scalecryo.runs.checkpoint import save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from tests.conftest import Seaweed
+from tools.fault_proxy import Fault, FaultProxy
 
 PATTERNS = ["run?", "run*", "run[1]", "run[!a]", "**"]
 NAMES = [*PATTERNS, "run%31", "run#1", "run 1", "rün{1}~|^"]
@@ -225,6 +230,71 @@ def test_connections_are_shared(seaweed: Seaweed) -> None:
     first, second = (remote_files(seaweed.url(name))[0] for name in ("a", "b"))
     assert first is second
     assert isinstance(first, ObjectFiles)
+
+
+def test_a_server_without_conditional_writes(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, _, port = seaweed.endpoint.removeprefix("http://").partition(":")
+    proxy = FaultProxy((host, int(port)))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    puts: list[str] = []
+
+    def refuse_every_other(method: str, path: str, number: int) -> Fault:
+        if method == "PUT":
+            puts.append(path)
+        return Fault(status=501 if method == "PUT" and len(puts) % 2 else 0)
+
+    proxy.faults = refuse_every_other
+    with lock.writing(seaweed.url("plain", "x"), "a") as renew:
+        renew()
+        with pytest.raises(OutputError, match="another conversion"), lock.writing(seaweed.url("plain", "x"), "b"):
+            pass
+    assert len(puts) == 4
+    proxy.down()
+
+
+class RangeHandler(http.server.SimpleHTTPRequestHandler):
+    """A plain web server that answers ranges, as all but Python's own do."""
+
+    def do_GET(self) -> None:
+        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
+        if not asked or not path.is_file():
+            super().do_GET()
+            return
+        start, _, stop = asked.removeprefix("bytes=").partition("-")
+        data = path.read_bytes()[int(start) : int(stop) + 1]
+        self.send_response(206 if data else 416)
+        self.send_header("Content-Range", f"bytes {start}-{int(start) + len(data) - 1}/{path.stat().st_size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_a_store_behind_a_web_server(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    name = "run[1] a%20b.zarr"
+    _convert(_stack(tmp_path / "a b[1].mrcs", 0), str(tmp_path / name))
+    handler = partial(RangeHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        verify_command.run(f"{url}/{name}", full=True)
+        info_command.run(f"{url}/{name}")
+        assert "40 particles, box 44 px" in capsys.readouterr().out
+        store, local = ParticleStore.open(f"{url}/{name}"), ParticleStore.open(str(tmp_path / name))
+        assert np.array_equal(store.read_images(44, 5, 30), local.read_images(44, 5, 30))
+        _convert(f"{url}/a b[1].mrcs", str(tmp_path / "again"))
+        assert ParticleStore.open(str(tmp_path / "again")).content_hash == local.content_hash
+        assert not urls.exists(f"{url}/nothing")
+        assert urls.list_folder(f"{url}/{name}") == []
+        server.shutdown()
+
+
+def test_what_s3_needs_is_named(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(InputError, match=r"s3://elsewhere/x: cannot be reached: s3:// needs boto3: pip install"):
+        urls.exists("s3://elsewhere/x")
 
 
 def test_zarr_reads_any_name(seaweed: Seaweed) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from filelock import FileLock, Timeout
 
 from scalecryo.data.io import urls
+from scalecryo.data.io.objects import Tag
 from scalecryo.errors import OutputError
 
 LOCK = "_lock"
@@ -61,7 +62,7 @@ class _Claim:
         self._url = urls.join(store_url, LOCK)
         self._mine = {"plan_hash": plan_hash, "token": uuid.uuid4().hex}
 
-    def _read(self) -> tuple[dict[str, str | float], str | None]:
+    def _read(self) -> tuple[dict[str, str | float], Tag | None]:
         """The claim that is there and its tag; empty and None without one."""
         found = urls.read_tagged(self._url)
         if found is None:

@@ -14,16 +14,21 @@ from typing import Any
 
 import fsspec
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, PreconditionError
 from obstore.store import ObjectStore, from_url
 
 from scalecryo.data.io.retry import RetryPolicy, ShortBodyError, is_absent, is_past_end
 from scalecryo.errors import InputError, MissingInputError, StoreError
 
 Buffer = bytes | bytearray | memoryview
+Tag = dict[str, str]  # what tells one version of an object from another
 
 BY_OBSTORE = ("s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "http", "https")
-_SETTINGS = ("AWS_", "GOOGLE_", "AZURE_", "HOME")  # of the environment, that say where and as whom
+_SETTINGS = (  # of the environment, by which an address may come to mean another place or person
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME",
+)  # fmt: skip
 _PART_BYTES = 5 << 20  # the smallest that S3 takes: each must arrive within one try, on slow lines too
 _CREDENTIALS_LAST = timedelta(minutes=5)
 
@@ -62,10 +67,11 @@ class ObjectFiles:
                 return b""
             raise
 
-    def get_tagged(self, key: str) -> tuple[bytes, str]:
+    def get_tagged(self, key: str) -> tuple[bytes, Tag]:
         """A small file, and the tag of this version of it."""
         answer = obstore.get(self.store, key)
-        return answer.bytes().to_bytes(), answer.meta["e_tag"] or ""
+        tags = {"e_tag": answer.meta["e_tag"], "version": answer.meta["version"]}
+        return answer.bytes().to_bytes(), {name: tag for name, tag in tags.items() if tag is not None}
 
     def status(self, key: str) -> tuple[int, str]:
         """Length of a file and what tells one version of it from another."""
@@ -101,12 +107,17 @@ class ObjectFiles:
         """Write a file; it appears when all of it has arrived."""
         obstore.put(self.store, key, source, chunk_size=_PART_BYTES, max_concurrency=2)
 
-    def put_if(self, key: str, data: bytes, tag: str | None) -> bool:
+    def put_if(self, key: str, data: bytes, tag: Tag | None) -> bool:
         """Write a small file if it still has this tag (None: if there is none); False where it was changed."""
         try:
-            obstore.put(self.store, key, data, mode="create" if tag is None else {"e_tag": tag})
+            mode: Any = "create" if tag is None else tag or "overwrite"
+            obstore.put(self.store, key, data, mode=mode)
         except (AlreadyExistsError, PreconditionError, FileNotFoundError):
             return False
+        except GenericError as error:
+            if not is_absent(error):
+                raise
+            self.put(key, data)  # a server without conditional writes
         return True
 
     def remove(self, key: str) -> None:
@@ -129,9 +140,9 @@ class FsspecFiles:
         data: bytes = self._fs.cat_file(key) if stop is None else self._fs.cat_file(key, start=start, end=stop)
         return data
 
-    def get_tagged(self, key: str) -> tuple[bytes, str]:
-        """A small file, without a tag."""
-        return self._fs.cat_file(key), ""
+    def get_tagged(self, key: str) -> tuple[bytes, Tag]:
+        """A small file, and a tag that fits every version."""
+        return self._fs.cat_file(key), {}
 
     def status(self, key: str) -> tuple[int, str]:
         """Length of a file and what tells one version of it from another."""
@@ -157,7 +168,7 @@ class FsspecFiles:
         else:
             self._fs.pipe_file(key, bytes(source))
 
-    def put_if(self, key: str, data: bytes, tag: str | None) -> bool:
+    def put_if(self, key: str, data: bytes, tag: Tag | None) -> bool:
         """Write a small file; with no tag only where there is none, else whoever has written it."""
         self._fs.makedirs(key.rpartition("/")[0], exist_ok=True)
         try:
@@ -205,7 +216,7 @@ def remote_files(url: str, policy: RetryPolicy | None = None) -> tuple[ObjectFil
     key = key.rstrip("/")
     if not host or {"", ".", ".."} & set(key.split("/")[: len(key)]):
         raise MissingInputError(f"{redacted(url)}: no object has such a name: it has an empty part, `.` or `..`")
-    settings = *sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS)), str(_stated())
+    settings = *(os.environ.get(name) for name in _SETTINGS), str(_stated())
     try:
         return _object_files(f"{scheme}://{host}", (policy or RetryPolicy()).request_seconds, settings), key
     except (ValueError, BaseError) as error:

@@ -65,7 +65,7 @@ def is_past_end(error: Exception) -> bool:
 
 
 def is_absent(error: Exception) -> bool:
-    """Whether a server has no such bucket, or no way to list what it has."""
+    """Whether a server has no such bucket, or no such operation."""
     return bool(_ABSENT.search(str(error)))
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from scalecryo.data.io.objects import FsspecFiles, ObjectFiles, redacted, remote_files
+from scalecryo.data.io.objects import FsspecFiles, ObjectFiles, Tag, redacted, remote_files
 from scalecryo.data.io.retry import REQUEST_ERRORS, RetryPolicy, ShortBodyError, cause, with_retries
 from scalecryo.errors import InputError, MissingInputError, OutputError, StoreError
 
@@ -190,14 +190,14 @@ def read_text(url: str) -> str:
         raise InputError(f"{redacted(url)}: not a text file (byte {error.start} is not UTF-8)") from error
 
 
-def read_tagged(url: str) -> tuple[bytes, str] | None:
+def read_tagged(url: str) -> tuple[bytes, Tag] | None:
     """A small remote file and the tag of this version of it, for `write_if`; None when there is no such file."""
     with suppress(MissingInputError):
         return _remote(url, lambda files, key: files.get_tagged(key))
     return None
 
 
-def write_if(url: str, data: bytes, tag: str | None) -> bool:
+def write_if(url: str, data: bytes, tag: Tag | None) -> bool:
     """Write a small remote file if it is still the version of a tag, or None: if there is none.
 
     Returns:
