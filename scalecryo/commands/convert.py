@@ -41,34 +41,15 @@ def run(
     options = ReadOptions(**(reading or {}))
     if add:
         complete_append(store)
-        adding = plan_append(
-            source,
-            store,
-            data_dir,
-            sign,
-            bad_images,
-            workers=workers,
-            scheduler=scheduler,
-            progress=looked,
-            options=options,
-        )
+        adding = plan_append(source, store, data_dir, sign, bad_images, workers=workers, scheduler=scheduler,
+                             progress=looked, options=options)  # fmt: skip
         _say_excluded(adding.excluded)
         attrs = append(adding, workers=workers, scheduler=scheduler, progress=Progress())
         added = f", {adding.count:,} of them new"
     else:
         check_destination(store, overwrite)
-        made = plan(
-            source,
-            data_dir,
-            box,
-            dtype,
-            sign,
-            bad_images,
-            workers=workers,
-            scheduler=scheduler,
-            progress=looked,
-            options=options,
-        )
+        made = plan(source, data_dir, box, dtype, sign, bad_images, workers=workers, scheduler=scheduler,
+                    progress=looked, options=options)  # fmt: skip
         _describe(made, source)
         _say_excluded(made.excluded)
         attrs = convert(made, store, workers=workers, scheduler=scheduler, overwrite=overwrite, progress=Progress())

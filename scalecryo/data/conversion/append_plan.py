@@ -56,28 +56,28 @@ class AppendPlan:
         return len(self.source.table)
 
 
-def _refuse_other_kind(store: ParticleStore, found: Source, source: str) -> None:
+def _refuse_other_kind(store: ParticleStore, particles: Source, source: str) -> None:
     """Raise when the new particles do not fit the store."""
     shown = urls.redacted(source)
     box, pixel_size = int(store.attrs["source_box_size"]), store.source_pixel_size
-    if found.box_size != box:
-        raise InputError(f"{shown}: box {found.box_size} px, the store's source had {box} px; extract in that box")
-    if abs(found.pixel_size / pixel_size - 1) > 1e-3:
+    if particles.box_size != box:
+        raise InputError(f"{shown}: box {particles.box_size} px, the store's source had {box} px; extract in that box")
+    if abs(particles.pixel_size / pixel_size - 1) > 1e-3:
         raise InputError(
-            f"{shown}: pixel size {found.pixel_size:.4g} Å, the store's source had {pixel_size:.4g} Å; "
+            f"{shown}: pixel size {particles.pixel_size:.4g} Å, the store's source had {pixel_size:.4g} Å; "
             "rescale the particles, or make another store"
         )
-    missing = [name for name in store.columns if name in COLUMNS and name not in found.table.columns]
+    missing = [name for name in store.columns if name in COLUMNS and name not in particles.table.columns]
     if missing:
         raise InputError(f"{shown}: has no {', '.join(missing)}, which the store has; make another store of it")
 
 
 def _store_normalisation(
-    store: ParticleStore, found: Source, source: str, sign: int | None, bad_images: str
+    store: ParticleStore, particles: Source, source: str, sign: int | None, bad_images: str
 ) -> Normalisation:
     """The store's normalisation, after a look at whether the new images are of its kind."""
     attrs = store.attrs
-    judged, reason = choose(found, store.box_size, None, bad_images)
+    judged, reason = choose(particles, store.box_size, None, bad_images)
     shown = urls.redacted(source)
     if judged.kind != attrs["normalisation"]:
         kinds = {"background": "noisy", "common": "noise-free"}
@@ -112,24 +112,26 @@ def _renumbered(old: ParticleTable, new: Columns) -> Columns:
     return new
 
 
-def _joined_star(store: ParticleStore, found: Source, source: str) -> bytes | None:
+def _joined_star(store: ParticleStore, particles: Source, source: str) -> bytes | None:
     """One source table out of two with the same columns and optics; None when they are not so."""
     before = store.source_star()
-    if before is None or found.star is None:
+    if before is None or particles.star is None:
         return None
-    first, second = StarText(before, store.url), StarText(found.star, urls.redacted(source))
+    first, second = StarText(before, store.url), StarText(particles.star, urls.redacted(source))
     ours, theirs = particle_block(first), particle_block(second)
     if ours.columns != theirs.columns or ours.single is not None or theirs.single is not None:
         return None
     optics = [Optics.read(text) for text in (first, second)]
-    tables = [None if found is None else (found.groups.tolist(), found.columns) for found in optics]
+    tables = [None if groups is None else (groups.groups.tolist(), groups.columns) for groups in optics]
     if tables[0] != tables[1]:
         return None
     rows = second.text[theirs.body : theirs.stop].strip(b"\n")
     return bytes(first.text[: ours.stop].rstrip() + b"\n" + rows + b"\n\n" + first.text[ours.stop :])
 
 
-def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: str) -> tuple[Source, dict[str, Any]]:
+def _in_store(
+    store: ParticleStore, old: ParticleTable, particles: Source, source: str
+) -> tuple[Source, dict[str, Any]]:
     """The new particles with the store's stack numbers and source rows, and the store's list of stacks.
 
     Raises:
@@ -138,11 +140,11 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
     stacks = json.loads(urls.read_bytes(urls.join(store.url, SOURCE_STACKS)))
     known = {pair: number for number, pair in enumerate(zip(stacks["names"], stacks["urls"], strict=True))}
     numbers, opened = [], {}
-    for name, stack in zip(found.table.stacks, found.stacks, strict=True):
+    for name, stack in zip(particles.table.stacks, particles.stacks, strict=True):
         number = known.setdefault((name, urls.redacted(urls.absolute(stack.url))), len(known))
         numbers.append(number)
         opened[number] = stack
-    columns = {name: values for name, values in found.table.columns.items() if name in store.columns}
+    columns = {name: values for name, values in particles.table.columns.items() if name in store.columns}
     columns["stack"] = np.array(numbers)[columns["stack"]]
     columns["source_row"] = columns["source_row"] + int(store.attrs.get("source_rows", store.count))
     there = _pairs(old.columns)
@@ -151,12 +153,12 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
         row = int(np.flatnonzero(again)[0])
         raise InputError(
             f"{urls.redacted(source)}: {int(again.sum()):,} of its {len(again):,} particles are in the store already, "
-            f"such as {found.table.image_names()[row]}; leave them out of the table"
+            f"such as {particles.table.image_names()[row]}; leave them out of the table"
         )
     names, addresses = zip(*known, strict=True)
-    table = ParticleTable(found.table.pixel_size, tuple(names), columns)
-    every = tuple(opened.get(number, found.stacks[0]) for number in range(len(names)))
-    return replace(found, table=table, stacks=every), {**stacks, "names": names, "urls": addresses}
+    table = ParticleTable(particles.table.pixel_size, tuple(names), columns)
+    every = tuple(opened.get(number, particles.stacks[0]) for number in range(len(names)))
+    return replace(particles, table=table, stacks=every), {**stacks, "names": names, "urls": addresses}
 
 
 def _pairs(columns: Columns) -> npt.NDArray[np.int64]:
@@ -190,22 +192,22 @@ def plan_append(
         InputError: the particles do not fit the store, or are in it already.
     """
     store = ParticleStore.open(store_url)
-    found = read_source(source, data_dir, options)
-    if found.resampling:
+    particles = read_source(source, data_dir, options)
+    if particles.resampling:
         raise InputError(
             f"{urls.redacted(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
         )
-    _refuse_other_kind(store, found, source)
+    _refuse_other_kind(store, particles, source)
     normalisation = _store_normalisation(
-        store, found, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images
+        store, particles, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images
     )
     excluded: tuple[BadImage, ...] = ()
     if bad_images == "exclude":
-        excluded = find_bad_images(found, normalisation, store.dtype, workers, scheduler, progress)
-        found = drop_rows(found, excluded)
+        excluded = find_bad_images(particles, normalisation, store.dtype, workers, scheduler, progress)
+        particles = drop_rows(particles, excluded)
     old = store.table()
-    star = _joined_star(store, found, source)
-    placed, stacks = _in_store(store, old, found, source)
+    star = _joined_star(store, particles, source)
+    placed, stacks = _in_store(store, old, particles, source)
     if star is None:
         table = ParticleTable(placed.table.pixel_size, placed.table.stacks, _renumbered(old, placed.table.columns))
         placed = replace(placed, table=table)

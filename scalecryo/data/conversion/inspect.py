@@ -21,11 +21,11 @@ _GROUP_SAMPLE = 32
 _MOST_GROUPS = 64
 
 
-def choose(found: Source, box: int, sign: int | None, bad_images: str) -> tuple[Normalisation, str]:
+def choose(particles: Source, box: int, sign: int | None, bad_images: str) -> tuple[Normalisation, str]:
     """The normalisation, from a sample of the images; where one of them is bad it is refused, or left out."""
-    count = len(found.table)
-    part = found.table.select(np.unique(np.linspace(0, count - 1, min(_SAMPLE, count)).astype(np.int64)))
-    sample = read_rows(dict(enumerate(found.stacks)), part.columns)
+    count = len(particles.table)
+    part = particles.table.select(np.unique(np.linspace(0, count - 1, min(_SAMPLE, count)).astype(np.int64)))
+    sample = read_rows(dict(enumerate(particles.stacks)), part.columns)
     bad = bad_pixels(sample, part)
     if bad and (bad_images == "refuse" or len(bad) == len(sample)):
         raise refusal(bad)
@@ -34,7 +34,7 @@ def choose(found: Source, box: int, sign: int | None, bad_images: str) -> tuple[
 
 
 def find_bad_images(
-    found: Source,
+    particles: Source,
     normalisation: Normalisation,
     dtype: str,
     workers: int,
@@ -43,31 +43,31 @@ def find_bad_images(
 ) -> tuple[BadImage, ...]:
     """Every image that cannot be stored, by row."""
     bad: list[BadImage] = []
-    count = len(found.table)
-    size = shard_rows_of(found.box_size, dtype, count)
-    tasks = (shard_task("", found, normalisation, dtype, size, {}, (), shard) for shard in range(-(-count // size)))
+    count = len(particles.table)
+    size = shard_rows_of(particles.box_size, dtype, count)
+    tasks = (shard_task("", particles, normalisation, dtype, size, {}, (), shard) for shard in range(-(-count // size)))
     run_tasks(find_bad_in_shard, tasks, lambda done: bad.extend(done.bad), total=count, workers=workers,
               scheduler=scheduler, progress=progress)  # fmt: skip
     return tuple(sorted(bad, key=lambda image: image.source_row))
 
 
-def drop_rows(found: Source, excluded: tuple[BadImage, ...]) -> Source:
+def drop_rows(particles: Source, excluded: tuple[BadImage, ...]) -> Source:
     """The source without some images."""
     out = {image.source_row for image in excluded}
-    keep = np.flatnonzero([row not in out for row in found.table.columns["source_row"].tolist()])
+    keep = np.flatnonzero([row not in out for row in particles.table.columns["source_row"].tolist()])
     if not len(keep):
-        raise InputError(f"none of {len(found.table):,} images can be stored: {listed(excluded)}")
-    return replace(found, table=found.table.select(keep))
+        raise InputError(f"none of {len(particles.table):,} images can be stored: {listed(excluded)}")
+    return replace(particles, table=particles.table.select(keep))
 
 
-def contrast_of_groups(found: Source, box: int) -> tuple[dict[str, Any], ...]:
+def contrast_of_groups(particles: Source, box: int) -> tuple[dict[str, Any], ...]:
     """The sign that each optics group's own images suggest; of many groups the first ones."""
-    groups = found.table.columns["optics_group"]
+    groups = particles.table.columns["optics_group"]
     judged = []
     for group in np.unique(groups)[:_MOST_GROUPS]:
         rows = np.flatnonzero(groups == group)
-        part = found.table.select(rows[np.unique(np.linspace(0, len(rows) - 1, _GROUP_SAMPLE).astype(np.int64))])
-        sample = read_rows(dict(enumerate(found.stacks)), part.columns)
+        part = particles.table.select(rows[np.unique(np.linspace(0, len(rows) - 1, _GROUP_SAMPLE).astype(np.int64))])
+        sample = read_rows(dict(enumerate(particles.stacks)), part.columns)
         bad = {image.source_row for image in bad_pixels(sample, part)}
         sample = sample[[row not in bad for row in part.columns["source_row"].tolist()]]
         if len(sample):

@@ -62,7 +62,7 @@ class ShardTask:
 
 def shard_task(
     store_url: str,
-    found: Source,
+    particles: Source,
     normalisation: Normalisation,
     dtype: str,
     shard_rows: int,
@@ -71,8 +71,8 @@ def shard_task(
     shard: int,
 ) -> ShardTask:
     """The task of one shard of a source's particles."""
-    table = found.table.select(slice(shard * shard_rows, min((shard + 1) * shard_rows, len(found.table))))
-    stacks = {int(number): found.stacks[number] for number in np.unique(table.columns["stack"])}
+    table = particles.table.select(slice(shard * shard_rows, min((shard + 1) * shard_rows, len(particles.table))))
+    stacks = {int(number): particles.stacks[number] for number in np.unique(table.columns["stack"])}
     return ShardTask(store_url, shard, table, stacks, normalisation, dtype, shard_rows, block_rows, columns)
 
 

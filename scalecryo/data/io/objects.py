@@ -129,39 +129,33 @@ class ObjectFiles:
                 obstore.delete(self.store, [item["path"] for item in batch])
 
 
-class FsspecFiles:
-    """The same of an fsspec file system, such as memory or SFTP; keys are its paths."""
+class _FsspecFiles:
+    """The same of an fsspec file system, such as memory or SFTP; keys are its paths. Methods as above."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> Buffer:
-        """A whole file, or the bytes start…stop−1 of it; fewer where it ends before."""
         data: bytes = self._fs.cat_file(key) if stop is None else self._fs.cat_file(key, start=start, end=stop)
         return data
 
     def get_tagged(self, key: str) -> tuple[bytes, Tag]:
-        """A small file, and a tag that fits every version."""
-        return self._fs.cat_file(key), {}
+        return self._fs.cat_file(key), {}  # a tag that fits every version
 
     def status(self, key: str) -> tuple[int, str]:
-        """Length of a file and what tells one version of it from another."""
         info = self._fs.info(key)
         tags = ("ETag", "etag", "LastModified", "mtime", "created")
         return int(info["size"]), str(next((info[name] for name in tags if name in info), ""))
 
     def exists(self, key: str) -> bool:
-        """Whether there is such a file or folder."""
         return bool(self._fs.exists(key))
 
     def names(self, key: str) -> list[str]:
-        """Names in a folder; none where there is no such folder."""
         self._fs.invalidate_cache(key)  # another process may have written since the last look
         entries = self._fs.ls(key, detail=False) if self._fs.isdir(key) else []
         return [entry.rstrip("/").rpartition("/")[2] for entry in entries]
 
     def put(self, key: str, source: bytes | memoryview | Path) -> None:
-        """Write a file, and the folders above it."""
         self._fs.makedirs(key.rpartition("/")[0], exist_ok=True)
         if isinstance(source, Path):
             self._fs.put_file(str(source), key)
@@ -169,7 +163,6 @@ class FsspecFiles:
             self._fs.pipe_file(key, bytes(source))
 
     def put_if(self, key: str, data: bytes, tag: Tag | None) -> bool:
-        """Write a small file; with no tag only where there is none, else whoever has written it."""
         self._fs.makedirs(key.rpartition("/")[0], exist_ok=True)
         try:
             self._fs.pipe_file(key, data, mode="create" if tag is None else "overwrite")
@@ -178,7 +171,6 @@ class FsspecFiles:
         return True
 
     def remove(self, key: str) -> None:
-        """Remove a file, and a folder of this name with all it holds."""
         self._fs.invalidate_cache(key)
         entries = self._fs.find(key, withdirs=True, detail=True)
         for path in sorted(entries, reverse=True):  # what a folder holds before the folder
@@ -186,7 +178,10 @@ class FsspecFiles:
                 (self._fs.rmdir if entries[path]["type"] == "directory" else self._fs.rm_file)(path)
 
 
-def remote_files(url: str, policy: RetryPolicy | None = None) -> tuple[ObjectFiles | FsspecFiles, str]:
+RemoteFiles = ObjectFiles | _FsspecFiles
+
+
+def remote_files(url: str, policy: RetryPolicy | None = None) -> tuple[RemoteFiles, str]:
     """The files of the server that a URL names, and the key of the URL among them.
 
     Args:
@@ -205,7 +200,7 @@ def remote_files(url: str, policy: RetryPolicy | None = None) -> tuple[ObjectFil
             fs, path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise InputError(f"{redacted(url)}: cannot reach this kind of address ({error})") from error
-        return FsspecFiles(fs), path
+        return _FsspecFiles(fs), path
     if scheme.startswith(("s3", "g")) and "@" in host:
         raise InputError(
             f"{redacted(url)}: its address holds credentials; take them out, and give them by the environment or a "

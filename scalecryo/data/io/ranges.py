@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from scalecryo.data.io import urls
-from scalecryo.data.io.objects import Buffer, FsspecFiles, ObjectFiles, remote_files
+from scalecryo.data.io.objects import Buffer, RemoteFiles, remote_files
 from scalecryo.data.io.retry import RetryPolicy, ShortBodyError, with_retries
 from scalecryo.errors import StoreError
 
@@ -135,7 +135,7 @@ class RangeReader:
         with urls.failures_explained(where):
             return with_retries(call, self.patience, where, stopped=self._stopped, on_retry=self._count_retry)
 
-    def _files(self, url: str) -> tuple[ObjectFiles | FsspecFiles, str]:
+    def _files(self, url: str) -> tuple[RemoteFiles, str]:
         if os.getpid() != self._process:
             raise StoreError(
                 f"{urls.redacted(url)}: this process was forked after its reader was made: open the store anew"

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from scalecryo.data.io.objects import FsspecFiles, ObjectFiles, Tag, redacted, remote_files
+from scalecryo.data.io.objects import RemoteFiles, Tag, redacted, remote_files
 from scalecryo.data.io.retry import REQUEST_ERRORS, RetryPolicy, ShortBodyError, cause, with_retries
 from scalecryo.errors import InputError, MissingInputError, OutputError, StoreError
 
@@ -99,7 +99,7 @@ def failures_explained(where: str) -> Iterator[None]:
         ) from error
 
 
-def _remote(url: str, call: Callable[[ObjectFiles | FsspecFiles, str], Result]) -> Result:
+def _remote(url: str, call: Callable[[RemoteFiles, str], Result]) -> Result:
     """A call on a remote file with the usual patience (`retry.py`)."""
     files, key = remote_files(url)
     with failures_explained(redacted(url)):
