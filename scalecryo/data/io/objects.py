@@ -248,6 +248,7 @@ def client(server: str, retries: int, seconds: float) -> ObjectStore:
         arguments = {"config": dict(_azure())}
     limits = {"read_timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=min(5.0, seconds))}
     arguments["client_options"] = {"allow_http": True, **limits}
+    server = server.replace("gcs://", "gs://")  # the one that obstore knows
     made: ObjectStore = from_url(server, retry_config={"max_retries": retries}, **arguments)
     return made
 

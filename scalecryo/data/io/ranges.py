@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from scalecryo.data.io import urls
-from scalecryo.data.io.objects import Buffer, RemoteFiles, remote_files
-from scalecryo.data.io.retry import RetryPolicy, ShortBodyError, with_retries
+from scalecryo.data.io.objects import Buffer, RemoteFiles
+from scalecryo.data.io.retry import RetryPolicy, ShortBodyError
 from scalecryo.errors import StoreError
 
 Result = TypeVar("Result")
@@ -68,8 +68,8 @@ class RangeReader:
             if urls.is_local(url):
                 data: Buffer = urls.read_range(url, start, stop)
             else:
-                part = f"{where}bytes {start} to {stop}"
-                data = self._patiently(url, lambda: self._remote(url, start, stop, whole), part)
+                data = self._remote(url, lambda files, key: _range(files, key, start, stop, whole),
+                                    f"{where}bytes {start} to {stop}")  # fmt: skip
             self._add(len(data))
         if whole and len(data) != stop - start:
             raise StoreError(f"{urls.redacted(url)}: ends before byte {stop}")
@@ -106,7 +106,7 @@ class RangeReader:
             if urls.is_local(url):
                 data: Buffer = urls.read_bytes(url)
             else:
-                data = self._patiently(url, lambda: self._remote_object(url), "")
+                data = self._remote(url, lambda files, key: files.get(key))
             self._add(len(data))
         return data
 
@@ -117,30 +117,17 @@ class RangeReader:
             MissingInputError: there is no such object.
             StoreError: the server kept failing.
         """
-        return urls.size(url) if urls.is_local(url) else self._patiently(url, lambda: urls.size(url), "length")
+        if urls.is_local(url):
+            return urls.size(url)
+        return self._remote(url, lambda files, key: files.status(key)[0], "length")
 
-    def _remote(self, url: str, start: int, stop: int, whole: bool) -> Buffer:
-        files, key = self._files(url)
-        data = files.get(key, start, stop)
-        if whole and len(data) != stop - start:
-            raise ShortBodyError(f"{len(data)} bytes came instead of {stop - start}")
-        return data
-
-    def _remote_object(self, url: str) -> Buffer:
-        files, key = self._files(url)
-        return files.get(key)
-
-    def _patiently(self, url: str, call: Callable[[], Result], part: str) -> Result:
-        where = f"{urls.redacted(url)} ({part})" if part else urls.redacted(url)
-        with urls.failures_explained(where):
-            return with_retries(call, self.patience, where, stopped=self._stopped, on_retry=self._count_retry)
-
-    def _files(self, url: str) -> tuple[RemoteFiles, str]:
+    def _remote(self, url: str, call: Callable[[RemoteFiles, str], Result], part: str = "") -> Result:
+        """A call on a remote file with this reader's patience; `part` of the file for messages."""
         if os.getpid() != self._process:
             raise StoreError(
                 f"{urls.redacted(url)}: this process was forked after its reader was made: open the store anew"
             )
-        return remote_files(url, self.patience)
+        return urls.remote_call(url, call, part, self.patience, self._stopped, self._count_retry)
 
     @contextmanager
     def _counted(self, size: int) -> Iterator[None]:
@@ -160,3 +147,10 @@ class RangeReader:
     def _count_retry(self) -> None:
         with self._lock:
             self._retries += 1
+
+
+def _range(files: RemoteFiles, key: str, start: int, stop: int, whole: bool) -> Buffer:
+    data = files.get(key, start, stop)
+    if whole and len(data) != stop - start:
+        raise ShortBodyError(f"{len(data)} bytes came instead of {stop - start}")
+    return data

@@ -10,6 +10,7 @@ import io
 import os
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,23 +75,33 @@ def name(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2]
 
 
-@contextmanager
-def failures_explained(where: str) -> Iterator[None]:
-    """Say in our terms what a remote call met that does not pass.
+def remote_call(
+    url: str,
+    call: Callable[[RemoteFiles, str], Result],
+    part: str = "",
+    policy: RetryPolicy | None = None,
+    stopped: threading.Event | None = None,
+    on_retry: Callable[[], None] = lambda: None,
+) -> Result:
+    """A call on a remote file, with patience (`retry.py`).
 
     Args:
-        where: the address as it may be shown, and the part of the file.
+        url: of the file.
+        call: what is asked of its server's files under its key; it may be repeated.
+        part: of the file, for messages.
+        policy, stopped, on_retry: as for `with_retries`.
 
     Raises:
         MissingInputError: there is no such file.
-        StoreError: the server refused it.
+        StoreError: the server refused it, or kept failing.
     """
+    policy = policy or RetryPolicy()
+    files, key = remote_files(url, policy)
+    where = f"{redacted(url)} ({part})" if part else redacted(url)
     try:
-        yield
+        return with_retries(lambda: call(files, key), policy, where, stopped=stopped, on_retry=on_retry)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if isinstance(error, MissingInputError):
-            raise
-        raise MissingInputError(f"{where}: no such file") from error
+        raise MissingInputError(f"{redacted(url)}: no such file") from error
     except ShortBodyError as error:
         raise StoreError(f"{where}: the object is too short: {error}") from error
     except REQUEST_ERRORS as error:
@@ -99,19 +110,12 @@ def failures_explained(where: str) -> Iterator[None]:
         ) from error
 
 
-def _remote(url: str, call: Callable[[RemoteFiles, str], Result]) -> Result:
-    """A call on a remote file with the usual patience (`retry.py`)."""
-    files, key = remote_files(url)
-    with failures_explained(redacted(url)):
-        return with_retries(lambda: call(files, key), RetryPolicy(), redacted(url))
-
-
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     if is_local(url):
         return local_path(url).exists()
     with suppress(MissingInputError):
-        return _remote(url, lambda files, key: files.exists(key))
+        return remote_call(url, lambda files, key: files.exists(key))
     return False
 
 
@@ -149,7 +153,7 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         with open_read(url) as stream:
             return stream.read()
-    return bytes(_remote(url, lambda files, key: files.get(key)))
+    return bytes(remote_call(url, lambda files, key: files.get(key)))
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -162,7 +166,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     if is_local(url):
         with open_read(url) as stream:
             return os.pread(stream.fileno(), stop - start, start)
-    return bytes(_remote(url, lambda files, key: files.get(key, start, stop)))
+    return bytes(remote_call(url, lambda files, key: files.get(key, start, stop)))
 
 
 def read_many(urls: Sequence[str]) -> list[bytes]:
@@ -193,7 +197,7 @@ def read_text(url: str) -> str:
 def read_tagged(url: str) -> tuple[bytes, Tag] | None:
     """A small remote file and the tag of this version of it, for `write_if`; None when there is no such file."""
     with suppress(MissingInputError):
-        return _remote(url, lambda files, key: files.get_tagged(key))
+        return remote_call(url, lambda files, key: files.get_tagged(key))
     return None
 
 
@@ -203,7 +207,7 @@ def write_if(url: str, data: bytes, tag: Tag | None) -> bool:
     Returns:
         Whether it was written; False where somebody else wrote it since.
     """
-    return _remote(url, lambda files, key: files.put_if(key, data, tag))
+    return remote_call(url, lambda files, key: files.put_if(key, data, tag))
 
 
 def size(url: str) -> int:
@@ -227,12 +231,12 @@ def fingerprint(url: str) -> tuple[int, str]:
         except FileNotFoundError as error:
             raise MissingInputError(f"{redacted(url)}: no such file") from error
         return status.st_size, str(status.st_mtime_ns)
-    return _remote(url, lambda files, key: files.status(key))
+    return remote_call(url, lambda files, key: files.status(key))
 
 
 def _send(url: str, source: memoryview | Path) -> None:
     _refuse_root(url)
-    _remote(url, lambda files, key: files.put(key, source))
+    remote_call(url, lambda files, key: files.put(key, source))
 
 
 def _refuse_root(url: str) -> None:
@@ -324,7 +328,7 @@ def list_folder(url: str) -> list[str]:
         path = local_path(url)
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     with suppress(MissingInputError):
-        return sorted(set(_remote(url, lambda files, key: files.names(key))) - {""})
+        return sorted(set(remote_call(url, lambda files, key: files.names(key))) - {""})
     return []
 
 
@@ -343,7 +347,7 @@ def remove_tree(url: str) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     else:
         _refuse_root(url)
-        _remote(url, lambda files, key: files.remove(key))
+        remote_call(url, lambda files, key: files.remove(key))
 
 
 def absolute(url: str) -> str:
