@@ -18,11 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from scalecryo.data.io.objects import RemoteFiles, Tag, redacted, remote_files
+from scalecryo.data.io.objects import RemoteFiles, Tag, remote_files
+from scalecryo.data.io.objects import redacted as redacted
 from scalecryo.data.io.retry import REQUEST_ERRORS, RetryPolicy, ShortBodyError, cause, with_retries
 from scalecryo.errors import InputError, MissingInputError, OutputError, StoreError
-
-__all__ = ["redacted"]
 
 Result = TypeVar("Result")
 _AT_ONCE = 32
