@@ -22,7 +22,7 @@ from paper_datasets import DATASETS, TRAIN, write_dataset
 
 from scalecryo.commands import convert, evaluate, train
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import sequential
 from scalecryo.evaluate.align import align_poses

@@ -9,7 +9,7 @@ from scalecryo.data.conversion.append import append, complete_append
 from scalecryo.data.conversion.append_plan import plan_append
 from scalecryo.data.conversion.convert import ConvertPlan, check_destination, convert, plan
 from scalecryo.data.conversion.quality import REPORT, BadImage, listed, report_lines
-from scalecryo.data.conversion.source import Reading
+from scalecryo.data.conversion.source import ReadOptions
 from scalecryo.data.io import urls
 
 
@@ -29,26 +29,24 @@ def run(
     add: bool = False,
     reading: Mapping[str, Any] | None = None,
 ) -> None:
-    """Plan, say what was found, and write the store or add to it; `reading` holds the fields of `Reading`."""
+    """Plan, say what was found, and write the store or add to it; `reading` holds the fields of `ReadOptions`."""
     sign = "invert" if invert else "uninvert" if uninvert else None
     looked = Progress("looked at")
-    how = Reading(**(reading or {}))
+    options = ReadOptions(**(reading or {}))
     if add:
         complete_append(store)
-        adding = plan_append(
-            source, store, data_dir, sign, bad_images, workers=workers, scheduler=scheduler, report=looked, how=how
-        )
+        adding = plan_append(source, store, data_dir, sign, bad_images, workers=workers, scheduler=scheduler,
+                             progress=looked, options=options)  # fmt: skip
         _say_excluded(adding.excluded)
-        attrs = append(adding, workers=workers, scheduler=scheduler, report=Progress())
+        attrs = append(adding, workers=workers, scheduler=scheduler, progress=Progress())
         added = f", {adding.count:,} of them new"
     else:
         check_destination(store, overwrite)
-        made = plan(
-            source, data_dir, box, dtype, sign, bad_images, workers=workers, scheduler=scheduler, report=looked, how=how
-        )
+        made = plan(source, data_dir, box, dtype, sign, bad_images, workers=workers, scheduler=scheduler,
+                    progress=looked, options=options)  # fmt: skip
         _describe(made, source)
         _say_excluded(made.excluded)
-        attrs = convert(made, store, workers=workers, scheduler=scheduler, overwrite=overwrite, report=Progress())
+        attrs = convert(made, store, workers=workers, scheduler=scheduler, overwrite=overwrite, progress=Progress())
         added = ""
     for line in report_lines(json.loads(urls.read_bytes(urls.join(store, REPORT)))):
         say(f"  {line}")
@@ -66,8 +64,8 @@ def _describe(made: ConvertPlan, source: str) -> None:
     known = "CTF and poses" if table.has_ctf and table.has_pose else "CTF" if table.has_ctf else "poses"
     cropped = f", cropped from {made.source.box_size} px" if made.source.box_size != attrs["box_size"] else ""
     scale = "by each background's mean and σ"
-    if made.recipe.normalisation == "common":
-        scale = f"no noise found, one scale for all images ({made.recipe.common_scale:.4g})"
+    if made.normalisation.kind == "common":
+        scale = f"no noise found, one scale for all images ({made.normalisation.common_scale:.4g})"
     say(
         f"{urls.redacted(source)}: {made.count:,} particles in {len(table.stacks)} stacks"
         + (f", with {known}" if table.has_ctf or table.has_pose else ", without CTF or poses")
@@ -75,7 +73,7 @@ def _describe(made: ConvertPlan, source: str) -> None:
     say(f"  box {attrs['box_size']} px, {made.pixel_size:.4g} Å/px{cropped}; {made.dtype}")
     if made.source.resampling:
         sizes = table.stack_pixel_sizes
-        error = max(abs(how.error) for how in made.source.resampling)
+        error = max(abs(item.error) for item in made.source.resampling)
         say(
             f"  pixel sizes from {min(sizes):.4g} to {max(sizes):.4g} Å resampled to {max(sizes):.4g} Å; even boxes "
             f"leave an error of the pixel size of up to {100 * error:.2f} %"
@@ -84,4 +82,4 @@ def _describe(made: ConvertPlan, source: str) -> None:
         note(f"kept in the table, but not applied to the images: {', '.join(made.source.notes)}")
     say(f"  levels {', '.join(map(str, made.levels))} px; {made.shards} shards of {made.shard_rows:,} particles")
     say(f"  normalisation: {scale}")
-    say(f"  contrast: {'turned' if made.recipe.sign < 0 else 'kept'} ({made.sign_reason})")
+    say(f"  contrast: {'turned' if made.normalisation.sign < 0 else 'kept'} ({made.sign_reason})")

@@ -7,7 +7,7 @@ import torch
 
 from scalecryo.commands.console import say
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import StarPoses, image_key, read_poses
+from scalecryo.data.formats.relion import StarPoses, image_key, read_poses
 from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.evaluate.align_maps import rotational_symmetry

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
-from scalecryo.data.formats import cryodrgn, cryosparc, csrows, star
+from scalecryo.data.formats import cryodrgn, cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import read_map, write_map
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
@@ -31,7 +31,7 @@ class _Result:
 
     run: str
     table: ParticleTable
-    poses: star.StarPoses
+    poses: relion.StarPoses
     box_size: int
 
     @property
@@ -70,13 +70,13 @@ def _read(run: str) -> _Result:
     """The table and the box of its images, which the store may have cropped: only then the map's is another."""
     path = urls.join(run, "particles.star")
     volume, pixel_size, _ = read_map(urls.join(run, "map.mrc"))
-    table = star.read_particles(path)
+    table = relion.read_particles(path)
     if not table.pixel_size:
         table = replace(table, pixel_size=pixel_size)
     # The map is as wide as the images, in pixels of its own.
     width = volume.shape[-1] * pixel_size
     box_size = 2 * round(width / table.pixel_size / 2) if pixel_size else volume.shape[-1]
-    return _Result(run, table, star.read_poses(path), box_size)
+    return _Result(run, table, relion.read_poses(path), box_size)
 
 
 def _relion(result: _Result, out: str) -> None:

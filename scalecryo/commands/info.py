@@ -4,7 +4,7 @@ import json
 
 from scalecryo.commands.console import say
 from scalecryo.data.conversion.quality import REPORT, report_lines
-from scalecryo.data.formats import cryosparc, star
+from scalecryo.data.formats import cryosparc, relion
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
@@ -17,13 +17,13 @@ _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star",
 def run(path: str) -> None:
     """Describe what is there in a few lines."""
     if path.endswith(".star"):
-        _table(path, star.read_particles(path))
+        _table(path, relion.read_particles(path))
     elif path.endswith((".cs", ".csg")):
         _table(path, cryosparc.read_particles(path))
+    elif read_attributes(path):
+        _store(path)
     elif urls.is_folder(path):
-        if read_attributes(path):
-            _store(path)
-        elif urls.exists(urls.join(path, "config.toml")):
+        if urls.exists(urls.join(path, "config.toml")):
             _run(path)
         else:
             raise InputError(f"{urls.redacted(path)}: this folder is neither a particle store nor a run")

@@ -5,9 +5,9 @@ import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
 from scalecryo.data.conversion.source import find_stack
-from scalecryo.data.formats import cryosparc, csrows, star
+from scalecryo.data.formats import cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import Stack
-from scalecryo.data.formats.startext import text_of
+from scalecryo.data.formats.relion.syntax import text_of
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.selection.selection import Selection
@@ -44,17 +44,17 @@ def run(
 
 def _from_star(source: str, out: str, selection: Selection, data_dir: str | None) -> tuple[int, int]:
     text = text_of(source)
-    table = star.read_particles(source, text)
-    own = star.OwnColumns(text, urls.redacted(source))
-    confidence = own.numbers(star.MAX_CONFIDENCE) if star.MAX_CONFIDENCE in own.names else None
+    table = relion.read_particles(source, text)
+    own = relion.OwnColumns(text, urls.redacted(source))
+    confidence = own.numbers(relion.MAX_CONFIDENCE) if relion.MAX_CONFIDENCE in own.names else None
     keep = selection.mask(table, confidence, own.names, own.numbers)
     if out.endswith(".star"):
-        star.write_rows(out, text, keep)
+        relion.write_rows(out, text, keep)
         return int(keep.sum()), len(keep)
     rows = np.flatnonzero(keep)
     pose: _Pose | None = None
     if table.has_pose:
-        poses = star.read_poses(source)
+        poses = relion.read_poses(source)
         shift = np.zeros((len(table), 2)) if poses.shift is None else poses.shift
         pose = poses.rotation[rows], shift[rows]
     boxes = (
@@ -91,5 +91,5 @@ def _from_cs(source: str, out: str, selection: Selection, passthrough: tuple[str
     names = part.image_names()
     confidence = cryosparc.confidence_of(chosen, where)
     pose = cryosparc.poses_of(chosen, where)
-    star.write_particles(out, names, part, pose is not None, confidence=confidence, pose=pose)
+    relion.write_particles(out, names, part, pose is not None, confidence=confidence, pose=pose)
     return len(chosen), len(keep)

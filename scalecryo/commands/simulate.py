@@ -6,7 +6,7 @@ import torch
 
 from scalecryo.commands.console import Progress, say
 from scalecryo.data.formats.mrc import StackWriter, read_map, write_map
-from scalecryo.data.formats.star import write_particles
+from scalecryo.data.formats.relion import write_particles
 from scalecryo.data.formats.structure import potential_map, read_structure
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable

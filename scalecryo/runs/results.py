@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.formats import mrc, star
+from scalecryo.data.formats import mrc, relion
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.evaluate.report import (
     Section,
@@ -80,7 +80,7 @@ def write_results(
         mrc.write_map(run.path(f"{name}.mrc"), _numpy(volume), store.pixel_size)
     if learned is not None:
         mrc.write_map(run.path("volume.mrc"), _numpy(learned), store.level_pixel_size(learned.shape[-1]))
-    star.write_with_poses(
+    relion.write_with_poses(
         run.path("particles.star"),
         store.source_star(),
         store.table(),

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalecryo.data.formats import mrc, star
+from scalecryo.data.formats import mrc, relion
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError
@@ -33,13 +33,13 @@ class Truth:
             InputError: the truth does not name every particle of the store, or its map has another box.
         """
         path = urls.join(folder, "truth.star")
-        poses = star.read_poses(path)
-        row_of = {star.image_key(name): row for row, name in enumerate(poses.names)}
+        poses = relion.read_poses(path)
+        row_of = {relion.image_key(name): row for row, name in enumerate(poses.names)}
         columns = store.read_columns(0, store.count, ("stack", "stack_index"))
         stacks = store.stacks
         rows = []
         for stack, index in zip(columns["stack"], columns["stack_index"], strict=True):
-            key = star.image_key(f"{index + 1}@{stacks[stack]}")
+            key = relion.image_key(f"{index + 1}@{stacks[stack]}")
             if key not in row_of:
                 raise InputError(
                     f"{path}: has no row for particle {key[0]}@{key[1]} of {store.url}: name its own truth"

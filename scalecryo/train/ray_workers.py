@@ -10,7 +10,6 @@ import os
 import time
 from typing import Any
 
-import fsspec
 import ray
 import ray.autoscaler.sdk
 import ray.train
@@ -22,6 +21,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from scalecryo.config import Config, config_from_dict
 from scalecryo.data.io import urls
+from scalecryo.data.io.filesystem import filesystem
 from scalecryo.distributed.world import World, process_group_backend
 from scalecryo.errors import ScalecryoError, TrainingError
 from scalecryo.runs.checkpoint import newest_step
@@ -135,7 +135,7 @@ def _free(resource: str) -> int:
 
 def _fit(config: Config, workers: int) -> None:
     """One attempt: start the workers, wait for their end. Meanwhile the cluster is asked for room for those missing."""
-    filesystem, path = fsspec.core.url_to_fs(config.run.out)
+    storage, path = filesystem(config.run.out)
     missing = config.run.worker_range[1] - workers
     room = [placement_group([{_resource(config): 1}]) for _ in range(missing)]
     trainer = TorchTrainer(
@@ -146,7 +146,7 @@ def _fit(config: Config, workers: int) -> None:
         run_config=RunConfig(
             name="ray",
             storage_path=path,
-            storage_filesystem=PyFileSystem(FSSpecHandler(filesystem)),
+            storage_filesystem=PyFileSystem(FSSpecHandler(storage)),
             # Ray restarts after announced preemptions; what fails comes back to `train_on_ray`.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_FAILURES),  # type: ignore[call-arg]
         ),

@@ -11,9 +11,9 @@ from scalecryo.commands import convert as convert_command
 from scalecryo.commands import info as info_command
 from scalecryo.commands import verify as verify_command
 from scalecryo.data.conversion import append as append_module
-from scalecryo.data.formats import star
+from scalecryo.data.formats import relion
 from scalecryo.data.formats.mrc import Stack, StackWriter
-from scalecryo.data.formats.star_write import write_with_poses
+from scalecryo.data.formats.relion.write import write_with_poses
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, ScalecryoError, StoreError
@@ -121,7 +121,7 @@ def test_source_tables_are_joined(tmp_path: Path) -> None:
     source = store.source_star()
     assert source is not None
     (tmp_path / "joined.star").write_bytes(source)
-    table = star.read_particles(str(tmp_path / "joined.star"))
+    table = relion.read_particles(str(tmp_path / "joined.star"))
     assert table.image_names() == store.table().image_names()
     assert set(store.read_columns(0, 17)["optics_group"].tolist()) == {1}
     text = source.decode()
@@ -131,7 +131,7 @@ def test_source_tables_are_joined(tmp_path: Path) -> None:
     rotation = np.tile(np.eye(3), (17, 1, 1))
     shift = np.zeros((17, 2))
     write_with_poses(str(out), source, store.table(), rotation, shift, np.ones(17), np.ones(17, dtype=int))
-    assert len(star.read_particles(str(out))) == 17
+    assert len(relion.read_particles(str(out))) == 17
 
 
 def test_other_optics_get_other_groups(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ class _Stop(BaseException):
 def _writes_of_an_append(store: Path, source: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> int:
     """Append, but die before write number `limit`; how many writes there were."""
     writes = 0
-    replace, remove = files.os.replace, urls.remove_tree
+    replace, remove = urls.os.replace, urls.remove_tree
 
     def count() -> None:
         nonlocal writes
@@ -190,8 +190,8 @@ def _writes_of_an_append(store: Path, source: Path, monkeypatch: pytest.MonkeyPa
         count()
         remove(url)
 
-    monkeypatch.setattr(files.os, "replace", counted_replace)
-    monkeypatch.setattr(files, "remove_tree", counted_remove)
+    monkeypatch.setattr(urls.os, "replace", counted_replace)
+    monkeypatch.setattr(urls, "remove_tree", counted_remove)
     try:
         _append(source, store, workers=1)
     except _Stop:
@@ -263,7 +263,7 @@ def test_excluded_images_and_append(tmp_path: Path) -> None:
     shift = np.stack([np.arange(37.0), np.zeros(37)], axis=1)
     rotation = np.tile(np.eye(3), (37, 1, 1))
     write_with_poses(str(out), store.source_star(), store.table(), rotation, shift, np.ones(37), np.ones(37, dtype=int))
-    written = star.read_particles(str(out))
+    written = relion.read_particles(str(out))
     assert written.image_names() == store.table().image_names()
     # The pose of each row is its own: rlnOrigin = −shift.
     assert written.columns["shift"][:, 0] == pytest.approx(np.arange(37.0), abs=1e-4)

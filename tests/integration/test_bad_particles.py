@@ -11,7 +11,7 @@ import pytest
 import starfile
 
 from scalecryo.commands import convert, evaluate, simulate, train
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.errors import TrainingError
 
 COUNT, BOX, PIXEL_SIZE = 1200, 32, 3.2

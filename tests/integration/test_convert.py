@@ -522,6 +522,6 @@ def test_scheduler_of_the_caller_is_used(store: Path, tmp_path: Path) -> None:
 def test_progress_is_reported_from_zero_to_all(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     made = plan(str(_stack(tmp_path / "s.mrcs", _noise(300, 44))))
-    convert(made, str(tmp_path / "store"), workers=1, report=lambda done, total: seen.append((done, total)))
+    convert(made, str(tmp_path / "store"), workers=1, progress=lambda done, total: seen.append((done, total)))
     assert seen[0] == (0, 300)
     assert seen[-1] == (300, 300)

@@ -221,7 +221,7 @@ def test_overwriting_is_never_half_a_store(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         remove(url)
 
-    monkeypatch.setattr(files, "remove_tree", cut_off)
+    monkeypatch.setattr(urls, "remove_tree", cut_off)
     with pytest.raises(KeyboardInterrupt):
         _convert(first, tmp_path / "store", overwrite=True, dtype="float32")
     monkeypatch.undo()

@@ -11,7 +11,7 @@ import pytest
 import starfile
 
 from scalecryo.commands import export, simulate
-from scalecryo.data.formats import cryosparc, star
+from scalecryo.data.formats import cryosparc, relion
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 
 MAPS = ["half1.mrc", "half2.mrc", "map.mrc", "mask.mrc"]
@@ -25,8 +25,8 @@ def run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(shared_data / "structures" / "1ubi.pdb"), str(data), n=20, box=32, pixel_size=2.0, snr_db=None,
         defocus_um=(0.5, 1.0), astigmatism_um=0.1, shift_a=3.0, seed=0,
     )  # fmt: skip
-    truth = star.read_particles(str(data / "truth.star"))
-    star.write_with_poses(
+    truth = relion.read_particles(str(data / "truth.star"))
+    relion.write_with_poses(
         str(run / "particles.star"), (data / "particles.star").read_bytes(), truth,
         truth.columns["rotation"], truth.columns["shift"], np.linspace(0, 1, 20), np.arange(20) % 2 + 1,
     )  # fmt: skip
@@ -62,17 +62,17 @@ def test_files_and_maps(run: Path, tmp_path: Path, format: str, tables: list[str
 def test_three_packages_are_given_the_same_poses(run: Path, tmp_path: Path) -> None:
     for format in ("relion", "cryosparc", "cryodrgn"):
         export.run(str(run), format=format, out=str(tmp_path / format))
-    relion = star.read_particles(str(tmp_path / "relion" / "particles.star"))
+    star = relion.read_particles(str(tmp_path / "relion" / "particles.star"))
     sparc = cryosparc.read_particles(str(tmp_path / "cryosparc" / "particles.cs"))
     rotation, translation = pickle.load(io.BytesIO((tmp_path / "cryodrgn" / "poses.pkl").read_bytes()))
     # Single precision, and six decimals of a degree in the STAR file.
-    np.testing.assert_allclose(sparc.columns["rotation"], relion.columns["rotation"], atol=2e-6)
-    np.testing.assert_allclose(rotation.transpose(0, 2, 1), relion.columns["rotation"], atol=2e-6)
-    np.testing.assert_allclose(sparc.columns["shift"], relion.columns["shift"], atol=1e-5)
-    np.testing.assert_allclose(-translation * 32 * 2.0, relion.columns["shift"], atol=1e-5)
+    np.testing.assert_allclose(sparc.columns["rotation"], star.columns["rotation"], atol=2e-6)
+    np.testing.assert_allclose(rotation.transpose(0, 2, 1), star.columns["rotation"], atol=2e-6)
+    np.testing.assert_allclose(sparc.columns["shift"], star.columns["shift"], atol=1e-5)
+    np.testing.assert_allclose(-translation * 32 * 2.0, star.columns["shift"], atol=1e-5)
     for name in ("defocus_u", "defocus_v", "astigmatism_angle", "half", "stack_index"):
-        np.testing.assert_allclose(sparc.columns[name], relion.columns[name], rtol=1e-5, err_msg=name)
-    assert sparc.stacks == relion.stacks
+        np.testing.assert_allclose(sparc.columns[name], star.columns[name], rtol=1e-5, err_msg=name)
+    assert sparc.stacks == star.stacks
     table = np.load(io.BytesIO((tmp_path / "cryosparc" / "particles.cs").read_bytes()), allow_pickle=False)
     np.testing.assert_allclose(table["alignments3D/class_posterior"], np.linspace(0, 1, 20), atol=1e-5)
     assert set(table["blob/sign"]) == {1}
@@ -86,12 +86,12 @@ def test_relion_gets_the_table_unchanged(run: Path, tmp_path: Path) -> None:
 
 
 def test_particles_without_a_ctf(run: Path, tmp_path: Path) -> None:
-    table = star.read_particles(str(run / "particles.star"))
+    table = relion.read_particles(str(run / "particles.star"))
     kept = {name: values for name, values in table.columns.items() if name not in cryosparc.CTF_COLUMNS}
     bare = tmp_path / "run"
     bare.mkdir()
     plain = type(table)(table.pixel_size, table.stacks, kept)
-    star.write_particles(str(bare / "particles.star"), plain.image_names(), plain, with_poses=True)
+    relion.write_particles(str(bare / "particles.star"), plain.image_names(), plain, with_poses=True)
     (bare / "map.mrc").write_bytes((run / "map.mrc").read_bytes())
     export.run(str(bare), format="cryodrgn", out=str(tmp_path / "dragon"))
     assert sorted(path.name for path in (tmp_path / "dragon").iterdir()) == ["map.mrc", "poses.pkl"]

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scalecryo.commands import assign, convert, evaluate, simulate, train
 from scalecryo.config import Config, load_config
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.distributed.world import World
 from scalecryo.errors import TrainingError
 from scalecryo.physics.particle_images import ParticleImages

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from scalecryo.commands import convert, evaluate, simulate, train
-from scalecryo.data.formats import mrc, star
-from scalecryo.data.formats.star import read_particles
+from scalecryo.data.formats import mrc, relion
+from scalecryo.data.formats.relion import read_particles
 
 
 def converted(source: Path, store: Path) -> str:
@@ -35,7 +35,7 @@ def toy(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         1.0, table.stacks, keep | {"rotation": np.swapaxes(rotation, 1, 2), "shift": np.zeros((1000, 2))}
     )
     names = [f"{index + 1:06d}@toy_projections.mrcs" for index in range(1000)]
-    star.write_particles(str(folder / "truth.star"), names, posed, True)
+    relion.write_particles(str(folder / "truth.star"), names, posed, True)
     volume, _, _ = mrc.read_map(str(shared_data / "toy" / "toymodel_small_nocenter.mrc"))
     mrc.write_map(str(folder / "truth.mrc"), volume, 1.0)
     return folder

@@ -11,11 +11,11 @@ import pytest
 from scalecryo.cli import main
 from scalecryo.commands import export, select
 from scalecryo.commands import verify as verify_command
-from scalecryo.data.conversion.source import Reading, read_source
-from scalecryo.data.formats import cryosparc, csrows, star
+from scalecryo.data.conversion.source import ReadOptions, read_source
+from scalecryo.data.formats import cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import StackWriter, write_map
-from scalecryo.data.formats.star_values import not_applied, particle_block
-from scalecryo.data.formats.startext import StarText, small_table
+from scalecryo.data.formats.relion.syntax import StarText, small_table
+from scalecryo.data.formats.relion.values import not_applied, particle_block
 from scalecryo.data.storage.store import ParticleStore
 
 POSE_COLUMNS = {
@@ -72,7 +72,7 @@ def test_relion_to_store_to_relion(shared_data: Path, tmp_path: Path, name: str)
     table = store.table()
     columns = table.columns
     out = tmp_path / "back.star"
-    star.write_with_poses(
+    relion.write_with_poses(
         str(out), store.source_star(), table, columns["rotation"], columns["shift"], np.ones(len(table)),
         columns["half"] if columns["half"].any() else np.ones(len(table), np.int8),
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_relion_to_store_to_relion(shared_data: Path, tmp_path: Path, name: str)
     assert set(after) - set(before) <= POSE_COLUMNS
     for column in set(before) - POSE_COLUMNS:
         assert after[column] == before[column], column
-    ours, theirs = star.read_poses(str(out)), star.read_poses(str(source))
+    ours, theirs = relion.read_poses(str(out)), relion.read_poses(str(source))
     # Single precision in the store: 6e-8 in each of nine numbers.
     assert angle_deg(ours.rotation, theirs.rotation).max() < 1e-5
     assert theirs.shift is not None
@@ -114,7 +114,7 @@ def test_relion_to_cryosparc_to_relion(shared_data: Path, tmp_path: Path) -> Non
     (tmp_path / "in.star").write_text(head + "".join(rows))
     select.run(str(tmp_path / "in.star"), str(tmp_path / "through.cs"))
     select.run(str(tmp_path / "through.cs"), str(tmp_path / "out.star"))
-    before, after = star.read_poses(str(tmp_path / "in.star")), star.read_poses(str(tmp_path / "out.star"))
+    before, after = relion.read_poses(str(tmp_path / "in.star")), relion.read_poses(str(tmp_path / "out.star"))
     assert after.names == before.names
     assert angle_deg(after.rotation, before.rotation).max() < 1e-5
     assert after.shift is not None
@@ -123,7 +123,7 @@ def test_relion_to_cryosparc_to_relion(shared_data: Path, tmp_path: Path) -> Non
     assert np.abs(after.shift - before.shift).max() < 3e-6
     assert np.array_equal(after.half, before.half)
     assert after.confidence == pytest.approx(before.confidence, abs=1e-6)
-    ours, theirs = (star.read_particles(str(tmp_path / name)) for name in ("out.star", "in.star"))
+    ours, theirs = (relion.read_particles(str(tmp_path / name)) for name in ("out.star", "in.star"))
     for name in cryosparc.CTF_COLUMNS:
         assert ours.columns[name] == pytest.approx(theirs.columns[name], rel=1e-6, abs=1e-4), name
     rows_written = csrows.read(str(tmp_path / "through.cs"))
@@ -138,7 +138,7 @@ def run_of(folder: Path, store: str, box_size: int, pixel_size: float) -> Path:
     rotation = np.linalg.qr(rng.normal(size=(len(table), 3, 3)))[0]
     rotation *= np.linalg.det(rotation)[:, None, None]
     folder.mkdir()
-    star.write_with_poses(
+    relion.write_with_poses(
         str(folder / "particles.star"), opened.source_star(), table, rotation, rng.normal(0, 3, (len(table), 2)),
         np.linspace(0, 1, len(table)), np.arange(len(table)) % 2 + 1, box_size=int(opened.attrs["source_box_size"]),
     )  # fmt: skip
@@ -158,7 +158,7 @@ def test_cryosparc_to_store_to_cryosparc(shared_data: Path, tmp_path: Path) -> N
     for name in before.dtype.names:
         assert after.dtype[name] == before.dtype[name]
         assert np.array_equal(after[name], before[name]), name
-    poses = star.read_poses(str(run / "particles.star"))
+    poses = relion.read_poses(str(run / "particles.star"))
     rotation, shift = cryosparc.poses_of(after, "after")  # type: ignore[misc]
     assert angle_deg(rotation, poses.rotation).max() < 1e-5
     assert shift == pytest.approx(poses.shift, abs=1e-5)
@@ -210,10 +210,10 @@ def test_mixed_pixel_sizes_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     # The same of a table that the run had to make itself, as it does for particles from cryoSPARC.
     table = opened.table()
     columns = {**table.columns, "rotation": np.stack([np.eye(3)] * 16), "shift": np.ones((16, 2))}
-    star.write_with_poses(
+    relion.write_with_poses(
         str(tmp_path / "own.star"), None, table, columns["rotation"], columns["shift"], np.ones(16), np.ones(16), 44
     )
-    own = star.read_particles(str(tmp_path / "own.star"))
+    own = relion.read_particles(str(tmp_path / "own.star"))
     assert own.stack_pixel_sizes == (1.0, 1.6)
     assert own.stack_boxes == (72, 48)
     assert own.columns["shift"].tolist() == [[1, 1]] * 16
@@ -244,7 +244,7 @@ def test_cryodrgn_inputs_end_to_end(shared_data: Path, tmp_path: Path) -> None:
 def test_select_from_star(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "particles_real/aspire_sample/sample_particles_relion31.star"
     text = source.read_bytes()
-    voltage = star.read_particles(str(source)).columns["voltage"]
+    voltage = relion.read_particles(str(source)).columns["voltage"]
     out = tmp_path / "few.star"
     select.run(str(source), str(out), query="voltage > 250 and rlnDefocusU > 0")
     kept = columns_of(out.read_bytes())
@@ -267,7 +267,7 @@ def test_select_from_cryosparc(shared_data: Path, tmp_path: Path) -> None:
     assert np.array_equal(kept, rows[rows["alignments3D/split"] == 1])
     select.run(str(source), str(tmp_path / "all.star"))
     before = cryosparc.poses_of(rows, "x")
-    after = star.read_poses(str(tmp_path / "all.star"))
+    after = relion.read_poses(str(tmp_path / "all.star"))
     assert before is not None
     assert angle_deg(after.rotation, before[0]).max() < 1e-5
     assert after.shift == pytest.approx(before[1], abs=1e-6)
@@ -336,7 +336,7 @@ def test_every_tricky_file_is_taken_or_refused_in_one_line(
 
 
 def test_what_is_kept_but_not_applied(shared_data: Path) -> None:
-    assert read_source(str(shared_data / BETAGAL), None, Reading(pixel_size=3.54)).notes == ()
+    assert read_source(str(shared_data / BETAGAL), None, ReadOptions(pixel_size=3.54)).notes == ()
     text = (shared_data / "metadata/star/isecc_aberrations_relion31.star").read_bytes()
     assert set(not_applied(StarText(text, "x"))) == {
         "rlnOddZernike", "rlnEvenZernike", "rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11",

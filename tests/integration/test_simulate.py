@@ -11,7 +11,7 @@ import starfile
 from scipy.spatial.transform import Rotation
 
 from scalecryo.commands import evaluate, simulate
-from scalecryo.data.formats import star
+from scalecryo.data.formats import relion
 from scalecryo.data.formats.structure import Atoms, potential_map, read_structure
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
@@ -79,7 +79,7 @@ def test_truth_map_lies_on_the_structure(particles: Path, shared_data: Path) -> 
 def test_images_are_projections_of_the_truth(ubiquitin: Path, tmp_path: Path) -> None:
     """Noise-free and in focus: each image is the closed-form projection of the atoms, made as a map turned by Rᵀ."""
     out = make(ubiquitin, tmp_path / "out", n=3, shift_a=3.0)
-    poses = star.read_poses(str(out / "truth.star"))
+    poses = relion.read_poses(str(out / "truth.star"))
     assert poses.shift is not None
     atoms = read_structure(str(ubiquitin))
     images = mrcfile.read(out / "particles.mrcs")
@@ -116,7 +116,7 @@ def test_a_seed_decides_everything(ubiquitin: Path, tmp_path: Path) -> None:
     images = [mrcfile.read(folder / "particles.mrcs") for folder in (first, again, other)]
     np.testing.assert_array_equal(images[0], images[1])
     assert np.abs(images[0] - images[2]).max() > 0
-    assert star.read_poses(str(first / "truth.star")).names == star.read_poses(str(again / "truth.star")).names
+    assert relion.read_poses(str(first / "truth.star")).names == relion.read_poses(str(again / "truth.star")).names
 
 
 def test_a_map_can_be_the_structure(shared_data: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def finished(particles: Path, shared_data: Path, tmp_path_factory: pytest.TempPa
     run = tmp_path_factory.mktemp("run")
     q = Rotation.random(random_state=generator).as_matrix()
     u = np.array([3.0, -2.0, 1.0])
-    truth = star.read_particles(str(particles / "truth.star"))
+    truth = relion.read_particles(str(particles / "truth.star"))
     atoms = read_structure(str(shared_data / "structures" / "4ake.pdb"))
     first, second = (half - half.mean(0) for half in np.split(atoms.positions, 2))
     symmetry = Rotation.align_vectors(first, second)[0].as_matrix()
@@ -191,7 +191,7 @@ def finished(particles: Path, shared_data: Path, tmp_path_factory: pytest.TempPa
     rows = generator.permutation(600)[:500]
     columns = truth.columns | {"rotation": rotation, "shift": shift + 0.5 * generator.normal(size=(600, 2))}
     table = ParticleTable(PIXEL_SIZE, ("Extract/job007/particles.mrcs",), columns).select(rows)
-    star.write_particles(str(run / "particles.star"), table.image_names(), table, with_poses=True)
+    relion.write_particles(str(run / "particles.star"), table.image_names(), table, with_poses=True)
     moved = Atoms((atoms.positions - atoms.centre_of_mass - u) @ q @ F, atoms.elements, atoms.b_factor)
     volume = potential_map(moved, BOX, PIXEL_SIZE, centre=np.zeros(3))
     volume = volume + volume.std() * generator.normal(size=volume.shape).astype(np.float32)

@@ -108,14 +108,21 @@ def test_passing_faults_change_nothing(
     assert retries > 0
 
 
+class OtherProtocol(s3fs.S3FileSystem):
+    """A protocol that obstore does not speak."""
+
+    protocol = "other-s3"
+
+
 @pytest.mark.parametrize("fault", [Fault(status=503), Fault(cut=True)], ids=["503", "cut"])
 def test_faults_are_survived_through_fsspec_as_well(
     uploaded: str, simulated: SimulatedParticles, proxy: FaultProxy, fault: Fault
 ) -> None:
+    fsspec.register_implementation("other-s3", OtherProtocol, clobber=True)
     local = ParticleStore.open(simulated.store)
-    reader = RangeReader(QUICK, direct=False)
-    array = ImageArray(f"{uploaded}/images/32", "images/32", local.count, 32, local.dtype, local.block_rows(32),
-                       local.shard_rows, reader)  # fmt: skip
+    url = f"other-{uploaded}/images/32"
+    array = ImageArray(url, "images/32", local.count, 32, local.dtype, local.block_rows(32), local.shard_rows,
+                       RangeReader(QUICK))  # fmt: skip
     proxy.faults = on_shards(fault, 3)
     assert np.array_equal(array.read(0, local.count), local.read_images(32, 0, local.count))
 

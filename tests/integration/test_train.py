@@ -18,7 +18,7 @@ from scalecryo.cli import main
 from scalecryo.commands import assign, train
 from scalecryo.config import SETTINGS, Config, load_config
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
 from scalecryo.errors import (

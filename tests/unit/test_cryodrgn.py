@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scalecryo.data.formats import cryodrgn
-from scalecryo.data.formats.star import read_particles
+from scalecryo.data.formats.relion import read_particles
 from scalecryo.data.particles import ParticleTable
 
 

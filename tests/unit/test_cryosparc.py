@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalecryo.data.formats import cryosparc, star
+from scalecryo.data.formats import cryosparc, relion
 from scalecryo.errors import InputError, MissingInputError
 
 TABLE = "metadata/cs/cryosparc_P12_J24_001_particles.cs"
@@ -44,7 +44,7 @@ def test_optics_against_cryodrgn(shared_data: Path) -> None:
 def test_same_particles_in_star_and_cs(shared_data: Path) -> None:
     folder = shared_data / "particles_real/empiar_10076"
     from_cs = cryosparc.read_particles(str(folder / "empiar_10076_7.cs"))
-    from_star = star.read_particles(str(folder / "empiar_10076_7.star"))
+    from_star = relion.read_particles(str(folder / "empiar_10076_7.star"))
     assert from_cs.stacks == ("empiar_10076_7.mrc",)
     assert not from_cs.has_pose
     np.testing.assert_array_equal(from_cs.columns["stack_index"], from_star.columns["stack_index"])

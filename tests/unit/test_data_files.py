@@ -11,6 +11,12 @@ from scalecryo.errors import InputError, MissingInputError
 def test_messages_carry_no_credentials() -> None:
     assert urls.redacted("s3://user:secret@host/bucket/x?token=abc") == "s3://host/bucket/x"
     assert urls.redacted("/data/x?y.mrcs") == "/data/x?y.mrcs"
+    assert urls.redacted("http://me:word@host/x.mrcs?abc") == "http://host/x.mrcs"
+
+
+def test_messages_show_names_whole() -> None:
+    for url in ("s3://bucket/run?.zarr/c/0", "s3://bucket/run[1]#2/a b%20", "gs://b/x?/y=z", "memory://a/*"):
+        assert urls.redacted(url) == url
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scalecryo.data.conversion.normalise import Recipe, choose_recipe, crops, normalise
+from scalecryo.data.conversion.normalise import Normalisation, choose_normalisation, crops, normalise
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.physics.fft import fourier_crop_2d
 
@@ -27,7 +27,7 @@ def test_background_rule(offset: float, sign: int) -> None:
     radius = np.hypot(*(np.mgrid[:box, :box] - box // 2))
     background = source.astype(np.float64)[:, radius > 0.375 * box]
     mean, sigma = background.mean(axis=1), background.std(axis=1)
-    stored, stored_mean, scale = normalise(source.copy(), Recipe(box, sign))
+    stored, stored_mean, scale = normalise(source.copy(), Normalisation(box, sign))
     # float32 holds pixels at an offset of 32768 to 2e-3 of their σ.
     tolerance = 1e-5 + offset * 2**-23
     assert stored_mean == pytest.approx(sign * mean, abs=tolerance)
@@ -42,7 +42,7 @@ def test_constant_and_not_finite_images_show() -> None:
     source[3, 3, 4] = np.inf
     for normalisation in ("background", "common"):
         with np.errstate(invalid="ignore"):
-            stored, _, _ = normalise(source.copy(), Recipe(16, 1, normalisation, 2.0))
+            stored, _, _ = normalise(source.copy(), Normalisation(16, 1, normalisation, 2.0))
         assert np.isfinite(stored).all(axis=(1, 2)).tolist() == [True, False, False, False]
 
 
@@ -50,10 +50,10 @@ def test_constant_and_not_finite_images_show() -> None:
     ("contrast", "sign"), [(0.3, 1), (-0.3, -1), (0.0, 1)], ids=["bright", "dark", "nothing to see"]
 )
 def test_sign_of_simulated_contrast(contrast: float, sign: int) -> None:
-    recipe, reason = choose_recipe(_images(50, 32, contrast), 32, None)
-    assert recipe == Recipe(32, sign, "background", 1.0)
+    normalisation, reason = choose_normalisation(_images(50, 32, contrast), 32, None)
+    assert normalisation == Normalisation(32, sign, "background", 1.0)
     assert {0.3: "bright", -0.3: "dark", 0.0: "unclear"}[contrast] in reason
-    asked, reason = choose_recipe(_images(50, 32, contrast), 32, -1)
+    asked, reason = choose_normalisation(_images(50, 32, contrast), 32, -1)
     assert (asked.sign, reason) == (-1, "as asked")
 
 
@@ -68,17 +68,17 @@ def test_sign_of_simulated_contrast(contrast: float, sign: int) -> None:
 )
 def test_real_and_simulated_stacks(shared_data: Path, name: str, sign: int, normalisation: str) -> None:
     images = Stack.open(str(shared_data / name)).read(slice(0, 50))
-    recipe, _ = choose_recipe(images, images.shape[-1], None)
-    assert (recipe.sign, recipe.normalisation) == (sign, normalisation)
+    chosen, _ = choose_normalisation(images, images.shape[-1], None)
+    assert (chosen.sign, chosen.kind) == (sign, normalisation)
 
 
 def test_noise_free_stack_shares_one_scale() -> None:
     y, x = np.mgrid[:32, :32] - 16
     blob = np.exp(-(y**2 + x**2) / 18)
     source = (np.arange(1, 5)[:, None, None] * blob + 7).astype(np.float32)
-    recipe, _ = choose_recipe(source.copy(), 32, None)
-    assert recipe.normalisation == "common"
-    stored, mean, scale = normalise(source.copy(), recipe)
+    normalisation, _ = choose_normalisation(source.copy(), 32, None)
+    assert normalisation.kind == "common"
+    stored, mean, scale = normalise(source.copy(), normalisation)
     # Relative brightness of the images survives; the background goes to 0 but for the blob's tail there, e^-8.
     peaks = stored[:, 16, 16]
     assert peaks / peaks[0] == pytest.approx(np.arange(1, 5), rel=1e-4)
@@ -88,7 +88,7 @@ def test_noise_free_stack_shares_one_scale() -> None:
 
 def test_cropping_keeps_white_noise() -> None:
     source = np.random.default_rng(2).normal(5, 2, (20, 64, 64)).astype(np.float32)
-    stored, _, scale = normalise(source, Recipe(32))
+    stored, _, scale = normalise(source, Normalisation(32))
     # σ of a small box: the Nyquist row and column are empty, (31/32) of σ; error of σ from 20 · 500 px is 0.7 %.
     assert stored.shape == (20, 32, 32)
     assert scale.mean() == pytest.approx(2 * 31 / 32, rel=0.03)
@@ -106,12 +106,12 @@ def test_levels_from_one_transform(box: int, levels: tuple[int, ...]) -> None:
 
 def test_memory_that_starts_anywhere_gives_the_same_bytes() -> None:
     source = _images(4, 44, 1.0)
-    reference, *_ = normalise(source.copy(), Recipe(44))
+    reference, *_ = normalise(source.copy(), Normalisation(44))
     for offset in (4, 8, 20, 32):
         memory = np.empty(source.nbytes + 128, np.uint8)
         start = -memory.ctypes.data % 64 + offset
         moved = memory[start : start + source.nbytes].view(np.float32).reshape(source.shape)
         moved[:] = source
-        stored, *_ = normalise(moved, Recipe(44))
+        stored, *_ = normalise(moved, Normalisation(44))
         assert np.array_equal(stored, reference)
         assert np.array_equal(crops(stored, (32,))[0], crops(reference, (32,))[0])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scalecryo.data.permutation import permute
 from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.permutation import permute
 from scalecryo.errors import ConfigError
 
 ORDERS = st.builds(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import starfile
 
-from scalecryo.data.formats.star import read_particles, read_poses, write_particles, write_with_poses
+from scalecryo.data.formats.relion import read_particles, read_poses, write_particles, write_with_poses
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError, MissingInputError
 

@@ -68,11 +68,11 @@ def test_anything_else_is_refused(data: bytes) -> None:
 
 def test_cryodrgn_conversions(shared_data: Path) -> None:
     """Reference: what cryoDRGN's own parsers made of a RELION and of a cryoSPARC refinement."""
-    from scalecryo.data.formats import cryosparc, star
+    from scalecryo.data.formats import cryosparc, relion
 
     folder = shared_data / "metadata"
     rotation, fraction = cryodrgn.read_poses(str(folder / "star/pfcrt_relion30.pose.pkl"))
-    poses = star.read_poses(str(folder / "star/pfcrt_relion30.star"))
+    poses = relion.read_poses(str(folder / "star/pfcrt_relion30.star"))
     assert np.abs(rotation - poses.rotation).max() < 1e-6  # single precision
     assert poses.shift is not None
     assert np.abs(fraction * 300 * 1.035 - poses.shift).max() < 1e-4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from scalecryo.data.formats.star import read_particles
+from scalecryo.data.formats.relion import read_particles
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.simulation import Imaging, Projector, draw_particles, fit_map, noise_sigma
 from scalecryo.errors import InputError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from scalecryo.data.conversion.resample import plan_resampling
-from scalecryo.data.conversion.source import Reading, read_source
+from scalecryo.data.conversion.source import ReadOptions, read_source
 from scalecryo.data.formats import csrows
 from scalecryo.data.formats.mrc import Stack, StackWriter
 from scalecryo.data.io import urls
@@ -42,7 +42,7 @@ def test_stacks_outside_the_data_folder(tmp_path: Path) -> None:
         star = table(inside / "p.star", f"1@{name}")
         with pytest.raises(InputError, match=r"x\.mrcs is outside --data-dir .*; add --allow-outside"):
             read_source(star, str(inside))
-        assert read_source(star, str(inside), Reading(allow_outside=True)).stacks[0].count == 3
+        assert read_source(star, str(inside), ReadOptions(allow_outside=True)).stacks[0].count == 3
     # A symbolic link inside is the user's own doing, and a path may turn within the folder.
     (inside / "link.mrcs").symlink_to(outside)
     (inside / "sub").mkdir()
@@ -210,7 +210,7 @@ def test_ctf_and_poses_of_a_bare_stack(tmp_path: Path) -> None:
     bare = str(stack(tmp_path / "x.mrcs", pixel_size=0))
     with pytest.raises(InputError, match=r"no pixel size, .* or give --pixel-size"):
         read_source(bare)
-    found = read_source(bare, None, Reading(pixel_size=2.0, ctf=CTF + ",phase_shift=90"))
+    found = read_source(bare, None, ReadOptions(pixel_size=2.0, ctf=CTF + ",phase_shift=90"))
     assert found.pixel_size == 2
     columns = found.table.columns
     assert columns["defocus_v"].tolist() == [15000] * 3
@@ -220,17 +220,17 @@ def test_ctf_and_poses_of_a_bare_stack(tmp_path: Path) -> None:
     rotation *= np.linalg.det(rotation)[:, None, None]
     (tmp_path / "poses.pkl").write_bytes(pickle.dumps((rotation.astype(np.float32), np.full((3, 2), 0.25, np.float32))))
     (tmp_path / "ctf.pkl").write_bytes(pickle.dumps(np.tile([16, 1.0, 15000, 14000, 10, 300, 2.7, 0.1, 0], (3, 1))))
-    how = Reading(ctf=str(tmp_path / "ctf.pkl"), poses=str(tmp_path / "poses.pkl"))
-    found = read_source(bare, None, how)
+    options = ReadOptions(ctf=str(tmp_path / "ctf.pkl"), poses=str(tmp_path / "poses.pkl"))
+    found = read_source(bare, None, options)
     # The CTF file speaks of 16 px of 1 Å: in 8 px the same field of view is 2 Å.
     assert found.pixel_size == 2
     assert found.table.columns["shift"].tolist() == [[-4, -4]] * 3  # −0.25 · 8 px · 2 Å
     assert found.table.columns["rotation"] == pytest.approx(rotation.transpose(0, 2, 1), abs=1e-6)
     (tmp_path / "few.pkl").write_bytes(pickle.dumps(rotation[:2]))
     with pytest.raises(InputError, match=r"few\.pkl: has 2 particles, .* has 3"):
-        read_source(bare, None, Reading(pixel_size=2.0, poses=str(tmp_path / "few.pkl")))
+        read_source(bare, None, ReadOptions(pixel_size=2.0, poses=str(tmp_path / "few.pkl")))
     with pytest.raises(InputError, match="states 1 Å at a box of 16 px"):
-        read_source(bare, None, Reading(pixel_size=1.5, ctf=str(tmp_path / "ctf.pkl")))
+        read_source(bare, None, ReadOptions(pixel_size=1.5, ctf=str(tmp_path / "ctf.pkl")))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_ctf_and_poses_of_a_bare_stack(tmp_path: Path) -> None:
 )
 def test_bad_ctf_values(tmp_path: Path, ctf: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        read_source(str(stack(tmp_path / "x.mrcs")), None, Reading(ctf=ctf))
+        read_source(str(stack(tmp_path / "x.mrcs")), None, ReadOptions(ctf=ctf))
 
 
 def test_pixel_size_is_not_contradicted(tmp_path: Path) -> None:
@@ -254,13 +254,13 @@ def test_pixel_size_is_not_contradicted(tmp_path: Path) -> None:
     star = table(tmp_path / "p.star", "1@a.mrcs", "1@b.mrcs")
     with pytest.raises(InputError, match="headers state pixel sizes from 3 to 4 Å, and the table none"):
         read_source(star)
-    assert read_source(star, None, Reading(pixel_size=3.5)).pixel_size == 3.5
+    assert read_source(star, None, ReadOptions(pixel_size=3.5)).pixel_size == 3.5
     stated = table(tmp_path / "q.star", "1@a.mrcs", columns="_rlnImagePixelSize #2\n", values="1.0")
     assert read_source(stated).pixel_size == 1  # the table goes before the header
     with pytest.raises(InputError, match="states a pixel size of 1 Å, not 3"):
-        read_source(stated, None, Reading(pixel_size=3.0))
+        read_source(stated, None, ReadOptions(pixel_size=3.0))
     with pytest.raises(InputError, match="a pixel size is positive"):
-        read_source(star, None, Reading(pixel_size=-1.0))
+        read_source(star, None, ReadOptions(pixel_size=-1.0))
 
 
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
@@ -268,9 +268,9 @@ def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\.pkl files go with it by --poses and --ctf"):
         read_source(str(tmp_path / "poses.pkl"))
     with pytest.raises(InputError, match="--passthrough is for cryoSPARC's"):
-        read_source(str(stack(tmp_path / "x.mrcs")), None, Reading(passthrough=("x.cs",)))
+        read_source(str(stack(tmp_path / "x.mrcs")), None, ReadOptions(passthrough=("x.cs",)))
     with pytest.raises(InputError, match=r"poses are given as cryoDRGN's \.pkl"):
-        read_source(str(tmp_path / "x.mrcs"), None, Reading(poses="x.star"))
+        read_source(str(tmp_path / "x.mrcs"), None, ReadOptions(poses="x.star"))
 
 
 # ------------------------------------------------------------- several pixel sizes
@@ -297,7 +297,7 @@ def test_mixed_optics(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=r"pixel sizes from 1 to 2 Å; .* let --mixed-optics resample do it"):
         read_source(str(star))
-    found = read_source(str(star), None, Reading(mixed_optics="resample"))
+    found = read_source(str(star), None, ReadOptions(mixed_optics="resample"))
     assert (found.box_size, found.pixel_size) == (32, 2.0)
     fine, coarse = (one.read([0])[0] for one in found.stacks)
     # Its transform falls to 4e-14 at the coarse Nyquist frequency, and it to 1e-6 at the edge.
@@ -317,6 +317,6 @@ def test_mixed_optics_of_cryosparc(tmp_path: Path) -> None:
         "alignments3D/shift": np.ones((2, 2), np.float32),
     })  # fmt: skip
     (tmp_path / "p.cs").write_bytes(csrows.encode(rows))
-    found = read_source(str(tmp_path / "p.cs"), None, Reading(mixed_optics="resample"))
+    found = read_source(str(tmp_path / "p.cs"), None, ReadOptions(mixed_optics="resample"))
     assert (found.box_size, found.pixel_size, found.sign) == (12, 2.0, None)
     assert found.table.columns["shift"].tolist() == [[-1.5, -1.5], [-2, -2]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scalecryo.data.formats.mrc import StackWriter, read_map
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.evaluate.align_maps import rotational_symmetry
 
 _POOL = 512

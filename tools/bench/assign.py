@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.star import read_poses
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.stream import Batch, sequential
 from scalecryo.evaluate.align import align_poses

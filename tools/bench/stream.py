@@ -122,9 +122,9 @@ def raw_reader(store: ParticleStore, order: BatchOrder, threads: int) -> Way:
     return run
 
 
-def checked_reader(store: ParticleStore, order: BatchOrder, threads: int, direct: bool = True) -> Way:
-    """The same blocks through the direct reader, checksums and all; over S3 by obstore, or by s3fs."""
-    array = dataclasses.replace(store.image_array(BOX), reader=RangeReader(direct=direct))
+def checked_reader(store: ParticleStore, order: BatchOrder, threads: int) -> Way:
+    """The same blocks through the direct reader, checksums and all."""
+    array = dataclasses.replace(store.image_array(BOX), reader=RangeReader())
     starts = blocks_of(order)
     held = threading.local()
 
@@ -221,9 +221,7 @@ def main() -> None:
         "direct reader, the same blocks": checked_reader(store, order, threads),
         "zarr-python, the same blocks": zarr_reader(store, order, threads),
     }
-    if args.s3:
-        ways["direct reader by s3fs, the same blocks"] = checked_reader(store, order, threads, direct=False)
-    else:
+    if not args.s3:
         ways["np.memmap, shuffled rows"] = memmap_reader(args.work)
     rates: dict[str, list[float]] = {}
     busy: dict[str, list[float]] = {}  # CPU time of all threads, which other programs on the machine change little
@@ -277,7 +275,6 @@ def report(rates: dict[str, list[float]], busy: dict[str, list[float]], threads:
     pairs = (
         ("stream, float32", "MosaicML Streaming, shuffled"), ("stream, float32", "np.memmap, shuffled rows"),
         ("direct reader, the same blocks", "zarr-python, the same blocks"),
-        ("direct reader, the same blocks", "direct reader by s3fs, the same blocks"),
     )  # fmt: skip
     for one, other in pairs:
         if other in middle:

@@ -53,8 +53,8 @@ def step(name: str, path: str) -> None:
     """One measurement, in this process; prints seconds and KiB."""
     import torch
 
-    from scalecryo.data.formats import star
-    from scalecryo.data.formats.startext import text_of
+    from scalecryo.data.formats import relion
+    from scalecryo.data.formats.relion.syntax import text_of
 
     torch.set_num_threads(1)
     start, processor = time.perf_counter(), time.process_time()
@@ -63,11 +63,11 @@ def step(name: str, path: str) -> None:
 
         starfile.read(path)
     elif name != "base":
-        table = star.read_particles(path)
+        table = relion.read_particles(path)
         if name == "write":
             start, processor = time.perf_counter(), time.process_time()
             columns = table.columns
-            star.write_with_poses(
+            relion.write_with_poses(
                 path + ".out", text_of(path), table, columns["rotation"], columns["shift"],
                 np.ones(len(table)), columns["half"],
             )  # fmt: skip

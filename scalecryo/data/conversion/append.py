@@ -7,7 +7,7 @@ whoever comes next takes them.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +16,8 @@ import numpy as np
 from scalecryo.data.conversion.append_plan import AppendPlan
 from scalecryo.data.conversion.convert import content_hash, report_document, write_group
 from scalecryo.data.conversion.quality import REPORT, find_report
-from scalecryo.data.conversion.scheduler import run_tasks
-from scalecryo.data.conversion.shard_task import PENDING, Done, ShardTask, write_shard
-from scalecryo.data.conversion.survey import Report
+from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
+from scalecryo.data.conversion.shard_task import PENDING, ShardTask, write_shard
 from scalecryo.data.conversion.verify import expected_keys
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import writing
@@ -31,16 +30,16 @@ _PLAN = f"{PENDING}/plan.json"
 _COMMIT = f"{PENDING}/commit.json"
 
 
-def _tasks(made: AppendPlan, shards: list[int]) -> Iterator[ShardTask]:
-    store, size = made.store, made.store.shard_rows
+def _tasks(plan: AppendPlan, shards: list[int]) -> Iterator[ShardTask]:
+    store, size = plan.store, plan.store.shard_rows
     block_rows = {level: store.block_rows(level) for level in store.levels}
     for shard in shards:
         start, stop = (max(row - store.count, 0) for row in (shard * size, (shard + 1) * size))
-        table = made.source.table.select(slice(start, stop))
-        stacks = {int(number): made.source.stacks[number] for number in np.unique(table.columns["stack"])}
+        table = plan.source.table.select(slice(start, stop))
+        stacks = {int(number): plan.source.stacks[number] for number in np.unique(table.columns["stack"])}
         kept = max(store.count - shard * size, 0)
         yield ShardTask(
-            store.url, shard, table, stacks, made.recipe, store.dtype, size, block_rows, store.columns, kept
+            store.url, shard, table, stacks, plan.normalisation, store.dtype, size, block_rows, store.columns, kept
         )
 
 
@@ -52,13 +51,13 @@ def _pending(store_url: str, key: str) -> dict[str, Any]:
     return found
 
 
-def _abandon(made: AppendPlan, shards: int) -> None:
+def _abandon(plan: AppendPlan, shards: int) -> None:
     """Undo an unfinished append of other particles: the last old shard again as it was, nothing past it."""
-    store, size = made.store, made.store.shard_rows
+    store, size = plan.store, plan.store.shard_rows
     last, rest = divmod(store.count, size)
     if rest:
-        nobody = replace(made.source, table=made.source.table.select(slice(0, 0)))
-        write_shard(next(_tasks(replace(made, source=nobody), [last])))
+        nobody = replace(plan.source, table=plan.source.table.select(slice(0, 0)))
+        write_shard(next(_tasks(replace(plan, source=nobody), [last])))
     for shard in range(store.shards, shards):
         urls.remove_tree(urls.join(store.url, MANIFESTS, f"{shard:08d}.json"))
         for key in expected_keys(store, shard):
@@ -66,12 +65,12 @@ def _abandon(made: AppendPlan, shards: int) -> None:
     urls.remove_tree(urls.join(store.url, PENDING))
 
 
-def _todo(made: AppendPlan) -> list[int]:
+def _todo(plan: AppendPlan) -> list[int]:
     """Shards that are not written yet."""
-    store = made.store
+    store = plan.store
     last, rest = divmod(store.count, store.shard_rows)
     present = set(urls.list_folder(urls.join(store.url, MANIFESTS)))
-    shards = range(last, -(-int(made.attrs["count"]) // store.shard_rows))
+    shards = range(last, -(-int(plan.attrs["count"]) // store.shard_rows))
     todo = [shard for shard in shards if f"{shard:08d}.json" not in present]
     if rest:
         name = f"{last:08d}.json"
@@ -82,14 +81,14 @@ def _todo(made: AppendPlan) -> list[int]:
 
 
 def append(
-    made: AppendPlan, *, workers: int = 0, scheduler: str | None = None, report: Report | None = None
+    plan: AppendPlan, *, workers: int = 0, scheduler: str | None = None, progress: ProgressCallback | None = None
 ) -> dict[str, Any]:
     """Carry out a plan; an unfinished append of the same particles goes on.
 
     Args:
-        made: from `plan_append`.
+        plan: from `plan_append`.
         workers, scheduler: who writes (`run_tasks`).
-        report: called with new particles done and new particles in all.
+        progress: called with new particles done and new particles in all.
 
     Returns:
         The attributes of the store.
@@ -98,53 +97,38 @@ def append(
         OutputError: another conversion writes to the store, or the disk is full.
         InputError: an image cannot be used; the store stays as it was.
     """
-    store = made.store
-    with writing(store.url, made.attrs["plan_hash"]) as renew:
+    store = plan.store
+    with writing(store.url, plan.attrs["plan_hash"]) as renew:
         if read_attributes(store.url).get("plan_hash") != store.attrs["plan_hash"]:
             raise OutputError(f"{urls.redacted(store.url)}: was changed by another conversion; run this again")
         begun = _pending(store.url, _PLAN)
-        if begun and begun["plan_hash"] != made.attrs["plan_hash"]:
-            _abandon(made, int(begun["shards"]))
+        if begun and begun["plan_hash"] != plan.attrs["plan_hash"]:
+            _abandon(plan, int(begun["shards"]))
         urls.remove_leftovers(store.url)
-        begun = {"plan_hash": made.attrs["plan_hash"], "shards": -(-made.attrs["count"] // store.shard_rows)}
+        begun = {"plan_hash": plan.attrs["plan_hash"], "shards": -(-plan.attrs["count"] // store.shard_rows)}
         urls.write_bytes_atomic(urls.join(store.url, _PLAN), json.dumps(begun).encode())
-        _write(made, renew, workers, scheduler, report)
-        _prepare_commit(made)
+        todo = _todo(plan)
+        done = plan.count - sum(len(task.table) for task in _tasks(plan, todo))
+        run_tasks(write_shard, _tasks(plan, todo), lambda _: renew(), total=plan.count, done=done, workers=workers,
+                  scheduler=scheduler, progress=progress)  # fmt: skip
+        _prepare_commit(plan)
         return _roll_forward(store.url)
 
 
-def _write(
-    made: AppendPlan, renew: Callable[[], None], workers: int, scheduler: str | None, report: Report | None
-) -> None:
-    tasks = _todo(made)
-    done = made.count - sum(len(task.table) for task in _tasks(made, tasks))
-
-    def finished(result: Done) -> None:
-        nonlocal done
-        done += result.rows
-        renew()
-        if report:
-            report(done, made.count)
-
-    if report:
-        report(done, made.count)
-    run_tasks(write_shard, _tasks(made, tasks), finished, workers=workers, scheduler=scheduler)
-
-
-def _prepare_commit(made: AppendPlan) -> None:
+def _prepare_commit(plan: AppendPlan) -> None:
     """Write every document that changes aside, and then what the last steps are."""
-    store = made.store
-    old, new = store.table(), made.source.table
+    store = plan.store
+    old, new = store.table(), plan.source.table
     columns = {name: np.concatenate([old.columns[name], new.columns[name]]) for name in old.columns}
     table = ParticleTable(old.pixel_size, new.stacks, columns)
     before = _pending(store.url, REPORT).get("optics_groups", [])
-    contrast = {item["optics_group"]: item for item in (*before, *made.contrast) if "reason" in item}
+    contrast = {item["optics_group"]: item for item in (*before, *plan.contrast) if "reason" in item}
     judged = [{key: item[key] for key in ("optics_group", "sign", "reason")} for item in contrast.values()]
-    attrs = {**made.attrs, "content_hash": content_hash(store.url, made.attrs)}
+    attrs = {**plan.attrs, "content_hash": content_hash(store.url, plan.attrs)}
     known = {**COLUMNS, **IMAGE_COLUMNS}
     documents = metadata_of(attrs, {name: known[name] for name in store.columns})
     group = json.loads(documents.pop("zarr.json"))
-    documents |= made.documents
+    documents |= plan.documents
     # A source table that does not hold them all is of no use: exports then write the store's own table.
     tables = [key for key in (SOURCE_TABLE, SOURCE_CS) if urls.exists(urls.join(store.url, key))]
     removed = [key for key in tables if key not in documents]

@@ -8,12 +8,18 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.conversion.normalise import Recipe
+from scalecryo.data.conversion.inspect import (
+    choose,
+    contrast_of_groups,
+    drop_rows,
+    find_bad_images,
+)
+from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, BadImage
-from scalecryo.data.conversion.source import Reading, Source, read_source
-from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
-from scalecryo.data.formats.star_values import Optics, particle_block
-from scalecryo.data.formats.startext import StarText
+from scalecryo.data.conversion.scheduler import ProgressCallback
+from scalecryo.data.conversion.source import ReadOptions, Source, read_source
+from scalecryo.data.formats.relion.syntax import StarText
+from scalecryo.data.formats.relion.values import Optics, particle_block
 from scalecryo.data.io import urls
 from scalecryo.data.particles import COLUMNS, Columns, ParticleTable
 from scalecryo.data.storage.store import SOURCE_STACKS, SOURCE_TABLE, ParticleStore
@@ -29,7 +35,7 @@ class AppendPlan:
     Args:
         store: as it is.
         source: the new particles; its table names stacks by their number in the store.
-        recipe: how the store's images are normalised.
+        normalisation: how the store's images are normalised.
         attrs: of the group when all is done, but for the content hash.
         documents: source table, stacks and images left out, when all is done.
         contrast: what the new optics groups' images suggest.
@@ -38,7 +44,7 @@ class AppendPlan:
 
     store: ParticleStore
     source: Source
-    recipe: Recipe
+    normalisation: Normalisation
     attrs: dict[str, Any] = field(repr=False)
     documents: dict[str, bytes] = field(repr=False)
     contrast: tuple[dict[str, Any], ...]
@@ -50,31 +56,33 @@ class AppendPlan:
         return len(self.source.table)
 
 
-def _refuse_other_kind(store: ParticleStore, found: Source, source: str) -> None:
+def _refuse_other_kind(store: ParticleStore, particles: Source, source: str) -> None:
     """Raise when the new particles do not fit the store."""
     shown = urls.redacted(source)
     box, pixel_size = int(store.attrs["source_box_size"]), store.source_pixel_size
-    if found.box_size != box:
-        raise InputError(f"{shown}: box {found.box_size} px, the store's source had {box} px; extract in that box")
-    if abs(found.pixel_size / pixel_size - 1) > 1e-3:
+    if particles.box_size != box:
+        raise InputError(f"{shown}: box {particles.box_size} px, the store's source had {box} px; extract in that box")
+    if abs(particles.pixel_size / pixel_size - 1) > 1e-3:
         raise InputError(
-            f"{shown}: pixel size {found.pixel_size:.4g} Å, the store's source had {pixel_size:.4g} Å; "
+            f"{shown}: pixel size {particles.pixel_size:.4g} Å, the store's source had {pixel_size:.4g} Å; "
             "rescale the particles, or make another store"
         )
-    missing = [name for name in store.columns if name in COLUMNS and name not in found.table.columns]
+    missing = [name for name in store.columns if name in COLUMNS and name not in particles.table.columns]
     if missing:
         raise InputError(f"{shown}: has no {', '.join(missing)}, which the store has; make another store of it")
 
 
-def _store_recipe(store: ParticleStore, found: Source, source: str, sign: int | None, bad_images: str) -> Recipe:
-    """The store's recipe, after a look at whether the new images are of its kind."""
+def _store_normalisation(
+    store: ParticleStore, particles: Source, source: str, sign: int | None, bad_images: str
+) -> Normalisation:
+    """The store's normalisation, after a look at whether the new images are of its kind."""
     attrs = store.attrs
-    judged, reason = choose(found, store.box_size, None, bad_images)
+    judged, reason = choose(particles, store.box_size, None, bad_images)
     shown = urls.redacted(source)
-    if judged.normalisation != attrs["normalisation"]:
+    if judged.kind != attrs["normalisation"]:
         kinds = {"background": "noisy", "common": "noise-free"}
         raise InputError(
-            f"{shown}: its images look {kinds[judged.normalisation]}, the store's are {kinds[attrs['normalisation']]}; "
+            f"{shown}: its images look {kinds[judged.kind]}, the store's are {kinds[attrs['normalisation']]}; "
             "make another store of them"
         )
     option = {1: "--uninvert", -1: "--invert"}
@@ -88,7 +96,7 @@ def _store_recipe(store: ParticleStore, found: Source, source: str, sign: int | 
             f"{shown}: {reason}, unlike the store's; if that is wrong, say so by {option[attrs['sign']]}, "
             "else make another store of it"
         )
-    return Recipe(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
+    return Normalisation(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
 
 
 def _renumbered(old: ParticleTable, new: Columns) -> Columns:
@@ -104,24 +112,26 @@ def _renumbered(old: ParticleTable, new: Columns) -> Columns:
     return new
 
 
-def _joined_star(store: ParticleStore, found: Source, source: str) -> bytes | None:
+def _joined_star(store: ParticleStore, particles: Source, source: str) -> bytes | None:
     """One source table out of two with the same columns and optics; None when they are not so."""
     before = store.source_star()
-    if before is None or found.star is None:
+    if before is None or particles.star is None:
         return None
-    first, second = StarText(before, store.url), StarText(found.star, urls.redacted(source))
+    first, second = StarText(before, store.url), StarText(particles.star, urls.redacted(source))
     ours, theirs = particle_block(first), particle_block(second)
     if ours.columns != theirs.columns or ours.single is not None or theirs.single is not None:
         return None
     optics = [Optics.read(text) for text in (first, second)]
-    tables = [None if found is None else (found.groups.tolist(), found.columns) for found in optics]
+    tables = [None if groups is None else (groups.groups.tolist(), groups.columns) for groups in optics]
     if tables[0] != tables[1]:
         return None
     rows = second.text[theirs.body : theirs.stop].strip(b"\n")
     return bytes(first.text[: ours.stop].rstrip() + b"\n" + rows + b"\n\n" + first.text[ours.stop :])
 
 
-def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: str) -> tuple[Source, dict[str, Any]]:
+def _in_store(
+    store: ParticleStore, old: ParticleTable, particles: Source, source: str
+) -> tuple[Source, dict[str, Any]]:
     """The new particles with the store's stack numbers and source rows, and the store's list of stacks.
 
     Raises:
@@ -130,11 +140,11 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
     stacks = json.loads(urls.read_bytes(urls.join(store.url, SOURCE_STACKS)))
     known = {pair: number for number, pair in enumerate(zip(stacks["names"], stacks["urls"], strict=True))}
     numbers, opened = [], {}
-    for name, stack in zip(found.table.stacks, found.stacks, strict=True):
+    for name, stack in zip(particles.table.stacks, particles.stacks, strict=True):
         number = known.setdefault((name, urls.redacted(urls.absolute(stack.url))), len(known))
         numbers.append(number)
         opened[number] = stack
-    columns = {name: values for name, values in found.table.columns.items() if name in store.columns}
+    columns = {name: values for name, values in particles.table.columns.items() if name in store.columns}
     columns["stack"] = np.array(numbers)[columns["stack"]]
     columns["source_row"] = columns["source_row"] + int(store.attrs.get("source_rows", store.count))
     there = _pairs(old.columns)
@@ -143,12 +153,12 @@ def _in_store(store: ParticleStore, old: ParticleTable, found: Source, source: s
         row = int(np.flatnonzero(again)[0])
         raise InputError(
             f"{urls.redacted(source)}: {int(again.sum()):,} of its {len(again):,} particles are in the store already, "
-            f"such as {found.table.image_names()[row]}; leave them out of the table"
+            f"such as {particles.table.image_names()[row]}; leave them out of the table"
         )
     names, addresses = zip(*known, strict=True)
-    table = ParticleTable(found.table.pixel_size, tuple(names), columns)
-    every = tuple(opened.get(number, found.stacks[0]) for number in range(len(names)))
-    return replace(found, table=table, stacks=every), {**stacks, "names": names, "urls": addresses}
+    table = ParticleTable(particles.table.pixel_size, tuple(names), columns)
+    every = tuple(opened.get(number, particles.stacks[0]) for number in range(len(names)))
+    return replace(particles, table=table, stacks=every), {**stacks, "names": names, "urls": addresses}
 
 
 def _pairs(columns: Columns) -> npt.NDArray[np.int64]:
@@ -166,15 +176,15 @@ def plan_append(
     *,
     workers: int = 0,
     scheduler: str | None = None,
-    report: Report | None = None,
-    how: Reading | None = None,
+    progress: ProgressCallback | None = None,
+    options: ReadOptions | None = None,
 ) -> AppendPlan:
     """Read the new table and headers, and check that its particles are of the store's kind.
 
     Args:
         source: the new particles, as for `plan`.
         store_url: a complete store.
-        data_dir, sign, bad_images, workers, scheduler, report, how: as for `plan`.
+        data_dir, sign, bad_images, workers, scheduler, progress, options: as for `plan`.
 
     Raises:
         MissingInputError: store, table or a stack does not exist.
@@ -182,21 +192,22 @@ def plan_append(
         InputError: the particles do not fit the store, or are in it already.
     """
     store = ParticleStore.open(store_url)
-    found = read_source(source, data_dir, how)
-    if found.resampling:
+    particles = read_source(source, data_dir, options)
+    if particles.resampling:
         raise InputError(
             f"{urls.redacted(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
         )
-    check_addresses(found)
-    _refuse_other_kind(store, found, source)
-    recipe = _store_recipe(store, found, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images)
+    _refuse_other_kind(store, particles, source)
+    normalisation = _store_normalisation(
+        store, particles, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images
+    )
     excluded: tuple[BadImage, ...] = ()
     if bad_images == "exclude":
-        excluded = look(found, recipe, store.dtype, workers, scheduler, report)
-        found = without(found, excluded)
+        excluded = find_bad_images(particles, normalisation, store.dtype, workers, scheduler, progress)
+        particles = drop_rows(particles, excluded)
     old = store.table()
-    star = _joined_star(store, found, source)
-    placed, stacks = _in_store(store, old, found, source)
+    star = _joined_star(store, particles, source)
+    placed, stacks = _in_store(store, old, particles, source)
     if star is None:
         table = ParticleTable(placed.table.pixel_size, placed.table.stacks, _renumbered(old, placed.table.columns))
         placed = replace(placed, table=table)
@@ -215,7 +226,9 @@ def plan_append(
     ]
     identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
     attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return AppendPlan(store, placed, recipe, attrs, documents, contrast_of_groups(placed, store.box_size), excluded)
+    return AppendPlan(
+        store, placed, normalisation, attrs, documents, contrast_of_groups(placed, store.box_size), excluded
+    )
 
 
 def _left_out(store: ParticleStore, excluded: tuple[BadImage, ...], rows_before: int) -> list[dict[str, Any]]:

@@ -7,19 +7,24 @@ and then its manifest, so an interrupted conversion goes on where it stopped and
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from scalecryo import __version__
-from scalecryo.data.conversion.normalise import Recipe
+from scalecryo.data.conversion.inspect import (
+    choose,
+    contrast_of_groups,
+    drop_rows,
+    find_bad_images,
+)
+from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, REPORT, BadImage, find_report
-from scalecryo.data.conversion.scheduler import run_tasks
-from scalecryo.data.conversion.shard_task import Done, ShardTask, shard_task, write_shard
-from scalecryo.data.conversion.source import Reading, Source, read_source
-from scalecryo.data.conversion.survey import Report, check_addresses, choose, contrast_of_groups, look, without
+from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
+from scalecryo.data.conversion.shard_task import ShardTask, shard_task, write_shard
+from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import LOCK, writing
 from scalecryo.data.particles import COLUMNS, ParticleTable
@@ -43,7 +48,7 @@ class ConvertPlan:
 
     Args:
         source: the table and its stacks, without the images that are left out.
-        recipe: how images are stored.
+        normalisation: how images are stored.
         sign_reason: why with this sign.
         dtype, levels, shard_rows: of the store.
         attrs: of the store's group.
@@ -52,7 +57,7 @@ class ConvertPlan:
     """
 
     source: Source
-    recipe: Recipe
+    normalisation: Normalisation
     sign_reason: str
     dtype: str
     levels: tuple[int, ...]
@@ -83,18 +88,18 @@ class ConvertPlan:
             "urls": [urls.redacted(urls.absolute(stack.url)) for stack in self.source.stacks],
         }
         if self.source.resampling:
-            stacks["resampling"] = [[how.fourier_box, how.box_size] for how in self.source.resampling]
+            stacks["resampling"] = [[item.fourier_box, item.box_size] for item in self.source.resampling]
             stacks["pixel_sizes"] = self.source.table.stack_pixel_sizes
             stacks["boxes"] = self.source.table.stack_boxes
-        found: dict[str, Any] = {SOURCE_STACKS: json.dumps(stacks).encode()}
+        documents: dict[str, Any] = {SOURCE_STACKS: json.dumps(stacks).encode()}
         if self.source.star is not None:
-            found[SOURCE_TABLE] = np.frombuffer(self.source.star, np.uint8)
+            documents[SOURCE_TABLE] = np.frombuffer(self.source.star, np.uint8)
         if self.source.cs is not None:
-            found[SOURCE_CS] = self.source.cs
+            documents[SOURCE_CS] = self.source.cs
         if self.excluded:
             rows = [{"source_row": bad.source_row, "image": bad.name, "problem": bad.problem} for bad in self.excluded]
-            found[EXCLUDED] = json.dumps(rows, indent=1).encode()
-        return found
+            documents[EXCLUDED] = json.dumps(rows, indent=1).encode()
+        return documents
 
 
 def plan(
@@ -107,8 +112,8 @@ def plan(
     *,
     workers: int = 0,
     scheduler: str | None = None,
-    report: Report | None = None,
-    how: Reading | None = None,
+    progress: ProgressCallback | None = None,
+    options: ReadOptions | None = None,
 ) -> ConvertPlan:
     """Read the table and the headers, look at a sample of images, and decide everything.
 
@@ -120,8 +125,8 @@ def plan(
         sign: None to judge, `invert`, or `uninvert` to keep the source's contrast.
         bad_images: `exclude` looks at every image now and leaves out those that cannot be stored.
         workers, scheduler: who looks (`run_tasks`).
-        report: called with particles looked at and particles in all.
-        how: what else to know for reading the source.
+        progress: called with particles looked at and particles in all.
+        options: what else to know for reading the source.
 
     Raises:
         MissingInputError: the table or a stack does not exist.
@@ -129,65 +134,68 @@ def plan(
     """
     if dtype not in ("float16", "float32"):
         raise InputError(f"--dtype {dtype}: images are stored as float16 or float32")
-    found = read_source(source, data_dir, how)
-    check_addresses(found)
-    if box is not None and (box % 2 or not 0 < box <= found.box_size):
-        raise InputError(f"--box {box}: the box must be even and at most the source's {found.box_size} px")
-    box = box or found.box_size
+    particles = read_source(source, data_dir, options)
+    if box is not None and (box % 2 or not 0 < box <= particles.box_size):
+        raise InputError(f"--box {box}: the box must be even and at most the source's {particles.box_size} px")
+    box = box or particles.box_size
     asked = {None: None, "invert": -1, "uninvert": 1}[sign]
-    recipe, reason = choose(found, box, asked or found.sign, bad_images)
-    if asked is None and found.sign is not None:
+    normalisation, reason = choose(particles, box, asked or particles.sign, bad_images)
+    if asked is None and particles.sign is not None:
         reason = "as blob/sign says"
     excluded: tuple[BadImage, ...] = ()
     if bad_images == "exclude":
-        excluded = look(found, recipe, dtype, workers, scheduler, report)
-        found = without(found, excluded)
-    attrs = _attributes(source, found, recipe, dtype, len(excluded))
-    contrast = contrast_of_groups(found, box)
+        excluded = find_bad_images(particles, normalisation, dtype, workers, scheduler, progress)
+        particles = drop_rows(particles, excluded)
+    attrs = _attributes(source, particles, normalisation, dtype, len(excluded))
+    contrast = contrast_of_groups(particles, box)
     return ConvertPlan(
-        found, recipe, reason, dtype, tuple(attrs["levels"]), attrs["shard_rows"], attrs, excluded, contrast
+        particles, normalisation, reason, dtype, tuple(attrs["levels"]), attrs["shard_rows"], attrs, excluded, contrast
     )
 
 
-def _attributes(source: str, found: Source, recipe: Recipe, dtype: str, excluded: int) -> dict[str, Any]:
+def _attributes(
+    source: str, particles: Source, normalisation: Normalisation, dtype: str, excluded: int
+) -> dict[str, Any]:
     """Attributes of a new store, with the hash of all that decides its bytes."""
-    box, count = recipe.box_size, len(found.table)
+    box, count = normalisation.box_size, len(particles.table)
     levels, shard_rows = levels_of(box), shard_rows_of(box, dtype, count)
     attrs: dict[str, Any] = {
         "scalecryo_version": __version__,
         "format_version": FORMAT_VERSION,
         "count": count,
         "box_size": box,
-        "pixel_size": found.pixel_size * found.box_size / box,
+        "pixel_size": particles.pixel_size * particles.box_size / box,
         "dtype": dtype,
         "levels": list(levels),
         "shard_rows": shard_rows,
         "block_rows": {str(level): min(block_rows_of(level, dtype, count), shard_rows) for level in levels},
-        "columns": [*(name for name in COLUMNS if name in found.table.columns), *IMAGE_COLUMNS],
+        "columns": [*(name for name in COLUMNS if name in particles.table.columns), *IMAGE_COLUMNS],
         "contrast": "protein-bright",
-        "sign": recipe.sign,
-        "normalisation": recipe.normalisation,
-        "common_scale": recipe.common_scale,
+        "sign": normalisation.sign,
+        "normalisation": normalisation.kind,
+        "common_scale": normalisation.common_scale,
         "source": urls.redacted(urls.absolute(source)),
-        "source_box_size": found.box_size,
+        "source_box_size": particles.box_size,
         "source_rows": count + excluded,
         "excluded": excluded,
     }
-    attrs["plan_hash"] = plan_hash(attrs, found)
+    attrs["plan_hash"] = plan_hash(attrs, particles)
     return attrs
 
 
-def plan_hash(attrs: dict[str, Any], found: Source) -> str:
+def plan_hash(attrs: dict[str, Any], particles: Source) -> str:
     """Hash of attributes and source: conversions of one plan write the same bytes."""
     identity = {key: value for key, value in attrs.items() if key not in ("scalecryo_version", "source")}
-    return hashlib.sha256(json.dumps([identity, found.fingerprint()], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([identity, particles.fingerprint()], sort_keys=True).encode()).hexdigest()
 
 
-def _tasks(made: ConvertPlan, store_url: str, shards: list[int]) -> Iterator[ShardTask]:
-    block_rows = {level: int(made.attrs["block_rows"][str(level)]) for level in made.levels}
-    columns = tuple(made.attrs["columns"])
+def _tasks(plan: ConvertPlan, store_url: str, shards: list[int]) -> Iterator[ShardTask]:
+    block_rows = {level: int(plan.attrs["block_rows"][str(level)]) for level in plan.levels}
+    columns = tuple(plan.attrs["columns"])
     for shard in shards:
-        yield shard_task(store_url, made.source, made.recipe, made.dtype, made.shard_rows, block_rows, columns, shard)
+        yield shard_task(
+            store_url, plan.source, plan.normalisation, plan.dtype, plan.shard_rows, block_rows, columns, shard
+        )
 
 
 def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
@@ -214,7 +222,7 @@ def write_group(store_url: str, group: dict[str, Any], attrs: dict[str, Any]) ->
     urls.write_bytes_atomic(urls.join(store_url, "zarr.json"), document)
 
 
-def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> None:
+def _clear_destination(plan: ConvertPlan, store_url: str, overwrite: bool) -> None:
     """Remove what may be replaced; leave this very conversion unfinished to go on; refuse anything else."""
     attrs = check_destination(store_url, overwrite)
     shown = urls.redacted(store_url)
@@ -224,7 +232,7 @@ def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> No
         write_group(store_url, {"zarr_format": 3, "node_type": "group"}, known)
         for name in set(urls.list_folder(store_url)) - {LOCK, "zarr.json"}:
             urls.remove_tree(urls.join(store_url, name))
-    elif attrs and attrs.get("plan_hash") != made.attrs["plan_hash"]:
+    elif attrs and attrs.get("plan_hash") != plan.attrs["plan_hash"]:
         raise OutputExistsError(
             f"{shown}: holds an unfinished conversion of other data or with other options; "
             "add --overwrite to replace it"
@@ -234,22 +242,22 @@ def _clear_destination(made: ConvertPlan, store_url: str, overwrite: bool) -> No
 
 
 def convert(
-    made: ConvertPlan,
+    plan: ConvertPlan,
     store_url: str,
     *,
     workers: int = 0,
     scheduler: str | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Carry out a plan; an unfinished store of the same plan is completed.
 
     Args:
-        made: from `plan`.
+        plan: from `plan`.
         store_url: path or URL of the store.
         workers, scheduler: who writes (`run_tasks`); each thread holds some tens of MiB on disk, one shard elsewhere.
         overwrite: replace a store that is there.
-        report: called with particles done and particles in all.
+        progress: called with particles done and particles in all.
 
     Returns:
         The attributes of the finished store.
@@ -260,60 +268,39 @@ def convert(
         InputError: an image cannot be used; what was written stays incomplete and is refused by readers.
     """
     check_destination(store_url, overwrite)
-    with writing(store_url, made.attrs["plan_hash"]) as renew:
-        _clear_destination(made, store_url, overwrite)
-        attrs = {**made.attrs, "complete": False}
+    with writing(store_url, plan.attrs["plan_hash"]) as renew:
+        _clear_destination(plan, store_url, overwrite)
+        attrs = {**plan.attrs, "complete": False}
         known = {**COLUMNS, **IMAGE_COLUMNS}
         documents = metadata_of(attrs, {name: known[name] for name in attrs["columns"]})
         group = json.loads(documents.pop("zarr.json"))
         write_group(store_url, group, attrs)
-        write_objects(store_url, "metadata", {**documents, **made.documents()})
+        write_objects(store_url, "metadata", {**documents, **plan.documents()})
 
-        _write_shards(made, store_url, renew, workers, scheduler, report)
-        if read_attributes(store_url).get("plan_hash") != made.attrs["plan_hash"]:
+        present = set(urls.list_folder(urls.join(store_url, MANIFESTS)))
+        todo = [shard for shard in range(plan.shards) if f"{shard:08d}.json" not in present]
+        done = plan.count - sum(min(plan.shard_rows, plan.count - shard * plan.shard_rows) for shard in todo)
+        run_tasks(write_shard, _tasks(plan, store_url, todo), lambda _: renew(), total=plan.count, done=done,
+                  workers=workers, scheduler=scheduler, progress=progress)  # fmt: skip
+        if read_attributes(store_url).get("plan_hash") != plan.attrs["plan_hash"]:
             raise OutputError(f"{urls.redacted(store_url)}: another conversion took this place; choose another")
-        attrs = finish(store_url, attrs, made.source.table, made.contrast)
+        attrs = finish(store_url, attrs, plan.source.table, plan.contrast)
         write_group(store_url, group, attrs)
     return attrs
-
-
-def _write_shards(
-    made: ConvertPlan,
-    store_url: str,
-    renew: Callable[[], None],
-    workers: int,
-    scheduler: str | None,
-    report: Report | None,
-) -> None:
-    """Write the shards whose manifests are not there yet."""
-    present = set(urls.list_folder(urls.join(store_url, MANIFESTS)))
-    todo = [shard for shard in range(made.shards) if f"{shard:08d}.json" not in present]
-    done = made.count - sum(min(made.shard_rows, made.count - shard * made.shard_rows) for shard in todo)
-    if report:
-        report(done, made.count)
-
-    def finished(result: Done) -> None:
-        nonlocal done
-        done += result.rows
-        renew()
-        if report:
-            report(done, made.count)
-
-    run_tasks(write_shard, _tasks(made, store_url, todo), finished, workers=workers, scheduler=scheduler)
 
 
 def finish(
     store_url: str, attrs: dict[str, Any], table: ParticleTable, contrast: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Write the report of a store whose shards are all there; its attributes as they are when it is complete."""
-    found = find_report(store_url, attrs, table, contrast)
-    write_objects(store_url, "report", {REPORT: report_document(found)})
+    report = find_report(store_url, attrs, table, contrast)
+    write_objects(store_url, "report", {REPORT: report_document(report)})
     return {**attrs, "content_hash": content_hash(store_url, attrs), "complete": True}
 
 
-def report_document(found: dict[str, Any]) -> bytes:
+def report_document(report: dict[str, Any]) -> bytes:
     """A report as it is stored."""
-    return json.dumps(found, indent=1).encode()
+    return json.dumps(report, indent=1).encode()
 
 
 def content_hash(store_url: str, attrs: dict[str, Any]) -> str:

@@ -26,19 +26,19 @@ _DARK_SIGMAS = 4.0
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Normalisation:
     """How an image is stored.
 
     Args:
         box_size: box of the full level, px; the source is Fourier-cropped to it first.
         sign: −1 where the source is protein-dark.
-        normalisation: divide by each image's background σ, or by one common scale.
+        kind: divide by each image's background σ, or by one common scale.
         common_scale: that scale.
     """
 
     box_size: int
     sign: int = 1
-    normalisation: Literal["background", "common"] = "background"
+    kind: Literal["background", "common"] = "background"
     common_scale: float = 1.0
 
 
@@ -112,31 +112,31 @@ def _background(flat: Array) -> tuple[Array, Array, Array]:
     return mean, rest, sigma
 
 
-def normalise(images: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
+def normalise(images: Array, normalisation: Normalisation) -> tuple[Array, Array, Array]:
     """Stored pixels of source images, and the mean and scale with which source = sign · (stored · scale + mean).
 
     Images that are constant, or have pixels that are not finite, come out as not finite: the caller names them.
 
     Args:
         images: source (n, N, N); overwritten where no cropping is needed.
-        recipe: how.
+        normalisation: how.
     """
-    images = crop(images, recipe.box_size)
+    images = crop(images, normalisation.box_size)
     flat = images.reshape(len(images), -1)
     first, rest, sigma = _background(flat)
     mean = first + rest
-    if recipe.normalisation == "background":
+    if normalisation.kind == "background":
         # A constant image leaves only the rounding of its mean.
         scale = np.where(sigma > 1e-6 * np.abs(mean), sigma, np.float32(np.nan))
     else:
         constant = flat.max(axis=1) == flat.min(axis=1)
-        scale = np.where(constant, np.float32(np.nan), np.float32(recipe.common_scale))
-    rescale(flat, first, rest, (recipe.sign / scale).astype(np.float32))
-    return images, np.float32(recipe.sign) * mean, scale
+        scale = np.where(constant, np.float32(np.nan), np.float32(normalisation.common_scale))
+    rescale(flat, first, rest, (normalisation.sign / scale).astype(np.float32))
+    return images, np.float32(normalisation.sign) * mean, scale
 
 
-def choose_recipe(sample: Array, box_size: int, sign: int | None) -> tuple[Recipe, str]:
-    """The recipe for a stack, decided once from a sample of its images, and a line that says why.
+def choose_normalisation(sample: Array, box_size: int, sign: int | None) -> tuple[Normalisation, str]:
+    """The normalisation for a stack, decided once from a sample of its images, and a line that says why.
 
     Args:
         sample: source images (n, N, N), finite and not constant; overwritten.
@@ -159,7 +159,7 @@ def choose_recipe(sample: Array, box_size: int, sign: int | None) -> tuple[Recip
     judged, reason = _judge_sign(flat, inside if free else sigma, radius)
     if sign is not None:
         judged, reason = sign, "as asked"
-    return Recipe(box_size, judged, "common" if free else "background", scale), reason
+    return Normalisation(box_size, judged, "common" if free else "background", scale), reason
 
 
 def _judge_sign(flat: Array, sigma: Array, radius: npt.NDArray[np.float64]) -> tuple[int, str]:

@@ -191,7 +191,7 @@ def find_report(
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
-    """What a person should know of a report: one line an optics group, and one for each kind of finding."""
+    """What a person should know of a report: one line per optics group, and one for each kind of finding."""
     lines = []
     for group in found["optics_groups"][:_LINES]:
         background = f"background {group['background_mean']:.4g} ± {group['scale']:.4g}"

@@ -36,19 +36,19 @@ class Resampling:
 class ResampledStack(Stack):
     """A stack whose images are read in another pixel size and box."""
 
-    def __init__(self, stack: Stack, how: Resampling) -> None:
+    def __init__(self, stack: Stack, resampling: Resampling) -> None:
         super().__init__(stack.url, stack._layout, stack.fingerprint, stack._unpacked)
-        self.how = how
+        self.resampling = resampling
 
     @property
     def ny(self) -> int:
         """Rows of an image as it is read."""
-        return self.how.box_size
+        return self.resampling.box_size
 
     @property
     def nx(self) -> int:
         """Columns of an image as it is read."""
-        return self.how.box_size
+        return self.resampling.box_size
 
     @property
     def pixel_size(self) -> float:
@@ -58,7 +58,7 @@ class ResampledStack(Stack):
     def read(self, indices: "slice | list[int] | npt.NDArray[np.integer]", out: Array | None = None) -> Array:
         """Resampled images as float32 (n, ny, nx); see `Stack.read`. A pixel's value keeps its scale."""
         source = Stack(self.url, self._layout, self.fingerprint, self._unpacked).read(indices)
-        box, middle, size = source.shape[-1], self.how.fourier_box, self.how.box_size
+        box, middle, size = source.shape[-1], self.resampling.fourier_box, self.resampling.box_size
         images = torch.from_numpy(source)
         if middle != box:
             # The crop keeps the noise; a projection's values stay what they are when scaled by the boxes' quotient.
@@ -82,11 +82,11 @@ def plan_resampling(boxes: Sequence[int], pixel_sizes: Sequence[float]) -> tuple
     )
 
 
-def resampled(stack: Stack, how: Resampling | None) -> Stack:
-    """The stack, read as `how` says; itself where nothing changes."""
-    if how is None or (how.fourier_box == how.box_size == stack.nx):
+def resampled(stack: Stack, resampling: Resampling | None) -> Stack:
+    """The stack, read as `resampling` says; itself where nothing changes."""
+    if resampling is None or (resampling.fourier_box == resampling.box_size == stack.nx):
         return stack
-    return ResampledStack(stack, how)
+    return ResampledStack(stack, resampling)
 
 
 def reopen(store: ParticleStore) -> list[Stack]:
@@ -99,4 +99,4 @@ def reopen(store: ParticleStore) -> list[Stack]:
     document = json.loads(urls.read_bytes(urls.join(store.url, SOURCE_STACKS)))
     plans: list[Resampling | None] = [Resampling(*boxes) for boxes in document.get("resampling", [])]
     plans += [None] * (len(document["urls"]) - len(plans))
-    return [resampled(Stack.open(url), how) for url, how in zip(document["urls"], plans, strict=True)]
+    return [resampled(Stack.open(url), resampling) for url, resampling in zip(document["urls"], plans, strict=True)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scalecryo.data.conversion.normalise import Array, Recipe, crops, normalise
+from scalecryo.data.conversion.normalise import Array, Normalisation, crops, normalise
 from scalecryo.data.conversion.quality import BadImage, bad_images, refusal, storable
 from scalecryo.data.conversion.source import Source
 from scalecryo.data.formats.mrc import Stack
@@ -40,7 +40,7 @@ class ShardTask:
         shard: which.
         table: the particles that are new in it.
         stacks: those that hold them, by number.
-        recipe: how images are stored.
+        normalisation: how images are stored.
         dtype: `float16` or `float32`.
         shard_rows: rows of a full shard.
         block_rows: rows of a block by level, the full box first.
@@ -52,7 +52,7 @@ class ShardTask:
     shard: int
     table: ParticleTable
     stacks: dict[int, Stack]
-    recipe: Recipe
+    normalisation: Normalisation
     dtype: str
     shard_rows: int
     block_rows: dict[int, int]
@@ -62,8 +62,8 @@ class ShardTask:
 
 def shard_task(
     store_url: str,
-    found: Source,
-    recipe: Recipe,
+    particles: Source,
+    normalisation: Normalisation,
     dtype: str,
     shard_rows: int,
     block_rows: dict[int, int],
@@ -71,9 +71,9 @@ def shard_task(
     shard: int,
 ) -> ShardTask:
     """The task of one shard of a source's particles."""
-    table = found.table.select(slice(shard * shard_rows, min((shard + 1) * shard_rows, len(found.table))))
-    stacks = {int(number): found.stacks[number] for number in np.unique(table.columns["stack"])}
-    return ShardTask(store_url, shard, table, stacks, recipe, dtype, shard_rows, block_rows, columns)
+    table = particles.table.select(slice(shard * shard_rows, min((shard + 1) * shard_rows, len(particles.table))))
+    stacks = {int(number): particles.stacks[number] for number in np.unique(table.columns["stack"])}
+    return ShardTask(store_url, shard, table, stacks, normalisation, dtype, shard_rows, block_rows, columns)
 
 
 @dataclass(frozen=True)
@@ -137,20 +137,20 @@ def refuse_changed(stacks: dict[int, Stack]) -> None:
             )
 
 
-def look_at(task: ShardTask) -> Done:
+def find_bad_in_shard(task: ShardTask) -> Done:
     """Which images of a task cannot be stored, without writing anything."""
     torch.set_num_threads(1)
     refuse_changed(task.stacks)
     bad: list[BadImage] = []
     for rows, source in batches(task.stacks, task.table):
-        images, _, _ = _normalised(source, task.recipe)
+        images, _, _ = _normalised(source, task.normalisation)
         bad += _bad(task, rows, images)
     return Done(len(task.table), tuple(bad))
 
 
-def _normalised(source: Array, recipe: Recipe) -> tuple[Array, Array, Array]:
+def _normalised(source: Array, normalisation: Normalisation) -> tuple[Array, Array, Array]:
     with np.errstate(invalid="ignore", over="ignore"):
-        return normalise(source, recipe)
+        return normalise(source, normalisation)
 
 
 def _bad(task: ShardTask, rows: slice, images: Array) -> list[BadImage]:
@@ -172,7 +172,7 @@ def _write_fresh(task: ShardTask, writers: dict[int, ShardWriter]) -> Columns:
     bad: list[BadImage] = []
     for rows, source in batches(task.stacks, task.table):
         checksum[rows] = [crc32c(image) for image in source]
-        images, mean[rows], scale[rows] = _normalised(source, task.recipe)
+        images, mean[rows], scale[rows] = _normalised(source, task.normalisation)
         bad += _bad(task, rows, images)
         if bad:
             continue  # nothing of this shard will stay: only the rest of the list is wanted

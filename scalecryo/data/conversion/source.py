@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from scalecryo.data.conversion.given import with_ctf, with_poses
+from scalecryo.data.conversion.metadata_overrides import with_ctf, with_poses
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
 from scalecryo.data.formats import cryosparc, csrows
 from scalecryo.data.formats.mrc import Stack
-from scalecryo.data.formats.star import read_particles as read_star
-from scalecryo.data.formats.star_values import not_applied
-from scalecryo.data.formats.startext import StarText, Text, text_of
+from scalecryo.data.formats.relion import read_particles as read_star
+from scalecryo.data.formats.relion.syntax import StarText, Text, text_of
+from scalecryo.data.formats.relion.values import not_applied
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError, MissingInputError
@@ -25,7 +25,7 @@ _SAME_PIXEL = 1e-4
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a source is read.
 
     Args:
@@ -145,6 +145,12 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
 
 def _open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_outside: bool) -> tuple[Stack, ...]:
     """The stacks of a table, several at a time: from an object store every header takes a few round trips."""
+    for name in table.stacks:
+        if "://" in name and urls.redacted(name) != name:
+            raise InputError(
+                f"{urls.redacted(name)}: the table gives this stack's address with credentials or a query, and stores "
+                "keep it; take them out, and give them by the environment or a profile"
+            )
     with ThreadPoolExecutor(max_workers=16) as pool:
         found = list(pool.map(lambda name: find_stack(name, source, data_dir, allow_outside), table.stacks))
         by_place: dict[str, str] = {}
@@ -214,13 +220,13 @@ def _one_box(stacks: tuple[Stack, ...]) -> int:
 
 
 def _one_pixel_size(
-    table: ParticleTable, stacks: tuple[Stack, ...], how: Reading, where: str
+    table: ParticleTable, stacks: tuple[Stack, ...], options: ReadOptions, where: str
 ) -> tuple[ParticleTable, tuple[Stack, ...], tuple[Resampling, ...]]:
     """The table and the stacks in one pixel size, and what was done to each."""
     sizes = table.stack_pixel_sizes
     if not sizes:
         return table, stacks, ()
-    if how.mixed_optics == "refuse":
+    if options.mixed_optics == "refuse":
         raise InputError(
             f"{where}: pixel sizes from {min(sizes):g} to {max(sizes):g} Å; rescale the particles to one, or let "
             "--mixed-optics resample do it"
@@ -256,37 +262,37 @@ def _stated_pixel_size(table: ParticleTable, asked: float | None, where: str) ->
     return replace(table, pixel_size=asked, stack_pixel_sizes=())
 
 
-def read_source(source: str, data_dir: str | None = None, how: Reading | None = None) -> Source:
+def read_source(source: str, data_dir: str | None = None, options: ReadOptions | None = None) -> Source:
     """Read a table or a bare stack, open every stack's header, and check that all fits together.
 
     Args:
         source: `.star`, cryoSPARC's `.cs` or `.csg`, or `.mrcs`/`.mrc`; path or URL.
         data_dir: folder against which the table names its stacks.
-        how: options.
+        options: options.
 
     Raises:
         MissingInputError: the source or a stack does not exist.
         InputError: an unknown kind of file, an odd or non-square box, stacks of unlike boxes or pixel sizes, an image
             number past the end of a stack, no particles, or no pixel size anywhere.
     """
-    how = how or Reading()
+    options = options or ReadOptions()
     where = urls.redacted(source)
     star, cs, sign = None, None, None
     notes: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
-    if how.passthrough and not source.endswith((".cs", ".csg")):
+    if options.passthrough and not source.endswith((".cs", ".csg")):
         raise InputError(f"{where}: --passthrough is for cryoSPARC's .cs files")
     if source.endswith(".star"):
         star = text_of(source)
-        table = read_star(source, star, how.pixel_size or 0.0)
+        table = read_star(source, star, options.pixel_size or 0.0)
         notes = not_applied(StarText(star, where))
     elif source.endswith((".cs", ".csg")):
-        rows = csrows.read(source, how.passthrough)
+        rows = csrows.read(source, options.passthrough)
         table, sign = cryosparc.table_of(rows, where), cryosparc.sign_of(rows, where)
         cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
     elif source.lower().endswith(_STACK_ENDINGS):
         stacks = (Stack.open(source),)
-        table = _stack_table(stacks[0], how.pixel_size)
+        table = _stack_table(stacks[0], options.pixel_size)
     else:
         raise InputError(
             f"{where}: not a known kind of particle source; give a .star, .cs or .csg table, or an .mrcs or .mrc stack "
@@ -294,17 +300,17 @@ def read_source(source: str, data_dir: str | None = None, how: Reading | None = 
         )
     if not len(table):
         raise InputError(f"{where}: holds no particles")
-    table = _stated_pixel_size(table, how.pixel_size, where)
-    stacks = stacks or _open_stacks(table, source, data_dir, how.allow_outside)
+    table = _stated_pixel_size(table, options.pixel_size, where)
+    stacks = stacks or _open_stacks(table, source, data_dir, options.allow_outside)
     _check_indices(table, stacks, where)
     notes = _check_boxes(table, stacks, where, notes)
-    if how.ctf is not None:
-        table = with_ctf(table, how.ctf, [stack.box_size for stack in stacks], where)
+    if options.ctf is not None:
+        table = with_ctf(table, options.ctf, [stack.box_size for stack in stacks], where)
     if not table.pixel_size:
         table = replace(table, pixel_size=_header_pixel_size(stacks, where))
-    if how.poses is not None:
-        table = with_poses(table, how.poses, [stack.box_size for stack in stacks], where)
-    table, stacks, resampling = _one_pixel_size(table, stacks, how, where)
+    if options.poses is not None:
+        table = with_poses(table, options.poses, [stack.box_size for stack in stacks], where)
+    table, stacks, resampling = _one_pixel_size(table, stacks, options, where)
     return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling)
 
 

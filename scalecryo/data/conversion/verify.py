@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.conversion.normalise import Recipe, crops, normalise
+from scalecryo.data.conversion.normalise import Normalisation, crops, normalise
 from scalecryo.data.conversion.resample import reopen
 from scalecryo.data.conversion.shard_task import PENDING, read_rows
 from scalecryo.data.formats.mrc import Stack
@@ -114,8 +114,8 @@ def _expected_rows(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """What every level should hold for some rows, from the source's pixels."""
     attrs = store.attrs
-    recipe = Recipe(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
-    images, _, _ = normalise(read_rows(stacks, columns), recipe)
+    normalisation = Normalisation(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
+    images, _, _ = normalise(read_rows(stacks, columns), normalisation)
     yield images
     yield from crops(images, store.levels[1:])
 

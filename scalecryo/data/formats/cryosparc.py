@@ -1,4 +1,4 @@
-"""cryoSPARC's .cs tables: NumPy structured arrays in .npy format, one row a particle.
+"""cryoSPARC's .cs tables: NumPy structured arrays in .npy format, one row per particle.
 
 `alignments3D/pose` is the rotation vector, in radians, of our R (checked against cryoDRGN's conversion of a real
 refinement: A = Rᵀ). `alignments3D/shift` is in pixels with RELION's sign, minus ours. Angles are in radians, lengths in
@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
-import roma
-import torch
 from numpy.typing import NDArray
 
 from scalecryo.data.formats.csrows import build, encode, read
+from scalecryo.data.formats.rotations import matrix_to_vector, vector_to_matrix
 from scalecryo.data.io import urls
 from scalecryo.data.particles import CTF_COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
-from scalecryo.physics.rotation import rotation_from_vector
 
 #: Our column and cryoSPARC's field, where only the unit differs; the factor turns cryoSPARC's into ours.
 _CTF: Mapping[str, tuple[str, float]] = {
@@ -89,9 +87,7 @@ def poses_of(rows: Rows, where: str) -> tuple[Floats, Floats] | None:
     if _POSE not in names or _SHIFT not in names:
         return None
     pixel = _numbers(rows, _PIXEL if _PIXEL in names else "blob/psize_A", where)
-    vector = torch.from_numpy(_numbers(rows, _POSE, where, (3,)))
-    rotation: Floats = rotation_from_vector(vector).numpy()
-    return rotation, -_numbers(rows, _SHIFT, where, (2,)) * pixel[:, None]
+    return vector_to_matrix(_numbers(rows, _POSE, where, (3,))), -_numbers(rows, _SHIFT, where, (2,)) * pixel[:, None]
 
 
 def confidence_of(rows: Rows, where: str) -> Floats | None:
@@ -187,7 +183,7 @@ def _alignment(
     rotation: NDArray[np.floating], shift_px: NDArray[np.floating], half: NDArray[np.integer]
 ) -> dict[str, NDArray]:
     """The fields that a pose becomes; float32 only at the end."""
-    vector = roma.rotmat_to_rotvec(torch.from_numpy(np.array(rotation, dtype=np.float64))).numpy()
+    vector = matrix_to_vector(rotation)
     return {
         _SPLIT: np.maximum(np.asarray(half) - 1, 0).astype(np.uint32),
         _SHIFT: np.asarray(shift_px).astype(np.float32),

@@ -1,22 +1,24 @@
-"""RetryPolicy with object stores: calls that fail for passing reasons are made again, later and later, up to a
-limit."""
+"""Retries with object stores: calls that fail for passing reasons are made again, later and later, up to a limit."""
 
 import errno
 import logging
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from obstore.exceptions import BaseError, GenericError, JoinError
+
 from scalecryo.errors import StoreError
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+#: What the clients raise for a failed request; `is_transient` tells which may pass.
+REQUEST_ERRORS = (OSError, BaseError)
 # OSError's numbers that mean "not now". s3fs gives EBUSY for 503, EREMOTEIO for 500 and EIO for what it cannot name.
 _PASSING = {
     errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EPIPE, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH,
@@ -24,7 +26,8 @@ _PASSING = {
 }  # fmt: skip
 _SHORT_TRIES = 3  # a body that stays short is the object's fault, not the network's
 _PAST_END = re.compile(r"status(?: code)?:? 416|InvalidRange|range not satisfiable", re.IGNORECASE)
-_CLIENT_FAULT = re.compile(r"status(?: code)?:? 4(?!08|29)\d\d")
+_ABSENT = re.compile(r"status(?: code)?:? (?:404|405|501)")
+_LASTING = re.compile(r"status(?: code)?:? (?:4(?!08|29)\d\d|501)")
 
 
 @dataclass(frozen=True)
@@ -47,37 +50,23 @@ class ShortBodyError(ConnectionError):
     """A body ended before the length that was announced or asked for."""
 
 
-def possible_errors() -> tuple[type[Exception], ...]:
-    """Every kind of error that the clients in use raise for a failed request; `is_transient` tells which may pass.
-
-    Clients that were never imported cannot have failed, and stay unimported.
-    """
-    kinds: list[type[Exception]] = [OSError]  # also ConnectionError and TimeoutError
-    for module, name in (
-        ("obstore.exceptions", "BaseError"),
-        ("aiohttp", "ClientError"),
-        ("botocore.exceptions", "HTTPClientError"),
-        ("botocore.exceptions", "ConnectionError"),
-    ):
-        if module in sys.modules:
-            kinds.append(getattr(sys.modules[module], name))
-    return tuple(kinds)
-
-
 def is_transient(error: Exception) -> bool:
     """Whether trying again may help: after 5xx, throttling, timeouts, broken connections and bodies."""
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | PermissionError) and error.errno in _PASSING
-    if type(error).__module__.startswith("obstore"):
-        return type(error).__name__ in ("GenericError", "JoinError") and not _CLIENT_FAULT.search(str(error))
-    return True
+    return isinstance(error, GenericError | JoinError) and not _LASTING.search(str(error))
 
 
 def is_past_end(error: Exception) -> bool:
     """Whether a range began behind the end of the object."""
     return bool(_PAST_END.search(str(error)))
+
+
+def is_absent(error: Exception) -> bool:
+    """Whether a server has no such bucket, or no such operation."""
+    return bool(_ABSENT.search(str(error)))
 
 
 def cause(error: BaseException) -> str:
@@ -86,6 +75,7 @@ def cause(error: BaseException) -> str:
     line = " ".join(text.split())
     line = re.sub(r"//[^/@\s]*@", "//", line)
     line = re.sub(r"\?\S*", "", line)
+    line = re.sub(r"Error performing \w+ \S+ in \S+ - ", "", line)  # obstore: the address is told already
     return line[:200] or type(error).__name__
 
 
@@ -115,7 +105,7 @@ def with_retries(
     while True:
         try:
             return call()
-        except possible_errors() as error:
+        except REQUEST_ERRORS as error:
             tries += 1
             if not is_transient(error) or (isinstance(error, ShortBodyError) and tries > _SHORT_TRIES):
                 raise

@@ -1,34 +1,30 @@
-"""Files by path or URL: every path is a local path, `file://…` or any fsspec URL (`s3://…`, `gs://…`, `memory://…`).
+"""Files by path or URL: every path is a local path, `file://…`, an object store's address (`s3://…`, `gs://…`,
+`az://…`), a web server's, or any other URL that fsspec knows.
 
-Writes are all-or-nothing: a local file appears by rename, an object by a single PUT. Messages never carry
-credentials or query strings.
+Names are exact: no character in them is a pattern. Writes are all-or-nothing: a local file appears by rename, an object
+when it has arrived. Messages never carry credentials or query strings.
 """
 
 import errno
 import io
 import os
+import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from typing import BinaryIO, TypeVar
 
-import fsspec
-
-from scalecryo.data.io.retry import RetryPolicy, cause, with_retries
-from scalecryo.errors import InputError, MissingInputError, OutputError
+from scalecryo.data.io.objects import RemoteFiles, Tag, remote_files
+from scalecryo.data.io.objects import redacted as redacted
+from scalecryo.data.io.retry import REQUEST_ERRORS, RetryPolicy, ShortBodyError, cause, with_retries
+from scalecryo.errors import InputError, MissingInputError, OutputError, StoreError
 
 Result = TypeVar("Result")
-
-
-def redacted(url: str) -> str:
-    """The URL as it may appear in a message: without user, password and query."""
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+_AT_ONCE = 32
 
 
 def is_local(url: str) -> bool:
@@ -78,57 +74,68 @@ def name(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2]
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path inside it.
+def remote_call(
+    url: str,
+    call: Callable[[RemoteFiles, str], Result],
+    part: str = "",
+    policy: RetryPolicy | None = None,
+    stopped: threading.Event | None = None,
+    on_retry: Callable[[], None] = lambda: None,
+) -> Result:
+    """A call on a remote file, with patience (`retry.py`).
+
+    Args:
+        url: of the file.
+        call: what is asked of its server's files under its key; it may be repeated.
+        part: of the file, for messages.
+        policy, stopped, on_retry: as for `with_retries`.
 
     Raises:
-        InputError: no such protocol, the package that speaks it is not installed, or the address holds credentials
-            that its protocol would take for a part of the name.
+        MissingInputError: there is no such file.
+        StoreError: the server refused it, or kept failing.
     """
-    if url.startswith(("s3://", "s3a://", "gs://", "gcs://")) and "@" in urlsplit(url).netloc:
-        raise InputError(
-            f"{redacted(url)}: its address holds credentials; take them out, and give them by the environment or a "
-            "profile"
-        )
+    policy = policy or RetryPolicy()
+    files, key = remote_files(url, policy)
+    where = f"{redacted(url)} ({part})" if part else redacted(url)
     try:
-        fs, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"{redacted(url)}: cannot reach this kind of address ({error})") from error
-    return fs, path
+        return with_retries(lambda: call(files, key), policy, where, stopped=stopped, on_retry=on_retry)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingInputError(f"{redacted(url)}: no such file") from error
+    except ShortBodyError as error:
+        raise StoreError(f"{where}: the object is too short: {error}") from error
+    except REQUEST_ERRORS as error:
+        raise StoreError(
+            f"{where}: cannot be read or written: {cause(error)}; check the address and the credentials"
+        ) from error
 
 
 def exists(url: str) -> bool:
     """Whether a file or folder is there."""
     if is_local(url):
         return local_path(url).exists()
-    fs, path = filesystem(url)
-    return bool(fs.exists(path))
+    with suppress(MissingInputError):
+        return remote_call(url, lambda files, key: files.exists(key))
+    return False
 
 
 def is_folder(url: str) -> bool:
-    """Whether a folder (or a common prefix of objects) is there."""
-    if is_local(url):
-        return local_path(url).is_dir()
-    fs, path = filesystem(url)
-    return bool(fs.isdir(path))
+    """Whether a folder is there; at a URL: one that holds something."""
+    return local_path(url).is_dir() if is_local(url) else bool(list_folder(url))
 
 
 def open_read(url: str) -> BinaryIO:
-    """A binary stream that can seek.
+    """A binary stream of a local file.
 
     Raises:
         MissingInputError: there is no such file.
+        InputError: it is no file, or may not be read.
     """
+    local = local_path(url)
     try:
-        if is_local(url):
-            local = local_path(url)
-            # Opening a pipe waits for its writer, and a device never ends.
-            if local.exists() and not local.is_file() and not local.is_dir():
-                raise InputError(f"{redacted(url)}: not a regular file; copy it to one")
-            return open(local, "rb")
-        fs, path = filesystem(url)
-        stream: BinaryIO = fs.open(path, "rb")
-        return stream
+        # Opening a pipe waits for its writer, and a device never ends.
+        if local.exists() and not local.is_file() and not local.is_dir():
+            raise InputError(f"{redacted(url)}: not a regular file; copy it to one")
+        return open(local, "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingInputError(f"{redacted(url)}: no such file") from error
     except (IsADirectoryError, PermissionError) as error:
@@ -145,7 +152,7 @@ def read_bytes(url: str) -> bytes:
     if is_local(url):
         with open_read(url) as stream:
             return stream.read()
-    return _patient(url, lambda: fetch(url))
+    return bytes(remote_call(url, lambda files, key: files.get(key)))
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -158,44 +165,19 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     if is_local(url):
         with open_read(url) as stream:
             return os.pread(stream.fileno(), stop - start, start)
-    return _patient(url, lambda: fetch(url, start, stop))
-
-
-def fetch(url: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """A range of a remote file in one try, which fails as fsspec does."""
-    fs, path = filesystem(url)
-    data: bytes = fs.cat_file(path, start=start, end=stop)
-    return data
-
-
-def _patient(url: str, call: Callable[[], Result]) -> Result:
-    """A remote call with the usual patience; what does not pass is said in our terms."""
-    try:
-        return with_retries(call, RetryPolicy(), redacted(url))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingInputError(f"{redacted(url)}: no such file") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise InputError(f"{redacted(url)}: cannot be read ({cause(error)})") from error
+    return bytes(remote_call(url, lambda files, key: files.get(key, start, stop)))
 
 
 def read_many(urls: Sequence[str]) -> list[bytes]:
-    """Several whole files of one file system; from an object store all at the same time.
+    """Several whole files; from an object store many at the same time.
 
     Raises:
         MissingInputError: one of them does not exist.
     """
     if not urls or is_local(urls[0]):
         return [read_bytes(url) for url in urls]
-    fs, _ = filesystem(urls[0])
-    paths = [fs._strip_protocol(url) for url in urls]
-    try:
-        found = with_retries(lambda: fs.cat(paths, on_error="raise"), RetryPolicy(), redacted(parent(urls[0])))
-    except FileNotFoundError as error:
-        raise MissingInputError(
-            f"{redacted(urls[0])} and {len(urls) - 1} more: one is missing ({cause(error)})"
-        ) from error
-    # One path alone comes back as bare bytes.
-    return [found] if isinstance(found, bytes) else [found[path] for path in paths]
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="read") as pool:
+        return list(pool.map(read_bytes, urls))
 
 
 def read_text(url: str) -> str:
@@ -209,6 +191,22 @@ def read_text(url: str) -> str:
         return read_bytes(url).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{redacted(url)}: not a text file (byte {error.start} is not UTF-8)") from error
+
+
+def read_tagged(url: str) -> tuple[bytes, Tag] | None:
+    """A small remote file and the tag of this version of it, for `write_if`; None when there is no such file."""
+    with suppress(MissingInputError):
+        return remote_call(url, lambda files, key: files.get_tagged(key))
+    return None
+
+
+def write_if(url: str, data: bytes, tag: Tag | None) -> bool:
+    """Write a small remote file if it is still the version of a tag, or None: if there is none.
+
+    Returns:
+        Whether it was written; False where somebody else wrote it since.
+    """
+    return remote_call(url, lambda files, key: files.put_if(key, data, tag))
 
 
 def size(url: str) -> int:
@@ -232,10 +230,17 @@ def fingerprint(url: str) -> tuple[int, str]:
         except FileNotFoundError as error:
             raise MissingInputError(f"{redacted(url)}: no such file") from error
         return status.st_size, str(status.st_mtime_ns)
-    fs, path = filesystem(url)
-    info = _patient(url, lambda: fs.info(path))
-    version = next((info[key] for key in ("ETag", "etag", "LastModified", "mtime", "created") if key in info), "")
-    return int(info["size"]), str(version)
+    return remote_call(url, lambda files, key: files.status(key))
+
+
+def _send(url: str, source: memoryview | Path) -> None:
+    _refuse_root(url)
+    remote_call(url, lambda files, key: files.put(key, source))
+
+
+def _refuse_root(url: str) -> None:
+    if not remote_files(url)[1].strip("/"):
+        raise OutputError(f"{redacted(url)}: names a bucket, not a file or folder in it")
 
 
 @contextmanager
@@ -259,20 +264,18 @@ def atomic_path(url: str) -> Iterator[Path]:
 
     Raises:
         OutputError: the disk is full.
+        StoreError: the object store kept failing.
     """
-    local = is_local(url)
-    folder = local_path(url).parent if local else Path(tempfile.gettempdir())
+    folder = local_path(url).parent if is_local(url) else Path(tempfile.gettempdir())
     with _full_disk_explained(url):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{name(url)}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             yield temporary
-            if local:
+            if is_local(url):
                 os.replace(temporary, local_path(url))
             else:
-                fs, path = filesystem(url)
-                make_folder(parent(url))
-                with_retries(lambda: fs.put_file(str(temporary), path), RetryPolicy(), redacted(url))
+                _send(url, temporary)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -293,10 +296,7 @@ def atomic_stream(url: str) -> Iterator[BinaryIO]:
     else:
         memory = io.BytesIO()
         yield memory
-        fs, path = filesystem(url)
-        make_folder(parent(url))
-        data = memory.getvalue()
-        with_retries(lambda: fs.pipe_file(path, data), RetryPolicy(), redacted(url))
+        _send(url, memory.getbuffer())
 
 
 def write_all(stream: BinaryIO, data: memoryview) -> None:
@@ -316,12 +316,9 @@ def write_bytes_atomic(url: str, data: bytes | bytearray | memoryview) -> None:
 
 
 def make_folder(url: str) -> None:
-    """Make a folder and those above it; object stores have none and need none."""
+    """Make a local folder and those above it; elsewhere they come with what is written into them."""
     if is_local(url):
         local_path(url).mkdir(parents=True, exist_ok=True)
-    elif not url.startswith(("s3://", "gs://", "gcs://", "az://", "abfs://")):
-        fs, path = filesystem(url)
-        fs.makedirs(path, exist_ok=True)
 
 
 def list_folder(url: str) -> list[str]:
@@ -329,13 +326,9 @@ def list_folder(url: str) -> list[str]:
     if is_local(url):
         path = local_path(url)
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    fs, remote = filesystem(url)
-    fs.invalidate_cache(remote)  # another process may have written since the last look
-    try:
-        entries = fs.ls(remote, detail=False)
-    except FileNotFoundError:
-        return []
-    return sorted({name(entry) for entry in entries} - {""})
+    with suppress(MissingInputError):
+        return sorted(set(remote_call(url, lambda files, key: files.names(key))) - {""})
+    return []
 
 
 def remove_leftovers(url: str) -> None:
@@ -347,9 +340,13 @@ def remove_leftovers(url: str) -> None:
 
 def remove_tree(url: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens when there is none."""
-    fs, path = filesystem(url)
-    with suppress(FileNotFoundError):
-        fs.rm(path, recursive=True)
+    if is_local(url):
+        path = local_path(url)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    else:
+        _refuse_root(url)
+        remote_call(url, lambda files, key: files.remove(key))
 
 
 def absolute(url: str) -> str:

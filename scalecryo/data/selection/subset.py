@@ -17,10 +17,10 @@ import numpy.typing as npt
 from scalecryo.config import TrainConfig
 from scalecryo.data.io import urls
 from scalecryo.data.particles import Columns
+from scalecryo.data.permutation import Rows
 from scalecryo.data.selection.query import Query
 from scalecryo.data.storage.shards import crc32c
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.data.streaming.permutation import Rows
 from scalecryo.errors import ConfigError
 
 Mask = npt.NDArray[np.bool_]

@@ -20,7 +20,7 @@ from scalecryo.data.storage.zarr_layout import ObjectLayout, ZarrRows, read_layo
 from scalecryo.errors import MissingInputError, StoreError
 
 _INDEX_CACHE = 4 << 20  # bytes; an index is about 1 kB
-_COLUMN_CACHE = 512 << 10  # bytes a column: all of it up to some 50,000 particles; of more, little would be met again
+_COLUMN_CACHE = 512 << 10  # bytes per column: all of it up to some 50,000 particles; of more, little would be met again
 _REQUEST_BYTES = 8 << 20
 
 

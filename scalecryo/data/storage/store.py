@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.startext import Text, text_of
+from scalecryo.data.formats.relion.syntax import Text, text_of
 from scalecryo.data.io import urls
 from scalecryo.data.io.ranges import RangeReader
 from scalecryo.data.particles import COLUMNS, CTF_COLUMNS, POSE_COLUMNS, Columns, ParticleTable
@@ -48,10 +48,11 @@ def read_attributes(url: str) -> dict[str, Any]:
         StoreError: `zarr.json` is damaged.
     """
     try:
-        group = json.loads(urls.read_bytes(urls.join(url, "zarr.json")))
-        attributes: dict[str, Any] = group.get("attributes", {})
+        document = urls.read_bytes(urls.join(url, "zarr.json"))
     except MissingInputError:
         return {}
+    try:
+        attributes: dict[str, Any] = json.loads(document).get("attributes", {})
     except (ValueError, AttributeError) as error:
         raise StoreError(f"{urls.redacted(url)}: its zarr.json is damaged ({error}); convert again") from error
     return attributes if "scalecryo_version" in attributes else {}

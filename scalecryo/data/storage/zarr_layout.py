@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from scalecryo.data.io import urls
+from scalecryo.data.io.objects import ObjectFiles, remote_files
 from scalecryo.errors import MissingInputError, StoreError
 
 _PLAIN = ["bytes", "crc32c"]
@@ -101,8 +102,13 @@ class ZarrRows:
         # Takes half a second to import, and few stores need it.
         import zarr
 
+        place: dict[str, Any] = {"store": url}
+        if not urls.is_local(url):
+            files, key = remote_files(url)
+            if isinstance(files, ObjectFiles):
+                place = {"store": zarr.storage.ObjectStore(files.store, read_only=True), "path": key}
         try:
-            self._array = zarr.open_array(url, mode="r")
+            self._array = zarr.open_array(**place, mode="r")
         except FileNotFoundError as error:
             raise MissingInputError(f"{urls.redacted(url)}: no such array") from error
         except ValueError as error:

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
+from scalecryo.data.permutation import MASK, Rows, mix, permute
 from scalecryo.data.selection.subset import Subset
-from scalecryo.data.streaming.permutation import MASK, Rows, mix, permute
 from scalecryo.errors import ConfigError
 
 _ALWAYS = -1  # the key, in place of an epoch, of what is the same in every epoch

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data.particles import Columns
+from scalecryo.data.permutation import Rows
 from scalecryo.data.storage.arrays import ColumnArray, ImageArray
 from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.permutation import Rows
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Window:
 
 
 @dataclass
-class _Reading:
+class _PendingWindow:
     """A window on its way: the blocks' first rows, and what is still to come: pixels, and the columns of each block."""
 
     epoch: int
@@ -56,8 +56,8 @@ class _Reading:
 class WindowQueue:
     """The windows of some lanes, each handed out once, in the order in which batches need them.
 
-    Reading runs ahead while all that was asked for and not yet handed out stays within `limit` bytes and two windows a
-    lane; one window is always read. Buffers are used again.
+    Reading runs ahead while all that was asked for and not yet handed out stays within `limit` bytes and two windows
+    per lane; one window is always read. Buffers are used again.
 
     Args:
         order: which blocks when.
@@ -88,7 +88,7 @@ class WindowQueue:
         self._window_bytes = math.prod(self._window_shape) * np.dtype(images.dtype).itemsize
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="particle-reader")
         self._free: list[npt.NDArray] = []
-        self._reading: deque[_Reading] = deque()
+        self._pending: deque[_PendingWindow] = deque()
         self._fetching: dict[tuple[str, int], Future[npt.NDArray]] = {}
         self.bytes_ahead = 0  #: Bytes of pixels asked for and not yet handed out.
         epoch, step = divmod(start_step, order.steps_per_epoch)
@@ -107,7 +107,7 @@ class WindowQueue:
         """
         if used is not None:
             self._free.append(used.images)
-        window = self._finish(self._reading.popleft())
+        window = self._finish(self._pending.popleft())
         self.bytes_ahead -= self._window_bytes
         self._read_ahead()
         return window
@@ -115,18 +115,18 @@ class WindowQueue:
     def close(self) -> None:
         """Stop reading."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reading.clear()
+        self._pending.clear()
         self._free.clear()
 
     def _read_ahead(self) -> None:
         order = self._order
         # Windows count as the largest: what is planned here is read.
         size = self._window_bytes
-        while not self._reading or (self.bytes_ahead + size <= self._limit and len(self._reading) < self._most):
+        while not self._pending or (self.bytes_ahead + size <= self._limit and len(self._pending) < self._most):
             epoch, _, lane, number = self._next[0]
             blocks = order.window_blocks_of(epoch, lane, number)
             self.bytes_ahead += size
-            self._reading.append(self._start(epoch, lane, number, blocks))
+            self._pending.append(self._start(epoch, lane, number, blocks))
             slot = order.window_slot(lane, number + 1)
             # The lane's window after this one, in the next epoch where the lane ends.
             following = (
@@ -136,7 +136,7 @@ class WindowQueue:
             )
             heapq.heapreplace(self._next, following)
 
-    def _start(self, epoch: int, lane: int, number: int, blocks: Rows) -> _Reading:
+    def _start(self, epoch: int, lane: int, number: int, blocks: Rows) -> _PendingWindow:
         order, size = self._order, self._order.block_rows
         starts = blocks * size
         stops = np.minimum(starts + size, order.count)
@@ -154,7 +154,7 @@ class WindowQueue:
             view = images[first : first + stop - start]
             futures.append(self._pool.submit(self._read_block, start, stop, view, chunks))
             first += stop - start
-        return _Reading(epoch, lane, number, starts, stops, images, futures)
+        return _PendingWindow(epoch, lane, number, starts, stops, images, futures)
 
     def _chunk(self, name: str, shard: int) -> Future[npt.NDArray]:
         """A chunk of a column, on its way once; forgotten as soon as it is there, for chunks are far more than rows."""
@@ -178,17 +178,17 @@ class WindowQueue:
                 values[at : at + high - low] = chunks[name, shard].result()[low:high]
         return columns
 
-    def _finish(self, reading: _Reading) -> Window:
-        order, starts, stops = self._order, reading.starts, reading.stops
-        blocks = [block.result() for block in reading.blocks]
+    def _finish(self, pending: _PendingWindow) -> Window:
+        order, starts, stops = self._order, pending.starts, pending.stops
+        blocks = [block.result() for block in pending.blocks]
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in self._columns}
         first = np.concatenate([[0], np.cumsum(stops - starts)])
-        rows = order.window_rows(reading.epoch, reading.lane, reading.number, starts // order.block_rows)
+        rows = order.window_rows(pending.epoch, pending.lane, pending.number, starts // order.block_rows)
         ascending = np.argsort(starts)
         block = ascending[np.searchsorted(starts[ascending], rows, side="right") - 1]
         position = first[block] + rows - starts[block]
         return Window(
-            reading.epoch, order.window_slot(reading.lane, reading.number), rows, position, reading.images, columns
+            pending.epoch, order.window_slot(pending.lane, pending.number), rows, position, pending.images, columns
         )
 
 

@@ -21,9 +21,9 @@ from scalecryo.data.io import urls
 from scalecryo.data.io.ranges import RangeReader
 from scalecryo.data.io.retry import RetryPolicy
 from scalecryo.data.particles import Columns
+from scalecryo.data.permutation import Rows
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.permutation import Rows
 from scalecryo.data.streaming.prefetch import Window, WindowQueue
 from scalecryo.errors import StoreError
 

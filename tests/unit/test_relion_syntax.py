@@ -9,9 +9,8 @@ import starfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalecryo.data.formats import startext
-from scalecryo.data.formats.star import read_particles, write_rows
-from scalecryo.data.formats.startext import StarText, small_table
+from scalecryo.data.formats.relion import read_particles, syntax, write_rows
+from scalecryo.data.formats.relion.syntax import StarText, small_table
 from scalecryo.errors import InputError
 
 
@@ -63,8 +62,8 @@ def test_pieces_join_seamlessly(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"data_particles\n\nloop_\n_rlnImageName #1\n_rlnDefocusU #2\n{rows}\n# version 30001\n"
     whole = table(text)
     for piece in (50, 333, 4096):
-        monkeypatch.setattr(startext, "_PIECE", piece)
-        monkeypatch.setattr(startext, "_WINDOW", piece)
+        monkeypatch.setattr(syntax, "_PIECE", piece)
+        monkeypatch.setattr(syntax, "_WINDOW", piece)
         assert table(text) == whole
 
 
@@ -73,10 +72,10 @@ def test_large_files_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "x.star"
     path.write_text(f"data_particles\n\nloop_\n_rlnImageName #1\n_rlnNothing #2\n{rows}\n")
     read = read_particles(str(path))
-    monkeypatch.setattr(startext, "_MAPPED", 1000)
-    monkeypatch.setattr(startext, "_PIECE", 5000)
+    monkeypatch.setattr(syntax, "_MAPPED", 1000)
+    monkeypatch.setattr(syntax, "_PIECE", 5000)
     mapped = read_particles(str(path))
-    assert isinstance(startext.text_of(str(path)), mmap.mmap)
+    assert isinstance(syntax.text_of(str(path)), mmap.mmap)
     assert mapped.image_names() == read.image_names()
     assert len(mapped) == 1999
 

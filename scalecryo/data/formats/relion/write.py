@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from scalecryo.data.formats.star_values import (
+from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, Text
+from scalecryo.data.formats.relion.values import (
     ANGLES,
     DEFOCUS,
     GROUP,
@@ -25,11 +25,10 @@ from scalecryo.data.formats.star_values import (
     particle_block,
     pieces,
 )
-from scalecryo.data.formats.startext import Block, Rows, StarText, Text
+from scalecryo.data.formats.rotations import matrix_to_euler
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError
-from scalecryo.physics.rotation import rotation_to_euler
 
 # RELION tells old files from new ones by this line.
 _VERSION = b"# version 30001\n\n"
@@ -41,7 +40,7 @@ Edit = Callable[[Rows], Iterator[Sequence[bytes] | None]]
 
 def _pose_columns(rotation: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]) -> dict[str, Floats]:
     """RELION's angles in degrees and origins in Å."""
-    angles = rotation_to_euler(torch.from_numpy(np.array(rotation, dtype=np.float64))).numpy()
+    angles = matrix_to_euler(rotation)
     columns = {name: angles[:, axis] for axis, name in enumerate(ANGLES)}
     # Minus zero would be written as -0.000000.
     return columns | {name: 0.0 - np.asarray(shift, dtype=np.float64)[:, axis] for axis, name in enumerate(ORIGINS)}

@@ -1,4 +1,4 @@
-"""RELION's particle tables. With `star_values` and `star_write` the only place that knows `rln…` names.
+"""RELION's particle tables as this package's columns, and as poses.
 
 RELION 3.0 (optics in every row, pixel size by magnification) and 3.1 to 5 (optics groups) are read; 3.1 is written.
 RELION's origin is minus our shift; its angles (rot, tilt, psi) make our rotation by `physics.rotation`.
@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from scalecryo.data.formats.star_values import (
+from scalecryo.data.formats.relion.syntax import StarText, Text
+from scalecryo.data.formats.relion.values import (
     ANGLES,
     DEFOCUS,
     HALF,
+    MAX_CONFIDENCE,
     OPTICS,
     ORIGINS,
     ORIGINS_PX,
@@ -22,18 +23,11 @@ from scalecryo.data.formats.star_values import (
     pieces,
     split_names,
 )
-from scalecryo.data.formats.star_values import (
-    MAX_CONFIDENCE as MAX_CONFIDENCE,
-)
-from scalecryo.data.formats.star_write import write_particles as write_particles
-from scalecryo.data.formats.star_write import write_rows as write_rows
-from scalecryo.data.formats.star_write import write_with_poses as write_with_poses
-from scalecryo.data.formats.startext import StarText, Text
-from scalecryo.data.growing import GrowingColumns
+from scalecryo.data.formats.rotations import euler_to_matrix
+from scalecryo.data.formats.spill_columns import SpillColumns
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
-from scalecryo.physics.rotation import euler_to_rotation
 
 # What would make every image disagree with its CTF, or is no single particle image, and how to come by one.
 _REFUSED = {
@@ -41,8 +35,6 @@ _REFUSED = {
     "rlnCtfDataArePhaseFlipped": (1, "the images are phase-flipped; extract them again without"),
     "rlnImageDimensionality": (3, "the images are volumes; give 2D particles"),
 }
-
-
 _BOX = "rlnImageSize"
 
 
@@ -85,9 +77,7 @@ def _has_angles(values: Values) -> bool:
 
 
 def _rotation(values: Values) -> Floats:
-    angles = np.stack([values.numbers(name) for name in ANGLES], axis=-1)
-    rotation: Floats = euler_to_rotation(torch.from_numpy(angles)).numpy()
-    return rotation
+    return euler_to_matrix(np.stack([values.numbers(name) for name in ANGLES], axis=-1))
 
 
 def _shift(values: Values, pixel_sizes: Floats) -> Floats | None:
@@ -161,7 +151,7 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
     star = StarText.open(url) if text is None else StarText(text, urls.redacted(url))
     stacks: dict[bytes, int] = {}
     pixels = StackPixels()
-    growing = GrowingColumns()
+    growing = SpillColumns()
     for values in pieces(star):
         columns, sizes = _piece_columns(values, stacks, pixel_size)
         pixels.add(columns["stack"], sizes, values.numbers(_BOX) if _BOX in values else None)

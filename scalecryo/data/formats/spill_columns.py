@@ -14,7 +14,7 @@ from scalecryo.errors import OutputError
 KEPT_BYTES = 256 << 20  # about 2.5 million particles with poses
 
 
-class GrowingColumns:
+class SpillColumns:
     """Columns of equal length made of pieces. Beyond `KEPT_BYTES` they are kept in files without names, and mapped.
 
     Raises:
@@ -68,5 +68,5 @@ def _disk_full() -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{tempfile.gettempdir()}: a large table does not fit the folder for temporary files ({error.strerror}): "
-            "free about 100 bytes a row there, or set TMPDIR to a larger disk"
+            "free about 100 bytes per row there, or set TMPDIR to a larger disk"
         ) from error

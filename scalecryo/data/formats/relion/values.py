@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.startext import Block, Rows, StarText, small_table
+from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, small_table
 from scalecryo.errors import InputError
 
 ANGLES = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
