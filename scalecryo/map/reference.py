@@ -61,7 +61,7 @@ class ReferenceSet:
     mask: Float[Tensor, "classes n n n"]
     fsc: Float[Tensor, "classes shells"]
     fsc_masked: Float[Tensor, "classes shells"]
-    noise: Float[Tensor, " shells"]
+    noise: Float[Tensor, " noise_shells"]
     radius: float
 
     @classmethod
@@ -70,7 +70,7 @@ class ReferenceSet:
         maps: Float[Tensor, "classes 2 n n n"],
         pixel_size: float,
         *,
-        noise: Float[Tensor, " shells"],
+        noise: Float[Tensor, " noise_shells"],
         radius: float,
         mask: Float[Tensor, "classes n n n"] | None = None,
     ) -> "ReferenceSet":
