@@ -215,7 +215,7 @@ def test_known_poses_are_found_within_the_grid_spacing(shift_px):
     bank = extractor(blobs)(half, data["pixels"])
     found = grid_posterior(**data, templates=bank, shift_grid_px=shifts, keep=8).candidates(grid, shifts)
     error = np.stack([angles(found.rotation[:, k].double().numpy(), rotation) for k in range(8)], 1)
-    off = np.linalg.norm(found.shift_px.numpy() - shift[:, None], axis=-1)
+    off = np.linalg.norm(found.shift.numpy() - shift[:, None], axis=-1)
     # A random rotation is 7.3 degrees from the grid on average, 11.5 at most for 99 % and never above 13.4 (measured
     # with 40,000); shifts are within 0.71 px of their lattice. The spacings are 14.8 degrees and 1 px.
     assert np.median(error[:, 0]) < 9

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN = {"scalecryo", "tests", "tools"}
 # Imported where a user asks for what they do. CUDA builds of torch bring triton.
-OPTIONAL = {"obstore": "s3", "distributed": "cluster", "triton": "test"}
+OPTIONAL = {"boto3": "s3", "botocore": "s3", "distributed": "cluster", "triton": "test", "tensorstore": "dev"}
 # A fuzzer's engine that it does without, and scripts that lie side by side.
 NOT_DECLARED = {"atheris", "paper_datasets"}
 

@@ -1,6 +1,6 @@
 """Reading blocks of a store: the own range reader against tensorstore, the same blocks, equal arrays.
 
-    pip install tensorstore; python -m tools.bench reader [--rounds 7] [--rows 2048] [--s3 BUCKET]
+    python -m tools.bench reader [--rounds 7] [--rows 2048] [--s3 BUCKET]
 
 On a warm disk, and with --s3 from the server of AWS_ENDPOINT_URL behind a proxy that adds 20 ms; one block at a time,
 and as the stream does, several under way. Wall and processor seconds of this process, the median of the rounds.
