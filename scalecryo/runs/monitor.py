@@ -41,7 +41,7 @@ class PassReport:
     images: int
     step: int = 0
     scalars: Mapping[str, float] = field(default_factory=dict)
-    histograms: Mapping[str, Float[Tensor, " n"]] = field(default_factory=dict)
+    histograms: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
     density: Float[Tensor, "n n n"] | None = None
     rows: Int[Tensor, " k"] | None = None
     rotation: Float[Tensor, "k 3 3"] | None = None

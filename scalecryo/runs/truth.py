@@ -20,7 +20,7 @@ from scalecryo.physics.fft import fourier_resize_3d
 class Truth:
     """True rotations by row of the store, and the true map at the training level."""
 
-    rotation: Float[Tensor, "p 3 3"]
+    rotation: Float[Tensor, "particles 3 3"]
     volume: Float[Tensor, "n n n"]
     pixel_size: float
 
