@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypedDict
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from scalecryo import __version__
+from scalecryo.commands.console import check_conversion
 from scalecryo.config import RECIPES, SECTIONS, refuse_renamed
 from scalecryo.errors import ConfigError, ScalecryoError, UsageError
 
@@ -148,10 +149,7 @@ def convert(
         mixed_optics: stacks of several pixel sizes: stop, or resample them to the coarsest
         allow_outside: read stacks that the table names outside --data-dir
     """
-    if invert and uninvert:
-        raise UsageError("convert takes --invert or --uninvert, not both")
-    if append and (overwrite or box):
-        raise UsageError("convert --append keeps the store's box and particles: leave out --box and --overwrite")
+    check_conversion(invert=invert, uninvert=uninvert, append=append, overwrite=overwrite, box=box)
     reading = {"ctf": ctf, "poses": poses, "pixel_size": pixel_size, "passthrough": passthrough,
                "mixed_optics": mixed_optics, "allow_outside": allow_outside}  # fmt: skip
     _run("convert", source, store, data_dir=data_dir, box=box, dtype=dtype, workers=workers, overwrite=overwrite,

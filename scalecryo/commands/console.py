@@ -3,6 +3,8 @@
 import sys
 import time
 
+from scalecryo.errors import UsageError
+
 
 def say(text: str) -> None:
     """Write one line of a verb's result to standard output."""
@@ -14,6 +16,18 @@ def note(text: str) -> None:
     """Write one line of progress or advice to standard error, so that it never mixes with results."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
+
+
+def check_conversion(*, invert: bool, uninvert: bool, append: bool, overwrite: bool, box: int | None) -> None:
+    """Refuse options of `convert` that contradict each other, before anything heavy is imported.
+
+    Raises:
+        UsageError: they do.
+    """
+    if invert and uninvert:
+        raise UsageError("convert takes --invert or --uninvert, not both")
+    if append and (overwrite or box):
+        raise UsageError("convert --append keeps the store's box and particles: leave out --box and --overwrite")
 
 
 class Progress:
@@ -37,4 +51,4 @@ class Progress:
         self._told = now
         rate = (done - self._first) / max(now - self._start, 1e-9)
         left = (total - done) / rate if rate else float("inf")
-        note(f"{self._verb}{done:,} of {total:,} particles, {rate:,.0f} a second, {left:,.0f} s left")
+        note(f"{self._verb}{done:,} of {total:,} particles, {rate:,.0f} images/s, {left:,.0f} s left")

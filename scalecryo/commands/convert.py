@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from scalecryo.commands.console import Progress, note, say
+from scalecryo.commands.console import Progress, check_conversion, note, say
 from scalecryo.data.conversion.append import append, complete_append
 from scalecryo.data.conversion.append_plan import plan_append
 from scalecryo.data.conversion.convert import ConvertPlan, check_destination, convert, plan
@@ -30,6 +30,7 @@ def run(
     reading: Mapping[str, Any] | None = None,
 ) -> None:
     """Plan, say what was found, and write the store or add to it; `reading` holds the fields of `ReadOptions`."""
+    check_conversion(invert=invert, uninvert=uninvert, append=add, overwrite=overwrite, box=box)
     sign = "invert" if invert else "uninvert" if uninvert else None
     looked = Progress("looked at")
     options = ReadOptions(**(reading or {}))

@@ -23,7 +23,7 @@ from scalecryo.data.io.objects import ObjectFiles, remote_files
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.storage.zarr_layout import ZarrRows
 from scalecryo.errors import InputError, MissingInputError, OutputError, StoreError
-from scalecryo.runs.checkpoint import save_checkpoint
+from scalecryo.runs.checkpoint import Checkpoint, save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from tests.conftest import Seaweed
 from tests.support.fault_proxy import Fault, FaultProxy
@@ -122,7 +122,7 @@ def test_overwriting_leaves_the_neighbour(seaweed: Seaweed, tmp_path: Path, name
     _convert(second, own, overwrite=True)
     assert contents(neighbour) == before
     verify_command.run(own, full=True)
-    assert ParticleStore.open(own).stack_urls == (second,)
+    assert ParticleStore.open(own).attrs["source"].endswith("b.mrcs")
     # A layout of other codecs goes through zarr-python.
     assert ZarrRows(f"{own}/particles/stack_index").read(3, 5).tolist() == [3, 4]
 
@@ -131,7 +131,8 @@ def test_pruning_leaves_the_neighbours_checkpoints(seaweed: Seaweed) -> None:
     runs = [RunFolder(seaweed.url("runs", name)) for name in ("run3", "run[3]")]
     for run in runs:
         for step in range(1, 5):
-            save_checkpoint(run, step, {"x": torch.zeros(1)}, keep=4 if run is runs[0] else 1, score=float(step))
+            checkpoint = Checkpoint(step, "guided", "refinement", "x", {"x": torch.zeros(1)})
+            save_checkpoint(run, checkpoint, 4 if run is runs[0] else 1, score=float(step))
     kept = [[name for name in urls.list_folder(run.path("checkpoints")) if name.endswith(".pt")] for run in runs]
     assert [len(names) for names in kept] == [4, 1]
 
