@@ -36,7 +36,7 @@ ENCODER = {"pose.source": "encoder", "train.steps": str(STEPS), "train.batch_siz
            "train.checkpoint_every": str(EVERY), "encoder.hidden": "16", "monitor.every": "1",
            "optim.encoder_rate": "1e-5"}  # fmt: skip
 ITERATIONS = 5
-GUIDED = {"guided.iterations": str(ITERATIONS), "guided.bootstrap_steps": "40", "guided.starts": "1",
+GUIDED = {"guided.iterations": str(ITERATIONS), "guided.bootstrap_steps": "100", "guided.starts": "1",
           "guided.shift_radius_a": "6", "guided.batch_size": "100"}  # fmt: skip
 
 
