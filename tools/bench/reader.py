@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import tensorstore
 import zarr
 
 from scalecryo.data.io import urls
@@ -34,6 +33,8 @@ def own_reader(url: str, rows: int, block_rows: int) -> Read:
 
 
 def tensorstore_reader(url: str, rows: int, block_rows: int) -> Read:
+    import tensorstore  # of the extra dev: --help does without
+
     place: dict[str, object] = {"driver": "file", "path": url}
     if url.startswith("s3://"):
         bucket, _, path = url.removeprefix("s3://").partition("/")
