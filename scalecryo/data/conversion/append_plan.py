@@ -198,9 +198,8 @@ def plan_append(
             f"{urls.redacted(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
         )
     _refuse_other_kind(store, particles, source)
-    normalisation = _store_normalisation(
-        store, particles, source, {None: None, "invert": -1, "uninvert": 1}[sign or None], bad_images
-    )
+    wanted = {None: None, "invert": -1, "uninvert": 1}[sign or None]
+    normalisation = _store_normalisation(store, particles, source, wanted, bad_images)
     excluded: tuple[BadImage, ...] = ()
     if bad_images == "exclude":
         excluded = find_bad_images(particles, normalisation, store.dtype, workers, scheduler, progress)
@@ -220,10 +219,8 @@ def plan_append(
         documents[EXCLUDED] = json.dumps(left_out, indent=1).encode()
     attrs = {**store.attrs, "count": store.count + len(placed.table), "excluded": len(left_out)}
     attrs["source_rows"] = rows_before + len(placed.table) + len(excluded)
-    attrs["appended"] = [
-        *store.attrs.get("appended", []),
-        {"source": urls.redacted(urls.absolute(source)), "count": len(placed.table)},
-    ]
+    added = {"source": urls.redacted(urls.absolute(source)), "count": len(placed.table)}
+    attrs["appended"] = [*store.attrs.get("appended", []), added]
     identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
     attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return AppendPlan(
