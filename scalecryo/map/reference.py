@@ -111,19 +111,28 @@ class ReferenceSet:
 
         A half-map's Wiener filter is the half-map correlation itself: FSC = signal / (signal + noise of one half).
         """
-        noise = self.level_noise(level, pixels)
-        return {
-            (number, half): self._reference(self.maps[number, half - 1], number, level, noise)
-            for number in range(self.classes)
-            for half in (1, 2)
-        }
+        noise, found = self.level_noise(level, pixels), {}
+        for number in range(self.classes):
+            mask = mask_from_map(self.mean(number), 1.0)  # one for both halves
+            for half in (1, 2):
+                found[number, half] = self._reference(self.maps[number, half - 1], number, mask, level, noise)
+        return found
 
     def mean_at(self, level: int, pixels: FourierPixels, class_index: int = 0) -> Reference:
         """The mean of a class's half-maps, prepared alike."""
-        return self._reference(self.mean(class_index), class_index, level, self.level_noise(level, pixels))
+        mean = self.mean(class_index)
+        noise = self.level_noise(level, pixels)
+        return self._reference(mean, class_index, mask_from_map(mean, 1.0), level, noise)
 
-    def _reference(self, volume: Float[Tensor, "n n n"], number: int, level: int, noise: NoiseSpectrum) -> Reference:
-        filtered = weight_shells(volume, self.curve(number).clamp(0, 1)) * mask_from_map(self.mean(number), 1.0)
+    def _reference(
+        self,
+        volume: Float[Tensor, "n n n"],
+        number: int,
+        mask: Float[Tensor, "n n n"],
+        level: int,
+        noise: NoiseSpectrum,
+    ) -> Reference:
+        filtered = weight_shells(volume, self.curve(number).clamp(0, 1)) * mask
         if self.level != level:
             filtered = fourier_resize_3d(filtered, level)
         return Reference(reference_transform(filtered, PADDING), PADDING, noise)

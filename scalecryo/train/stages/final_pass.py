@@ -91,7 +91,7 @@ class FinalPass:
         context, sums = self._context, self._sums
         assert sums is not None, "request() comes first"
         if world.size > 1:
-            sums.all_reduce_(world.all_reduce_, context.pixels(sums.box_size).radius_limit)
+            sums.all_reduce_(world.all_reduce_, sums.box_size / 2 - 1)
         self._found.commit(world)
         if world.is_leader:
             self._write(sums)
