@@ -79,8 +79,3 @@ class World:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, names)
         return sorted(name for part in gathered for name in part)
-
-    def barrier(self) -> None:
-        """Wait for all workers. Collective."""
-        if self.size > 1:
-            dist.barrier()

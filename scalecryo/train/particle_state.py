@@ -57,9 +57,6 @@ class ParticleState:
         self.parts: list[str] = []
         """Every part that was taken in, in this order."""
 
-    def __len__(self) -> int:
-        return len(self._written)
-
     def read(self, rows: Int[Tensor, " b"]) -> tuple[PoseEstimates, Bool[Tensor, " b"]]:
         """What is known of some particles, and of which of them anything is."""
         at = rows.cpu().numpy()  # host sync
