@@ -82,8 +82,21 @@ def simulate(
     astigmatism_um: float = 0.0,
     shift_a: float = 0.0,
     seed: int = 0,
+    colour: float = 0.0,
+    scale_sd: float = 0.0,
+    gain_sd: float = 0.0,
+    junk: float = 0.0,
+    neighbours: float = 0.0,
+    prefer: tuple[float, float] | None = None,
+    defocus_error_a: float = 0.0,
+    mix: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
 ) -> None:
     """Simulate particles of a structure (PDB, mmCIF) or map (MRC), with known truth.
+
+    Without the options from --colour on, the set is ideal. Each of them has its own random numbers: switching one on
+    changes no other draw. particles.star says what a user would be told; truth.star holds poses, true defocus and
+    labels: rlnClassNumber (0: junk), scalecryoJunk (1: empty, 2: another object), scalecryoNeighbour (1: has one),
+    rlnGroupScaleCorrection (scale), rlnNormCorrection (gain), scalecryoOffset. Micrographs have 100 images each.
 
     Args:
         structure: .pdb, .cif (also .gz), or a map .mrc
@@ -95,10 +108,24 @@ def simulate(
         defocus_um: smallest and largest defocus, micrometres; no CTF when absent
         astigmatism_um: largest difference between defocus U and V, micrometres
         shift_a: standard deviation of the shift along x and along y, Angstrom
-        seed: of poses, defocus, shifts and noise
+        seed: of all that is drawn
+        colour: share of the noise's power that is low-pass, falling as 1/(1 + (30 A x frequency)^2); the rest is white
+        scale_sd: spread of the signal's scale of each micrograph: standard deviation of its logarithm
+        gain_sd: spread of each image's gain of signal and noise: standard deviation of its logarithm; grey levels then
+            scatter by 3 x this x the noise's standard deviation
+        junk: share of the images without a particle: half of them empty, half of random Gaussian blobs of the
+            particle's extent and power
+        neighbours: share of the images that also show another particle, 0.9 to 1.3 particle diameters away; none in
+            empty ones
+        prefer: share of the views within so many degrees of the volume's +z axis; the rest is uniform over all views
+        defocus_error_a: standard deviation of the error of the defocus in particles.star, Angstrom
+        mix: more structures or maps: each particle is one of all with equal probability; structures keep the
+            coordinates of their files, and the first one's centre of mass is the centre of all
     """
     _run("simulate", structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db,
-         defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed)  # fmt: skip
+         defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed, colour=colour,
+         scale_sd=scale_sd, gain_sd=gain_sd, junk=junk, neighbours=neighbours, prefer=prefer,
+         defocus_error_a=defocus_error_a, mix=mix)  # fmt: skip
 
 
 @app.command

@@ -47,7 +47,9 @@ def _pose_columns(rotation: npt.NDArray[np.floating], shift: npt.NDArray[np.floa
 
 
 def _text(values: npt.NDArray) -> list[bytes]:
-    """A column as RELION writes it."""
+    """A column as RELION writes it; text (bytes) stays as it is."""
+    if values.dtype.kind == "S":
+        return list(values.tolist())
     form = b"%12d" if values.dtype.kind in "iu" else b"%12.6f"
     return [form % value for value in values.tolist()]
 
@@ -91,6 +93,7 @@ def write_particles(
     box_size: int | None = None,
     confidence: npt.NDArray[np.floating] | None = None,
     pose: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]] | None = None,
+    more: Mapping[str, npt.NDArray] | None = None,
 ) -> None:
     """Write a RELION 3.1 particle table; the file appears whole or not at all.
 
@@ -102,11 +105,12 @@ def write_particles(
         box_size: of the images, px, for the optics table.
         confidence: (N,) 0 to 1, written as rlnMaxValueProbDistribution.
         pose: rotation and shift (Å) in double precision, in place of the table's own.
+        more: further columns by RELION's name: numbers, or bytes without white space.
     """
     columns = table.columns
     if with_poses and pose is None:
         pose = columns["rotation"], columns["shift"]
-    _write_own(url, names, table, pose, columns["half"], confidence, box_size)
+    _write_own(url, names, table, pose, columns["half"], confidence, box_size, more or {})
 
 
 def _write_own(
@@ -117,8 +121,9 @@ def _write_own(
     half: npt.NDArray,
     confidence: npt.NDArray | None,
     box_size: int | None,
+    more: Mapping[str, npt.NDArray],
 ) -> None:
-    """Write the table itself, with the poses, halves and confidences given."""
+    """Write the table itself, with the poses, halves, confidences and further columns given."""
     columns = table.columns
     shared = [columns[ours] for ours in OPTICS] if table.has_ctf else []
     boxes = np.array(table.stack_boxes)[columns["stack"]] if table.stack_boxes else np.full(len(table), box_size or 0)
@@ -136,6 +141,7 @@ def _write_own(
     frame |= {HALF: half} if half.any() else {}
     frame |= _pose_columns(*pose) if pose is not None else {}
     frame |= {} if confidence is None else {MAX_CONFIDENCE: np.asarray(confidence, dtype=np.float64)}
+    frame |= more
     with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         stream.write(_optics_text(optics) + b"\n" + _VERSION + _header(b"particles", [IMAGE_NAME, *frame]))
         for start in range(0, len(names), _PIECE):
@@ -174,7 +180,7 @@ def write_with_poses(
     """
     half = np.asarray(half)
     if source_star is None:
-        _write_own(url, table.image_names(), table, (rotation, shift), half, confidence, box_size)
+        _write_own(url, table.image_names(), table, (rotation, shift), half, confidence, box_size, {})
         return
     text = StarText(source_star, urls.redacted(url))
     source_row = table.columns["source_row"]
