@@ -68,7 +68,13 @@ def _run(verb: str, *args: Any, **kwargs: Any) -> None:
     import_module(f"scalecryo.commands.{verb}").run(*args, **kwargs)
 
 
-@app.command
+@app.command(
+    help_epilogue="Without the options from --colour on, the set is ideal. Each of them has its own random numbers: "
+    "switching one on changes no other draw. particles.star says what a user would be told, micrographs of 100 images "
+    "each included; truth.star holds poses, true defocus and labels: rlnClassNumber (0: junk), scalecryoJunk (1: "
+    "empty, 2: another object), scalecryoNeighbour (1: has one), rlnGroupScaleCorrection (scale), rlnNormCorrection "
+    "(gain), scalecryoOffset (grey level, in standard deviations of the noise)."
+)
 def simulate(
     structure: str,
     out_dir: str,
@@ -90,13 +96,10 @@ def simulate(
     prefer: tuple[float, float] | None = None,
     defocus_error_a: float = 0.0,
     mix: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    micelle: float = 0.0,
+    symmetry: str = "C1",
 ) -> None:
     """Simulate particles of a structure (PDB, mmCIF) or map (MRC), with known truth.
-
-    Without the options from --colour on, the set is ideal. Each of them has its own random numbers: switching one on
-    changes no other draw. particles.star says what a user would be told; truth.star holds poses, true defocus and
-    labels: rlnClassNumber (0: junk), scalecryoJunk (1: empty, 2: another object), scalecryoNeighbour (1: has one),
-    rlnGroupScaleCorrection (scale), rlnNormCorrection (gain), scalecryoOffset. Micrographs have 100 images each.
 
     Args:
         structure: .pdb, .cif (also .gz), or a map .mrc
@@ -121,11 +124,16 @@ def simulate(
         defocus_error_a: standard deviation of the error of the defocus in particles.star, Angstrom
         mix: more structures or maps: each particle is one of all with equal probability; structures keep the
             coordinates of their files, and the first one's centre of mass is the centre of all
+        micelle: mean density of a belt of detergent around the structure, relative to the protein's: an ellipsoid about
+            the z axis, 40 Angstrom thick, 25 Angstrom wider than the protein
+        symmetry: point group (C7, D2, T, O, I, I1 to I4): the map is the sum of the structure's copies about RELION's
+            axes; a structure is first moved off the axes until the copies touch, or as far as the box allows; a map is
+            not moved
     """
     _run("simulate", structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db,
          defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed, colour=colour,
          scale_sd=scale_sd, gain_sd=gain_sd, junk=junk, neighbours=neighbours, prefer=prefer,
-         defocus_error_a=defocus_error_a, mix=mix)  # fmt: skip
+         defocus_error_a=defocus_error_a, mix=mix, micelle=micelle, symmetry=symmetry)  # fmt: skip
 
 
 @app.command

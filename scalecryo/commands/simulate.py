@@ -19,6 +19,7 @@ from scalecryo.data.simulation import (
     draw_conditions,
     draw_particles,
     with_defocus_errors,
+    with_micelle,
     with_preferred_views,
 )
 from scalecryo.errors import InputError, OutputExistsError
@@ -44,6 +45,8 @@ def run(
     prefer: tuple[float, float] | None = None,
     defocus_error_a: float = 0.0,
     mix: Sequence[str] = (),
+    micelle: float = 0.0,
+    symmetry: str = "C1",
 ) -> None:
     """Write particles.mrcs, particles.star (no poses), truth.star (the same rows with poses) and truth.mrc.
 
@@ -54,33 +57,25 @@ def run(
     sources = (structure, *mix)
     maps = ["truth.mrc", *(f"truth_{number}.mrc" for number in range(2, len(sources) + 1))]
     outputs = ["particles.mrcs", "particles.star", "truth.star", *maps]
-    existing = [name for name in outputs if urls.exists(urls.join(out_dir, name))]
-    if existing:
-        raise OutputExistsError(
-            f"{urls.redacted(out_dir)} already holds {existing[0]}: remove it, or name another folder"
-        )
-    if snr_db is not None and not math.isfinite(snr_db):
-        raise InputError(f"a signal-to-noise ratio of {snr_db} dB means nothing: give a number, or leave it out")
+    _refuse(out_dir, outputs, snr_db=snr_db, colour=colour, micelle=micelle, symmetry=symmetry)
     wanted = Imperfections(colour, scale_sd, gain_sd, junk, neighbours, prefer, defocus_error_a)
-    if colour > 0 and snr_db is None:
-        raise InputError("coloured noise without noise means nothing: give a signal-to-noise ratio too")
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_particles(n, Imaging(pixel_size, defocus_um, astigmatism_um, shift_a), "particles.mrcs", generator)
     table = with_preferred_views(drawn, prefer, seed)
     told = with_defocus_errors(table, defocus_error_a, seed)
     conditions = draw_conditions(n, wanted, len(sources), seed)
-    volumes, origin = densities(sources, box, pixel_size)
-    recording = Recording(
-        [Projector(volume, pixel_size) for volume in volumes], max(diameter(volume, pixel_size) for volume in volumes),
-        table, conditions, wanted, snr_db, generator, seed,
-    )  # fmt: skip
+    bare, origin = densities(sources, box, pixel_size, symmetry)
+    volumes = [with_micelle(volume, pixel_size, micelle) for volume in bare]
+    projectors = [Projector(volume, pixel_size) for volume in volumes]
+    extent = max(diameter(volume, pixel_size) for volume in volumes)
+    recording = Recording(projectors, extent, table, conditions, wanted, snr_db, generator, seed)
     names, labels = table.image_names(), conditions.labels(wanted, len(sources))
+    micrographs = {"rlnMicrographName": labels["rlnMicrographName"]}
     try:
         _write_images(urls.join(out_dir, "particles.mrcs"), recording)
         for name, volume in zip(maps, volumes, strict=True):
             write_map(urls.join(out_dir, name), volume.numpy(), pixel_size, origin)
         write_particles(urls.join(out_dir, "truth.star"), names, table, True, box, more=labels)
-        micrographs = {"rlnMicrographName": conditions.micrograph_names()}
         write_particles(urls.join(out_dir, "particles.star"), names, told, False, box, more=micrographs)
     except BaseException:
         # None of them was there before: what is left now would only stand in the way of the next try.
@@ -89,6 +84,27 @@ def run(
         raise
     noise = "without noise" if snr_db is None else f"{snr_db:g} dB"
     say(f"{urls.redacted(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
+
+
+def _refuse(
+    out_dir: str, outputs: Sequence[str], *, snr_db: float | None, colour: float, micelle: float, symmetry: str
+) -> None:
+    """Raise where an output exists, or where settings contradict each other.
+
+    Raises:
+        OutputExistsError, InputError: as said.
+    """
+    existing = [name for name in outputs if urls.exists(urls.join(out_dir, name))]
+    if existing:
+        raise OutputExistsError(
+            f"{urls.redacted(out_dir)} already holds {existing[0]}: remove it, or name another folder"
+        )
+    if snr_db is not None and not math.isfinite(snr_db):
+        raise InputError(f"a signal-to-noise ratio of {snr_db} dB means nothing: give a number, or leave it out")
+    if colour > 0 and snr_db is None:
+        raise InputError("coloured noise without noise means nothing: give a signal-to-noise ratio too")
+    if micelle > 0 and symmetry.strip().upper()[:1] not in ("C", "D"):
+        raise InputError(f"a micelle about z has not the symmetry {symmetry}: leave one of the two out")
 
 
 def _write_images(path: str, recording: Recording) -> None:

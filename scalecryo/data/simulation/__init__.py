@@ -12,6 +12,7 @@ from scalecryo.data.simulation.imperfections import (
     with_defocus_errors,
     with_preferred_views,
 )
+from scalecryo.data.simulation.micelle import with_micelle
 from scalecryo.data.simulation.noise import Noise, noise_sigma
 from scalecryo.data.simulation.particles import Imaging, draw_particles
 from scalecryo.data.simulation.projector import Projector
@@ -19,5 +20,6 @@ from scalecryo.data.simulation.recording import Recording
 
 __all__ = [
     "Conditions", "Imaging", "Imperfections", "Noise", "Projector", "Recording", "densities", "diameter",
-    "draw_conditions", "draw_particles", "fit_map", "noise_sigma", "with_defocus_errors", "with_preferred_views",
+    "draw_conditions", "draw_particles", "fit_map", "noise_sigma", "with_defocus_errors", "with_micelle",
+    "with_preferred_views",
 ]  # fmt: skip

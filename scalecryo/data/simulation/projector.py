@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scalecryo.data.particles import CTF_COLUMNS, ParticleTable
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer
-from scalecryo.physics.fft import irfft2_centred, rfft2_centred, rfft3_centred
+from scalecryo.physics.fft import irfft2_centred, irfft3_centred, rfft2_centred, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.image_formation import shift_ramp
 
@@ -48,8 +48,17 @@ class Projector:
     def project(self, rotation: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b n n"]:
         """Sums along z, in voxels, of the map turned by Rᵀ; band-limited to |k| <= n/2 − 1."""
         slices = np.zeros((len(rotation), self.box_size, self.box_size // 2 + 1), np.complex64)
-        _slice_cubic(self._transform, rotation.double().numpy(), float(PADDING), slices)
+        _slice_cubic(self._transform, rotation.double().numpy(), np.zeros(len(rotation)), float(PADDING), slices)
         return irfft2_centred(torch.from_numpy(slices), self.box_size)
+
+    def turned(self, rotation: Float[Tensor, "3 3"]) -> Float[Tensor, "n n n"]:
+        """The map V(R x); band-limited to |k| <= n/2 − 1."""
+        n = self.box_size
+        planes = np.zeros((n, n, n // 2 + 1), np.complex64)
+        kz = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64).numpy()
+        rotations = np.broadcast_to(rotation.double().numpy(), (n, 3, 3))
+        _slice_cubic(self._transform, np.ascontiguousarray(rotations), kz, float(PADDING), planes)
+        return irfft3_centred(torch.from_numpy(planes), n)
 
     def record(
         self,
@@ -103,24 +112,25 @@ def _spline_weights(t: float, weights: NDArray[np.float32]) -> None:
 def _slice_cubic(
     transform: NDArray[np.complex64],
     rotation: NDArray[np.float64],
+    height: NDArray[np.float64],
     scale: float,
     out: NDArray[np.complex64],
 ) -> None:
-    """Central slices (b, n, n/2 + 1), torch.fft order, of a transform (d, d, d/2 + 2) whose first column is kx = −1.
+    """Slices (b, n, n/2 + 1), torch.fft order, of a transform (d, d, d/2 + 2) whose first column is kx = −1.
 
-    See `Projector`.
+    Slice b lies at kz = height[b], central where that is 0. See `Projector`.
     """
     box, half = transform.shape[0], out.shape[1] // 2
     wx, wy, wz = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
     for b in range(out.shape[0]):
-        r = rotation[b]
+        r, kz = rotation[b], height[b]
         for ky in range(-half + 1, half):
             for kx in range(half):
-                if kx * kx + ky * ky > (half - 1) ** 2:
+                if kx * kx + ky * ky + kz * kz > (half - 1) ** 2:
                     continue
-                x = scale * (r[0, 0] * kx + r[0, 1] * ky)
-                y = scale * (r[1, 0] * kx + r[1, 1] * ky)
-                z = scale * (r[2, 0] * kx + r[2, 1] * ky)
+                x = scale * (r[0, 0] * kx + r[0, 1] * ky + r[0, 2] * kz)
+                y = scale * (r[1, 0] * kx + r[1, 1] * ky + r[1, 2] * kz)
+                z = scale * (r[2, 0] * kx + r[2, 1] * ky + r[2, 2] * kz)
                 mirrored = x < 0
                 if mirrored:
                     x, y, z = -x, -y, -z
