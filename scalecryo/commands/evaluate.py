@@ -1,17 +1,22 @@
 """`scalecryo evaluate`: a run, a table or a map against a known truth, as one line of JSON and two pictures."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Bool
+from numpy.typing import NDArray
 
 from scalecryo.commands.console import say
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.relion import StarPoses, image_key, read_poses
+from scalecryo.data.formats.relion import JUNK, OwnColumns, StarPoses, image_key, read_poses
 from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.compare import MapComparison, compare_maps, compare_poses, summary
+from scalecryo.evaluate.metrics import junk_auc
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 
 
@@ -21,7 +26,8 @@ def run(path: str, *, truth: str) -> dict[str, Any]:
     A map also gives evaluate_fsc.png, evaluate_fsc.csv and evaluate_slices.png beside it.
 
     Poses are aligned on the even rows and scored on the odd ones, maps over all rotations or from the poses, both in
-    either hand. The FSC is taken without a mask.
+    either hand. The FSC is taken without a mask. Images that truth.star calls junk have no pose to be compared: they
+    are left out, and `junk_auc` says how well the table's confidence tells them from particles.
     """
     is_table, is_map = path.endswith(".star"), path.lower().endswith((".mrc", ".map"))
     table = path if is_table else None if is_map else urls.join(path, "particles.star")
@@ -38,37 +44,64 @@ def run(path: str, *, truth: str) -> dict[str, Any]:
     rows = _matched(table, urls.join(truth, "truth.star"), pixel_size) if table else None
     volume = _volume_of_extent(density, extent) if density else None
     symmetry = rotational_symmetry(true_map) if rows else torch.eye(3)[None]
-    poses = compare_poses(*rows, symmetry) if rows else None
+    poses = None
+    if rows:
+        poses = compare_poses(rows.rotation, rows.rotation_true, rows.shift_px, rows.shift_true_px, symmetry)
     maps: MapComparison | None = None
     if density and volume is not None:
         maps = compare_maps(volume, true_map, extent, poses.alignment if poses else None, symmetry)
         _draw(maps, urls.parent(density))
-    images = len(rows[0]) if rows else None
-    line = summary(images, poses, maps) | {"box_size": true_map.shape[-1], "pixel_size": pixel_size}
+    images = len(rows.rotation) if rows else None
+    line = summary(images, poses, maps) | {
+        "junk_auc": rows.junk_auc if rows else None,
+        "box_size": true_map.shape[-1],
+        "pixel_size": pixel_size,
+    }
     line = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
     say(json.dumps(line))
     return line
 
 
-def _matched(
-    table: str, truth: str, pixel_size: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Estimated and true rotations, estimated and true shifts (px), of the images in both tables."""
+@dataclass(frozen=True)
+class _Matched:
+    """Particles that are in both tables: estimated and true rotations, and shifts in px where a table has them."""
+
+    rotation: torch.Tensor
+    rotation_true: torch.Tensor
+    shift_px: torch.Tensor | None
+    shift_true_px: torch.Tensor | None
+    junk_auc: float | None
+
+
+def _matched(table: str, truth: str, pixel_size: float) -> _Matched:
+    """The images in both tables but for junk, row for row."""
     estimate, true = read_poses(table), read_poses(truth)
     row_of = {image_key(name): row for row, name in enumerate(true.names)}
     pairs = [(row, row_of[image_key(name)]) for row, name in enumerate(estimate.names) if image_key(name) in row_of]
-    if len(pairs) < 2:
+    particle = _is_particle(truth, len(true.names))
+    scored = [(row, true_row) for row, true_row in pairs if particle[true_row]]
+    if len(scored) < 2:
         raise InputError(
-            f"{urls.redacted(table)}: {len(pairs)} of its image names are in {urls.redacted(truth)}: "
+            f"{urls.redacted(table)}: {len(scored)} of its image names are in {urls.redacted(truth)}: "
             "these are other particles; give the truth that the images were simulated with"
         )
-    mine, theirs = (list(rows) for rows in zip(*pairs, strict=True))
+    mine, theirs = (list(rows) for rows in zip(*scored, strict=True))
 
     def shift_px(source: StarPoses, rows: list[int]) -> torch.Tensor | None:
         return None if source.shift is None else torch.from_numpy(source.shift[rows]) / pixel_size
 
+    auc = None
+    if estimate.confidence is not None and len(scored) < len(pairs):
+        rows, true_rows = np.array(pairs).T
+        auc = junk_auc(estimate.confidence[rows], particle[true_rows])
     rotation, rotation_true = torch.from_numpy(estimate.rotation[mine]), torch.from_numpy(true.rotation[theirs])
-    return rotation, rotation_true, shift_px(estimate, mine), shift_px(true, theirs)
+    return _Matched(rotation, rotation_true, shift_px(estimate, mine), shift_px(true, theirs), auc)
+
+
+def _is_particle(truth: str, count: int) -> Bool[NDArray, " n"]:
+    """Which rows of truth.star show a particle: all that it does not call junk."""
+    columns = OwnColumns(urls.read_bytes(truth), urls.redacted(truth))
+    return columns.numbers(JUNK) == 0 if JUNK in columns.names else np.ones(count, dtype=bool)
 
 
 def _volume_of_extent(path: str, wanted: float) -> torch.Tensor:

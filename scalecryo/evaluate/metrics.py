@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.physics.fsc import fsc, resolution
@@ -68,6 +70,18 @@ def shift_errors(
     """
     seen = torch.einsum("nij,i->nj", rotation_true, origin)[:, :2]
     return (shift - truth - seen).norm(dim=-1)
+
+
+def junk_auc(confidence: Float[NDArray, " n"], particle: Bool[NDArray, " n"]) -> float:
+    """Area under the receiver operating characteristic of a confidence that is to tell particles from junk.
+
+    The probability that a particle has a higher confidence than junk, ties counted half (Mann and Whitney's U). Both
+    kinds must be there.
+    """
+    _, place, times = np.unique(confidence, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(times) - (times - 1) / 2)[place]
+    count = int(particle.sum())
+    return (float(rank[particle].sum()) - count * (count + 1) / 2) / (count * (len(particle) - count))
 
 
 @dataclass(frozen=True)

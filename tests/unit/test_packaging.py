@@ -16,7 +16,7 @@ OWN = {"scalecryo", "tests", "tools"}
 # Imported where a user asks for what they do. CUDA builds of torch bring triton.
 OPTIONAL = {"boto3": "s3", "botocore": "s3", "distributed": "cluster", "triton": "test", "tensorstore": "dev"}
 # A fuzzer's engine that it does without, and scripts that lie side by side.
-NOT_DECLARED = {"atheris", "paper_datasets"}
+NOT_DECLARED = {"atheris", "paper_datasets", "stress_sets"}
 
 
 def imported(folder: str) -> set[str]:

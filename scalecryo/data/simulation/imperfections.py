@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
+from scalecryo.data.formats.relion import JUNK
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError
 from scalecryo.physics.rotation import euler_to_rotation, random_rotations
 
 MICROGRAPH_IMAGES = 100
-#: Kinds of junk, as truth.star labels them; 0 is a particle.
+#: Kinds of junk, as truth.star labels them (`JUNK`); 0 is a particle.
 EMPTY, BLOB = 1, 2
 # Grey levels of images scatter by so many noise deviations times the spread of the gain.
 _OFFSET_SIGMAS = 3.0
@@ -123,7 +124,7 @@ class Conditions:
         if classes > 1 or wanted.junk > 0:
             columns["rlnClassNumber"] = np.where(self.junk > 0, 0, self.class_index + 1)
         if wanted.junk > 0:
-            columns["scalecryoJunk"] = self.junk
+            columns[JUNK] = self.junk
         if self.neighbours is not None:
             columns["scalecryoNeighbour"] = self.neighbours.present.astype(np.int64)
         if wanted.scale_sd > 0:

@@ -26,6 +26,8 @@ OPTICS = {
 MAX_CONFIDENCE = "rlnMaxValueProbDistribution"
 HALF = "rlnRandomSubset"
 GROUP = "rlnOpticsGroup"
+#: What simulation says of an image: 0 a particle, 1 nothing, 2 another object. RELION keeps columns it does not know.
+JUNK = "scalecryoJunk"
 IMAGE_NAME = "rlnImageName"
 _LONGEST_NUMBER = 12
 #: What a column of aberrations comes to where it does nothing (`_digits`).
