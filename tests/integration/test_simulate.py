@@ -1,6 +1,8 @@
 """`scalecryo simulate` and `scalecryo evaluate`, as called by the command line."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,145 @@ def test_a_map_can_be_the_structure(shared_data: Path, tmp_path: Path) -> None:
     assert binned.shape == (64, 64, 64)
 
 
+IMPERFECT: dict[str, Any] = {
+    "n": 250, "snr_db": -5.0, "defocus_um": (0.8, 1.6), "shift_a": 2.0, "colour": 0.5, "scale_sd": 0.15, "gain_sd": 0.3,
+    "junk": 0.2, "neighbours": 0.3, "prefer": (0.85, 25.0), "defocus_error_a": 100.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def imperfect(ubiquitin: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(ubiquitin, tmp_path_factory.mktemp("imperfect") / "out", **IMPERFECT)
+
+
+def test_the_truth_says_what_was_done_and_the_particles_what_is_told(imperfect: Path) -> None:
+    given, truth = (starfile.read(imperfect / name)["particles"] for name in ("particles.star", "truth.star"))
+    assert given["rlnMicrographName"].tolist() == truth["rlnMicrographName"].tolist()
+    assert given["rlnMicrographName"].value_counts().tolist() == [100, 100, 50]
+    assert set(truth) - set(given) == {
+        "rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst", "rlnClassNumber",
+        "scalecryoJunk", "scalecryoNeighbour", "rlnGroupScaleCorrection", "rlnNormCorrection", "scalecryoOffset",
+    }  # fmt: skip
+    assert truth["scalecryoJunk"].value_counts().to_dict() == {0: 200, 1: 25, 2: 25}
+    assert (truth["rlnClassNumber"] == (truth["scalecryoJunk"] == 0)).all()
+    error = given["rlnDefocusU"] - truth["rlnDefocusU"]
+    # Written to six decimals, held in single precision.
+    np.testing.assert_allclose(error, given["rlnDefocusV"] - truth["rlnDefocusV"], atol=0.01)
+    assert error.std() == pytest.approx(100, rel=4 / np.sqrt(500))
+    # 85 % were drawn within 25° of +z, and so were a twentieth of the rest.
+    assert 0.85 <= (truth["rlnAngleTilt"] <= 25.001).mean() < 0.90
+    # The gain is what images scatter by: 30 % beside the few per cent that the signal brings at -5 dB.
+    spread = mrcfile.read(imperfect / "particles.mrcs").std(axis=(1, 2))
+    assert np.corrcoef(np.log(spread), np.log(truth["rlnNormCorrection"]))[0, 1] > 0.9
+
+
+def test_options_that_are_off_change_nothing(ubiquitin: Path, tmp_path: Path) -> None:
+    """Poses, defoci and white noise of an imperfect set are those of the ideal one of its seed."""
+    settings = {"n": 30, "snr_db": 0.0, "defocus_um": (0.8, 1.6), "shift_a": 2.0}
+    ideal = make(ubiquitin, tmp_path / "ideal", **settings)
+    other = make(ubiquitin, tmp_path / "junk", **settings, junk=0.4, neighbours=0.0, defocus_error_a=50.0)
+    truths = [starfile.read(folder / "truth.star")["particles"] for folder in (ideal, other)]
+    assert truths[1][list(truths[0])].equals(truths[0])
+    particle = truths[1]["scalecryoJunk"].to_numpy() == 0
+    images = [mrcfile.read(folder / "particles.mrcs")[particle] for folder in (ideal, other)]
+    np.testing.assert_array_equal(*images)
+
+
+def test_a_mixture_keeps_its_structures_in_one_frame(ubiquitin: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Two halves of ubiquitin by chain order: their maps add up to the whole one's, and images show their class's."""
+    atoms = ubiquitin.read_text().splitlines()
+    atoms = [line for line in atoms if line.startswith("ATOM")]
+    halves = []
+    for number, lines in enumerate((atoms[:300], atoms[300:])):
+        halves.append(tmp_path / f"half{number}.pdb")
+        halves[-1].write_text("\n".join([*lines, "END", ""]))
+    whole = tmp_path / "whole.pdb"
+    whole.write_text("\n".join([*atoms, "END", ""]))
+    out = make(whole, tmp_path / "out", mix=[str(half) for half in halves], n=40)
+    first, second, third = (mrcfile.read(out / name) for name in ("truth.mrc", "truth_2.mrc", "truth_3.mrc"))
+    # The transforms of atoms add up; each map is rounded to single precision.
+    np.testing.assert_allclose(second + third, first, atol=1e-4 * first.max())
+    truth = starfile.read(out / "truth.star")["particles"]
+    assert set(truth["rlnClassNumber"]) == {1, 2, 3}
+    images = mrcfile.read(out / "particles.mrcs")
+    # In focus and without noise the mean of an image is that of its map's projection, to 1 %: what one band limit or
+    # the other leaves out has none.
+    means = {number: volume.sum() / 48**2 for number, volume in enumerate((first, second, third), start=1)}
+    for image, number in zip(images, truth["rlnClassNumber"], strict=True):
+        assert image.mean() == pytest.approx(means[number], rel=0.01)
+
+
+@pytest.mark.parametrize(("group", "turn"), [("C4", (1, 2)), ("D2", None), ("O", (0, 1))])
+def test_a_symmetric_map_is_the_sum_of_copies(group: str, turn: Any, ubiquitin: Path, tmp_path: Path) -> None:
+    """Turned about RELION's axes by quarters or halves, which are exact on the grid, it is itself."""
+    out = make(ubiquitin, tmp_path / "out", box=64, symmetry=group)
+    volume = mrcfile.read(out / "truth.mrc")
+    inner = volume[1:, 1:, 1:]  # centred
+    # Atoms are moved in double precision; gemmi cuts each off at 1e-6 of its peak, and sums in single precision.
+    tolerance = 1e-4 * volume.max()
+    if turn:
+        np.testing.assert_allclose(np.rot90(inner, axes=turn), inner, atol=tolerance)
+    np.testing.assert_allclose(inner[:, ::-1, ::-1], inner, atol=tolerance)
+    if group != "C4":
+        np.testing.assert_allclose(inner[::-1, ::-1], inner, atol=tolerance)
+    else:
+        assert np.abs(inner[::-1, ::-1] - inner).max() > 0.1 * volume.max()
+    # The origin in the header puts the first copy on the structure's own coordinates.
+    atoms = read_structure(str(ubiquitin))
+    with mrcfile.open(out / "truth.mrc") as file:
+        origin = np.array([file.header.origin[axis] for axis in "xyz"])
+    index = np.round((atoms.positions - origin) / 1.5).astype(int)
+    assert (volume[tuple(index.T[::-1])].mean() - volume.mean()) / volume.std() > 3
+
+
+def test_a_map_is_summed_where_it_lies(shared_data: Path, tmp_path: Path) -> None:
+    """The map's own box and pixel size: half-turns about x, y and z are flips of its voxels."""
+    source = shared_data / "maps" / "1ake_chainA_64.mrc"
+    with mrcfile.open(source) as file:
+        volume, pixel_size = file.data.astype(np.float64), float(file.voxel_size.x)
+    out = make(source, tmp_path / "out", box=64, pixel_size=pixel_size, n=1, symmetry="D2")
+
+    def half_turn(*axes: int) -> np.ndarray:
+        return np.roll(np.flip(volume, axes), 1, axes)
+
+    transform = np.fft.fftn(volume + half_turn(1, 2) + half_turn(0, 1) + half_turn(0, 2))
+    k = np.fft.fftfreq(64, 1 / 64)
+    transform[k[:, None, None] ** 2 + k[:, None] ** 2 + k**2 > 31**2] = 0  # as in projections
+    expected = np.fft.ifftn(transform).real
+    # Cubic splines on a twice padded transform: measured 0.1 % of the projections of blobs.
+    assert np.linalg.norm(mrcfile.read(out / "truth.mrc") - expected) < 3e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.skipif(shutil.which("relion_star_handler") is None, reason="RELION is not installed")
+def test_relion_reads_the_tables(imperfect: Path, tmp_path: Path) -> None:
+    for name, column, kept in (("truth.star", "rlnClassNumber", 200), ("particles.star", "rlnDefocusU", 250)):
+        command = ["relion_star_handler", "--i", imperfect / name, "--o", tmp_path / name, "--select", column,
+                   "--minval", "0.5", "--maxval", "1e9"]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True)
+        table = starfile.read(tmp_path / name)["particles"]
+        assert len(table) == kept
+        assert ("scalecryoJunk" in table) == (name == "truth.star")
+
+
+def test_junk_has_no_pose_to_be_judged(imperfect: Path, tmp_path: Path) -> None:
+    """A table in which junk's poses are wrong and its confidence low: no error, and an area under the curve of 1."""
+    poses = relion.read_poses(str(imperfect / "truth.star"))
+    assert poses.shift is not None
+    junk = starfile.read(imperfect / "truth.star")["particles"]["scalecryoJunk"].to_numpy() > 0
+    rotation = poses.rotation.copy()
+    rotation[junk] = Rotation.random(int(junk.sum()), random_state=0).as_matrix()
+    table = relion.read_particles(str(imperfect / "particles.star"))
+    confidence = np.where(junk, 0.1, 0.9)
+    for path, values in ((tmp_path / "good.star", confidence), (tmp_path / "blind.star", np.full(len(junk), 0.5))):
+        relion.write_particles(str(path), poses.names, table, True, confidence=values, pose=(rotation, poses.shift))
+    line = evaluate.run(str(tmp_path / "good.star"), truth=str(imperfect))
+    assert line["images"] == 200
+    # Six decimals of angles in the file.
+    assert line["rotation_error_mean_deg"] < 1e-3
+    assert line["junk_auc"] == 1.0
+    assert evaluate.run(str(tmp_path / "blind.star"), truth=str(imperfect))["junk_auc"] == 0.5
+
+
 def test_nothing_is_replaced_and_nothing_half_done_stays(ubiquitin: Path, tmp_path: Path, monkeypatch: Any) -> None:
     out = make(ubiquitin, tmp_path / "out")
     before = (out / "particles.mrcs").stat().st_mtime_ns
@@ -151,6 +292,10 @@ def test_settings_that_cannot_be_used(ubiquitin: Path, tmp_path: Path, shared_da
         ({"pixel_size": -1.0}, "pixel size"),
         ({"snr_db": float("nan")}, "dB"),
         ({"defocus_um": (2.0, 1.0)}, "defocus"),
+        ({"defocus_error_a": 10.0}, "CTF"),
+        ({"colour": 0.5}, "noise"),
+        ({"symmetry": "Q3"}, "point group"),
+        ({"symmetry": "O", "micelle": 0.5}, "micelle"),
     ):
         with pytest.raises(InputError, match=message):
             make(ubiquitin, tmp_path / "out", **settings)
@@ -241,6 +386,7 @@ def test_evaluate_a_table_alone(particles: Path, capsys: pytest.CaptureFixture[s
     assert line["shift_error_median_px"] < 1e-3
     assert line["hand"] == "same"
     assert line["fsc_0.5_shell"] is None
+    assert line["junk_auc"] is None
 
 
 def test_evaluate_refuses_what_does_not_belong_together(

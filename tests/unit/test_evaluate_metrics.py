@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
+from scipy.stats import mannwhitneyu
 
 from scalecryo.evaluate.compare import compare_poses, summary
-from scalecryo.evaluate.metrics import map_errors, rotation_errors
+from scalecryo.evaluate.metrics import junk_auc, map_errors, rotation_errors
 
 
 def tensor(rotation: Rotation) -> torch.Tensor:
@@ -75,3 +76,13 @@ def test_summary_says_none_where_nothing_was_compared() -> None:
     line = summary(None, None, None)
     assert set(line.values()) == {None}
     assert {"images", "rotation_error_median_deg", "shift_error_median_px", "fsc_0.5_angstrom", "hand"} <= set(line)
+
+
+def test_how_well_confidence_tells_junk() -> None:
+    """Against Mann and Whitney's U of scipy, with and without ties."""
+    rng = np.random.default_rng(0)
+    particle = rng.random(400) < 0.7
+    for confidence in (rng.random(400) + 0.5 * particle, rng.integers(0, 5, 400) + particle.astype(float)):
+        u = mannwhitneyu(confidence[particle], confidence[~particle]).statistic
+        assert junk_auc(confidence, particle) == pytest.approx(u / (particle.sum() * (~particle).sum()), rel=1e-12)
+    assert junk_auc(np.array([0.1, 0.9, 0.8]), np.array([False, True, True])) == 1.0

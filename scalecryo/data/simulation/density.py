@@ -95,8 +95,9 @@ def _placement(atoms: Atoms, limit: float, rotations: Float[Tensor, "g 3 3"]) ->
     touching = 2 * np.sqrt(5 / 3 * (atoms.masses @ squared) / atoms.masses.sum()) / np.sqrt(2 - 2 * cosine[best])
     along = placed @ directions[best]
     fits = np.sqrt(np.maximum(along**2 + limit**2 - squared, 0)) - along
-    radius: NDArray[np.float64] = max(0.0, min(touching, float(fits.min()))) * directions[best]
-    return radius
+    # A little less, so that rounding leaves no atom outside.
+    placed_at: NDArray[np.float64] = max(0.0, min(touching, float(fits.min()) - 1e-3)) * directions[best]
+    return placed_at
 
 
 def _map_density(source: str, box_size: int, pixel_size: float) -> Float[Tensor, "n n n"]:

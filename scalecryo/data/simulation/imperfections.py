@@ -133,7 +133,7 @@ class Conditions:
             columns |= {"rlnNormCorrection": self.gain, "scalecryoOffset": self.offset}
         return columns
 
-    def micrograph_names(self) -> NDArray[np.bytes_]:
+    def micrograph_names(self) -> NDArray:
         """Names of the micrographs, one for each particle."""
         return np.array([b"micrograph%06d.mrc" % (number + 1) for number in self.micrograph.tolist()])
 

@@ -11,11 +11,12 @@ from scalecryo.errors import InputError
 from scalecryo.physics.mask import mask_from_map
 
 # Å. Half the thickness of the belt at the axis, its width beyond the protein, its soft edge, and the resolution at
-# which the protein's surface is found.
+# which the protein's surface is found, at a level of the peaks that gives 4AKE its volume (1.21 Å³/Da) to 2 %.
 _HALF_THICKNESS_A = 20.0
 _WIDTH_A = 25.0
 _EDGE_A = 5.0
 _SURFACE_A = 10.0
+_SURFACE_LEVEL = 0.4
 # Share of the protein's voxels in the slab of the belt that lie within the radius that the belt begins at.
 _WITHIN = 0.95
 
@@ -41,7 +42,9 @@ def with_micelle(volume: Float[Tensor, "n n n"], pixel_size: float, density: flo
         return volume
     n = volume.shape[-1]
     low_pass = max(_SURFACE_A, 5 * pixel_size)
-    protein = mask_from_map(volume, pixel_size, low_pass=low_pass, dilate_px=0.0, edge_px=_EDGE_A / pixel_size)
+    protein = mask_from_map(
+        volume, pixel_size, low_pass=low_pass, threshold=_SURFACE_LEVEL, dilate_px=0.0, edge_px=_EDGE_A / pixel_size
+    )
     inside = protein == 1
     axis = pixel_size * (torch.arange(n) - n // 2)
     z, radius = axis[:, None, None], (axis[:, None].square() + axis.square()).sqrt()[None]
