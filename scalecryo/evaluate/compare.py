@@ -9,7 +9,14 @@ from torch import Tensor
 from scalecryo.errors import InputError
 from scalecryo.evaluate.align import Alignment, align_poses, origin_offset
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment
-from scalecryo.evaluate.metrics import MapErrors, RotationErrors, map_errors, rotation_errors, shift_errors
+from scalecryo.evaluate.metrics import (
+    MapErrors,
+    RotationErrors,
+    map_errors,
+    nearest_related,
+    rotation_errors,
+    shift_errors,
+)
 from scalecryo.physics.fft import fourier_resize_3d
 
 # Share of the particles, weighted by closeness, above which the poses' own alignment is one to start the map's from.
@@ -24,7 +31,7 @@ class PoseComparison:
         alignment: of the even rows.
         errors: of rotations.
         modulo: the same with each particle at its nearest symmetry-related pose; None without symmetry.
-        shift_median_px: None where one side has no shifts.
+        shift_median_px: with each particle at its nearest symmetry-related pose; None where one side has no shifts.
     """
 
     alignment: Alignment
@@ -59,8 +66,9 @@ def compare_poses(
     aligned, judged = alignment.rotations(rotation[score]), rotation_true[score]
     shift_median = None
     if shift_px is not None and shift_true_px is not None:
-        origin = origin_offset(shift_px[fit], shift_true_px[fit], rotation_true[fit])
-        shift_median = float(shift_errors(shift_px[score], shift_true_px[score], judged, origin).median())
+        related = nearest_related(alignment.rotations(rotation), rotation_true, symmetry)
+        origin = origin_offset(shift_px[fit], shift_true_px[fit], related[fit])
+        shift_median = float(shift_errors(shift_px[score], shift_true_px[score], related[score], origin).median())
     return PoseComparison(
         alignment,
         rotation_errors(aligned, judged),

@@ -41,9 +41,7 @@ def rotation_errors(
     the same image, and each particle counts with the nearest of them.
     """
     if symmetry is not None:
-        related = torch.einsum("gij,njk->ngik", symmetry.to(truth), truth)
-        nearest = geodesic_angle(aligned[:, None].expand_as(related), related).argmin(dim=1)
-        truth = related[torch.arange(len(truth)), nearest]
+        truth = nearest_related(aligned, truth, symmetry)
     angle = geodesic_angle(aligned, truth)
     frobenius2 = (aligned - truth).square().sum(dim=(-2, -1))
     cosine = (aligned[:, :, 2] * truth[:, :, 2]).sum(-1)
@@ -57,6 +55,15 @@ def rotation_errors(
     )
 
 
+def nearest_related(
+    aligned: Float[Tensor, "n 3 3"], truth: Float[Tensor, "n 3 3"], symmetry: Float[Tensor, "g 3 3"]
+) -> Float[Tensor, "n 3 3"]:
+    """Of the symmetry-related poses S R of each true rotation R, the nearest to the aligned estimate."""
+    related = torch.einsum("gij,njk->ngik", symmetry.to(truth), truth)
+    nearest = geodesic_angle(aligned[:, None].expand_as(related), related).argmin(dim=1)
+    return related[torch.arange(len(truth)), nearest]
+
+
 def shift_errors(
     shift: Float[Tensor, "n 2"],
     truth: Float[Tensor, "n 2"],
@@ -66,7 +73,8 @@ def shift_errors(
     """Length of the shift error of each particle once the estimate's origin is taken out, in the units of `shift`.
 
     An estimated map whose content must move by `origin` to match the truth (true frame, see `align.origin_offset`)
-    explains the images with shifts larger by (R_trueᵀ origin)_xy.
+    explains the images with shifts larger by (R_trueᵀ origin)_xy. Where the map has a symmetry, R_true is the
+    symmetry-related pose that the estimate is nearest to (`nearest_related`).
     """
     seen = torch.einsum("nij,i->nj", rotation_true, origin)[:, :2]
     return (shift - truth - seen).norm(dim=-1)

@@ -328,8 +328,9 @@ def finished(particles: Path, shared_data: Path, tmp_path_factory: pytest.TempPa
     first, second = (half - half.mean(0) for half in np.split(atoms.positions, 2))
     symmetry = Rotation.align_vectors(first, second)[0].as_matrix()
     rotation = truth.columns["rotation"].astype(np.float64)
-    shift = truth.columns["shift"] + np.einsum("nji,j->ni", rotation, u)[:, :2]
     rotation[::3] = symmetry @ rotation[::3]
+    # What explains an image with the moved map, at the pose that the run has for it.
+    shift = truth.columns["shift"] + np.einsum("nji,j->ni", rotation, u)[:, :2]
     rotation = rotation @ Rotation.from_rotvec(np.radians(1.5) * generator.normal(size=(600, 3))).as_matrix()
     rotation = F @ (q.T @ rotation) @ F
     # A table in another order, with the stack named by another folder.

@@ -78,6 +78,21 @@ def test_summary_says_none_where_nothing_was_compared() -> None:
     assert {"images", "rotation_error_median_deg", "shift_error_median_px", "fsc_0.5_angstrom", "hand"} <= set(line)
 
 
+def test_shifts_are_judged_at_the_symmetry_related_pose() -> None:
+    """Poses at random mates of a C3 map whose origin is off by u: the shifts that explain the images have no error."""
+    rng = np.random.default_rng(3)
+    symmetry = np.stack([Rotation.from_euler("z", angle, degrees=True).as_matrix() for angle in (0, 120, 240)])
+    truth, shift = Rotation.random(200, random_state=5).as_matrix(), rng.normal(size=(200, 2))
+    found = symmetry[rng.integers(0, 3, 200)] @ truth
+    # A point y of the true map lies at y - u of the estimated one, and is seen at Rᵀ(y - u) + shift.
+    moved = shift + (np.array([1.0, -2.0, 0.5]) @ found)[:, :2]
+    tensors = [torch.from_numpy(array) for array in (found, truth, moved, shift, symmetry)]
+    compared = compare_poses(*tensors)
+    assert compared.modulo is not None
+    assert compared.modulo.mean_deg == pytest.approx(0, abs=1e-6)
+    assert compared.shift_median_px == pytest.approx(0, abs=1e-9)
+
+
 def test_how_well_confidence_tells_junk() -> None:
     """Against Mann and Whitney's U of scipy, with and without ties."""
     rng = np.random.default_rng(0)

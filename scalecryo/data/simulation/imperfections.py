@@ -6,7 +6,7 @@ Every kind is drawn from a stream of its own, so that switching one on changes n
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -60,11 +60,6 @@ class Imperfections:
                 raise InputError(f"{name} {value:g} is no standard deviation: give a number from 0")
         if self.prefer and not 0 < self.prefer[1] <= 180:
             raise InputError(f"views within {self.prefer[1]:g}° of an axis cannot be drawn: give 0 < degrees <= 180")
-
-    @property
-    def any(self) -> bool:
-        """Whether anything is added."""
-        return any(getattr(self, field.name) != field.default for field in fields(self))
 
 
 def stream(seed: int, name: str) -> torch.Generator:
