@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
+from scalecryo.evaluate.cones import ConicalFsc
+
 _DPI = 110
 
 
@@ -131,6 +133,47 @@ def orientation_figure(rotation: NDArray[np.floating], title: str = "Viewing dir
     axes.tick_params(axis="x", colors="white")
     figure.colorbar(mesh, ax=axes, shrink=0.75, label="count ÷ uniform")
     axes.set_title(f"{title} ({len(rotation):,} particles)", pad=14)
+    return _png(figure)
+
+
+def cones_figure(
+    cones: ConicalFsc, whole: NDArray[np.floating], title: str = "Fourier shell correlation by direction"
+) -> bytes:
+    """A map of the resolution in each direction of Fourier space, beside the curves of the cones and of the whole map.
+
+    Longitude and latitude as in `orientation_figure`; every point takes the nearest direction, or its opposite.
+    """
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
+    sphere = figure.add_subplot(1, 2, 1, projection="mollweide")
+    longitude, latitude = np.linspace(-np.pi, np.pi, 145), np.linspace(-np.pi / 2, np.pi / 2, 73)
+    middle = [(edges[1:] + edges[:-1]) / 2 for edges in (longitude, latitude)]
+    along, up = np.meshgrid(*middle)
+    points = np.stack([np.cos(along) * np.cos(up), np.sin(along) * np.cos(up), np.sin(up)], -1)
+    nearest = np.abs(points @ cones.directions.cpu().numpy().T).argmax(-1)
+    resolutions = cones.resolutions.cpu().numpy()
+    mesh = sphere.pcolormesh(longitude, latitude, resolutions[nearest], cmap="viridis_r", rasterized=True)
+    rot, tilt = np.deg2rad(cones.angles_deg[cones.worst].cpu().numpy())
+    opposite = rot - np.pi if rot > 0 else rot + np.pi
+    sphere.plot([rot, opposite], [np.pi / 2 - tilt, tilt - np.pi / 2], "x", color="tab:red", label="worst")
+    sphere.grid(alpha=0.3)
+    sphere.tick_params(labelsize="x-small")
+    sphere.legend(loc="lower right", fontsize="small")
+    figure.colorbar(mesh, ax=sphere, shrink=0.7, label="FSC 0.143 (Å)")
+    axes = figure.add_subplot(1, 2, 2)
+    curves, shown = cones.curves.cpu().numpy(), slice(1, cones.box_size // 2)
+    frequency = np.arange(curves.shape[1])[shown] / (cones.box_size * cones.pixel_size)
+    low, high = np.quantile(curves[:, shown], [0, 1], axis=0)
+    axes.fill_between(frequency, low, high, color="0.85", label=f"all {len(curves)} cones")
+    low, high = np.quantile(curves[:, shown], [0.25, 0.75], axis=0)
+    axes.fill_between(frequency, low, high, color="0.65", label="middle half of them")
+    axes.plot(frequency, curves[cones.worst][shown], color="tab:red", linewidth=1.4, label="worst cone")
+    axes.plot(frequency, whole[shown], color="tab:blue", linewidth=1.8, label="whole map")
+    axes.axhline(0.143, color="0.45", linewidth=0.9, linestyle="--")
+    axes.set(xlim=(0, 0.5 / cones.pixel_size), ylim=(-0.35, 1.03), xlabel="resolution (Å)", ylabel="correlation")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: f"{1 / s:.2g}" if s > 0 else "∞"))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="best", fontsize="small")
+    figure.suptitle(title)
     return _png(figure)
 
 

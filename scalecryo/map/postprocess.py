@@ -36,7 +36,6 @@ class FinalMap:
 def postprocess(references: ReferenceSet, generator: torch.Generator, class_index: int = 0) -> FinalMap:
     """Correct the masked FSC by phase randomisation (Chen et al. 2013), weight and sharpen the mean map.
 
-    FSC_true = (FSC_masked - FSC_random) / (1 - FSC_random) from two shells past the one where randomising starts.
     Weights are C_ref of the corrected curve, the B-factor is fitted to the Guinier plot between 10 Å and the resolution
     (Rosenthal & Henderson 2003).
 
@@ -51,14 +50,29 @@ def postprocess(references: ReferenceSet, generator: torch.Generator, class_inde
     start = max(1, min(int(shell), box_size // 2 - 1))
     random = [phase_randomise(half, start, generator) * mask for half in halves]
     curve_random = fsc(random[0], random[1])
-    past = torch.arange(len(masked), device=masked.device) >= start + 2
-    freed = (masked - curve_random) / (1 - curve_random).clamp_min(1e-6)
-    corrected = torch.where(past, freed, masked).clamp(-1, 1)
+    corrected = freed_of_mask(masked, curve_random, start)
     mean = references.mean(class_index)
     b_factor = guinier_b_factor(mean * mask, corrected, pixel_size)
     frequency = torch.arange(len(corrected), device=corrected.device) / (box_size * pixel_size)
     sharpened = weight_shells(mean, (c_ref(corrected) * torch.exp(b_factor / 4 * frequency.square())).float())
     return FinalMap(sharpened, curve_random, corrected, start, b_factor)
+
+
+def freed_of_mask(
+    masked: Float[Tensor, "*d shells"], random: Float[Tensor, " shells"], random_from: int
+) -> Float[Tensor, "*d shells"]:
+    """Take the mask's share out of curves (Chen et al. 2013): (FSC_masked - FSC_random) / (1 - FSC_random).
+
+    From two shells past the one where randomising starts; before, the curves are left as they are.
+
+    Args:
+        masked: one curve or several, within the mask.
+        random: of half-maps with random phases, within the same mask.
+        random_from: shell where randomising starts.
+    """
+    past = torch.arange(len(random), device=masked.device) >= random_from + 2
+    freed = (masked - random) / (1 - random).clamp_min(1e-6)
+    return torch.where(past, freed, masked).clamp(-1, 1)
 
 
 def guinier_b_factor(volume: Float[Tensor, "n n n"], curve: Float[Tensor, " shells"], pixel_size: float) -> float:

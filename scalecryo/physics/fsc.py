@@ -48,11 +48,12 @@ def fsc(a: Float[Tensor, "n n n"], b: Float[Tensor, "n n n"]) -> Float[Tensor, "
     Raises:
         InputError: the maps differ in box size, or the box is odd.
     """
-    _check_same(a, b)
+    check_same_box(a, b)
     return _correlation(rfft3_centred(a), rfft3_centred(b), a.shape[-1])
 
 
-def _check_same(a: Tensor, b: Tensor) -> None:
+def check_same_box(a: Tensor, b: Tensor) -> None:
+    """Raise an InputError where two maps differ in box size."""
     if a.shape != b.shape:
         raise InputError(f"cannot correlate boxes {tuple(a.shape)} and {tuple(b.shape)}: resize one to the other")
 

@@ -35,6 +35,7 @@ class PassReport:
         checkpoint: whether the stage can be taken up here.
         score: of that checkpoint, larger for better.
         progress: share of the stage that is done, or None where nobody knows.
+        figures: of the finished run, added to the last step's curves.
     """
 
     message: str
@@ -49,6 +50,7 @@ class PassReport:
     checkpoint: bool = True
     score: float = 0.0
     progress: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class RunMonitor:
@@ -83,6 +85,8 @@ class RunMonitor:
         if report.message:
             left = self._left(report.progress)
             logger.info("%s, %.0f images/s%s", report.message, rates["images_per_second"], left)
+        if report.figures:
+            self._recorder.conclude(dict(report.figures))
         if not report.step:
             return
         values = dict(report.scalars)

@@ -51,6 +51,14 @@ class Recorder:
         with self._path.open("a") as handle:
             handle.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
+    def conclude(self, values: dict[str, float]) -> None:
+        """Add figures of the finished run to the last step: every step stays one line of metrics.jsonl."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        row = json.loads(lines.pop()) if lines else {"step": 0, "time": time.time()}
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, row["step"])
+        self._path.write_text("".join(f"{line}\n" for line in [*lines, json.dumps(row | values)]))
+
     def picture(self, step: int, name: str, image: Float[Tensor, "y x"]) -> None:
         """One picture, scaled to its own range."""
         self._writer.add_image(name, _grey(image), step)

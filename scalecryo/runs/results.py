@@ -14,8 +14,10 @@ from torch import Tensor
 from scalecryo.config import Config
 from scalecryo.data.formats import mrc, relion
 from scalecryo.data.storage.store import ParticleStore
+from scalecryo.evaluate.cones import ConicalFsc, cone_directions, cone_fsc
 from scalecryo.evaluate.report import (
     Section,
+    cones_figure,
     confidence_figure,
     fsc_figure,
     orientation_figure,
@@ -24,7 +26,7 @@ from scalecryo.evaluate.report import (
     slices_figure,
     training_figure,
 )
-from scalecryo.map.postprocess import FinalMap, postprocess
+from scalecryo.map.postprocess import FinalMap, freed_of_mask, postprocess
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.poses import PoseEstimates
@@ -71,8 +73,11 @@ def write_results(
     particles: FinalParticles,
     maps: ReferenceSet,
     learned: Tensor | None = None,
-) -> None:
-    """Write the maps, particles.star, fsc.csv, pictures and report.html; volume.mrc where one was learnt."""
+) -> ConicalFsc:
+    """Write maps, particles.star, fsc.csv, fsc_cones.csv, pictures and report.html; volume.mrc where one was learnt.
+
+    Returns the correlation of the final half-maps by direction.
+    """
     generator = torch.Generator().manual_seed(config.train.seed)
     final = postprocess(maps, generator)
     volumes = {"map": final.map, "half1": maps.maps[0, 0], "half2": maps.maps[0, 1], "mask": maps.mask[0]}
@@ -90,13 +95,24 @@ def write_results(
         half=_numpy(particles.half),
         box_size=int(store.attrs["source_box_size"]),
     )
+    cones = _cones(maps, final)
     run.write("fsc.csv", _fsc_table(maps, final, store).encode())
-    sections = _sections(config, store, run, particles, maps, final)
+    run.write("fsc_cones.csv", cones.table().encode())
+    sections = _sections(config, store, run, particles, maps, final, cones)
     for section, name in sections:
         if section.png is not None:
             run.write(f"{name}.png", section.png)
     title = f"scalecryo: {store.count} particles, {store.box_size} px, {store.pixel_size:g} Å/px"
     run.write("report.html", report_html(title, [section for section, _ in sections]).encode())
+    return cones
+
+
+def _cones(maps: ReferenceSet, final: FinalMap) -> ConicalFsc:
+    """The half-maps' masked correlation by direction, freed of the mask's share as the whole shells' is."""
+    directions, (first, second) = cone_directions(), maps.maps[0] * maps.mask[0]
+    curves = freed_of_mask(cone_fsc(first, second, directions), final.fsc_random, final.random_from)
+    _, angstrom = resolution(final.fsc_corrected, maps.level, maps.pixel_size, 0.143)
+    return ConicalFsc(directions.to(curves), curves, maps.level, maps.pixel_size, angstrom)
 
 
 def _fsc_table(maps: ReferenceSet, final: FinalMap, store: ParticleStore) -> str:
@@ -117,6 +133,7 @@ def _sections(
     particles: FinalParticles,
     maps: ReferenceSet,
     final: FinalMap,
+    cones: ConicalFsc,
 ) -> list[tuple[Section, str]]:
     """The report's parts, each with the name of its picture."""
     box, pixel_size = store.box_size, store.pixel_size
@@ -148,6 +165,7 @@ def _sections(
         (Section("Map", png=slices_figure(planes, pixel_size)), "slices"),
         (Section("Particles and predictions", png=projections_figure(examples[0], examples[1])), "projections"),
         (Section("Orientations", png=orientation_figure(_numpy(particles.poses.rotation))), "orientations"),
+        (Section("Resolution by direction", cones.text, cones_figure(cones, _numpy(final.fsc_corrected))), "fsc_cones"),
         (Section("Confidence", png=confidence_figure(_numpy(particles.confidence))), "confidence"),
     ]
     if panels:

@@ -39,7 +39,7 @@ from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stages import gradient_descent
 from tests.conftest import SimulatedParticles
 
-RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "metrics.jsonl",
+RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "fsc_cones.csv", "fsc_cones.png", "metrics.jsonl",
              "config.toml", "report.html", "fsc.png", "slices.png", "checkpoints", "tb"]  # fmt: skip
 
 
@@ -80,6 +80,11 @@ def test_every_source_leaves_a_finished_run(
     run = tmp_path / "run"
     start(simulated.posed_store, run, monitor__truth=simulated.folder, **overrides)
     assert all((run / name).exists() for name in RUN_FILES)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["final/worst_cone_ratio"] * lines[-1]["final/resolution_angstrom"] == pytest.approx(
+        lines[-1]["final/worst_cone_angstrom"]
+    )
     values = losses(run)
     assert len(values) == 6
     assert np.isfinite(values).all()

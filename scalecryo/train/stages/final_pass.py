@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError
+from scalecryo.evaluate.cones import ConicalFsc
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, ctf_weighted_on_padded_box
@@ -93,11 +94,21 @@ class FinalPass:
         if world.size > 1:
             sums.all_reduce_(world.all_reduce_, sums.box_size / 2 - 1)
         self._found.commit(world)
+        message, figures = f"final pass: {context.store.count:,} particles posed", {}
         if world.is_leader:
-            self._write(sums)
+            cones = self._write(sums)
             self._found.remove_pass(self._pass)
+            if cones.warning:
+                logger.warning("%s", cones.warning)
+            message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
+            figures = {
+                "final/resolution_angstrom": cones.angstrom,
+                "final/worst_cone_angstrom": cones.worst_angstrom,
+                "final/worst_cone_ratio": cones.worst_ratio,
+                "final/cone_area_ratio": cones.area_ratio,
+            }
         self._done = True
-        return PassReport(f"final pass: {context.store.count:,} particles posed", self._images, checkpoint=False)
+        return PassReport(message, self._images, checkpoint=False, figures=figures)
 
     def done(self) -> bool:
         """Whether the pass was made."""
@@ -122,7 +133,7 @@ class FinalPass:
     def _classes(self) -> int:
         return 1 if self._learned.references is None else self._learned.references.classes
 
-    def _write(self, sums: Backprojection) -> None:
+    def _write(self, sums: Backprojection) -> ConicalFsc:
         context, model = self._context, self._learned.model
         level, radius = sums.box_size, sums.box_size / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
@@ -130,7 +141,7 @@ class FinalPass:
         found, half = self._found.all()
         particles = FinalParticles(found, half, self._pairs)
         learned_map = None if model is None else model.volume.density()
-        write_results(context.config, context.store, self._out, particles, maps, learned_map)
+        return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 
 
 def _weighted(images: ParticleImages) -> CtfWeightedImages:
