@@ -29,7 +29,8 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-_FIRST = ("run.data", "run.out", "run.workers", "run.device")  # also --data …, and first in the help
+# Also --data … --diameter-a, and first in the help.
+_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.mask", "train.diameter_a")
 _GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
     ("convert", "assign"), "; the same command goes on where it stopped"
 )
@@ -41,7 +42,7 @@ def _option(name: str, field: Field[Any], group: Group) -> Any:
     default = str(field.default).lower() if isinstance(field.default, bool) else str(field.default).strip("()")
     only = "" if len(readers) == len(RECIPES) else f" (recipe {', '.join(readers)})"
     parameter = Parameter(
-        name=(f"--{field.name}", f"--{name}") if name in _FIRST else f"--{name}",
+        name=(f"--{field.name.replace('_', '-')}", f"--{name}") if name in _FIRST else f"--{name}",
         help=field.metadata["help"] + only,
         group=Group.create_default_parameters() if name in _FIRST else group,
         show_default=default or False,

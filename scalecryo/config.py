@@ -110,6 +110,8 @@ class TrainConfig(_Section):
     optics_group: int = option(-1, "train on this optics group alone; -1: all", least=-1)
     index: str = option("", "train on the rows that this file lists: .txt (one a line, from 0) or .npy; any fsspec URL")
     query: str = option("", "train on rows for which this holds, such as `defocus_u < 20000 and optics_group != 3`")
+    mask: str = option("", "soft mask (.mrc, values 0 to 1) of references, FSC and map; default: made from the map")
+    diameter_a: float = option(0.0, "diameter of the particle, Å: references end in a soft sphere; 0: none", least=0)
     seed: int = option(0, "seed of the start, the sample order and the noise", least=0)
     checkpoint_every: int = option(500, "steps between checkpoints", _SGD, least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
@@ -171,8 +173,7 @@ class EncoderConfig(_Section):
         super().__post_init__()
         blocks = len(self.channels) >= 1 and min(self.channels) >= 1
         _require(blocks, "encoder.channels", self.channels, "name at least one block, each with 1 filter or more")
-        even = self.input_box % 2 == 0
-        _require(even, "encoder.input_box", self.input_box, "must be even, or 0 for the training box")
+        _require(self.input_box % 2 == 0, "encoder.input_box", self.input_box, "must be even, or 0: the training box")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +197,7 @@ class OptimConfig(_Section):
     """Adam's learning rates, one for each kind of parameter."""
 
     encoder_rate: float = option(1e-3, "learning rate of the encoder", _ENCODER, least=1e-12, most=10)
-    volume_rate: float = option(
-        0.1, "learning rate of the voxels, as a share of their start", _SGD, least=1e-12, most=10
-    )
+    volume_rate: float = option(0.1, "learning rate of the voxels, a share of their start", _SGD, least=1e-12, most=10)
     table_rate: float = option(1e-2, "learning rate of the pose table", ("table",), least=1e-12, most=10)
     clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip", _ENCODER, least=0)
     reduce_dtype: ReduceDtype = option("float32", "what gradients travel in between workers")

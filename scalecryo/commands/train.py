@@ -56,6 +56,7 @@ def _check(config: Config) -> None:
     check_particles(config, store)
     context = RunContext.of(config, store, RunFolder(config.run.out), World(), torch.device("cpu"))
     level = context.training_level
+    _ = context.solvent  # which reads the mask and checks it
     if config.recipe == "autoencoder":
         encoder_box(config, level)
     if config.monitor.truth:
@@ -74,7 +75,7 @@ def _resolve(path: str | None, overrides: Mapping[str, Any], resume: bool) -> Co
 def _absolute(config: Config) -> Config:
     """Local paths made absolute, since Ray workers run in another folder."""
     values = dataclasses.asdict(config)
-    for section, key in (("run", "data"), ("run", "out"), ("monitor", "truth"), ("train", "index")):
+    for section, key in (("run", "data"), ("run", "out"), ("monitor", "truth"), ("train", "index"), ("train", "mask")):
         if values[section][key]:
             values[section][key] = urls.absolute(values[section][key])
     return config_from_dict(values)

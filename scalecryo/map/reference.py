@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scalecryo.map.backprojection import PADDING
 from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.map.solvent import SolventMask
 from scalecryo.physics.fft import FourierPixels, fourier_resize_3d, irfft3_centred, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.fsc import fsc, resolution, shell_index_3d
@@ -54,6 +55,7 @@ class ReferenceSet:
         fsc_masked: the same within the mask.
         noise: variance of each shell, in units of unscaled transforms of unit-variance white noise divided by N².
         radius: Fourier pixels up to which poses were refined.
+        reference_mask: soft mask that references are cut to, where the user gave one; None: made from the maps.
     """
 
     maps: Float[Tensor, "classes 2 n n n"]
@@ -63,6 +65,7 @@ class ReferenceSet:
     fsc_masked: Float[Tensor, "classes shells"]
     noise: Float[Tensor, " noise_shells"]
     radius: float
+    reference_mask: Float[Tensor, "n n n"] | None = None
 
     @classmethod
     def of_maps(
@@ -73,14 +76,24 @@ class ReferenceSet:
         noise: Float[Tensor, " noise_shells"],
         radius: float,
         mask: Float[Tensor, "classes n n n"] | None = None,
+        solvent: SolventMask | None = None,
     ) -> "ReferenceSet":
-        """Compare half-maps that were just solved; without a mask it is made from their FSC-weighted mean."""
+        """Compare half-maps that were just solved; without a mask it is made from their FSC-weighted mean.
+
+        What the user said of the solvent comes first: a mask replaces any other, a diameter cuts it to a sphere.
+        """
         curves = torch.stack([fsc(*halves) for halves in maps])
-        if mask is None:
+        own_mask = None if solvent is None else solvent.of_map(maps.shape[-1], maps.device)
+        sphere = None if solvent is None else solvent.sphere(maps.shape[-1], pixel_size, maps.device)
+        if own_mask is not None:
+            mask = own_mask.expand(len(maps), -1, -1, -1)
+        elif mask is None:
             means = [weight_shells(pair.mean(0), c_ref(curve)) for pair, curve in zip(maps, curves, strict=True)]
             mask = torch.stack([mask_from_map(mean, pixel_size) for mean in means])
+        if own_mask is None and sphere is not None:
+            mask = mask * sphere
         masked = torch.stack([fsc(pair[0] * own, pair[1] * own) for pair, own in zip(maps, mask, strict=True)])
-        return cls(maps, pixel_size, mask, curves, masked, noise, radius)
+        return cls(maps, pixel_size, mask, curves, masked, noise, radius, sphere if own_mask is None else own_mask)
 
     @property
     def level(self) -> int:
@@ -113,7 +126,7 @@ class ReferenceSet:
         """
         noise, found = self.level_noise(level, pixels), {}
         for number in range(self.classes):
-            mask = mask_from_map(self.mean(number), 1.0)  # one for both halves
+            mask = self._mask_of_references(self.mean(number))  # one for both halves
             for half in (1, 2):
                 found[number, half] = self._reference(self.maps[number, half - 1], number, mask, level, noise)
         return found
@@ -122,7 +135,10 @@ class ReferenceSet:
         """The mean of a class's half-maps, prepared alike."""
         mean = self.mean(class_index)
         noise = self.level_noise(level, pixels)
-        return self._reference(mean, class_index, mask_from_map(mean, 1.0), level, noise)
+        return self._reference(mean, class_index, self._mask_of_references(mean), level, noise)
+
+    def _mask_of_references(self, mean: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
+        return mask_from_map(mean, 1.0) if self.reference_mask is None else self.reference_mask
 
     def _reference(
         self,
@@ -149,6 +165,8 @@ class ReferenceSet:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         tensors = {name: getattr(self, name).cpu() for name in ("maps", "mask", "fsc", "fsc_masked", "noise")}
+        if self.reference_mask is not None:
+            tensors["reference_mask"] = self.reference_mask.cpu()
         return tensors | {"pixel_size": self.pixel_size, "radius": self.radius}
 
     @classmethod

@@ -19,12 +19,14 @@ from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics, sequential
 from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError, TrainingError
+from scalecryo.map.solvent import SolventMask
 from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import Poses
 from scalecryo.pose.search import shift_grid
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.solvent_mask import load_solvent_mask
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,15 @@ class RunContext:
         """What is trained on: the store, and which of its particles."""
         own = self.store.content_hash
         return own if self.subset is None else f"{own}:{self.subset.digest}"
+
+    @cached_property
+    def solvent(self) -> SolventMask | None:
+        """Where the user says that the particle lies: train.mask and train.diameter_a; None: nothing was said.
+
+        Raises:
+            ConfigError, InputError, MissingInputError: see `load_solvent_mask`.
+        """
+        return load_solvent_mask(self.config.train, self.store)
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -74,7 +74,7 @@ def test_a_cone_whose_signal_is_removed_correlates_by_nothing(axis: tuple[float,
     direction = torch.stack([removed, across / across.norm()])
     signal = without_cone(white(0), removed, HALF_ANGLE_DEG)
     curves = cone_fsc(signal + white(1), signal + white(2), direction)[:, 8:31]
-    # A cone holds (1 - cos 20°) 2πs² independent coefficients, 25 to 365 in shells 8 to 31: each scatters by 0.2 to 0.05.
+    # A cone holds (1 - cos 20°) 2πs² independent coefficients, 25 to 365 in shells 8 to 31: scatter 0.2 to 0.05.
     assert curves[0].mean().abs() < 0.04
     assert curves[1].mean() == pytest.approx(0.5, abs=0.04)
 

@@ -137,7 +137,9 @@ class FinalPass:
         context, model = self._context, self._learned.model
         level, radius = sums.box_size, sums.box_size / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
-        maps = ReferenceSet.of_maps(sums.solve(), context.store.pixel_size, noise=noise, radius=radius)
+        maps = ReferenceSet.of_maps(
+            sums.solve(), context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
+        )
         found, half = self._found.all()
         particles = FinalParticles(found, half, self._pairs)
         learned_map = None if model is None else model.volume.density()
