@@ -79,6 +79,8 @@ def _describe(made: ConvertPlan, source: str) -> None:
             f"  pixel sizes from {min(sizes):.4g} to {max(sizes):.4g} Å resampled to {max(sizes):.4g} Å; even boxes "
             f"leave an error of the pixel size of up to {100 * error:.2f} %"
         )
+    if table.has_aberrations:
+        say("  beam tilt, Zernike phases and magnification of the optics are undone when images are read")
     if made.source.notes:
         note(f"kept in the table, but not applied to the images: {', '.join(made.source.notes)}")
     say(f"  levels {', '.join(map(str, made.levels))} px; {made.shards} shards of {made.shard_rows:,} particles")

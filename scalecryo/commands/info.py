@@ -68,7 +68,8 @@ def _store(path: str) -> None:
     blocks = ", ".join(str(store.block_rows(level)) for level in store.levels)
     say(f"  {store.shards:,} shards of {store.shard_rows:,} particles; blocks of {blocks}")
     say(f"  normalisation {attrs['normalisation']}, {store.contrast}{', turned' if attrs['sign'] < 0 else ''}")
-    say(f"  {'CTF' if store.has_ctf else 'no CTF'}, {'poses' if store.has_pose else 'no poses'}")
+    aberrations = ", aberrations" if store.has_aberrations else ""
+    say(f"  {'CTF' if store.has_ctf else 'no CTF'}{aberrations}, {'poses' if store.has_pose else 'no poses'}")
     say(f"  from {attrs['source']}")
     for added in attrs.get("appended", []):
         say(f"  and {added['count']:,} particles from {added['source']}")

@@ -28,6 +28,10 @@ COLUMNS: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "phase_shift": ("f4", ()),  # degrees
     "rotation": ("f4", (3, 3)),
     "shift": ("f4", (2,)),  # Å, (x, y)
+    # Of images as recorded (`physics.aberrations`); what was stored is not corrected.
+    "odd_phase": ("f4", (12,)),  # Zernike coefficients, radians and Å^n
+    "even_phase": ("f4", (16,)),
+    "magnification": ("f4", (2, 2)),  # from recorded frequencies to the specimen's
 }
 CTF_COLUMNS = (
     "defocus_u",
@@ -39,12 +43,14 @@ CTF_COLUMNS = (
     "phase_shift",
 )
 POSE_COLUMNS = ("rotation", "shift")
+ABERRATION_COLUMNS = ("odd_phase", "even_phase", "magnification")
 ALWAYS = ("stack", "stack_index", "source_row", "optics_group", "half")
 
 Columns = dict[str, npt.NDArray]
 
 _LARGEST_BOX = 1 << 24
 _SAME_PIXEL = 1e-4  # relative; less is rounding
+_LARGEST_DISTORTION = 0.2  # of a magnification matrix; microscopes have 0.01
 
 
 def _first_bad(values: npt.NDArray, bad: npt.NDArray, name: str, wanted: str) -> None:
@@ -134,7 +140,8 @@ def _as_stored(values: npt.NDArray, name: str, dtype: str) -> npt.NDArray:
 class ParticleTable:
     """N particles: one pixel size, the stacks that hold them, and columns of length N (`COLUMNS`).
 
-    The CTF columns are all present or all absent (`has_ctf`), and so are rotation and shift (`has_pose`).
+    The CTF columns are all present or all absent (`has_ctf`), and so are rotation and shift (`has_pose`) and those of
+    aberrations, which are there only where they do something.
     Where U < V the two are swapped and the astigmatism angle turned by 90°.
 
     Args:
@@ -160,7 +167,7 @@ class ParticleTable:
         unknown = sorted(set(self.columns) - set(COLUMNS))
         if unknown:
             raise InputError(f"particle table: unknown columns {', '.join(unknown)}")
-        for group in (ALWAYS, CTF_COLUMNS, POSE_COLUMNS):
+        for group in (ALWAYS, CTF_COLUMNS, POSE_COLUMNS, ABERRATION_COLUMNS):
             missing = [name for name in group if name not in self.columns]
             if missing and (group is ALWAYS or len(missing) < len(group)):
                 raise InputError(f"particle table: missing columns {', '.join(missing)}")
@@ -186,6 +193,10 @@ class ParticleTable:
         _first_bad(stack, (stack < 0) | (stack >= len(self.stacks)), "stack", f"below {len(self.stacks)}")
         _first_bad(columns["stack_index"], columns["stack_index"] < 0, "stack index", "0 or more")
         _first_bad(columns["half"], (columns["half"] < 0) | (columns["half"] > 2), "half", "0, 1 or 2")
+        if self.has_aberrations:
+            matrix = columns["magnification"]
+            far = np.abs(matrix - np.eye(2)) > _LARGEST_DISTORTION
+            _first_bad(matrix, far, "magnification", f"within {_LARGEST_DISTORTION} of the identity")
         if not self.has_ctf:
             return
         _first_bad(columns["voltage"], columns["voltage"] <= 0, "voltage", "positive (kV)")
@@ -210,6 +221,11 @@ class ParticleTable:
     def has_pose(self) -> bool:
         """Whether rotation and shift are there."""
         return "rotation" in self.columns
+
+    @property
+    def has_aberrations(self) -> bool:
+        """Whether the columns of odd and even phases and of magnification are there."""
+        return "magnification" in self.columns
 
     def select(self, rows: npt.NDArray[np.integer] | slice) -> "ParticleTable":
         """The table of some rows; stacks are kept as they are."""

@@ -1,17 +1,21 @@
 """The contrast transfer function in RELION's units, with its sign and its astigmatism axis fixed here.
 
-CTF(k) = sin(pi lambda D(k) s^2 - pi/2 Cs lambda^3 s^4 + phase_shift + atan(w / sqrt(1 - w^2))), s = |k| / (N px)
+CTF(k) = sin(pi lambda D(k) s^2 - pi/2 Cs lambda^3 s^4 + phase_shift + atan(w / sqrt(1 - w^2)) - e(k)),
 
-with px the pixel size in Å. Positive defocus D is underfocus; without a phase plate CTF(0) = +w, the amplitude
-contrast. RELION and torch-ctf agree; cryoDRGN and ASPIRE use the opposite sign.
+s = |k| / (N px), with e an even phase (`physics.aberrations`) and px the pixel size in Å. Positive defocus D is
+underfocus; without a phase plate CTF(0) = +w, the amplitude contrast. RELION and torch-ctf agree; cryoDRGN and ASPIRE
+use the opposite sign.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 import torch_ctf
 from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from scalecryo.physics.aberrations import zernike_phase
 
 _UM_PER_ANGSTROM = 1e-4
 
@@ -34,17 +38,23 @@ class CtfParameters:
     """Fraction in [0, 1)."""
     phase_shift: Float[Tensor, "b"]
     """Degrees, of a phase plate."""
+    even_phase: Float[Tensor, "b t"] | None = None
+    """Zernike coefficients of the even phase, radians and Å^n; None: there is none."""
 
     def __len__(self) -> int:
         return self.defocus_u.shape[0]
 
     def to(self, device: torch.device | str) -> "CtfParameters":
         """The same parameters on another device."""
-        return CtfParameters(*(getattr(self, column.name).to(device) for column in fields(self)))
+        return self._each(lambda values: values.to(device))
 
     def select(self, index: Shaped[Tensor, "m"] | slice) -> "CtfParameters":
         """The parameters of some of the images: an index tensor or a slice."""
-        return CtfParameters(*(getattr(self, column.name)[index] for column in fields(self)))
+        return self._each(lambda values: values[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "CtfParameters":
+        given = {column.name: getattr(self, column.name) for column in fields(self)}
+        return CtfParameters(**{name: change(values) for name, values in given.items() if values is not None})
 
 
 def contrast_transfer(
@@ -83,6 +93,9 @@ def contrast_transfer(
         parameters.amplitude_contrast[:, None],
         squared,
     )
+    if parameters.even_phase is not None:
+        groups, which = torch.unique(parameters.even_phase, dim=0, return_inverse=True)
+        phase = phase + zernike_phase(groups, x, y, odd=False)[which]
     # torch-ctf counts the phase with the opposite sign.
     return -torch.sin(phase)
 

@@ -1,6 +1,6 @@
 """The training particles as one worker reads them: what a stage asks for, and the images that it gets."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scalecryo.config import Config
 from scalecryo.data.io.retry import RetryPolicy
-from scalecryo.data.particles import CTF_COLUMNS
+from scalecryo.data.particles import ABERRATION_COLUMNS, CTF_COLUMNS
 from scalecryo.data.selection.partition import Partition
 from scalecryo.data.selection.subset import Subset, choose
 from scalecryo.data.storage.store import ParticleStore
@@ -20,6 +20,7 @@ from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics
 from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError, TrainingError
 from scalecryo.map.solvent import SolventMask
+from scalecryo.physics.aberrations import ImageAberrations, corrected_images
 from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
@@ -169,19 +170,22 @@ class RunContext:
     def images(self, batch: Batch, pixels: FourierPixels, *, padding: bool = False) -> ParticleImages:
         """A batch of the store as images; padding rows are dropped unless they are asked for."""
         columns, rows, real, weight = batch.columns, batch.rows, batch.images, batch.weight
+        pixel_size = self.store.level_pixel_size(pixels.box_size)
         if not padding:
             present = weight > 0
             if not bool(present.all()):  # host sync: the ragged end of an epoch
                 columns = {name: values[present] for name, values in columns.items()}
                 rows, real, weight = rows[present], real[present], weight[present]
+        if self.store.has_aberrations:
+            real = corrected_images(real, ImageAberrations(columns["odd_phase"], columns["magnification"]), pixel_size)
         return ParticleImages(
             rows=rows,
             half=self.partition.half(rows, columns["half"]),
             weight=weight,
             optics_group=columns["optics_group"],
             pixels=pixels,
-            pixel_size=self.store.level_pixel_size(pixels.box_size),
-            optics=CtfParameters(**{name: columns[name] for name in CTF_COLUMNS}) if self.store.has_ctf else None,
+            pixel_size=pixel_size,
+            optics=_optics(columns) if self.store.has_ctf else None,
             poses=Poses(columns["rotation"], columns["shift"]) if self.store.has_pose else None,
             real=real,
         )
@@ -215,7 +219,15 @@ def check_particles(config: Config, store: ParticleStore) -> None:
 def stream_columns(store: ParticleStore) -> tuple[str, ...]:
     """The particle columns that images are made with."""
     ctf, pose = CTF_COLUMNS if store.has_ctf else (), ("rotation", "shift") if store.has_pose else ()
-    return ("half", "optics_group", *ctf, *pose)
+    return ("half", "optics_group", *ctf, *pose, *(ABERRATION_COLUMNS if store.has_aberrations else ()))
+
+
+def _optics(columns: Mapping[str, Tensor]) -> CtfParameters:
+    """What the CTF is made of; the even phase only where it does something."""
+    even = columns.get("even_phase")
+    if even is not None and not bool(even.any()):  # host sync
+        even = None
+    return CtfParameters(**{name: columns[name] for name in CTF_COLUMNS}, even_phase=even)
 
 
 class ParticleReader:

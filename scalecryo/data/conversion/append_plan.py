@@ -21,7 +21,7 @@ from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.formats.relion.syntax import StarText
 from scalecryo.data.formats.relion.values import Optics, particle_block
 from scalecryo.data.io import urls
-from scalecryo.data.particles import COLUMNS, Columns, ParticleTable
+from scalecryo.data.particles import ABERRATION_COLUMNS, COLUMNS, Columns, ParticleTable
 from scalecryo.data.storage.store import SOURCE_STACKS, SOURCE_TABLE, ParticleStore
 from scalecryo.errors import InputError, MissingInputError
 
@@ -66,6 +66,11 @@ def _refuse_other_kind(store: ParticleStore, particles: Source, source: str) -> 
         raise InputError(
             f"{shown}: pixel size {particles.pixel_size:.4g} Å, the store's source had {pixel_size:.4g} Å; "
             "rescale the particles, or make another store"
+        )
+    more = [name for name in ABERRATION_COLUMNS if name in particles.table.columns and name not in store.columns]
+    if more:
+        raise InputError(
+            f"{shown}: has aberrations of the optics ({', '.join(more)}), the store has none; make another store of it"
         )
     missing = [name for name in store.columns if name in COLUMNS and name not in particles.table.columns]
     if missing:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from scalecryo.data.formats.relion.syntax import Text, text_of
 from scalecryo.data.io import urls
 from scalecryo.data.io.ranges import RangeReader
-from scalecryo.data.particles import COLUMNS, CTF_COLUMNS, POSE_COLUMNS, Columns, ParticleTable
+from scalecryo.data.particles import ABERRATION_COLUMNS, COLUMNS, CTF_COLUMNS, POSE_COLUMNS, Columns, ParticleTable
 from scalecryo.data.storage.arrays import ColumnArray, ImageArray, load_chunks
 from scalecryo.errors import MissingInputError, StoreError
 
@@ -141,6 +141,11 @@ class ParticleStore:
     def has_pose(self) -> bool:
         """Whether the source gave rotations and shifts."""
         return POSE_COLUMNS[0] in self.columns
+
+    @property
+    def has_aberrations(self) -> bool:
+        """Whether images carry odd or even phases or anisotropic magnification, which are undone when they are read."""
+        return ABERRATION_COLUMNS[0] in self.columns
 
     @property
     def shards(self) -> int:

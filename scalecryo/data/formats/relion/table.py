@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from scalecryo.data.formats.relion.aberrations import aberration_columns, true_shift, without_idle
 from scalecryo.data.formats.relion.syntax import StarText, Text
 from scalecryo.data.formats.relion.values import (
     ANGLES,
@@ -115,18 +116,21 @@ def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) 
     _refuse(values)
     sizes = values.pixel_sizes()
     stack, index = split_names(values.rows, stacks)
+    ctf = _ctf_columns(values)
+    aberrations = aberration_columns(values, ctf)
     columns: Columns = {
         "stack": np.array(stack, dtype=np.int64),
         "stack_index": np.array(index, dtype=np.int64),
         "source_row": values.rows.first + np.arange(len(values)),
         "optics_group": values.groups(),
         "half": _half(values),
-        **_ctf_columns(values),
+        **ctf,
+        **aberrations,
     }
     if _has_angles(values):
         shift = _shift(values, np.where(sizes > 0, sizes, pixel_size))
         columns["rotation"] = _rotation(values)
-        columns["shift"] = np.zeros((len(values), 2)) if shift is None else shift
+        columns["shift"] = np.zeros((len(values), 2)) if shift is None else true_shift(shift, aberrations)
     with np.errstate(over="ignore"):  # the table refuses what becomes infinite
         small = {name: array.astype(COLUMNS[name][0]) for name, array in columns.items() if array.dtype.kind == "f"}
     return {**columns, **small}, sizes
@@ -161,7 +165,7 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
         names = tuple(stack.decode() for stack in stacks)
         whole = growing.whole() or {name: np.zeros(0) for name in ALWAYS}
         whole["optics_group"] = dense_groups(whole["optics_group"])
-        return ParticleTable(stated, names, whole, by_stack, pixels.boxes())
+        return ParticleTable(stated, names, without_idle(whole), by_stack, pixels.boxes())
     except (InputError, UnicodeDecodeError) as error:
         raise InputError(f"{star.where}: {error}") from error
 

@@ -31,7 +31,7 @@ JUNK = "scalecryoJunk"
 IMAGE_NAME = "rlnImageName"
 _LONGEST_NUMBER = 12
 #: What a column of aberrations comes to where it does nothing (`_digits`).
-_NOT_APPLIED = {
+_ABERRATIONS = {
     "rlnBeamTiltX": b"",
     "rlnBeamTiltY": b"",
     "rlnOddZernike": b"",
@@ -180,6 +180,35 @@ class Values:
         assert self._place is not None
         return self._optics.numbers(name)[self._place]
 
+    def lists(self, name: str, width: int) -> Floats:
+        """A column of lists of numbers, such as `[0,0,1.5]`, filled up with zeros.
+
+        Raises:
+            InputError: one holds something else, or more than `width` numbers that are not zero.
+        """
+        if name in self.rows.columns:
+            texts, place = np.unique(np.array(self.rows.strings(name)), return_inverse=True)
+        else:
+            assert self._optics is not None
+            assert self._place is not None
+            texts, place = np.array(self._optics.columns[name]), self._place
+        out = np.zeros((len(texts), width))
+        for row, text in enumerate(texts.tolist()):
+            shown = text[:40].decode(errors="replace")
+            try:
+                numbers = np.array([float(part) for part in text.strip(b"[]").split(b",") if part.strip()])
+            except ValueError:
+                numbers = np.array([np.nan])
+            if not np.isfinite(numbers).all():
+                raise InputError(f"{self.where}: {name} is {shown!r}, not a list of numbers; correct the table")
+            if numbers[width:].any():
+                raise InputError(
+                    f"{self.where}: {name} has {len(numbers)} coefficients, at most {width} are known here; fit "
+                    "aberrations again to a lower order"
+                )
+            out[row, : len(numbers)] = numbers[:width]
+        return out[place.reshape(-1)]
+
     def require(self, names: Sequence[str], why: str) -> None:
         """Raise where columns are missing."""
         missing = [name for name in names if name not in self]
@@ -233,15 +262,17 @@ def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[i
 
 
 def not_applied(text: StarText) -> tuple[str, ...]:
-    """Columns of aberrations and of magnification that are not zero (or not one), and that no CTF here knows."""
+    """Columns of aberrations and of magnification that do something, in a table without a CTF: nothing applies them."""
     optics = Optics.read(text)
     found = {} if optics is None else dict(optics.columns)
     block = particle_block(text)
+    if any(name in block.columns or name in found for name in DEFOCUS.values()):
+        return ()
     for rows in text.rows(block):
-        found |= {name: rows.strings(name) for name in _NOT_APPLIED if name in block.columns}
+        found |= {name: rows.strings(name) for name in _ABERRATIONS if name in block.columns}
         break  # these differ from row to row hardly ever
     return tuple(
-        name for name, plain in _NOT_APPLIED.items() if any(_digits(value) != plain for value in found.get(name, []))
+        name for name, plain in _ABERRATIONS.items() if any(_digits(value) != plain for value in found.get(name, []))
     )
 
 

@@ -1,0 +1,84 @@
+"""Beam tilt, Zernike coefficients and magnification matrices of RELION's tables, as this package's columns.
+
+RELION 3.1 to 5: rlnBeamTiltX/Y (mrad), rlnOddZernike, rlnEvenZernike (radians and Å^n) and rlnMagMat00 … 11, of optics
+groups or of rows. Beam tilt t gives the odd phase -2 pi Cs lambda^2 s^2 (s·t), a sum of Zernike polynomials as well.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from scalecryo.data.formats.relion.values import Floats, Values
+from scalecryo.data.particles import COLUMNS, Columns
+from scalecryo.errors import InputError
+
+BEAM_TILT = ("rlnBeamTiltX", "rlnBeamTiltY")
+ZERNIKE = {"odd_phase": "rlnOddZernike", "even_phase": "rlnEvenZernike"}
+MAGNIFICATION = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
+
+
+def names() -> tuple[str, ...]:
+    """RELION's columns."""
+    return (*BEAM_TILT, *ZERNIKE.values(), *MAGNIFICATION)
+
+
+def wavelength(voltage: npt.NDArray[np.floating]) -> Floats:
+    """Relativistic wavelength of electrons in Å, `voltage` in kV."""
+    volts = 1e3 * np.asarray(voltage, dtype=np.float64)
+    return 12.2643 / np.sqrt(volts * (1 + 0.978466e-6 * volts))
+
+
+def aberration_columns(values: Values, ctf: Columns) -> Columns:
+    """The columns of some rows, whether they do anything or not; none where the table names none, or has no CTF.
+
+    Raises:
+        InputError: a value is no number or list of numbers, a list is longer than what is applied, or a pair or matrix
+            is not whole.
+    """
+    if not ctf or not any(name in values for name in names()):
+        return {}
+    found: Columns = {}
+    for ours, theirs in ZERNIKE.items():
+        width = COLUMNS[ours][1][0]
+        found[ours] = values.lists(theirs, width) if theirs in values else np.zeros((len(values), width))
+    if any(name in values for name in BEAM_TILT):
+        values.require(BEAM_TILT, "a beam tilt has x and y")
+        factor = -2e-3 * np.pi * 1e7 * ctf["spherical_aberration"] * wavelength(ctf["voltage"]) ** 2
+        # s² x = (Z(3, 1) + 2 Z(1, 1)) / 3, and so for y; terms are ordered (1, ±1), (3, -3), (3, -1), (3, 1), (3, 3).
+        # Where a table has both, RELION 3.1.3 takes the terms (3, ±1) from the tilt alone, zero included.
+        for name, first, third in zip(BEAM_TILT, (1, 0), (4, 3), strict=True):
+            tilt = factor * values.numbers(name) / 3
+            found["odd_phase"][:, third] = tilt
+            found["odd_phase"][:, first] += 2 * tilt
+    matrix = np.tile(np.eye(2), (len(values), 1, 1))
+    if any(name in values for name in MAGNIFICATION):
+        values.require(MAGNIFICATION, "a magnification matrix has four elements")
+        matrix = np.stack([values.numbers(name) for name in MAGNIFICATION], -1).reshape(-1, 2, 2)
+    return {**found, "magnification": matrix}
+
+
+def without_idle(columns: Columns) -> Columns:
+    """The columns of a table, those of aberrations left out where they do nothing."""
+    if "magnification" not in columns:
+        return columns
+    idle = not (columns["odd_phase"].any() or columns["even_phase"].any())
+    if idle and (columns["magnification"] == np.eye(2)).all():
+        return {name: values for name, values in columns.items() if name not in (*ZERNIKE, "magnification")}
+    return columns
+
+
+def observed_shift(shift: npt.NDArray[np.floating], columns: Columns) -> npt.NDArray[np.floating]:
+    """Shifts (N, 2) as they are seen in the recorded images, M^T t, from those of images with M taken off."""
+    if "magnification" not in columns:
+        return shift
+    return np.einsum("nji,nj->ni", columns["magnification"].astype(np.float64), shift)
+
+
+def true_shift(shift: npt.NDArray[np.floating], columns: Columns) -> npt.NDArray[np.floating]:
+    """The inverse of `observed_shift`."""
+    if "magnification" not in columns:
+        return shift
+    try:
+        inverse = np.linalg.inv(columns["magnification"].astype(np.float64))
+    except np.linalg.LinAlgError as error:
+        raise InputError("a magnification matrix (rlnMagMat00 …) has no inverse; correct the optics table") from error
+    return np.einsum("nji,nj->ni", inverse, shift)
