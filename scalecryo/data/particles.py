@@ -50,7 +50,6 @@ Columns = dict[str, npt.NDArray]
 
 _LARGEST_BOX = 1 << 24
 _SAME_PIXEL = 1e-4  # relative; less is rounding
-_LARGEST_DISTORTION = 0.2  # of a magnification matrix; microscopes have 0.01
 
 
 def _first_bad(values: npt.NDArray, bad: npt.NDArray, name: str, wanted: str) -> None:
@@ -193,10 +192,6 @@ class ParticleTable:
         _first_bad(stack, (stack < 0) | (stack >= len(self.stacks)), "stack", f"below {len(self.stacks)}")
         _first_bad(columns["stack_index"], columns["stack_index"] < 0, "stack index", "0 or more")
         _first_bad(columns["half"], (columns["half"] < 0) | (columns["half"] > 2), "half", "0, 1 or 2")
-        if self.has_aberrations:
-            matrix = columns["magnification"]
-            far = np.abs(matrix - np.eye(2)) > _LARGEST_DISTORTION
-            _first_bad(matrix, far, "magnification", f"within {_LARGEST_DISTORTION} of the identity")
         if not self.has_ctf:
             return
         _first_bad(columns["voltage"], columns["voltage"] <= 0, "voltage", "positive (kV)")

@@ -92,6 +92,16 @@ def corrected_images(
     return out
 
 
+def corrected_shift(shift: Float[Tensor, "b 2"], magnification: Float[Tensor, "b 2 2"]) -> Float[Tensor, "b 2"]:
+    """Where content of a recorded image sits in the corrected one: M^-T t. Unit of `shift`, (x, y)."""
+    return torch.linalg.solve(magnification.mT, shift.unsqueeze(-1)).squeeze(-1)
+
+
+def recorded_shift(shift: Float[Tensor, "b 2"], magnification: Float[Tensor, "b 2 2"]) -> Float[Tensor, "b 2"]:
+    """The inverse of `corrected_shift`: M^T t."""
+    return (magnification.mT @ shift.unsqueeze(-1)).squeeze(-1)
+
+
 def _without_phase(
     images: Float[Tensor, "b n n"], odd: Float[Tensor, "t"], pixel_size: float
 ) -> Float[Tensor, "b n n"]:

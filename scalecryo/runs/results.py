@@ -28,6 +28,7 @@ from scalecryo.evaluate.report import (
 )
 from scalecryo.map.postprocess import FinalMap, freed_of_mask, postprocess
 from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.aberrations import recorded_shift
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
@@ -85,12 +86,15 @@ def write_results(
         mrc.write_map(run.path(f"{name}.mrc"), _numpy(volume), store.pixel_size)
     if learned is not None:
         mrc.write_map(run.path("volume.mrc"), _numpy(learned), store.level_pixel_size(learned.shape[-1]))
+    table, shift = store.table(), particles.poses.shift.cpu()
+    if store.has_aberrations:  # poses are of images without them, the table's origins of images as recorded
+        shift = recorded_shift(shift, torch.from_numpy(table.columns["magnification"]))
     relion.write_with_poses(
         run.path("particles.star"),
         store.source_star(),
-        store.table(),
+        table,
         rotation=_numpy(particles.poses.rotation),
-        shift=_numpy(particles.poses.shift),
+        shift=_numpy(shift),
         confidence=_numpy(particles.confidence),
         half=_numpy(particles.half),
         box_size=int(store.attrs["source_box_size"]),

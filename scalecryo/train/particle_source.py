@@ -20,7 +20,7 @@ from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics
 from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError, TrainingError
 from scalecryo.map.solvent import SolventMask
-from scalecryo.physics.aberrations import ImageAberrations, corrected_images
+from scalecryo.physics.aberrations import ImageAberrations, corrected_images, corrected_shift
 from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
@@ -176,8 +176,11 @@ class RunContext:
             if not bool(present.all()):  # host sync: the ragged end of an epoch
                 columns = {name: values[present] for name, values in columns.items()}
                 rows, real, weight = rows[present], real[present], weight[present]
+        poses = Poses(columns["rotation"], columns["shift"]) if self.store.has_pose else None
         if self.store.has_aberrations:
-            real = corrected_images(real, ImageAberrations(columns["odd_phase"], columns["magnification"]), pixel_size)
+            magnification = columns["magnification"]
+            real = corrected_images(real, ImageAberrations(columns["odd_phase"], magnification), pixel_size)
+            poses = poses and replace(poses, shift=corrected_shift(poses.shift, magnification))
         return ParticleImages(
             rows=rows,
             half=self.partition.half(rows, columns["half"]),
@@ -186,7 +189,7 @@ class RunContext:
             pixels=pixels,
             pixel_size=pixel_size,
             optics=_optics(columns) if self.store.has_ctf else None,
-            poses=Poses(columns["rotation"], columns["shift"]) if self.store.has_pose else None,
+            poses=poses,
             real=real,
         )
 

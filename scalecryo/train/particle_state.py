@@ -22,6 +22,7 @@ from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError
+from scalecryo.physics.aberrations import corrected_shift
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
 
@@ -122,7 +123,12 @@ class ParticleState:
         """Take in the poses that came with the particles, shard by shard."""
         for start in range(0, store.count, store.shard_rows):
             rows = slice(start, min(start + store.shard_rows, store.count))
-            for name, values in store.read_columns(rows.start, rows.stop, ("rotation", "shift")).items():
+            optics = ("magnification",) if store.has_aberrations else ()
+            columns = store.read_columns(rows.start, rows.stop, ("rotation", "shift", *optics))
+            if optics:  # the table's origins are of images as recorded
+                shift, matrix = (torch.from_numpy(columns.pop(name)) for name in ("shift", *optics))
+                columns["shift"] = corrected_shift(shift, matrix).numpy()
+            for name, values in columns.items():
                 self._columns[name][rows] = values
             self._columns["confidence"][rows] = self._columns["particle_probability"][rows] = 1
             self._written[rows] = 1

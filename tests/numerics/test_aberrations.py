@@ -12,15 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalecryo.commands import convert, simulate
+from scalecryo.commands import convert, simulate, train
 from scalecryo.config import config_from_dict
 from scalecryo.data.formats.mrc import read_map, write_map
-from scalecryo.data.formats.relion import read_particles, read_poses, write_with_poses
+from scalecryo.data.formats.relion import read_particles, read_poses
 from scalecryo.data.particles import ABERRATION_COLUMNS, ParticleTable
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
 from scalecryo.errors import InputError
-from scalecryo.physics.aberrations import ImageAberrations, corrected_images, resampled, zernike_orders, zernike_phase
+from scalecryo.physics.aberrations import (
+    ImageAberrations,
+    corrected_images,
+    corrected_shift,
+    recorded_shift,
+    resampled,
+    zernike_orders,
+    zernike_phase,
+)
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer
 from scalecryo.physics.fft import fourier_pixels, irfft2_centred, rfft2_centred, rfft3_centred
 from scalecryo.physics.fourier_slice import extract_slices, gridding_correction
@@ -274,8 +282,8 @@ def context_batches(context: RunContext):
                       rows_limit=None, device=torch.device("cpu"))  # fmt: skip
 
 
-def table_of(recorded: Recorded, optics: dict[str, str], **more: float) -> ParticleTable:
-    return read_particles(str(recorded.table("t", optics, **more)))
+def table_of(recorded: Recorded, optics: dict[str, str]) -> ParticleTable:
+    return read_particles(str(recorded.table("t", optics)))
 
 
 def test_tables_without_aberrations_have_no_columns(recorded: Recorded) -> None:
@@ -300,7 +308,7 @@ def test_beam_tilt_as_zernike_terms(recorded: Recorded) -> None:
         ({"rlnMagMat00": "1.01"}, "rlnMagMat01, rlnMagMat10, rlnMagMat11 is missing"),
         ({"rlnOddZernike": "[1,x]"}, "rlnOddZernike is .*, not a list of numbers"),
         ({"rlnOddZernike": listed([0.0] * 12 + [1.0])}, "has 13 coefficients, at most 12 are known"),
-        (MAGNIFICATION | {"rlnMagMat00": "2"}, "magnification of row 1 is"),
+        (MAGNIFICATION | {"rlnMagMat00": "2"}, "the magnification matrix of row 1 is"),
     ],
 )
 def test_what_cannot_be_applied_is_refused(recorded: Recorded, optics: dict[str, str], says: str) -> None:
@@ -309,14 +317,36 @@ def test_what_cannot_be_applied_is_refused(recorded: Recorded, optics: dict[str,
     assert "\n" not in str(caught.value)
 
 
-def test_origins_are_those_of_the_recorded_images(recorded: Recorded, tmp_path: Path) -> None:
-    """The particle sits at M^T x of the recorded image where it sits at x of the corrected one."""
-    table = table_of(recorded, MAGNIFICATION, origin=7.0)
-    recorded_at = np.array([-7.0, 7.0])  # RELION's origin is minus the shift
-    assert table.columns["shift"] @ MATRIX.numpy() == pytest.approx(np.tile(recorded_at, (COUNT, 1)), abs=1e-4)
-    ones = np.ones(COUNT)
-    source = (recorded.folder / "t.star").read_bytes()
-    write_with_poses(str(tmp_path / "out.star"), source, table, table.columns["rotation"], table.columns["shift"], ones,
-                     ones.astype(int))  # fmt: skip
-    again = read_poses(str(tmp_path / "out.star"))
-    assert again.shift == pytest.approx(np.tile(recorded_at, (COUNT, 1)), abs=1e-4)
+def test_shifts_of_recorded_and_of_corrected_images() -> None:
+    """A blob at M^T t of the recorded image is at t of the corrected one: by the centres of mass."""
+    line = torch.arange(BOX).float() - BOX // 2
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    at = torch.tensor([6.0, -9.0])
+    image = torch.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / (2 * 3.0**2))
+    moved = resampled(image[None], MATRIX)[0]
+    centre = torch.stack([(moved * x).sum(), (moved * y).sum()]) / moved.sum()
+    expected = corrected_shift(at[None], MATRIX[None])[0]
+    assert centre.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert recorded_shift(expected[None], MATRIX[None])[0].tolist() == pytest.approx(at.tolist(), abs=1e-5)
+    assert (expected - at).norm() > 0.1
+
+
+def test_a_run_reads_and_writes_origins_of_the_recorded_images(recorded: Recorded, tmp_path: Path) -> None:
+    """Refined from its own poses, the table keeps its origins, although they are others in the corrected images."""
+    origin = 7.0  # Å, x; -7 y
+    kx, ky, step = recorded.pixels.kx, recorded.pixels.ky, 2 * math.pi / (BOX * PIXEL_SIZE)
+    ramp = (kx - ky) * origin * step  # RELION's origin is minus where the content sits
+    moved = recorded.transforms(MATRIX, [0.0] * 6, [0.0] * 9, (0.0, 0.0)) * torch.polar(torch.ones_like(ramp), ramp)
+    noise = torch.randn(COUNT, BOX, BOX, generator=torch.Generator().manual_seed(0))
+    level = 0.5 * float(irfft2_centred(recorded.pixels.unpack(moved), BOX).std())
+    moved = moved + recorded.pixels.pack(rfft2_centred(noise)) * level
+    source = recorded.table("moved", MAGNIFICATION, moved, origin=origin)
+    convert.run(str(source), str(tmp_path / "store"), data_dir=None, box=None, dtype="float32", workers=1,
+                overwrite=False, invert=False, uninvert=True)  # fmt: skip
+    settings = {"guided.start": "poses", "guided.iterations": "1", "guided.encoder_steps": "0"}
+    train.run(None, data=str(tmp_path / "store"), out=str(tmp_path / "run"), workers="0", device="cpu", resume=False,
+              overrides=settings)  # fmt: skip
+    found = read_poses(str(tmp_path / "run" / "particles.star"))
+    assert found.shift is not None
+    # M^T changes the shift by (0.28, 0.28) Å, which would be seen; the median of 300 refined shifts is far better.
+    assert np.median(found.shift - np.array([-origin, origin]), axis=0) == pytest.approx([0, 0], abs=0.08)

@@ -13,6 +13,7 @@ from scalecryo.errors import InputError
 
 BEAM_TILT = ("rlnBeamTiltX", "rlnBeamTiltY")
 ZERNIKE = {"odd_phase": "rlnOddZernike", "even_phase": "rlnEvenZernike"}
+LARGEST_DISTORTION = 0.2  # of a magnification matrix; microscopes have 0.01
 MAGNIFICATION = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
 
 
@@ -53,6 +54,13 @@ def aberration_columns(values: Values, ctf: Columns) -> Columns:
     if any(name in values for name in MAGNIFICATION):
         values.require(MAGNIFICATION, "a magnification matrix has four elements")
         matrix = np.stack([values.numbers(name) for name in MAGNIFICATION], -1).reshape(-1, 2, 2)
+        far = (np.abs(matrix - np.eye(2)) > LARGEST_DISTORTION).any(axis=(1, 2))
+        if far.any():
+            row = int(np.flatnonzero(far)[0])
+            raise InputError(
+                f"{values.where}: the magnification matrix of row {values.rows.first + row + 1} is "
+                f"{matrix[row].tolist()}, not within {LARGEST_DISTORTION} of the identity; correct rlnMagMat00 …"
+            )
     return {**found, "magnification": matrix}
 
 
@@ -64,21 +72,3 @@ def without_idle(columns: Columns) -> Columns:
     if idle and (columns["magnification"] == np.eye(2)).all():
         return {name: values for name, values in columns.items() if name not in (*ZERNIKE, "magnification")}
     return columns
-
-
-def observed_shift(shift: npt.NDArray[np.floating], columns: Columns) -> npt.NDArray[np.floating]:
-    """Shifts (N, 2) as they are seen in the recorded images, M^T t, from those of images with M taken off."""
-    if "magnification" not in columns:
-        return shift
-    return np.einsum("nji,nj->ni", columns["magnification"].astype(np.float64), shift)
-
-
-def true_shift(shift: npt.NDArray[np.floating], columns: Columns) -> npt.NDArray[np.floating]:
-    """The inverse of `observed_shift`."""
-    if "magnification" not in columns:
-        return shift
-    try:
-        inverse = np.linalg.inv(columns["magnification"].astype(np.float64))
-    except np.linalg.LinAlgError as error:
-        raise InputError("a magnification matrix (rlnMagMat00 …) has no inverse; correct the optics table") from error
-    return np.einsum("nji,nj->ni", inverse, shift)

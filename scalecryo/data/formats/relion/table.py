@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.relion.aberrations import aberration_columns, true_shift, without_idle
+from scalecryo.data.formats.relion.aberrations import aberration_columns, without_idle
 from scalecryo.data.formats.relion.syntax import StarText, Text
 from scalecryo.data.formats.relion.values import (
     ANGLES,
@@ -117,7 +117,6 @@ def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) 
     sizes = values.pixel_sizes()
     stack, index = split_names(values.rows, stacks)
     ctf = _ctf_columns(values)
-    aberrations = aberration_columns(values, ctf)
     columns: Columns = {
         "stack": np.array(stack, dtype=np.int64),
         "stack_index": np.array(index, dtype=np.int64),
@@ -125,12 +124,12 @@ def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) 
         "optics_group": values.groups(),
         "half": _half(values),
         **ctf,
-        **aberrations,
+        **aberration_columns(values, ctf),
     }
     if _has_angles(values):
         shift = _shift(values, np.where(sizes > 0, sizes, pixel_size))
         columns["rotation"] = _rotation(values)
-        columns["shift"] = np.zeros((len(values), 2)) if shift is None else true_shift(shift, aberrations)
+        columns["shift"] = np.zeros((len(values), 2)) if shift is None else shift
     with np.errstate(over="ignore"):  # the table refuses what becomes infinite
         small = {name: array.astype(COLUMNS[name][0]) for name, array in columns.items() if array.dtype.kind == "f"}
     return {**columns, **small}, sizes

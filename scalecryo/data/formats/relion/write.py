@@ -10,7 +10,6 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.relion.aberrations import observed_shift
 from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, Text
 from scalecryo.data.formats.relion.values import (
     ANGLES,
@@ -190,7 +189,7 @@ def write_with_poses(
     count = sum(len(rows) for rows in text.rows(particle_block(text)))
     if len(place) > count or np.count_nonzero(place >= 0) < len(table):
         raise InputError(f"{text.where}: the source table has {count} rows, the poses are for {len(table)} others")
-    new: dict[str, npt.NDArray] = dict(_pose_columns(rotation, observed_shift(shift, table.columns)))
+    new: dict[str, npt.NDArray] = dict(_pose_columns(rotation, shift))
     new |= {HALF: half.astype(np.int64), MAX_CONFIDENCE: np.asarray(confidence, dtype=np.float64)}
     _write_edited(url, text, place, new, table.pixel_size, box_size)
 
