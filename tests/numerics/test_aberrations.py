@@ -293,6 +293,17 @@ def test_tables_without_aberrations_have_no_columns(recorded: Recorded) -> None:
     assert set(ABERRATION_COLUMNS) <= set(table_of(recorded, {"rlnEvenZernike": "[1,2]"}).columns)
 
 
+def test_particles_with_aberrations_are_not_appended_to_a_store_without(recorded: Recorded, tmp_path: Path) -> None:
+    transforms = recorded.transforms(torch.eye(2), [0.0] * 6, [0.0] * 9, (0.0, 0.0))
+    options = {"data_dir": None, "box": None, "dtype": "float32", "workers": 1, "overwrite": False, "invert": False,
+               "uninvert": True}  # fmt: skip
+    convert.run(str(recorded.table("plain", {}, transforms)), str(tmp_path / "store"), **options)
+    assert not ParticleStore.open(str(tmp_path / "store")).has_aberrations
+    with pytest.raises(InputError, match="has aberrations of the optics"):
+        convert.run(str(recorded.table("tilted", {"rlnBeamTiltX": "1", "rlnBeamTiltY": "0"}, transforms)),
+                    str(tmp_path / "store"), add=True, **options)  # fmt: skip
+
+
 def test_beam_tilt_as_zernike_terms(recorded: Recorded) -> None:
     columns = table_of(recorded, {"rlnBeamTiltX": "1.5", "rlnBeamTiltY": "-1.0"}).columns
     x, y = torch.rand(2, 100, generator=torch.Generator().manual_seed(0)) * 0.5 - 0.25
