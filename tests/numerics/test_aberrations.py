@@ -15,7 +15,7 @@ from torch import Tensor
 from scalecryo.commands import convert, simulate, train
 from scalecryo.config import config_from_dict
 from scalecryo.data.formats.mrc import read_map, write_map
-from scalecryo.data.formats.relion import read_particles, read_poses
+from scalecryo.data.formats.relion import read_particles, read_poses, write_particles
 from scalecryo.data.particles import ABERRATION_COLUMNS, ParticleTable
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
@@ -302,6 +302,14 @@ def test_particles_with_aberrations_are_not_appended_to_a_store_without(recorded
     with pytest.raises(InputError, match="has aberrations of the optics"):
         convert.run(str(recorded.table("tilted", {"rlnBeamTiltX": "1", "rlnBeamTiltY": "0"}, transforms)),
                     str(tmp_path / "store"), add=True, **options)  # fmt: skip
+
+
+def test_a_table_written_anew_keeps_its_aberrations(recorded: Recorded, tmp_path: Path) -> None:
+    table = table_of(recorded, OPTICS)
+    write_particles(str(tmp_path / "out.star"), table.image_names(), table, with_poses=True, box_size=BOX)
+    again = read_particles(str(tmp_path / "out.star"))
+    for name in ABERRATION_COLUMNS:  # nine digits hold single precision
+        assert np.array_equal(again.columns[name], table.columns[name]), name
 
 
 def test_beam_tilt_as_zernike_terms(recorded: Recorded) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data.formats.relion.values import Floats, Values
-from scalecryo.data.particles import COLUMNS, Columns
+from scalecryo.data.particles import ABERRATION_COLUMNS, COLUMNS, Columns
 from scalecryo.errors import InputError
 
 BEAM_TILT = ("rlnBeamTiltX", "rlnBeamTiltY")
@@ -70,5 +70,25 @@ def without_idle(columns: Columns) -> Columns:
         return columns
     idle = not (columns["odd_phase"].any() or columns["even_phase"].any())
     if idle and (columns["magnification"] == np.eye(2)).all():
-        return {name: values for name, values in columns.items() if name not in (*ZERNIKE, "magnification")}
+        return {name: values for name, values in columns.items() if name not in ABERRATION_COLUMNS}
     return columns
+
+
+def as_numbers(columns: Columns) -> list[Floats]:
+    """The columns of aberrations as one array for each number of a row; none where the table has none."""
+    if "magnification" not in columns:
+        return []
+    rows = np.concatenate([columns[name].reshape(len(columns[name]), -1) for name in ABERRATION_COLUMNS], 1)
+    return list(rows.T.astype(np.float64))
+
+
+def optics_columns(numbers: Floats) -> dict[str, list[bytes]]:
+    """RELION's columns of groups, rows (g, 32) as `as_numbers` gives them; beam tilt is among the odd terms."""
+    widths = [COLUMNS[ours][1][0] for ours in ZERNIKE]
+    found: dict[str, list[bytes]] = {}
+    for theirs, lists in zip(ZERNIKE.values(), np.split(numbers, np.cumsum(widths), axis=1)[:-1], strict=True):
+        found[theirs] = [b"[" + b",".join(b"%.9g" % value for value in row) + b"]" for row in lists.tolist()]
+    matrices = numbers[:, -len(MAGNIFICATION) :].T.tolist()
+    return found | {
+        name: [b"%.9g" % value for value in values] for name, values in zip(MAGNIFICATION, matrices, strict=True)
+    }

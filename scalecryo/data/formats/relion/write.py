@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from scalecryo.data.formats.relion.aberrations import as_numbers, optics_columns
 from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, Text
 from scalecryo.data.formats.relion.values import (
     ANGLES,
@@ -129,12 +130,15 @@ def _write_own(
     boxes = np.array(table.stack_boxes)[columns["stack"]] if table.stack_boxes else np.full(len(table), box_size or 0)
     shared = [columns["optics_group"], *shared, table.pixel_sizes(), boxes]
     # Rows of one group number that differ in voltage and the like make several groups.
-    keys, group = np.unique(np.stack([values.astype(np.float64) for values in shared], 1), axis=0, return_inverse=True)
+    apart = [*(values.astype(np.float64) for values in shared), *as_numbers(columns)]
+    keys, group = np.unique(np.stack(apart, 1), axis=0, return_inverse=True)
+    keys, aberrations = np.split(keys, [len(shared)], axis=1)
     optics = _optics_of(
         [tuple(b"%.6f" % value for value in key[1:-1]) for key in keys.tolist()] or [(b"0",)],
         list(OPTICS.values()) if table.has_ctf and len(keys) else [],
         [int(key[-1]) for key in keys.tolist()] or [box_size or 0],
     )
+    optics |= optics_columns(aberrations) if table.has_aberrations else {}
     frame: dict[str, npt.NDArray] = {GROUP: group.reshape(-1) + 1}
     if table.has_ctf:
         frame |= {theirs: columns[ours] for ours, theirs in DEFOCUS.items()} | {"rlnPhaseShift": columns["phase_shift"]}
