@@ -3,12 +3,12 @@
 import json
 
 from scalecryo.commands.console import say
-from scalecryo.data.conversion.quality import REPORT, report_lines
+from scalecryo.data.conversion.quality import report_lines
 from scalecryo.data.formats import cryosparc, relion
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.storage.store import ParticleStore, read_attributes
+from scalecryo.data.storage.store import REPORT, ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError
 
 _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "report.html")

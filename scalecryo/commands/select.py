@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
-from scalecryo.data.conversion.source import find_stack
+from scalecryo.data.conversion.stacks import find_stack
 from scalecryo.data.formats import cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.relion.syntax import text_of
@@ -70,8 +70,8 @@ def _from_star(source: str, out: str, selection: Selection, data_dir: str | None
 def _box_of(table: ParticleTable, source: str, data_dir: str | None) -> npt.NDArray[np.integer]:
     """Box of every image, from the header of the first stack."""
     try:
-        place, _ = find_stack(table.stacks[0], source, data_dir)
-        return np.full(len(table), Stack.open(place).box_size)
+        place = find_stack(table.stacks[0], source, data_dir)
+        return np.full(len(table), Stack.open(place.url).box_size)
     except ScalecryoError as error:
         raise InputError(f"{error} (asked for the box size, since the table has no rlnImageSize)") from error
 

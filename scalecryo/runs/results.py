@@ -52,11 +52,13 @@ class FinalParticles:
         poses: that the final pass found.
         half: 1 or 2.
         pairs: a few images and their predictions, or None.
+        notes: what a person should know of the halves.
     """
 
     poses: PoseEstimates
     half: Int[Tensor, " n"]
     pairs: Pairs | None
+    notes: tuple[str, ...] = ()
 
     @property
     def confidence(self) -> Float[Tensor, " n"]:
@@ -137,6 +139,7 @@ def _sections(
             if config.pose.source == "guided"
             else "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
         )
+        + "".join(f"\n{note[0].upper()}{note[1:]}." for note in particles.notes)
     )
     examples = [_numpy(images) for images in particles.pairs or (torch.zeros(0, 1, 1), torch.zeros(0, 1, 1))]
     planes = {"map": _numpy(final.map), "mask": _numpy(maps.mask[0])}

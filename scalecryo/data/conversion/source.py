@@ -1,8 +1,6 @@
 """What a conversion reads: a particle table, and the stacks it names, found and checked by their headers."""
 
 import hashlib
-import posixpath
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from scalecryo.data.conversion.metadata_overrides import with_ctf, with_poses
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
+from scalecryo.data.conversion.stacks import open_stacks
 from scalecryo.data.formats import cryosparc, csrows
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.relion import read_particles as read_star
@@ -17,10 +16,9 @@ from scalecryo.data.formats.relion.syntax import StarText, Text, text_of
 from scalecryo.data.formats.relion.values import not_applied
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
-from scalecryo.errors import InputError, MissingInputError
+from scalecryo.errors import InputError
 
 _STACK_ENDINGS = (".mrcs", ".mrc", ".mrcs.gz", ".mrc.gz", ".mrcs.bz2", ".mrc.bz2")
-_UNPACKED_LIMIT = 4 << 30
 _SAME_PIXEL = 1e-4
 
 
@@ -81,93 +79,6 @@ class Source:
             digest.update(repr((name, stack.fingerprint)).encode())
         digest.update(repr(self.resampling).encode() if self.resampling else b"")
         return digest.hexdigest()
-
-
-def _is_below(url: str, folder: str) -> bool:
-    """Whether an address lies below a folder by its name; symbolic links may lead anywhere."""
-    if ("://" in url) != ("://" in folder):
-        return False
-    scheme, _, path = url.rpartition("://")
-    own_scheme, _, base = folder.rpartition("://")
-    if "://" not in folder:
-        path, base = urls.absolute(path), urls.absolute(base)
-    root = posixpath.normpath(base).rstrip("/") + "/"
-    return scheme == own_scheme and posixpath.normpath(path).startswith(root)
-
-
-def _is_there(place: str) -> bool:
-    try:
-        return urls.exists(place)
-    except OSError:  # a name that no file system takes
-        return False
-
-
-def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: bool = False) -> tuple[str, bool]:
-    """Where a stack that a table names is, and whether it was found by its file's name alone.
-
-    With `data_dir`: below it by the full name, or by the file's name alone. Otherwise beside the table, or below any
-    folder above it (RELION names stacks from the project's folder), or from the current folder.
-
-    Raises:
-        MissingInputError: it is in none of these places.
-        InputError: the name leads out of `data_dir`.
-    """
-    table, shown = urls.redacted(table_url), urls.redacted(name)
-    if "::" in name or "\0" in name:
-        raise InputError(f"{table}: its stack {shown!r} is no path or plain address; name the file itself")
-    if data_dir is None:
-        for folder in urls.folders_above(table_url):
-            if _is_there(urls.join(folder, name)):
-                return urls.join(folder, name), False
-        if _is_there(name):
-            return name, False
-        places = urls.folders_above(table_url)
-        raise MissingInputError(
-            f"{table}: its stack {shown} is not at {urls.redacted(urls.join(places[0], name))} nor below any folder "
-            "above; give its folder by --data-dir"
-        )
-    full, alone = urls.join(data_dir, name), urls.join(data_dir, urls.name(name) or name)
-    inside = allow_outside or _is_below(full, data_dir)
-    if inside and _is_there(full):
-        return full, False
-    if _is_below(alone, data_dir) and _is_there(alone):
-        return alone, True
-    if not inside:
-        raise InputError(
-            f"{table}: its stack {shown} is outside --data-dir {urls.redacted(data_dir)}; add --allow-outside to "
-            "read it"
-        )
-    raise MissingInputError(
-        f"{table}: its stack {shown} is not at {urls.redacted(full)} nor there by its name alone; give its folder by "
-        "--data-dir"
-    )
-
-
-def _open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_outside: bool) -> tuple[Stack, ...]:
-    """The stacks of a table, several at a time: from an object store every header takes a few round trips."""
-    for name in table.stacks:
-        if "://" in name and urls.redacted(name) != name:
-            raise InputError(
-                f"{urls.redacted(name)}: the table gives this stack's address with credentials or a query, and stores "
-                "keep it; take them out, and give them by the environment or a profile"
-            )
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        found = list(pool.map(lambda name: find_stack(name, source, data_dir, allow_outside), table.stacks))
-        by_place: dict[str, str] = {}
-        for name, (place, alone) in zip(table.stacks, found, strict=True):
-            other = by_place.setdefault(place, name)
-            if other != name and (alone or posixpath.normpath(other) != posixpath.normpath(name)):
-                raise InputError(
-                    f"{urls.redacted(source)}: its stacks {urls.redacted(other)} and {urls.redacted(name)} both lead "
-                    f"to {urls.redacted(place)}; give a --data-dir that holds their folders"
-                )
-        stacks = tuple(pool.map(lambda place: Stack.open(place[0]), found))
-    unpacked = sum(stack.unpacked_bytes for stack in stacks)
-    if unpacked > _UNPACKED_LIMIT:
-        raise InputError(
-            f"{urls.redacted(source)}: its compressed stacks hold {unpacked >> 30} GiB together; unpack them first"
-        )
-    return stacks
 
 
 def _check_indices(table: ParticleTable, stacks: tuple[Stack, ...], where: str) -> None:
@@ -301,7 +212,7 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     if not len(table):
         raise InputError(f"{where}: holds no particles")
     table = _stated_pixel_size(table, options.pixel_size, where)
-    stacks = stacks or _open_stacks(table, source, data_dir, options.allow_outside)
+    stacks = stacks or open_stacks(table, source, data_dir, options.allow_outside)
     _check_indices(table, stacks, where)
     notes = _check_boxes(table, stacks, where, notes)
     if options.ctf is not None:

@@ -122,6 +122,27 @@ def choose(config: TrainConfig, store: ParticleStore) -> Subset | None:
     return found
 
 
+def half_counts(store: ParticleStore, subset: "Subset | None", rows: int) -> tuple[int, int, int]:
+    """Particles by the half that the table gives them (none, 1, 2), of a subset of the first so many rows.
+
+    Raises:
+        StoreError: an object is missing or damaged.
+    """
+    array, step = store.column_array("half"), store.shard_rows
+
+    def piece(start: int) -> npt.NDArray[np.int64]:
+        stop = min(start + step, rows)
+        half = array.read(start, stop)
+        if subset is not None:
+            inside = np.arange(start, min(stop, subset.store_rows))
+            half = half[: len(inside)][subset.contains(inside)]
+        return np.bincount(half, minlength=3)
+
+    with ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="halves") as pool:
+        none, first, second = np.sum(list(pool.map(piece, range(0, rows, step))), axis=0).tolist()
+    return none, first, second
+
+
 def _numeric_columns(store: ParticleStore) -> tuple[str, ...]:
     return tuple(name for name in store.columns if not store.column_array(name).row_shape)
 

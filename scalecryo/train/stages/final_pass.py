@@ -128,7 +128,7 @@ class FinalPass:
         noise = torch.ones(level // 2 + 1, device=context.device)
         maps = ReferenceSet.of_maps(sums.solve(), context.store.pixel_size, noise=noise, radius=radius)
         found, half = self._found.all()
-        particles = FinalParticles(found, half, self._pairs)
+        particles = FinalParticles(found, half, self._pairs, context.partition.notes)
         learned_map = None if model is None else model.volume.density()
         write_results(context.config, context.store, self._out, particles, maps, learned_map)
 

@@ -22,6 +22,7 @@ from scalecryo.data.formats.relion.values import (
     Values,
     pieces,
     split_names,
+    without_format,
 )
 from scalecryo.data.formats.rotations import euler_to_matrix
 from scalecryo.data.formats.spill_columns import SpillColumns
@@ -186,7 +187,7 @@ class OwnColumns:
 def image_key(name: str) -> tuple[int, str]:
     """Index and bare file name of an image: tables that name the stack's folder differently still match."""
     index, _, stack = name.partition("@")
-    return int(index), urls.name(stack)
+    return int(index), urls.name(without_format(stack.encode()).decode())
 
 
 def read_poses(url: str) -> StarPoses:

@@ -28,6 +28,7 @@ HALF = "rlnRandomSubset"
 GROUP = "rlnOpticsGroup"
 IMAGE_NAME = "rlnImageName"
 _LONGEST_NUMBER = 12
+_FORMATS = (b"mrcs", b"mrc")
 #: What a column of aberrations comes to where it does nothing (`_digits`).
 _NOT_APPLIED = {
     "rlnBeamTiltX": b"",
@@ -209,6 +210,17 @@ class Values:
         return sizes
 
 
+def without_format(stack: bytes) -> bytes:
+    """A stack's file name without the format that RELION, Scipion and Xmipp may put behind it, as in `a.mrc:mrcs`."""
+    name, colon, format = stack.rpartition(b":")
+    return name if colon and name and format.lower() in _FORMATS else stack
+
+
+def with_format(image: str) -> str:
+    """An image's name that RELION opens: of stacks it takes `.mrcs`, and others with their format behind the name."""
+    return image if image.lower().endswith((".mrcs", ".gz", ".bz2")) else f"{image}:mrcs"
+
+
 def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[int]]:
     """Which stack and which image, from 0, every row names; `stacks` gains those not met before.
 
@@ -225,7 +237,7 @@ def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[i
                 f"{rows.where}: rlnImageName of row {rows.first + row + 1} is {shown!r}; it must read number@stack, "
                 "numbers from 1"
             )
-        which.append(stacks.setdefault(stack, len(stacks)))
+        which.append(stacks.setdefault(without_format(stack), len(stacks)))
         index.append(image - 1)
     return which, index
 

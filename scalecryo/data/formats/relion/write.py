@@ -24,6 +24,7 @@ from scalecryo.data.formats.relion.values import (
     Floats,
     particle_block,
     pieces,
+    with_format,
 )
 from scalecryo.data.formats.rotations import matrix_to_euler
 from scalecryo.data.io import urls
@@ -139,7 +140,7 @@ def _write_own(
     with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         stream.write(_optics_text(optics) + b"\n" + _VERSION + _header(b"particles", [IMAGE_NAME, *frame]))
         for start in range(0, len(names), _PIECE):
-            some = [name.encode() for name in names[start : start + _PIECE]]
+            some = [with_format(name).encode() for name in names[start : start + _PIECE]]
             texts = [_text(values[start : start + _PIECE]) for values in frame.values()]
             stream.writelines(b" ".join(row) + b"\n" for row in zip(some, *texts, strict=True))
 
