@@ -40,6 +40,8 @@ def run(
         adding = plan_append(source, store, data_dir, sign, bad_images, workers=workers, scheduler=scheduler,
                              progress=looked, options=options)  # fmt: skip
         _say_excluded(adding.excluded)
+        for line in adding.notes:
+            note(line)
         attrs = append(adding, workers=workers, scheduler=scheduler, progress=Progress())
         added = f", {adding.count:,} of them new"
     else:

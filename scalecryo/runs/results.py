@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.formats import mrc, relion
+from scalecryo.data.formats import csrows, mrc, relion
+from scalecryo.data.formats.translate import Extra, relion_extra
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.evaluate.report import (
     Section,
@@ -82,15 +83,20 @@ def write_results(
         mrc.write_map(run.path(f"{name}.mrc"), _numpy(volume), store.pixel_size)
     if learned is not None:
         mrc.write_map(run.path("volume.mrc"), _numpy(learned), store.level_pixel_size(learned.shape[-1]))
+    table, cs = store.table(), store.source_cs()
+    own = None if cs is None else csrows.decode(cs, store.url)[table.columns["source_row"]]
+    extra = Extra({}, {}, ()) if own is None else relion_extra(own)
     relion.write_with_poses(
         run.path("particles.star"),
         store.source_star(),
-        store.table(),
+        table,
         rotation=_numpy(particles.poses.rotation),
         shift=_numpy(particles.poses.shift),
         confidence=_numpy(particles.confidence),
         half=_numpy(particles.half),
         box_size=int(store.attrs["source_box_size"]),
+        more=extra.columns,
+        more_optics=extra.optics,
     )
     run.write("fsc.csv", _fsc_table(maps, final, store).encode())
     sections = _sections(config, store, run, particles, maps, final)

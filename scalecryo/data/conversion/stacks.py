@@ -8,7 +8,7 @@ from typing import NamedTuple
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
-from scalecryo.errors import InputError, MissingInputError
+from scalecryo.errors import InputError, MissingInputError, ScalecryoError
 
 _UNPACKED_LIMIT = 4 << 30
 
@@ -102,6 +102,15 @@ def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: b
         f"{urls.redacted(data_dir)}{_where_it_ends([full, *(tail.url for tail in tails)])}; name the folder that "
         f"holds {urls.name(shown)}, or put a link to it there"
     )
+
+
+def micrograph_shape(name: str, table_url: str, data_dir: str | None) -> tuple[int, int] | None:
+    """Rows and columns of a micrograph that a table names; None where it is not found or cannot be read."""
+    try:
+        found = Stack.open(find_stack(name, table_url, data_dir).url)
+    except ScalecryoError:
+        return None
+    return found.ny, found.nx
 
 
 def open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_outside: bool) -> tuple[Stack, ...]:

@@ -171,3 +171,47 @@ def _read_group(url: str) -> NDArray[np.void]:
         fields = [field for field in tables[name].dtype.names or () if field.startswith(kinds)]
         rows = join(rows, tables[name], fields, name)
     return rows
+
+
+#: What a field is where nothing is known of it, if that is not 0.
+_ONES = ("ctf/scale", "alignments3D/alpha", "alignments3D/class_posterior", "alignments3D/class_ess",
+         "alignments2D/class_posterior")  # fmt: skip
+
+
+def merge(
+    first: NDArray[np.void], second: NDArray[np.void], known: Mapping[str, float]
+) -> tuple[NDArray[np.void], tuple[str, ...]]:
+    """The rows of two tables with all fields of both, the first one's before.
+
+    Args:
+        first, second: rows.
+        known: values of fields that a table may lack.
+
+    Returns:
+        The rows, and the fields that one of the tables lacks and of which nothing is known, or whose kinds differ.
+    """
+    tables = (first, second)
+    names = dict.fromkeys(name for table in tables for name in table.dtype.names or ())
+    fields: dict[str, NDArray] = {}
+    filled: list[str] = []
+    for name in names:
+        kinds = [table.dtype[name] if name in (table.dtype.names or ()) else None for table in tables]
+        there = [kind for kind in kinds if kind is not None]
+        if len(there) < 2 or not _fit(*there):
+            filled += [] if name in known else [name]
+        shape = there[0].shape
+        base = np.result_type(*(kind.base for kind in there)) if len(there) == 1 or _fit(*there) else there[0].base
+        column = np.zeros((len(first) + len(second), *shape), base)
+        for table, kind, rows in zip(tables, kinds, (slice(0, len(first)), slice(len(first), None)), strict=True):
+            if kind is not None and (kind is there[0] or _fit(*there)):
+                column[rows] = table[name]
+            elif base.kind not in "SU":
+                column[rows] = known.get(name, float(name in _ONES))
+        fields[name] = column
+    return build(len(first) + len(second), fields), tuple(filled)
+
+
+def _fit(one: np.dtype, other: np.dtype) -> bool:
+    """Whether values of two kinds can stand in one column."""
+    texts = one.base.kind in "SU", other.base.kind in "SU"
+    return one.shape == other.shape and texts[0] == texts[1] and (not texts[0] or one.base.kind == other.base.kind)

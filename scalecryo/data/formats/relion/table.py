@@ -27,7 +27,7 @@ from scalecryo.data.formats.relion.values import (
 from scalecryo.data.formats.rotations import euler_to_matrix
 from scalecryo.data.formats.spill_columns import SpillColumns
 from scalecryo.data.io import urls
-from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
+from scalecryo.data.particles import ALWAYS, COLUMNS, POSE_COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
 
 # What would make every image disagree with its CTF, or is no single particle image, and how to come by one.
@@ -75,6 +75,11 @@ def _has_angles(values: Values) -> bool:
     if any(present[:2]) and not all(present):
         values.require(ANGLES, "a pose has three angles")
     return all(present)
+
+
+def is_tilted(values: Values) -> bool:
+    """Whether any of some rows is seen from elsewhere than the z axis; none is in a table of 2D classes."""
+    return any(bool(values.numbers(name).any()) for name in ANGLES[:2] if name in values)
 
 
 def _rotation(values: Values) -> Floats:
@@ -136,7 +141,8 @@ def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) 
 def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) -> ParticleTable:
     """The particle table of a STAR file.
 
-    Poses are taken when the file has all three angles; shifts are 0 where it has no origins. Columns that this package
+    Poses are taken when the file has all three angles, and rot and tilt are not 0 throughout as after a 2D
+    classification; shifts are 0 where it has no origins. Columns that this package
     has no use for are left in the file.
 
     Args:
@@ -153,14 +159,18 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
     stacks: dict[bytes, int] = {}
     pixels = StackPixels()
     growing = SpillColumns()
+    tilted = False
     for values in pieces(star):
         columns, sizes = _piece_columns(values, stacks, pixel_size)
+        tilted = tilted or is_tilted(values)
         pixels.add(columns["stack"], sizes, values.numbers(_BOX) if _BOX in values else None)
         growing.add(columns)
     try:
         stated, by_stack = pixels.sizes()
         names = tuple(stack.decode() for stack in stacks)
         whole = growing.whole() or {name: np.zeros(0) for name in ALWAYS}
+        if not tilted:
+            whole = {name: values for name, values in whole.items() if name not in POSE_COLUMNS}
         whole["optics_group"] = dense_groups(whole["optics_group"])
         return ParticleTable(stated, names, whole, by_stack, pixels.boxes())
     except (InputError, UnicodeDecodeError) as error:
@@ -182,6 +192,10 @@ class OwnColumns:
             InputError: it holds something else.
         """
         return np.concatenate([values.numbers(name) for values in pieces(self._text)])
+
+    def strings(self, name: str) -> list[bytes]:
+        """One column as text."""
+        return [value for values in pieces(self._text) for value in values.strings(name)]
 
 
 def image_key(name: str) -> tuple[int, str]:

@@ -29,8 +29,8 @@ GROUP = "rlnOpticsGroup"
 IMAGE_NAME = "rlnImageName"
 _LONGEST_NUMBER = 12
 _FORMATS = (b"mrcs", b"mrc")
-#: What a column of aberrations comes to where it does nothing (`_digits`).
-_NOT_APPLIED = {
+#: Columns of aberrations, and what they come to where they do nothing (`_digits`).
+_ABERRATIONS = {
     "rlnBeamTiltX": b"",
     "rlnBeamTiltY": b"",
     "rlnOddZernike": b"",
@@ -39,6 +39,8 @@ _NOT_APPLIED = {
     "rlnMagMat01": b"",
     "rlnMagMat10": b"",
     "rlnMagMat11": b"1",
+    "rlnCtfBfactor": b"",
+    "rlnCtfScalefactor": b"1",
 }
 
 Floats = npt.NDArray[np.float64]
@@ -179,6 +181,15 @@ class Values:
         assert self._place is not None
         return self._optics.numbers(name)[self._place]
 
+    def strings(self, name: str) -> list[bytes]:
+        """A column as text."""
+        if name in self.rows.columns:
+            return self.rows.strings(name)
+        assert self._optics is not None
+        assert self._place is not None
+        values = self._optics.columns[name]
+        return [values[place] for place in self._place.tolist()]
+
     def require(self, names: Sequence[str], why: str) -> None:
         """Raise where columns are missing."""
         missing = [name for name in names if name not in self]
@@ -243,16 +254,26 @@ def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[i
 
 
 def not_applied(text: StarText) -> tuple[str, ...]:
-    """Columns of aberrations and of magnification that are not zero (or not one), and that no CTF here knows."""
+    """What a table says of its images that no CTF here knows: aberrations, magnification, envelopes and scales that are
+    not zero (or not one), and angles in the plane alone, which are no poses."""
     optics = Optics.read(text)
     found = {} if optics is None else dict(optics.columns)
     block = particle_block(text)
-    for rows in text.rows(block):
-        found |= {name: rows.strings(name) for name in _NOT_APPLIED if name in block.columns}
-        break  # these differ from row to row hardly ever
-    return tuple(
-        name for name, plain in _NOT_APPLIED.items() if any(_digits(value) != plain for value in found.get(name, []))
-    )
+    own = [name for name in _ABERRATIONS if name in block.columns]
+    plane = ANGLES[2] in block.columns
+    turned = False
+    for values in pieces(text):
+        if not own and (not plane or turned):
+            break
+        for name in own:
+            # One value that says something is enough.
+            found[name] = [value for value in values.rows.strings(name) if _digits(value) != _ABERRATIONS[name]][:1]
+        own = [name for name in own if not found[name]]
+        if plane and not turned:
+            tilted = any(any(map(_digits, values.strings(name))) for name in ANGLES[:2] if name in values)
+            plane, turned = not tilted, not tilted and any(map(_digits, values.strings(ANGLES[2])))
+    names = [name for name, plain in _ABERRATIONS.items() if any(_digits(v) != plain for v in found.get(name, []))]
+    return (*names, f"{ANGLES[2]} (of a 2D classification: no poses)") if plane and turned else tuple(names)
 
 
 def _digits(value: bytes) -> bytes:
