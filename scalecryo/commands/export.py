@@ -42,6 +42,21 @@ class _Result:
         return np.zeros((len(self.table), 2)) if self.poses.shift is None else self.poses.shift
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """What only the run's store knows of its source.
+
+    Args:
+        url: address of the source's table.
+        sign: −1 where its stacks are protein-dark.
+        rows: those of its .cs table, and which of them each particle is; None where it had none.
+    """
+
+    url: str
+    sign: int
+    rows: tuple[npt.NDArray[np.void], npt.NDArray[np.integer]] | None = None
+
+
 def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     """Write the tables of one package, and the maps, into the folder `out`; `data` is the run's store, if it was moved.
 
@@ -125,21 +140,6 @@ def _cryodrgn(result: _Result, out: str) -> None:
     cryodrgn.write_poses(urls.join(out, "poses.pkl"), result.table, result.box_size)
     if result.table.has_ctf:
         cryodrgn.write_ctf(urls.join(out, "ctf.pkl"), result.table, result.box_size)
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What only the run's store knows of its source.
-
-    Args:
-        url: address of the source's table.
-        sign: −1 where its stacks are protein-dark.
-        rows: those of its .cs table, and which of them each particle is; None where it had none.
-    """
-
-    url: str
-    sign: int
-    rows: tuple[npt.NDArray[np.void], npt.NDArray[np.integer]] | None = None
 
 
 def _origin(result: _Result, data: str | None) -> _Origin:
