@@ -23,7 +23,7 @@ def run(path: str, *, truth: str) -> dict[str, Any]:
     Poses are aligned on the even rows and scored on the odd ones, maps over all rotations or from the poses, both in
     either hand. The FSC is taken without a mask.
     """
-    is_table, is_map = path.endswith(".star"), path.lower().endswith((".mrc", ".map"))
+    is_table, is_map = path.lower().endswith(".star"), path.lower().endswith((".mrc", ".map"))
     table = path if is_table else None if is_map else urls.join(path, "particles.star")
     density = path if is_map else None if is_table else urls.join(path, "map.mrc")
     if table and density:

@@ -16,9 +16,9 @@ _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star",
 
 def run(path: str) -> None:
     """Describe what is there in a few lines."""
-    if path.endswith(".star"):
+    if path.lower().endswith(".star"):
         _table(path, relion.read_particles(path))
-    elif path.endswith((".cs", ".csg")):
+    elif path.lower().endswith((".cs", ".csg")):
         _table(path, cryosparc.read_particles(path))
     elif read_attributes(path):
         _store(path)

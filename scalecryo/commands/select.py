@@ -34,9 +34,9 @@ def run(
     if urls.is_folder(source):
         source = urls.join(source, "particles.star")
     selection = Selection(index, query, half, min_confidence)
-    if source.endswith(".star"):
+    if source.lower().endswith(".star"):
         kept, count = _from_star(source, out, selection, data_dir)
-    elif source.endswith((".cs", ".csg")):
+    elif source.lower().endswith((".cs", ".csg")):
         kept, count = _from_cs(source, out, selection, passthrough)
     else:
         raise InputError(f"{urls.redacted(source)}: give a .star, .cs or .csg table, or a run's folder")

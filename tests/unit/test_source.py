@@ -170,8 +170,10 @@ def test_stacks_of_another_box_than_the_table_says(tmp_path: Path) -> None:
     stack(tmp_path / "a.mrcs", box=8)
     good = table(tmp_path / "p.star", "1@a.mrcs", columns="_rlnImagePixelSize #2\n_rlnImageSize #3\n", values="3.0 8")
     assert read_source(good).table.stack_boxes == (8,)
+    # The table's pixel size counts; that the header has another is said.
+    assert read_source(good).notes == ("1.5 Å/px in the header of a.mrcs (the table: 3)",)
     stale = table(tmp_path / "p.star", "1@a.mrcs", columns="_rlnImagePixelSize #2\n_rlnImageSize #3\n", values="3.0 4")
-    assert read_source(stale).notes == ("rlnImageSize 4 (the stack a.mrcs has 8 px)",)
+    assert read_source(stale).notes[0] == "rlnImageSize 4 (the stack a.mrcs has 8 px)"
 
 
 # ------------------------------------------------------------- compressed files

@@ -20,6 +20,8 @@ from scalecryo.errors import InputError
 
 _STACK_ENDINGS = (".mrcs", ".mrc", ".mrcs.gz", ".mrc.gz", ".mrcs.bz2", ".mrc.bz2")
 _SAME_PIXEL = 1e-4
+_CLOSE_PIXEL = 0.01  # headers are often rounded
+_MOST_KV, _LEAST_DEFOCUS = 5000.0, 50.0  # kV, and Å of the farthest from focus
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,37 @@ def _check_boxes(
     for stack, stated in zip(stacks, table.stack_boxes, strict=False):
         if stated == stack.box_size:
             continue
-        if where.endswith(".star"):
+        if where.lower().endswith(".star"):
             return (*notes, f"rlnImageSize {stated} (the stack {urls.name(stack.url)} has {stack.box_size} px)")
         raise InputError(
             f"{urls.redacted(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
             "that it is about, or correct its box and pixel size"
         )
+    return notes
+
+
+def _check_units(table: ParticleTable, where: str) -> None:
+    """Refuse a CTF in other units than the columns': no microscope has such values.
+
+    Raises:
+        InputError: volts for kV, or µm for Å.
+    """
+    if not table.has_ctf:
+        return
+    voltage = float(table.columns["voltage"].max())
+    if voltage > _MOST_KV:
+        raise InputError(f"{where}: a voltage of {voltage:g} kV; give kV, not V")
+    defocus = max(float(np.abs(table.columns[name]).max()) for name in ("defocus_u", "defocus_v"))
+    if 0 < defocus < _LEAST_DEFOCUS:
+        raise InputError(f"{where}: no defocus is above {defocus:g} Å; give Å, not µm")
+
+
+def _compare_pixel_sizes(table: ParticleTable, stacks: tuple[Stack, ...], notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Say where a stack's header states another pixel size than the table, whose word counts."""
+    stated = table.stack_pixel_sizes or (table.pixel_size,) * len(stacks)
+    for stack, size in zip(stacks, stated, strict=True):
+        if size and stack.pixel_size and abs(stack.pixel_size / size - 1) > _CLOSE_PIXEL:
+            return (*notes, f"{stack.pixel_size:g} Å/px in the header of {urls.name(stack.url)} (the table: {size:g})")
     return notes
 
 
@@ -191,18 +218,23 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     star, cs, sign = None, None, None
     notes: tuple[str, ...] = ()
     stacks: tuple[Stack, ...] = ()
-    if options.passthrough and not source.endswith((".cs", ".csg")):
+    if options.passthrough and not source.lower().endswith((".cs", ".csg")):
         raise InputError(f"{where}: --passthrough is for cryoSPARC's .cs files")
-    if source.endswith(".star"):
+    if source.lower().endswith(".star"):
         star = text_of(source)
         table = read_star(source, star, options.pixel_size or 0.0)
         notes = not_applied(StarText(star, where))
-    elif source.endswith((".cs", ".csg")):
+    elif source.lower().endswith((".cs", ".csg")):
         rows = csrows.read(source, options.passthrough)
         table, sign = cryosparc.table_of(rows, where), cryosparc.sign_of(rows, where)
         cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
     elif source.lower().endswith(_STACK_ENDINGS):
         stacks = (Stack.open(source),)
+        if stacks[0].is_map:
+            raise InputError(
+                f"{where}: a 3D map of {stacks[0].count}³ voxels by its header (space group 1), not a stack of images; "
+                "give a stack, or a table that names its images"
+            )
         table = _stack_table(stacks[0], options.pixel_size)
     else:
         raise InputError(
@@ -217,6 +249,8 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     notes = _check_boxes(table, stacks, where, notes)
     if options.ctf is not None:
         table = with_ctf(table, options.ctf, [stack.box_size for stack in stacks], where)
+    _check_units(table, where)
+    notes = _compare_pixel_sizes(table, stacks, notes)
     if not table.pixel_size:
         table = replace(table, pixel_size=_header_pixel_size(stacks, where))
     if options.poses is not None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scalecryo.data.io import urls
 from scalecryo.errors import InputError
 
-_HEADER_LIMIT = 100_000
+_HEADER_LIMIT = 2 << 20  # several fields for each of a thousand classes
 _GROUP_LIMIT = 256 << 10
 _LENGTH_BYTES = {(1, 0): 2, (2, 0): 4}
 
@@ -28,7 +28,7 @@ def decode(data: bytes, where: str) -> NDArray[np.void]:
     Raises:
         InputError: not a .cs file, or it is cut short.
     """
-    if data.startswith(b"\x94CSDAT"):
+    if data[1:6] == b"CSDAT":
         raise InputError(
             f"{where}: in cryosparc-tools' compressed format; save it with format=NUMPY_FORMAT, or export the job"
         )
@@ -82,7 +82,9 @@ def _header(data: bytes) -> tuple[int, np.dtype, int]:
 def encode(rows: NDArray[np.void]) -> bytes:
     """The .cs file of some rows."""
     buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a long header needs NumPy 1.9 or newer
+        np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -145,7 +147,7 @@ def _read_group(url: str) -> NDArray[np.void]:
     if urls.size(url) > _GROUP_LIMIT:
         raise InputError(f"{where}: not a cryoSPARC group file (it is larger than 256 KiB)")
     try:
-        text = urls.read_text(url)
+        text = urls.read_text(url).removeprefix("\ufeff")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ValueError("a value that stands for another: such files grow without end")
         results = {kind: entry["metafile"] for kind, entry in yaml.safe_load(text)["results"].items()}

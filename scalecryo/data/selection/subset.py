@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.config import TrainConfig
+from scalecryo.data.formats.plainpickle import load_integers
 from scalecryo.data.io import urls
 from scalecryo.data.particles import Columns
 from scalecryo.data.permutation import Rows
@@ -168,7 +169,8 @@ def _where(
 
 
 def read_index(url: str, store_rows: int, limit: int, where: str = "the store") -> Rows:
-    """Row numbers, counted from 0, from a .npy of integers or a text file with one on each line (# begins a comment).
+    """Row numbers, counted from 0, from a .npy of integers, cryoDRGN's .pkl of them, or a text file with
+    one on each line (# begins a comment).
 
     Args:
         url: of the file.
@@ -178,18 +180,29 @@ def read_index(url: str, store_rows: int, limit: int, where: str = "the store") 
 
     Raises:
         MissingInputError: there is no such file.
-        ConfigError: it holds something else than row numbers of the store.
+        ConfigError, InputError: it holds something else than row numbers of the store.
     """
     shown = urls.redacted(url)
     data = urls.read_bytes(url)
+    if url.endswith(".pkl"):
+        return _checked_rows(load_integers(data, shown), shown, store_rows, limit, where)
     try:
         if url.endswith(".npy"):
             rows = np.load(io.BytesIO(data), allow_pickle=False)
         else:
-            lines = (line.partition("#")[0].strip() for line in data.decode().splitlines())
+            lines = (line.partition("#")[0].strip() for line in data.decode("utf-8-sig").splitlines())
             rows = np.array([int(line) for line in lines if line], dtype=np.int64)
     except (ValueError, EOFError, OverflowError) as error:
         raise ConfigError(f"{shown}: not row numbers ({error}): write one a line, or a .npy of integers") from error
+    return _checked_rows(rows, shown, store_rows, limit, where)
+
+
+def _checked_rows(rows: npt.NDArray, shown: str, store_rows: int, limit: int, where: str) -> Rows:
+    """Row numbers within a store.
+
+    Raises:
+        ConfigError: they are none.
+    """
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ConfigError(f"{shown}: holds {rows.dtype} {rows.shape}: row numbers are a list of integers")
     outside = (rows < 0) | (rows >= store_rows)

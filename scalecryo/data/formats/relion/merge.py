@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, small_table
+from scalecryo.data.formats.relion.syntax import MARK, Block, Rows, StarText, small_table
 from scalecryo.data.formats.relion.values import GROUP, Optics, particle_block, pieces
 from scalecryo.data.formats.relion.write import VERSION, edited_header, edited_line, header, make_optics, quoted
 
@@ -91,7 +91,7 @@ def merge(first: StarText, second: StarText, pixel_size: float, box_size: int) -
     out = io.BytesIO()
     if optics is not None and a.rows is not None:
         out.write(VERSION + _optics_block(optics) + b"\n")
-    out.write(first.text[: first.blocks[0].start])
+    out.write(first.text[: first.blocks[0].start].removeprefix(MARK))
     for number, block in enumerate(first.blocks):
         if block.name == "optics" and optics is not None and not unchanged:
             out.write(_optics_block(optics) + VERSION)

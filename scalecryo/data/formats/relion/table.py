@@ -186,12 +186,12 @@ class OwnColumns:
         self.names = first.names()
 
     def numbers(self, name: str) -> Floats:
-        """One column.
+        """One column; nan and inf are numbers here.
 
         Raises:
             InputError: it holds something else.
         """
-        return np.concatenate([values.numbers(name) for values in pieces(self._text)])
+        return np.concatenate([values.numbers(name, finite=False) for values in pieces(self._text)])
 
     def strings(self, name: str) -> list[bytes]:
         """One column as text."""

@@ -4,6 +4,7 @@ RELION 3.0 keeps optics in every row, 3.1 to 5 in a table of groups, in any orde
 before its group's.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,12 @@ HALF = "rlnRandomSubset"
 GROUP = "rlnOpticsGroup"
 IMAGE_NAME = "rlnImageName"
 _LONGEST_NUMBER = 12
+_NO_TOMOGRAPHY = (
+    "a table of subtomograms or tilt series ({}): only 2D images of single particles can be used here; reconstruct "
+    "these with the program that wrote the table"
+)
+_TOMOGRAPHY = ("rlnTomo",)
+_VOLUMES = ("rlnCoordinateZ", "rlnCtfImage")  # beside the name of a file that is no stack
 _FORMATS = (b"mrcs", b"mrc")
 #: Columns of aberrations, and what they come to where they do nothing (`_digits`).
 _ABERRATIONS = {
@@ -54,6 +61,9 @@ def particle_block(text: StarText) -> Block:
     """
     if any(block.name == "model_general" for block in text.blocks):
         raise InputError(f"{text.where}: a RELION model file, not a particle table; give the run's …_data.star")
+    tomo = [name for block in text.blocks for name in block.columns if name.startswith(_TOMOGRAPHY)]
+    if tomo:
+        raise InputError(f"{text.where}: {_NO_TOMOGRAPHY.format(tomo[0])}")
     found = [block for block in text.blocks if block.name != "optics" and IMAGE_NAME in block.columns]
     if not found:
         raise InputError(f"{text.where}: no block has the column rlnImageName; give a particle table")
@@ -84,7 +94,8 @@ class Optics:
                 f"{text.where}: column {GROUP} is missing in data_optics (every optics group has a number); "
                 "add it to the file"
             )
-        groups = [_whole(value) for value in columns.pop(GROUP)]
+        # Some programs write 1.0.
+        groups = [_whole(re.sub(rb"\.0*$", b"", value)) for value in columns.pop(GROUP)]
         if -1 in groups:
             raise InputError(f"{text.where}: data_optics names a group that is not a whole number from 0")
         if len(set(groups)) < len(groups):
@@ -169,14 +180,14 @@ class Values:
         first = 1 if self._optics is None else int(self._optics.groups[0])
         return np.full(len(self), first, dtype=np.int64)
 
-    def numbers(self, name: str) -> Floats:
-        """A column as finite numbers.
+    def numbers(self, name: str, *, finite: bool = True) -> Floats:
+        """A column as numbers, `finite` ones unless nan and inf are asked for too.
 
         Raises:
             InputError: one is not.
         """
         if name in self.rows.columns:
-            return self.rows.numbers(name)
+            return self.rows.numbers(name, finite=finite)
         assert self._optics is not None
         assert self._place is not None
         return self._optics.numbers(name)[self._place]
@@ -242,6 +253,8 @@ def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[i
     for row, value in enumerate(rows.strings(IMAGE_NAME)):
         number, at, stack = value.partition(b"@")
         image = _whole(number)
+        if not at and (volumes := [name for name in _VOLUMES if name in rows.columns]):
+            raise InputError(f"{rows.where}: {_NO_TOMOGRAPHY.format(volumes[0])}")
         if image < 1 or not at or not stack:
             shown = value[:80].decode(errors="replace")
             raise InputError(

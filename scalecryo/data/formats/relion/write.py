@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, Text
+from scalecryo.data.formats.relion.syntax import MARK, Block, Rows, StarText, Text
 from scalecryo.data.formats.relion.values import (
     ANGLES,
     DEFOCUS,
@@ -316,7 +316,7 @@ def _copy(
         edit: for some rows, what becomes of each.
         new_name: another name for the block, before which a version line is put.
     """
-    stream.write(text.text[: block.start])
+    stream.write(text.text[: block.start].removeprefix(MARK))
     added = [name for name in names if name not in block.columns]
     stream.write(edited_header(text, block, added, new_name))
     inside = sorted((block.columns.index(name), names.index(name)) for name in names if name in block.columns)
