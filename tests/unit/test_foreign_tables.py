@@ -86,7 +86,7 @@ def test_what_the_ctf_does_not_know_is_named(tmp_path: Path) -> None:
 )
 def test_subtomograms_are_called_so_at_once(tmp_path: Path, columns: str, row: str) -> None:
     (tmp_path / "p.star").write_text(f"data_particles\n\nloop_\n{columns}{row}\n\n")
-    with pytest.raises(InputError, match="a table of subtomograms or tilt series .*with the program that wrote"):
+    with pytest.raises(InputError, match=r"a table of subtomograms or tilt series .*with the program that wrote"):
         read_source(str(tmp_path / "p.star"))
 
 
@@ -109,7 +109,7 @@ def test_queries_on_columns_with_nan(tmp_path: Path) -> None:
     names = relion.read_particles(str(tmp_path / "out.star")).image_names()
     assert names == ["000001@a.mrcs", "000003@a.mrcs"]  # nan is not above anything
     star.write_text(star.read_text().replace("0.1", "mic.mrc"))
-    with pytest.raises(InputError, match="'mic.mrc', not a number"):
+    with pytest.raises(InputError, match=r"'mic\.mrc', not a number"):
         select.run(str(star), str(tmp_path / "x.star"), query="rlnCtfMaxResolution > 0.2")
 
 
