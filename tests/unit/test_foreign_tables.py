@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from scalecryo.commands import select
+from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.conversion.source import read_source
-from scalecryo.data.formats import csrows, relion
+from scalecryo.data.formats import cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.data.selection.subset import read_index
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import ConfigError, InputError
 
 OPTICS = "data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n"
@@ -150,3 +152,29 @@ def test_pickles_of_no_rows(tmp_path: Path, value: object) -> None:
     (tmp_path / "ind.pkl").write_bytes(pickle.dumps(value))
     with pytest.raises((InputError, ConfigError)):
         read_index(str(tmp_path / "ind.pkl"), 100, 100)
+
+
+@pytest.mark.parametrize("value", ["nan 11000 0", "12000 inf 0", "12000 11000 1e60"])
+def test_rows_that_are_no_numbers_are_left_out(tmp_path: Path, value: str) -> None:
+    star = Path(_star(tmp_path / "p.star"))
+    star.write_text(star.read_text().replace("3@a.mrcs 1 12000 11000 0", f"3@a.mrcs 1 {value}"))
+    with pytest.raises(InputError, match="row 3"):
+        plan(str(star))
+    made = plan(str(star), sign="uninvert", bad_images="exclude")
+    assert made.source.table.columns["source_row"].tolist() == [0, 1, 3]
+    assert [bad.source_row for bad in made.excluded] == [2]
+    assert made.attrs["source_rows"] == 4
+    convert(made, str(tmp_path / "store"))
+    assert ParticleStore.open(str(tmp_path / "store")).table().image_names() == [f"{i:06d}@a.mrcs" for i in (1, 2, 4)]
+
+
+def test_rows_of_cryosparc_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
+    table = relion.read_particles(_star(tmp_path / "p.star"))
+    rows = cryosparc.own_rows(table, 8, 1)
+    rows["ctf/df1_A"][1] = np.nan
+    (tmp_path / "p.cs").write_bytes(csrows.encode(rows))
+    with pytest.raises(InputError, match="df1_A of row 2 is nan"):
+        plan(str(tmp_path / "p.cs"))
+    made = plan(str(tmp_path / "p.cs"), bad_images="exclude")
+    assert made.source.table.columns["source_row"].tolist() == [0, 2, 3]
+    assert [(bad.source_row, bad.problem) for bad in made.excluded] == [(1, "ctf/df1_A is nan")]

@@ -178,6 +178,7 @@ def plan_append(
         InputError: the particles do not fit the store, or are in it already.
     """
     store = ParticleStore.open(store_url)
+    options = replace(options or ReadOptions(), leave_out=bad_images == "exclude")
     particles = read_source(source, data_dir, options)
     if particles.resampling:
         raise InputError(

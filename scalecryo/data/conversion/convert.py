@@ -8,7 +8,7 @@ and then its manifest, so an interrupted conversion goes on where it stopped and
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -134,6 +134,7 @@ def plan(
     """
     if dtype not in ("float16", "float32"):
         raise InputError(f"--dtype {dtype}: images are stored as float16 or float32")
+    options = replace(options or ReadOptions(), leave_out=bad_images == "exclude")
     particles = read_source(source, data_dir, options)
     if box is not None and (box % 2 or not 0 < box <= particles.box_size):
         raise InputError(f"--box {box}: the box must be even and at most the source's {particles.box_size} px")

@@ -1,6 +1,7 @@
 """What a conversion reads: a particle table, and the stacks it names, found and checked by their headers."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -35,6 +36,7 @@ class ReadOptions:
         pixel_size: Å, where neither table nor stack says it; it goes before a stack's header.
         mixed_optics: what to do with stacks of several pixel sizes.
         allow_outside: read stacks that a table names outside the data folder.
+        leave_out: rows with nan or inf in CTF or pose are left out, not an error.
     """
 
     passthrough: tuple[str, ...] = ()
@@ -43,6 +45,7 @@ class ReadOptions:
     pixel_size: float | None = None
     mixed_optics: Literal["refuse", "resample"] = "refuse"
     allow_outside: bool = False
+    leave_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Source:
         sign: −1 or 1 where the table says that the images are protein-dark or bright.
         notes: what the table says that is kept but not made use of.
         resampling: how each stack's images were brought to one pixel size; empty where they have one.
+        left_out: rows that are not in the table, and why.
     """
 
     table: ParticleTable
@@ -70,6 +74,7 @@ class Source:
     sign: int | None = None
     notes: tuple[str, ...] = ()
     resampling: tuple[Resampling, ...] = field(repr=False, default=())
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Hash of the table and of every stack's length and time of change."""
@@ -217,16 +222,20 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     where = urls.redacted(source)
     star, cs, sign = None, None, None
     notes: tuple[str, ...] = ()
+    left_out: dict[int, str] = {}
     stacks: tuple[Stack, ...] = ()
     if options.passthrough and not source.lower().endswith((".cs", ".csg")):
         raise InputError(f"{where}: --passthrough is for cryoSPARC's .cs files")
     if source.lower().endswith(".star"):
         star = text_of(source)
-        table = read_star(source, star, options.pixel_size or 0.0)
+        table = read_star(source, star, options.pixel_size or 0.0, left_out if options.leave_out else None)
         notes = not_applied(StarText(star, where))
     elif source.lower().endswith((".cs", ".csg")):
         rows = csrows.read(source, options.passthrough)
-        table, sign = cryosparc.table_of(rows, where), cryosparc.sign_of(rows, where)
+        left_out |= cryosparc.not_finite(rows) if options.leave_out else {}
+        good = np.setdiff1d(np.arange(len(rows)), list(left_out))
+        table, sign = cryosparc.table_of(rows[good], where), cryosparc.sign_of(rows, where)
+        table = replace(table, columns={**table.columns, "source_row": good})
         cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
     elif source.lower().endswith(_STACK_ENDINGS):
         stacks = (Stack.open(source),)
@@ -256,7 +265,7 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     if options.poses is not None:
         table = with_poses(table, options.poses, [stack.box_size for stack in stacks], where)
     table, stacks, resampling = _one_pixel_size(table, stacks, options, where)
-    return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling)
+    return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling, left_out)
 
 
 def _header_pixel_size(stacks: tuple[Stack, ...], where: str) -> float:

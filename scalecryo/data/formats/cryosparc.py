@@ -134,6 +134,17 @@ def not_applied(rows: Rows) -> tuple[str, ...]:
     return tuple(found)
 
 
+def not_finite(rows: Rows) -> dict[int, str]:
+    """Rows with nan or inf in a field that `table_of` reads, and what is so."""
+    read = [*(field for field, _ in _CTF.values()), _POSE, _SHIFT, _PIXEL, "blob/psize_A"]
+    bad: dict[int, str] = {}
+    for name in (name for name in read if name in (rows.dtype.names or ()) and rows.dtype[name].base.kind == "f"):
+        values = rows[name].reshape(len(rows), -1)
+        for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
+            bad.setdefault(row, f"{name} is {rows[name][row].tolist()}")
+    return bad
+
+
 def table_of(rows: Rows, where: str) -> ParticleTable:
     """The particle table of a .cs file's rows; poses and CTF where they have them.
 

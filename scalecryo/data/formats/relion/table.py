@@ -138,7 +138,9 @@ def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) 
     return {**columns, **small}, sizes
 
 
-def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) -> ParticleTable:
+def read_particles(
+    url: str, text: Text | None = None, pixel_size: float = 0.0, bad: dict[int, str] | None = None
+) -> ParticleTable:
     """The particle table of a STAR file.
 
     Poses are taken when the file has all three angles, and rot and tilt are not 0 throughout as after a 2D
@@ -149,6 +151,7 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
         url: the file.
         text: its content, when it has been read.
         pixel_size: Å, for origins in pixels where the file does not say.
+        bad: gains the rows with nan or inf, and what is so, which are then left out; None: they are an error.
 
     Raises:
         MissingInputError: there is no such file.
@@ -160,10 +163,15 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
     pixels = StackPixels()
     growing = SpillColumns()
     tilted = False
-    for values in pieces(star):
+    for values in pieces(star, bad):
         columns, sizes = _piece_columns(values, stacks, pixel_size)
         tilted = tilted or is_tilted(values)
-        pixels.add(columns["stack"], sizes, values.numbers(_BOX) if _BOX in values else None)
+        boxes = values.numbers(_BOX) if _BOX in values else None
+        if bad:
+            keep = ~np.isin(columns["source_row"], list(bad))
+            columns, sizes = {name: column[keep] for name, column in columns.items()}, sizes[keep]
+            boxes = None if boxes is None else boxes[keep]
+        pixels.add(columns["stack"], sizes, boxes)
         growing.add(columns)
     try:
         stated, by_stack = pixels.sizes()

@@ -138,8 +138,15 @@ def _whole(value: bytes) -> int:
 class Values:
     """Numbers of some rows, by RELION's name."""
 
-    def __init__(self, rows: Rows, optics: Optics | None) -> None:
+    def __init__(self, rows: Rows, optics: Optics | None, bad: dict[int, str] | None = None) -> None:
+        """
+        Args:
+            rows: of a piece of the table.
+            optics: its groups.
+            bad: gains the rows with nan or inf in a column that is asked for, and which; None: they are an error.
+        """
         self.rows = rows
+        self._bad = bad
         self.where = rows.where
         self._optics = optics
         self._place: npt.NDArray[np.int64] | None = None
@@ -187,7 +194,14 @@ class Values:
             InputError: one is not.
         """
         if name in self.rows.columns:
-            return self.rows.numbers(name, finite=finite)
+            values = self.rows.numbers(name, finite=finite and self._bad is None)
+            if finite and self._bad is not None:
+                with np.errstate(over="ignore"):
+                    bad = ~np.isfinite(values.astype(np.float32))
+                for row in np.flatnonzero(bad).tolist():
+                    self._bad.setdefault(self.rows.first + row, f"{name} is {values[row]:g}")
+                values = np.where(bad, 1.0, values)  # the row is left out by whoever keeps the list
+            return values
         assert self._optics is not None
         assert self._place is not None
         return self._optics.numbers(name)[self._place]
@@ -294,8 +308,8 @@ def _digits(value: bytes) -> bytes:
     return value.translate(None, b"+-.0eE[], \t")
 
 
-def pieces(text: StarText) -> Iterator[Values]:
-    """The particles of a table, some rows at a time."""
+def pieces(text: StarText, bad: dict[int, str] | None = None) -> Iterator[Values]:
+    """The particles of a table, some rows at a time; `bad` gains those with nan or inf, where it is given."""
     optics = Optics.read(text)
     for rows in text.rows(particle_block(text)):
-        yield Values(rows, optics)
+        yield Values(rows, optics, bad)
