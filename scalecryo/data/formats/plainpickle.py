@@ -65,7 +65,7 @@ def _encode(text: str, encoding: str) -> bytes:
 _MOST_STEPS = 10_000
 _ERRORS = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-    MemoryError, RecursionError,
+    MemoryError, RecursionError, SyntaxError,
 )  # fmt: skip
 _BUFFERS = ("NEXT_BUFFER", "READONLY_BUFFER")
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
