@@ -255,15 +255,18 @@ def evaluate(path: str, /, *, truth: str) -> None:
 
 
 @app.command
-def export(run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], out: str) -> None:
+def export(
+    run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], out: str, data: str | None = None
+) -> None:
     """Write a run's map and poses as another package reads them.
 
     Args:
         run: folder of a finished run
         format: the package to write for
         out: folder to write into
+        data: the run's store, where it was moved since: cryoSPARC's uids, fields and contrast are kept there
     """
-    _run("export", run, format=format, out=out)
+    _run("export", run, format=format, out=out, data=data)
 
 
 @app.command

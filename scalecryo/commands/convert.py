@@ -8,9 +8,10 @@ from scalecryo.commands.console import Progress, check_conversion, note, say
 from scalecryo.data.conversion.append import append, complete_append
 from scalecryo.data.conversion.append_plan import plan_append
 from scalecryo.data.conversion.convert import ConvertPlan, check_destination, convert, plan
-from scalecryo.data.conversion.quality import REPORT, BadImage, listed, report_lines
+from scalecryo.data.conversion.quality import BadImage, listed, report_lines
 from scalecryo.data.conversion.source import ReadOptions
 from scalecryo.data.io import urls
+from scalecryo.data.storage.store import REPORT
 
 
 def run(
@@ -39,6 +40,8 @@ def run(
         adding = plan_append(source, store, data_dir, sign, bad_images, workers=workers, scheduler=scheduler,
                              progress=looked, options=options)  # fmt: skip
         _say_excluded(adding.excluded)
+        for line in adding.notes:
+            note(line)
         attrs = append(adding, workers=workers, scheduler=scheduler, progress=Progress())
         added = f", {adding.count:,} of them new"
     else:

@@ -29,7 +29,7 @@ def run(path: str, *, truth: str) -> dict[str, Any]:
     either hand. The FSC is taken without a mask. Images that truth.star calls junk have no pose to be compared: they
     are left out, and `junk_auc` says how well the table's confidence tells them from particles.
     """
-    is_table, is_map = path.endswith(".star"), path.lower().endswith((".mrc", ".map"))
+    is_table, is_map = path.lower().endswith(".star"), path.lower().endswith((".mrc", ".map"))
     table = path if is_table else None if is_map else urls.join(path, "particles.star")
     density = path if is_map else None if is_table else urls.join(path, "map.mrc")
     if table and density:

@@ -1,18 +1,20 @@
 """`scalecryo export`: a run's map and poses as another package reads them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
+from scalecryo.data.conversion.stacks import micrograph_shape
 from scalecryo.data.formats import cryodrgn, cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import read_map, write_map
+from scalecryo.data.formats.relion.syntax import text_of
+from scalecryo.data.formats.translate import cryosparc_extra, left_behind
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.storage.store import ParticleStore, read_attributes
-from scalecryo.errors import InputError, MissingInputError, OutputExistsError, ScalecryoError
+from scalecryo.data.storage.store import SOURCE_STACKS, ParticleStore, read_attributes
+from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 from scalecryo.runs.folder import RunFolder
 
 _MAPS = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc")
@@ -40,16 +42,29 @@ class _Result:
         return np.zeros((len(self.table), 2)) if self.poses.shift is None else self.poses.shift
 
 
-def run(run: str, *, format: str, out: str) -> None:
-    """Write the tables of one package, and the maps, into the folder `out`.
+@dataclass(frozen=True)
+class _Origin:
+    """What only the run's store knows of its source.
+
+    Args:
+        url: address of the source's table.
+        sign: −1 where its stacks are protein-dark.
+        rows: those of its .cs table, and which of them each particle is; None where it had none.
+    """
+
+    url: str
+    sign: int
+    rows: tuple[npt.NDArray[np.void], npt.NDArray[np.integer]] | None = None
+
+
+def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
+    """Write the tables of one package, and the maps, into the folder `out`; `data` is the run's store, if it was moved.
 
     relion: particles.star. cryosparc: particles.cs and particles.csg, for the Import Result Group job; where the store
     came from a .cs file, its own rows, uids and fields with new poses. cryodrgn: poses.pkl and, when the particles have
     a CTF, ctf.pkl. Image paths stay as the source table gave them.
     """
-    writers: dict[str, Callable[[_Result, str], None]]
-    writers = {"relion": _relion, "cryosparc": _cryosparc, "cryodrgn": _cryodrgn}
-    if format not in writers:
+    if format not in ("relion", "cryosparc", "cryodrgn"):
         raise InputError(f"format {format} is not known: choose relion, cryosparc or cryodrgn")
     if not urls.exists(urls.join(run, "particles.star")):
         raise MissingInputError(
@@ -58,11 +73,18 @@ def run(run: str, *, format: str, out: str) -> None:
     if urls.list_folder(out):
         raise OutputExistsError(f"{urls.redacted(out)} is not empty: remove it, or name another folder with --out")
     result = _read(run)
+    # Refused before anything is written.
+    origin = _origin(result, data) if format == "cryosparc" else None
     for name in _MAPS:
         if urls.exists(urls.join(run, name)):
-            density, size, origin = read_map(urls.join(run, name))
-            write_map(urls.join(out, name), density, size, origin)
-    writers[format](result, out)
+            density, size, origin_a = read_map(urls.join(run, name))
+            write_map(urls.join(out, name), density, size, origin_a)
+    if origin is not None:
+        _cryosparc(result, out, origin)
+    elif format == "cryodrgn":
+        _cryodrgn(result, out)
+    else:
+        _relion(result, out)
     say(f"{urls.redacted(out)}: {len(result.table):,} particles and the maps for {format}")
 
 
@@ -83,17 +105,21 @@ def _relion(result: _Result, out: str) -> None:
     urls.write_bytes_atomic(urls.join(out, "particles.star"), urls.read_bytes(urls.join(result.run, "particles.star")))
 
 
-def _cryosparc(result: _Result, out: str) -> None:
+def _cryosparc(result: _Result, out: str, origin: _Origin) -> None:
     path = urls.join(out, "particles.cs")
     table, poses, shift = result.table, result.poses, result.shift
-    own = _source_rows(result)
-    if own is None:
-        sign = _contrast_sign(result.run)
-        pose = (poses.rotation, shift)
-        cryosparc.write_particles(path, table, _boxes(result), sign, poses.confidence, pose)
+    if origin.rows is None:
+        own = relion.OwnColumns(text_of(urls.join(result.run, "particles.star")), result.run)
+        extra = cryosparc_extra(
+            own, lambda name: micrograph_shape(name, origin.url, None), table.pixel_sizes(), posed=True
+        )
+        if said := left_behind(extra, "cryoSPARC"):
+            note(said)
+        pose = poses.rotation, shift
+        cryosparc.write_particles(path, table, _boxes(result), origin.sign, poses.confidence, pose, extra.columns)
     else:
-        cryosparc.write_with_poses(path, *own, poses.rotation, shift, poses.confidence, poses.half)
-    cryosparc.write_group(urls.join(out, "particles.csg"), "particles.cs", table)
+        cryosparc.write_with_poses(path, *origin.rows, poses.rotation, shift, poses.confidence, poses.half)
+    cryosparc.write_group(urls.join(out, "particles.csg"), "particles.cs")
 
 
 def _boxes(result: _Result) -> npt.NDArray[np.integer] | int:
@@ -116,27 +142,36 @@ def _cryodrgn(result: _Result, out: str) -> None:
         cryodrgn.write_ctf(urls.join(out, "ctf.pkl"), result.table, result.box_size)
 
 
-def _source_rows(result: _Result) -> tuple[npt.NDArray[np.void], npt.NDArray[np.integer]] | None:
-    """The .cs rows that the run's store came from, and which of them each particle is; None where there are none."""
-    try:
-        store = ParticleStore.open(RunFolder(result.run).config().run.data)
-        data = store.source_cs()
-        if data is None:
-            return None
-        rows, known = csrows.decode(data, urls.redacted(store.url)), store.table()
-    except ScalecryoError:
-        return None
-    place = known.columns["source_row"]
-    if known.image_names() != result.table.image_names() or place.max(initial=-1) >= len(rows):
-        note("the run's store holds other particles than its .cs table: a new table is written, with new uids")
-        return None
-    return rows, place
+def _origin(result: _Result, data: str | None) -> _Origin:
+    """What the store of a run, or the one in its new place, knows of the source.
 
-
-def _contrast_sign(run: str) -> int:
-    """−1 where the run's source stacks are protein-dark, as its store recorded; 1 where the store is gone."""
-    try:
-        return int(read_attributes(RunFolder(run).config().run.data)["sign"])
-    except (ScalecryoError, KeyError):
-        note("the run's store cannot be read: blob/sign is set to 1, protein-bright; check it in cryoSPARC")
-        return 1
+    Raises:
+        MissingInputError: the store is not there any more.
+        InputError: it holds other particles than the run.
+    """
+    star = urls.join(result.run, "particles.star")
+    if data is None and not urls.exists(urls.join(result.run, "config.toml")):
+        note("nothing is known of the run's store: blob/sign is set to 1, protein-bright; check it in cryoSPARC")
+        return _Origin(star, 1)
+    where = data or RunFolder(result.run).config().run.data
+    attrs = read_attributes(where)
+    if not attrs:
+        raise MissingInputError(
+            f"{urls.redacted(where)}: the run's store is not there, and only it knows uids, fields and contrast of the "
+            "source; give its new place by --data"
+        )
+    origin = _Origin(str(attrs.get("source", star)), int(attrs["sign"]))
+    if not urls.exists(urls.join(where, SOURCE_STACKS)):
+        return origin
+    store = ParticleStore.open(where)
+    known, count = store.table(), len(result.table)
+    # Particles may have been added since: those of the run come first.
+    if known.image_names()[:count] != result.table.image_names():
+        raise InputError(
+            f"{urls.redacted(where)}: holds other particles than the run {urls.redacted(result.run)}; give the run's "
+            "own store by --data"
+        )
+    cs = store.source_cs()
+    if cs is None:
+        return origin
+    return replace(origin, rows=(csrows.decode(cs, urls.redacted(where)), known.columns["source_row"][:count]))

@@ -3,12 +3,12 @@
 import json
 
 from scalecryo.commands.console import say
-from scalecryo.data.conversion.quality import REPORT, report_lines
+from scalecryo.data.conversion.quality import report_lines
 from scalecryo.data.formats import cryosparc, relion
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.storage.store import ParticleStore, read_attributes
+from scalecryo.data.storage.store import REPORT, ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError
 
 _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "report.html")
@@ -16,9 +16,9 @@ _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star",
 
 def run(path: str) -> None:
     """Describe what is there in a few lines."""
-    if path.endswith(".star"):
+    if path.lower().endswith(".star"):
         _table(path, relion.read_particles(path))
-    elif path.endswith((".cs", ".csg")):
+    elif path.lower().endswith((".cs", ".csg")):
         _table(path, cryosparc.read_particles(path))
     elif read_attributes(path):
         _store(path)

@@ -4,10 +4,11 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
-from scalecryo.data.conversion.source import find_stack
+from scalecryo.data.conversion.stacks import find_stack, micrograph_shape
 from scalecryo.data.formats import cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.relion.syntax import text_of
+from scalecryo.data.formats.translate import cryosparc_extra, left_behind, relion_extra
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.selection.selection import Selection
@@ -33,9 +34,9 @@ def run(
     if urls.is_folder(source):
         source = urls.join(source, "particles.star")
     selection = Selection(index, query, half, min_confidence)
-    if source.endswith(".star"):
+    if source.lower().endswith(".star"):
         kept, count = _from_star(source, out, selection, data_dir)
-    elif source.endswith((".cs", ".csg")):
+    elif source.lower().endswith((".cs", ".csg")):
         kept, count = _from_cs(source, out, selection, passthrough)
     else:
         raise InputError(f"{urls.redacted(source)}: give a .star, .cs or .csg table, or a run's folder")
@@ -60,18 +61,24 @@ def _from_star(source: str, out: str, selection: Selection, data_dir: str | None
     boxes = (
         np.array(table.stack_boxes)[table.columns["stack"]] if table.stack_boxes else _box_of(table, source, data_dir)
     )
+    extra = cryosparc_extra(
+        own, lambda name: micrograph_shape(name, source, data_dir), table.pixel_sizes(), table.has_pose
+    )
+    if said := left_behind(extra, "cryoSPARC"):
+        note(said)
     note("blob/sign is set to 1, protein-bright, as RELION extracts particles; check it in cryoSPARC")
     part = table.select(rows)
     picked = None if confidence is None else confidence[rows]
-    cryosparc.write_particles(out, part, boxes[rows], confidence=picked, pose=pose)
+    more = {name: values[rows] for name, values in extra.columns.items()}
+    cryosparc.write_particles(out, part, boxes[rows], confidence=picked, pose=pose, more=more)
     return len(rows), len(keep)
 
 
 def _box_of(table: ParticleTable, source: str, data_dir: str | None) -> npt.NDArray[np.integer]:
     """Box of every image, from the header of the first stack."""
     try:
-        place, _ = find_stack(table.stacks[0], source, data_dir)
-        return np.full(len(table), Stack.open(place).box_size)
+        place = find_stack(table.stacks[0], source, data_dir)
+        return np.full(len(table), Stack.open(place.url).box_size)
     except ScalecryoError as error:
         raise InputError(f"{error} (asked for the box size, since the table has no rlnImageSize)") from error
 
@@ -91,5 +98,9 @@ def _from_cs(source: str, out: str, selection: Selection, passthrough: tuple[str
     names = part.image_names()
     confidence = cryosparc.confidence_of(chosen, where)
     pose = cryosparc.poses_of(chosen, where)
-    relion.write_particles(out, names, part, pose is not None, confidence=confidence, pose=pose)
+    extra = relion_extra(chosen)
+    if said := left_behind(extra, "RELION"):
+        note(said)
+    relion.write_particles(out, names, part, pose is not None, confidence=confidence, pose=pose, more=extra.columns,
+                           more_optics=extra.optics)  # fmt: skip
     return len(chosen), len(keep)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.config import Config
-from scalecryo.data.formats import mrc, relion
+from scalecryo.data.formats import csrows, mrc, relion
+from scalecryo.data.formats.translate import Extra, relion_extra
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.evaluate.cones import ConicalFsc, cone_directions, cone_fsc
 from scalecryo.evaluate.report import (
@@ -55,11 +56,13 @@ class FinalParticles:
         poses: that the final pass found.
         half: 1 or 2.
         pairs: a few images and their predictions, or None.
+        notes: what a person should know of the halves.
     """
 
     poses: PoseEstimates
     half: Int[Tensor, " n"]
     pairs: Pairs | None
+    notes: tuple[str, ...] = ()
 
     @property
     def confidence(self) -> Float[Tensor, " n"]:
@@ -89,6 +92,9 @@ def write_results(
     table, shift = store.table(), particles.poses.shift.cpu()
     if store.has_aberrations:  # poses are of images without them, the table's origins of images as recorded
         shift = recorded_shift(shift, torch.from_numpy(table.columns["magnification"]))
+    table, cs = store.table(), store.source_cs()
+    own = None if cs is None else csrows.decode(cs, store.url)[table.columns["source_row"]]
+    extra = Extra({}, {}, ()) if own is None else relion_extra(own)
     relion.write_with_poses(
         run.path("particles.star"),
         store.source_star(),
@@ -98,6 +104,8 @@ def write_results(
         confidence=_numpy(particles.confidence),
         half=_numpy(particles.half),
         box_size=int(store.attrs["source_box_size"]),
+        more=extra.columns,
+        more_optics=extra.optics,
     )
     cones = _cones(maps, final)
     run.write("fsc.csv", _fsc_table(maps, final, store).encode())
@@ -158,6 +166,7 @@ def _sections(
             if config.pose.source == "guided"
             else "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
         )
+        + "".join(f"\n{note[0].upper()}{note[1:]}." for note in particles.notes)
     )
     examples = [_numpy(images) for images in particles.pairs or (torch.zeros(0, 1, 1), torch.zeros(0, 1, 1))]
     planes = {"map": _numpy(final.map), "mask": _numpy(maps.mask[0])}

@@ -46,6 +46,8 @@ def train(
         checkpoint = load_checkpoint(run, store_hash=context.data_hash, recipe=context.config.recipe)
         step = 0 if checkpoint is None else checkpoint.step
         if world.is_leader:
+            for note in context.partition.notes:
+                logger.warning("%s", note)
             monitor = RunMonitor(config, store, run, start_step=step)
         run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint)
         logger.info("time on worker %d: %s", world.rank, world.timer.summary())

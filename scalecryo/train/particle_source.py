@@ -80,9 +80,12 @@ class RunContext:
 
         Raises:
             ConfigError: it chooses none, or by something that cannot be read.
+            StoreError: the store is damaged.
         """
         subset = choose(config.train, store) if same_store else None
-        return cls(config, store, run, world, device, subset, Partition(new_halves=config.train.half > 0))
+        rows = min(config.train.rows or store.count, store.count) if same_store else store.count
+        partition = Partition.of(store, subset, rows, device, new_halves=config.train.half > 0)
+        return cls(config, store, run, world, device, subset, partition)
 
     @property
     def rows(self) -> int:

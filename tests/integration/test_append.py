@@ -141,7 +141,12 @@ def test_other_optics_get_other_groups(tmp_path: Path) -> None:
     _append(_star(tmp_path / "b.star", "b.mrcs", 10, voltage=200), tmp_path / "store")
     store = ParticleStore.open(str(tmp_path / "store"))
     assert store.read_columns(0, 20)["optics_group"].tolist() == [1] * 10 + [2] * 10
-    assert store.source_star() is None  # no one table holds both: exports write the store's own
+    source = store.source_star()
+    assert source is not None
+    (tmp_path / "joined.star").write_bytes(source)
+    joined = relion.read_particles(str(tmp_path / "joined.star"))
+    assert joined.columns["voltage"].tolist() == [300] * 10 + [200] * 10
+    assert joined.columns["optics_group"].tolist() == [1] * 10 + [2] * 10
     verify_command.run(str(tmp_path / "store"), full=True)
 
 
@@ -261,7 +266,7 @@ def test_excluded_images_and_append(tmp_path: Path) -> None:
     assert store.read_columns(0, 37)["source_row"].tolist() == rows
     out = tmp_path / "out.star"
     shift = np.stack([np.arange(37.0), np.zeros(37)], axis=1)
-    rotation = np.tile(np.eye(3), (37, 1, 1))
+    rotation = np.tile(np.eye(3)[[1, 2, 0]], (37, 1, 1))
     write_with_poses(str(out), store.source_star(), store.table(), rotation, shift, np.ones(37), np.ones(37, dtype=int))
     written = relion.read_particles(str(out))
     assert written.image_names() == store.table().image_names()

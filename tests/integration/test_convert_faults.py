@@ -354,7 +354,7 @@ def test_duplicates_and_groups_are_reported(tmp_path: Path, capsys: pytest.Captu
     assert "optics group 1: 31 particles, background 3" in said
     assert "optics groups differ in contrast" in said
     assert "1 particles named twice in the table, such as image 13 of s.mrcs" in said
-    assert "1 particles with the very pixels of another image of their stack, such as image 41 of s.mrcs" in said
+    assert "1 particles with the very pixels of another image, such as image 41 of s.mrcs" in said
     report = json.loads((tmp_path / "store" / "source" / "report.json").read_text())
     groups = report["optics_groups"]
     assert [group["sign"] for group in groups] == [1, -1]

@@ -9,9 +9,15 @@ import mrcfile
 import numpy as np
 import pytest
 import starfile
+from scipy.spatial.transform import Rotation
 
 from scalecryo.commands import export, simulate
-from scalecryo.data.formats import cryosparc, relion
+from scalecryo.data.conversion.append import append
+from scalecryo.data.conversion.append_plan import plan_append
+from scalecryo.data.conversion.convert import convert, plan
+from scalecryo.data.formats import cryosparc, csrows, relion
+from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 
 MAPS = ["half1.mrc", "half2.mrc", "map.mrc", "mask.mrc"]
@@ -123,3 +129,70 @@ def test_refusals(run: Path, tmp_path: Path) -> None:
     (full / "mine.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="not empty"):
         export.run(str(run), format="relion", out=str(full))
+
+
+def _cs_store(folder: Path, count: int = 20, sign: float = -1.0) -> tuple[Path, np.ndarray]:
+    """A store of protein-dark images with cryoSPARC's own uids and fields."""
+    with StackWriter(str(folder / "a.mrc"), count, 32, 1.5) as writer:
+        writer.append(np.random.default_rng(0).normal(3, 2, (count, 32, 32)))
+    rows = csrows.build(count, {
+        "uid": np.random.default_rng(1).integers(1, 2**63, count).astype(np.uint64),
+        "blob/path": np.full(count, b"a.mrc"), "blob/idx": np.arange(count, dtype=np.uint32),
+        "blob/psize_A": np.full(count, 1.5, np.float32), "blob/sign": np.full(count, sign, np.float32),
+        "location/micrograph_uid": np.arange(count, dtype=np.uint64) + 2**40,
+    })  # fmt: skip
+    (folder / "p.cs").write_bytes(csrows.encode(rows))
+    convert(plan(str(folder / "p.cs")), str(folder / "store.zarr"))
+    return folder / "store.zarr", rows
+
+
+def _run_of(store: Path, run: Path) -> Path:
+    """The files of a run on a store that export reads."""
+    run.mkdir()
+    opened = ParticleStore.open(str(store))
+    table, count = opened.table(), opened.count
+    rotation = Rotation.random(count, np.random.default_rng(2)).as_matrix()
+    relion.write_with_poses(
+        str(run / "particles.star"), opened.source_star(), table, rotation, np.ones((count, 2)), np.ones(count),
+        np.arange(count) % 2 + 1, 32,
+    )  # fmt: skip
+    with mrcfile.new(run / "map.mrc") as file:
+        file.set_data(np.zeros((32, 32, 32), np.float32))
+        file.voxel_size = 1.5
+    (run / "config.toml").write_text(f'[run]\ndata = "{store}"\n')
+    return run
+
+
+def test_a_store_that_was_moved(tmp_path: Path) -> None:
+    """Only the store knows uids, fields and sign: exported without it they would be made up."""
+    store, rows = _cs_store(tmp_path)
+    run = _run_of(store, tmp_path / "run")
+    store.rename(tmp_path / "moved.zarr")
+    with pytest.raises(MissingInputError, match=r"store\.zarr: the run's store is not there, .* new place by --data"):
+        export.run(str(run), format="cryosparc", out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    export.run(str(run), format="relion", out=str(tmp_path / "relion"))  # which needs nothing of it
+    export.run(str(run), format="cryosparc", out=str(tmp_path / "out"), data=str(tmp_path / "moved.zarr"))
+    found = np.load(tmp_path / "out" / "particles.cs")
+    for name in rows.dtype.names or ():
+        assert found[name].tolist() == rows[name].tolist(), name
+    # Another store in its place is refused, not taken for it.
+    other = tmp_path / "other"
+    other.mkdir()
+    another, _ = _cs_store(other, count=12)
+    another.rename(store)
+    with pytest.raises(InputError, match="holds other particles than the run"):
+        export.run(str(run), format="cryosparc", out=str(tmp_path / "again"))
+
+
+def test_a_store_that_grew_since(tmp_path: Path) -> None:
+    store, rows = _cs_store(tmp_path)
+    run = _run_of(store, tmp_path / "run")
+    with StackWriter(str(tmp_path / "b.mrc"), 4, 32, 1.5) as writer:
+        writer.append(np.random.default_rng(3).normal(3, 2, (4, 32, 32)))
+    more = rows[:4].copy()
+    more["blob/path"], more["uid"] = b"b.mrc", more["uid"] + np.uint64(1)
+    (tmp_path / "q.cs").write_bytes(csrows.encode(more))
+    append(plan_append(str(tmp_path / "q.cs"), str(store)))
+    export.run(str(run), format="cryosparc", out=str(tmp_path / "out"))
+    assert np.load(tmp_path / "out" / "particles.cs")["uid"].tolist() == rows["uid"].tolist()

@@ -209,7 +209,7 @@ def test_mixed_pixel_sizes_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert back["blob/psize_A"] == pytest.approx([1.0] * 8 + [1.6] * 8)
     # The same of a table that the run had to make itself, as it does for particles from cryoSPARC.
     table = opened.table()
-    columns = {**table.columns, "rotation": np.stack([np.eye(3)] * 16), "shift": np.ones((16, 2))}
+    columns = {**table.columns, "rotation": np.stack([np.eye(3)[[1, 2, 0]]] * 16), "shift": np.ones((16, 2))}
     relion.write_with_poses(
         str(tmp_path / "own.star"), None, table, columns["rotation"], columns["shift"], np.ones(16), np.ones(16), 44
     )

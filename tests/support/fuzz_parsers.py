@@ -271,7 +271,7 @@ def main() -> None:
         with atheris.instrument_imports(include=["scalecryo.data"]):
             pass
     else:
-        from scalecryo.data import star  # noqa: F401 - not on the clock
+        from scalecryo.data.formats import cryosparc, relion  # noqa: F401 - not on the clock
     campaign = Campaign(asked.kind, asked.keep)
     seeds = _seeds(asked.kind, asked.seeds)
     start = time.monotonic()

@@ -86,7 +86,8 @@ def test_what_is_written_is_what_cryosparc_had(shared_data: Path, tmp_path: Path
 
 def test_group_file_names_the_table(shared_data: Path, tmp_path: Path) -> None:
     table = cryosparc.read_particles(str(shared_data / TABLE))
-    cryosparc.write_group(str(tmp_path / "particles.csg"), "particles.cs", table)
+    cryosparc.write_particles(str(tmp_path / "particles.cs"), table, 180)
+    cryosparc.write_group(str(tmp_path / "particles.csg"), "particles.cs")
     yaml = pytest.importorskip("yaml")
     group = yaml.safe_load((tmp_path / "particles.csg").read_text())
     assert group["group"]["type"] == "particle"

@@ -64,6 +64,56 @@ def test_a_stack_found_by_its_name_alone(tmp_path: Path) -> None:
     assert len(read_source(table(tmp_path / "p.star", "1@x.mrcs", "2@./x.mrcs"), str(folder)).stacks) == 2
 
 
+@pytest.mark.parametrize("absolute", ["/gpfs/old/project", "s3://bucket/old/project", "../../old/project"])
+def test_a_project_that_was_moved(tmp_path: Path, absolute: str) -> None:
+    """Names of another machine are found by their longest tail: the images are those of the stack that was meant."""
+    here = tmp_path / "here" / "project"
+    for number in (1, 2):
+        stack(here / "Extract" / f"m{number}" / "p.mrcs", value=10.0 * number)
+    stack(here / "p.mrcs", value=99)  # a shorter tail of both
+    names = [f"1@{absolute}/Extract/m{number}/p.mrcs" for number in (1, 2)]
+    star = table(tmp_path / "p.star", *names)
+    for folder in (here, here / "Extract", tmp_path / "here"):
+        found = read_source(star, str(folder))
+        assert [round(float(part.read([0]).mean()), -1) for part in found.stacks] == [10, 20]
+    # Where only the last part of both is left, they cannot be told apart.
+    with pytest.raises(InputError, match=r"m1/p\.mrcs and .*m2/p\.mrcs both lead to .*; give a --data-dir that holds"):
+        read_source(star, str(here / "Extract" / "m1"))
+    if "://" in absolute:
+        return
+    # One is not below the folder: what is advised is no option that was given, nor one that would not help.
+    with pytest.raises(MissingInputError) as caught:
+        read_source(table(tmp_path / "q.star", f"1@{absolute}/Extract/m3/q.mrcs"), str(here))
+    assert "name the folder that holds q.mrcs" in str(caught.value)
+    assert "allow-outside" not in str(caught.value)
+
+
+def test_the_full_name_and_a_tail_may_be_one_stack(tmp_path: Path) -> None:
+    stack(tmp_path / "Extract" / "p.mrcs")
+    star = table(tmp_path / "p.star", "1@Extract/p.mrcs", "2@/gpfs/old/Extract/p.mrcs", "3@/gpfs/old/./Extract//p.mrcs")
+    assert {part.url for part in read_source(star, str(tmp_path)).stacks} == {str(tmp_path / "Extract" / "p.mrcs")}
+
+
+@pytest.mark.parametrize("suffix", [":mrcs", ":mrc", ":MRCS"])
+def test_the_format_behind_a_stacks_name(tmp_path: Path, suffix: str) -> None:
+    stack(tmp_path / "a.mrc", value=5)
+    found = read_source(table(tmp_path / "p.star", f"2@a.mrc{suffix}"))
+    assert found.table.image_names() == ["000002@a.mrc"]
+    assert found.stacks[0].url.endswith("/a.mrc")
+
+
+def test_links_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "gone.mrcs").symlink_to("/gpfs/old/gone.mrcs")
+    (tmp_path / "Extract").symlink_to("/gpfs/old/Extract")
+    for name, link in (("gone.mrcs", "gone.mrcs"), ("Extract/job1/x.mrcs", "Extract")):
+        for folder in (None, str(tmp_path)):
+            said = rf"{tmp_path}/{link} is a link to /gpfs/old/{link}, which is not there"
+            with pytest.raises(MissingInputError, match=said):
+                read_source(table(tmp_path / "p.star", f"1@{name}"), folder)
+    with pytest.raises(MissingInputError, match="is a link to /gpfs/old/gone"):
+        read_source(str(tmp_path / "gone.mrcs"))
+
+
 @pytest.mark.parametrize("name", ["none.mrcs", "n" * 300 + ".mrcs", "simplecache::http://host/x.mrcs", "\u00e4.mrcs"])
 def test_stacks_that_are_nowhere(tmp_path: Path, name: str) -> None:
     with pytest.raises((InputError, MissingInputError), match=r"p\.star: its stack"):
@@ -120,8 +170,10 @@ def test_stacks_of_another_box_than_the_table_says(tmp_path: Path) -> None:
     stack(tmp_path / "a.mrcs", box=8)
     good = table(tmp_path / "p.star", "1@a.mrcs", columns="_rlnImagePixelSize #2\n_rlnImageSize #3\n", values="3.0 8")
     assert read_source(good).table.stack_boxes == (8,)
+    # The table's pixel size counts; that the header has another is said.
+    assert read_source(good).notes == ("1.5 Å/px in the header of a.mrcs (the table: 3)",)
     stale = table(tmp_path / "p.star", "1@a.mrcs", columns="_rlnImagePixelSize #2\n_rlnImageSize #3\n", values="3.0 4")
-    assert read_source(stale).notes == ("rlnImageSize 4 (the stack a.mrcs has 8 px)",)
+    assert read_source(stale).notes[0] == "rlnImageSize 4 (the stack a.mrcs has 8 px)"
 
 
 # ------------------------------------------------------------- compressed files

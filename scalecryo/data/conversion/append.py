@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from scalecryo.data.conversion.append_plan import AppendPlan
-from scalecryo.data.conversion.convert import content_hash, report_document, write_group
-from scalecryo.data.conversion.quality import REPORT, find_report
+from scalecryo.data.conversion.convert import content_hash, write_group
+from scalecryo.data.conversion.quality import find_report
 from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
 from scalecryo.data.conversion.shard_task import PENDING, ShardTask, write_shard
 from scalecryo.data.conversion.verify import expected_keys
@@ -23,7 +23,15 @@ from scalecryo.data.io import urls
 from scalecryo.data.io.lock import writing
 from scalecryo.data.particles import COLUMNS, ParticleTable
 from scalecryo.data.storage.layout import entry_of, metadata_of, write_manifest, write_objects
-from scalecryo.data.storage.store import IMAGE_COLUMNS, MANIFESTS, SOURCE_CS, SOURCE_TABLE, read_attributes
+from scalecryo.data.storage.store import (
+    IMAGE_COLUMNS,
+    MANIFESTS,
+    REPORT,
+    SOURCE_CS,
+    SOURCE_STACKS,
+    SOURCE_TABLE,
+    read_attributes,
+)
 from scalecryo.errors import MissingInputError, OutputError
 
 _PLAN = f"{PENDING}/plan.json"
@@ -132,7 +140,8 @@ def _prepare_commit(plan: AppendPlan) -> None:
     # A source table that does not hold them all is of no use: exports then write the store's own table.
     tables = [key for key in (SOURCE_TABLE, SOURCE_CS) if urls.exists(urls.join(store.url, key))]
     removed = [key for key in tables if key not in documents]
-    found = {REPORT: report_document(find_report(store.url, attrs, table, judged))}
+    stacks = json.loads(plan.documents[SOURCE_STACKS])["urls"]
+    found = find_report(store.url, attrs, table, stacks, judged)
     for name, objects in (("metadata", documents), ("report", found)):
         for key, data in objects.items():
             urls.write_bytes_atomic(urls.join(store.url, PENDING, key), data)

@@ -14,15 +14,14 @@ from scalecryo.data.conversion.inspect import (
     drop_rows,
     find_bad_images,
 )
+from scalecryo.data.conversion.joined_tables import Joined, join_tables
 from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import EXCLUDED, BadImage
 from scalecryo.data.conversion.scheduler import ProgressCallback
 from scalecryo.data.conversion.source import ReadOptions, Source, read_source
-from scalecryo.data.formats.relion.syntax import StarText
-from scalecryo.data.formats.relion.values import Optics, particle_block
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ABERRATION_COLUMNS, COLUMNS, Columns, ParticleTable
-from scalecryo.data.storage.store import SOURCE_STACKS, SOURCE_TABLE, ParticleStore
+from scalecryo.data.storage.store import SOURCE_STACKS, ParticleStore
 from scalecryo.errors import InputError, MissingInputError
 
 _OPTICS_COLUMNS = ("voltage", "spherical_aberration", "amplitude_contrast")
@@ -40,6 +39,7 @@ class AppendPlan:
         documents: source table, stacks and images left out, when all is done.
         contrast: what the new optics groups' images suggest.
         excluded: new images that are left out.
+        notes: what a person should know of the joined source table.
     """
 
     store: ParticleStore
@@ -49,6 +49,7 @@ class AppendPlan:
     documents: dict[str, bytes] = field(repr=False)
     contrast: tuple[dict[str, Any], ...]
     excluded: tuple[BadImage, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -104,9 +105,11 @@ def _store_normalisation(
     return Normalisation(store.box_size, attrs["sign"], attrs["normalisation"], attrs["common_scale"])
 
 
-def _renumbered(old: ParticleTable, new: Columns) -> Columns:
-    """Optics groups of the new particles, moved past the old ones where a number means other optics."""
+def _renumbered(old: ParticleTable, new: Columns, joined: Joined) -> Columns:
+    """Optics groups of the new particles as in the joined table, or moved past the old where a number is taken."""
     groups = new["optics_group"]
+    if joined.groups is not None and set(np.unique(groups).tolist()) <= set(joined.groups):
+        return {**new, "optics_group": np.array([joined.groups[group] for group in groups.tolist()])}
     for group in np.unique(groups):
         before, after = old.columns["optics_group"] == group, groups == group
         if not before.any() or "voltage" not in old.columns:
@@ -115,23 +118,6 @@ def _renumbered(old: ParticleTable, new: Columns) -> Columns:
         if ours != [float(new[name][after][0]) for name in _OPTICS_COLUMNS]:
             return {**new, "optics_group": groups + old.columns["optics_group"].max()}
     return new
-
-
-def _joined_star(store: ParticleStore, particles: Source, source: str) -> bytes | None:
-    """One source table out of two with the same columns and optics; None when they are not so."""
-    before = store.source_star()
-    if before is None or particles.star is None:
-        return None
-    first, second = StarText(before, store.url), StarText(particles.star, urls.redacted(source))
-    ours, theirs = particle_block(first), particle_block(second)
-    if ours.columns != theirs.columns or ours.single is not None or theirs.single is not None:
-        return None
-    optics = [Optics.read(text) for text in (first, second)]
-    tables = [None if groups is None else (groups.groups.tolist(), groups.columns) for groups in optics]
-    if tables[0] != tables[1]:
-        return None
-    rows = second.text[theirs.body : theirs.stop].strip(b"\n")
-    return bytes(first.text[: ours.stop].rstrip() + b"\n" + rows + b"\n\n" + first.text[ours.stop :])
 
 
 def _in_store(
@@ -197,6 +183,7 @@ def plan_append(
         InputError: the particles do not fit the store, or are in it already.
     """
     store = ParticleStore.open(store_url)
+    options = replace(options or ReadOptions(), leave_out=bad_images == "exclude")
     particles = read_source(source, data_dir, options)
     if particles.resampling:
         raise InputError(
@@ -205,19 +192,16 @@ def plan_append(
     _refuse_other_kind(store, particles, source)
     wanted = {None: None, "invert": -1, "uninvert": 1}[sign or None]
     normalisation = _store_normalisation(store, particles, source, wanted, bad_images)
+    joined = join_tables(store, particles, source)
     excluded: tuple[BadImage, ...] = ()
     if bad_images == "exclude":
         excluded = find_bad_images(particles, normalisation, store.dtype, workers, scheduler, progress)
         particles = drop_rows(particles, excluded)
     old = store.table()
-    star = _joined_star(store, particles, source)
     placed, stacks = _in_store(store, old, particles, source)
-    if star is None:
-        table = ParticleTable(placed.table.pixel_size, placed.table.stacks, _renumbered(old, placed.table.columns))
-        placed = replace(placed, table=table)
-    documents = {SOURCE_STACKS: json.dumps(stacks).encode()}
-    if star is not None:
-        documents[SOURCE_TABLE] = star
+    table = ParticleTable(placed.table.pixel_size, placed.table.stacks, _renumbered(old, placed.table.columns, joined))
+    placed = replace(placed, table=table)
+    documents = {SOURCE_STACKS: json.dumps(stacks).encode(), **joined.documents}
     rows_before = int(store.attrs.get("source_rows", store.count))
     left_out = _left_out(store, excluded, rows_before)
     if left_out:
@@ -229,8 +213,9 @@ def plan_append(
     identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
     attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return AppendPlan(
-        store, placed, normalisation, attrs, documents, contrast_of_groups(placed, store.box_size), excluded
-    )
+        store, placed, normalisation, attrs, documents, contrast_of_groups(placed, store.box_size), excluded,
+        joined.notes,
+    )  # fmt: skip
 
 
 def _left_out(store: ParticleStore, excluded: tuple[BadImage, ...], rows_before: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ and then its manifest, so an interrupted conversion goes on where it stopped and
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,13 +21,13 @@ from scalecryo.data.conversion.inspect import (
     find_bad_images,
 )
 from scalecryo.data.conversion.normalise import Normalisation
-from scalecryo.data.conversion.quality import EXCLUDED, REPORT, BadImage, find_report
+from scalecryo.data.conversion.quality import EXCLUDED, BadImage, find_report
 from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
 from scalecryo.data.conversion.shard_task import ShardTask, shard_task, write_shard
 from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import LOCK, writing
-from scalecryo.data.particles import COLUMNS, ParticleTable
+from scalecryo.data.particles import COLUMNS
 from scalecryo.data.storage.layout import block_rows_of, levels_of, metadata_of, shard_rows_of, write_objects
 from scalecryo.data.storage.store import (
     FORMAT_VERSION,
@@ -134,6 +134,7 @@ def plan(
     """
     if dtype not in ("float16", "float32"):
         raise InputError(f"--dtype {dtype}: images are stored as float16 or float32")
+    options = replace(options or ReadOptions(), leave_out=bad_images == "exclude")
     particles = read_source(source, data_dir, options)
     if box is not None and (box % 2 or not 0 < box <= particles.box_size):
         raise InputError(f"--box {box}: the box must be even and at most the source's {particles.box_size} px")
@@ -284,23 +285,18 @@ def convert(
                   workers=workers, scheduler=scheduler, progress=progress)  # fmt: skip
         if read_attributes(store_url).get("plan_hash") != plan.attrs["plan_hash"]:
             raise OutputError(f"{urls.redacted(store_url)}: another conversion took this place; choose another")
-        attrs = finish(store_url, attrs, plan.source.table, plan.contrast)
+        attrs = finish(store_url, attrs, plan.source, plan.contrast)
         write_group(store_url, group, attrs)
     return attrs
 
 
 def finish(
-    store_url: str, attrs: dict[str, Any], table: ParticleTable, contrast: Sequence[dict[str, Any]]
+    store_url: str, attrs: dict[str, Any], particles: Source, contrast: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Write the report of a store whose shards are all there; its attributes as they are when it is complete."""
-    report = find_report(store_url, attrs, table, contrast)
-    write_objects(store_url, "report", {REPORT: report_document(report)})
+    stacks = [stack.url for stack in particles.stacks]
+    write_objects(store_url, "report", find_report(store_url, attrs, particles.table, stacks, contrast))
     return {**attrs, "content_hash": content_hash(store_url, attrs), "complete": True}
-
-
-def report_document(report: dict[str, Any]) -> bytes:
-    """A report as it is stored."""
-    return json.dumps(report, indent=1).encode()
 
 
 def content_hash(store_url: str, attrs: dict[str, Any]) -> str:

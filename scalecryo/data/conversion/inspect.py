@@ -48,6 +48,7 @@ def find_bad_images(
     tasks = (shard_task("", particles, normalisation, dtype, size, {}, (), shard) for shard in range(-(-count // size)))
     run_tasks(find_bad_in_shard, tasks, lambda done: bad.extend(done.bad), total=count, workers=workers,
               scheduler=scheduler, progress=progress)  # fmt: skip
+    bad += [BadImage(row, f"row {row + 1} of the table", why) for row, why in particles.left_out.items()]
     return tuple(sorted(bad, key=lambda image: image.source_row))
 
 

@@ -3,6 +3,8 @@
 The findings become `source/report.json` of the store.
 """
 
+import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from scalecryo.data.conversion.copies import copies_table, first_of_image, same_files
 from scalecryo.data.conversion.normalise import Array
 from scalecryo.data.io import urls
 from scalecryo.data.particles import Columns, ParticleTable
+from scalecryo.data.selection.partition import unequal_halves
 from scalecryo.data.storage.layout import column_key
 from scalecryo.data.storage.shards import CRC_BYTES, crc_holds
-from scalecryo.data.storage.store import IMAGE_COLUMNS
+from scalecryo.data.storage.store import COPIES, IMAGE_COLUMNS, REPORT
 from scalecryo.errors import InputError, StoreError
 
-REPORT = "source/report.json"
 EXCLUDED = "source/excluded.json"
 
 _LINES = 20  # of optics groups
@@ -96,32 +99,35 @@ def refusal(bad: Sequence[BadImage]) -> InputError:
     return InputError(f"{listed(bad)}; {repair}leave out such images by --bad-images exclude")
 
 
-def repeated_rows(*columns: npt.NDArray) -> npt.NDArray[np.int64]:
-    """Rows whose values in all of some columns stood in an earlier row."""
-    order = np.lexsort(columns[::-1])
-    same = np.ones(max(len(order) - 1, 0), dtype=bool)
-    for values in columns:
-        sorted_values = values[order]
-        same &= sorted_values[1:] == sorted_values[:-1]
-    # lexsort is stable: of equal rows the first stands first.
-    return np.sort(order[1:][same])
+def copies_found(table: ParticleTable, columns: Columns, places: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """Rows whose image an earlier row has shown: how many, the first few by name, and the halves by the table's word.
 
+    Args:
+        table: the particles.
+        columns: theirs, and what conversion found of their images.
+        places: which file each stack is (`same_files`).
 
-def duplicates(table: ParticleTable) -> dict[str, Any]:
-    """Rows that ask for an image which an earlier row has asked for: how many, and the first few by name."""
-    rows = repeated_rows(table.columns["stack"], table.columns["stack_index"])
-    return {"count": len(rows), "first": [_named(table, int(row)) for row in rows[:_NAMED]]}
-
-
-def identical(columns: Columns, table: ParticleTable) -> dict[str, Any]:
-    """Images with the very pixels of an earlier one of the same stack, under another number.
-
-    Equal CRC32C, mean and scale: two different images agree in all three once in 10^20 pairs or so.
+    Returns:
+        duplicates (named twice), identical_images (the same pixels under another name), apart (in both halves by the
+        table), halves (particles in none, 1 and 2), and the `copies_table` as `copies`.
     """
-    rows = repeated_rows(*(columns[name] for name in ("stack", "image_crc32c", "image_mean", "image_scale")))
-    again = repeated_rows(columns["stack"], columns["stack_index"])
-    rows = np.setdiff1d(rows, again)
-    return {"count": len(rows), "first": [_named(table, int(row)) for row in rows[:_NAMED]]}
+    named = first_of_image({name: columns[name] for name in ("stack", "stack_index")}, places)
+    first, own = first_of_image(columns, places), np.arange(len(table))
+    half = table.columns["half"].astype(np.int64)
+    copies = copies_table(first, half)
+    effective = half.copy()
+    effective[copies[:, 0]] = copies[:, 2]
+
+    def some(rows: npt.NDArray) -> dict[str, Any]:
+        return {"count": len(rows), "first": [_named(table, int(row)) for row in rows[:_NAMED]]}
+
+    return {
+        "duplicates": some(np.flatnonzero(named != own)),
+        "identical_images": some(np.flatnonzero((named == own) & (first != own))),
+        "apart": int(np.count_nonzero((half != effective) & (half > 0))),
+        "halves": np.bincount(effective, minlength=3).tolist(),
+        "copies": copies,
+    }
 
 
 def group_statistics(columns: Columns, sign: int) -> list[dict[str, Any]]:
@@ -163,14 +169,19 @@ def _stored_column(store_url: str, name: str, count: int, shard_rows: int) -> np
 
 
 def find_report(
-    store_url: str, attrs: Mapping[str, Any], table: ParticleTable, contrast: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """What was found in the particles of a store whose shards are all written.
+    store_url: str,
+    attrs: Mapping[str, Any],
+    table: ParticleTable,
+    stacks: Sequence[str],
+    contrast: Sequence[dict[str, Any]],
+) -> dict[str, bytes]:
+    """What was found in the particles of a store whose shards are all written: its report, and which rows are copies.
 
     Args:
         store_url: the store.
         attrs: its attributes: count, shard_rows, columns, sign, excluded.
         table: its particles.
+        stacks: addresses of its stacks.
         contrast: sign and reason by optics group, as judged when the conversion was planned.
 
     Raises:
@@ -185,9 +196,11 @@ def find_report(
         "particles": len(table),
         "excluded": int(attrs.get("excluded", 0)),
         "optics_groups": [{**group, **judged.get(group["optics_group"], {})} for group in groups],
-        "duplicates": duplicates(table),
+        **copies_found(table, columns, same_files(stacks)),
     }
-    return found | ({"identical_images": identical(columns, table)} if "image_crc32c" in columns else {})
+    copies = io.BytesIO()
+    np.save(copies, found.pop("copies"), allow_pickle=False)
+    return {REPORT: json.dumps(found, indent=1).encode(), COPIES: copies.getvalue()}
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
@@ -206,9 +219,19 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"left out: {found['excluded']:,} images that cannot be stored ({EXCLUDED})")
     for key, what in (
         ("duplicates", "named twice in the table"),
-        ("identical_images", "with the very pixels of another image of their stack"),
+        ("identical_images", "with the very pixels of another image"),
     ):
         item = found.get(key, {"count": 0})
         if item["count"]:
-            lines.append(f"WARNING: {item['count']:,} particles {what}, such as {item['first'][0]}")
+            lines.append(
+                f"WARNING: {item['count']:,} particles {what}, such as {item['first'][0]}; copies share a half"
+            )
+    if found.get("apart"):
+        lines.append(f"WARNING: {found['apart']:,} of them are in the other half by the table; they are moved")
+    if unequal_halves(found.get("halves", (0, 0, 0))):
+        lines.append(
+            "WARNING: the table's half-sets hold {1:,} and {2:,} particles; training makes halves anew".format(
+                *found["halves"]
+            )
+        )
     return lines

@@ -1,8 +1,7 @@
 """What a conversion reads: a particle table, and the stacks it names, found and checked by their headers."""
 
 import hashlib
-import posixpath
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from scalecryo.data.conversion.metadata_overrides import with_ctf, with_poses
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
+from scalecryo.data.conversion.stacks import open_stacks
 from scalecryo.data.formats import cryosparc, csrows
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.relion import read_particles as read_star
@@ -17,11 +17,12 @@ from scalecryo.data.formats.relion.syntax import StarText, Text, text_of
 from scalecryo.data.formats.relion.values import not_applied
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
-from scalecryo.errors import InputError, MissingInputError
+from scalecryo.errors import InputError
 
 _STACK_ENDINGS = (".mrcs", ".mrc", ".mrcs.gz", ".mrc.gz", ".mrcs.bz2", ".mrc.bz2")
-_UNPACKED_LIMIT = 4 << 30
 _SAME_PIXEL = 1e-4
+_CLOSE_PIXEL = 0.01  # headers are often rounded
+_MOST_KV, _LEAST_DEFOCUS = 5000.0, 50.0  # kV, and Å of the farthest from focus
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ReadOptions:
         pixel_size: Å, where neither table nor stack says it; it goes before a stack's header.
         mixed_optics: what to do with stacks of several pixel sizes.
         allow_outside: read stacks that a table names outside the data folder.
+        leave_out: rows with nan or inf in CTF or pose are left out, not an error.
     """
 
     passthrough: tuple[str, ...] = ()
@@ -43,6 +45,7 @@ class ReadOptions:
     pixel_size: float | None = None
     mixed_optics: Literal["refuse", "resample"] = "refuse"
     allow_outside: bool = False
+    leave_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Source:
         sign: −1 or 1 where the table says that the images are protein-dark or bright.
         notes: what the table says that is kept but not made use of.
         resampling: how each stack's images were brought to one pixel size; empty where they have one.
+        left_out: rows that are not in the table, and why.
     """
 
     table: ParticleTable
@@ -70,6 +74,7 @@ class Source:
     sign: int | None = None
     notes: tuple[str, ...] = ()
     resampling: tuple[Resampling, ...] = field(repr=False, default=())
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Hash of the table and of every stack's length and time of change."""
@@ -81,93 +86,6 @@ class Source:
             digest.update(repr((name, stack.fingerprint)).encode())
         digest.update(repr(self.resampling).encode() if self.resampling else b"")
         return digest.hexdigest()
-
-
-def _is_below(url: str, folder: str) -> bool:
-    """Whether an address lies below a folder by its name; symbolic links may lead anywhere."""
-    if ("://" in url) != ("://" in folder):
-        return False
-    scheme, _, path = url.rpartition("://")
-    own_scheme, _, base = folder.rpartition("://")
-    if "://" not in folder:
-        path, base = urls.absolute(path), urls.absolute(base)
-    root = posixpath.normpath(base).rstrip("/") + "/"
-    return scheme == own_scheme and posixpath.normpath(path).startswith(root)
-
-
-def _is_there(place: str) -> bool:
-    try:
-        return urls.exists(place)
-    except OSError:  # a name that no file system takes
-        return False
-
-
-def find_stack(name: str, table_url: str, data_dir: str | None, allow_outside: bool = False) -> tuple[str, bool]:
-    """Where a stack that a table names is, and whether it was found by its file's name alone.
-
-    With `data_dir`: below it by the full name, or by the file's name alone. Otherwise beside the table, or below any
-    folder above it (RELION names stacks from the project's folder), or from the current folder.
-
-    Raises:
-        MissingInputError: it is in none of these places.
-        InputError: the name leads out of `data_dir`.
-    """
-    table, shown = urls.redacted(table_url), urls.redacted(name)
-    if "::" in name or "\0" in name:
-        raise InputError(f"{table}: its stack {shown!r} is no path or plain address; name the file itself")
-    if data_dir is None:
-        for folder in urls.folders_above(table_url):
-            if _is_there(urls.join(folder, name)):
-                return urls.join(folder, name), False
-        if _is_there(name):
-            return name, False
-        places = urls.folders_above(table_url)
-        raise MissingInputError(
-            f"{table}: its stack {shown} is not at {urls.redacted(urls.join(places[0], name))} nor below any folder "
-            "above; give its folder by --data-dir"
-        )
-    full, alone = urls.join(data_dir, name), urls.join(data_dir, urls.name(name) or name)
-    inside = allow_outside or _is_below(full, data_dir)
-    if inside and _is_there(full):
-        return full, False
-    if _is_below(alone, data_dir) and _is_there(alone):
-        return alone, True
-    if not inside:
-        raise InputError(
-            f"{table}: its stack {shown} is outside --data-dir {urls.redacted(data_dir)}; add --allow-outside to "
-            "read it"
-        )
-    raise MissingInputError(
-        f"{table}: its stack {shown} is not at {urls.redacted(full)} nor there by its name alone; give its folder by "
-        "--data-dir"
-    )
-
-
-def _open_stacks(table: ParticleTable, source: str, data_dir: str | None, allow_outside: bool) -> tuple[Stack, ...]:
-    """The stacks of a table, several at a time: from an object store every header takes a few round trips."""
-    for name in table.stacks:
-        if "://" in name and urls.redacted(name) != name:
-            raise InputError(
-                f"{urls.redacted(name)}: the table gives this stack's address with credentials or a query, and stores "
-                "keep it; take them out, and give them by the environment or a profile"
-            )
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        found = list(pool.map(lambda name: find_stack(name, source, data_dir, allow_outside), table.stacks))
-        by_place: dict[str, str] = {}
-        for name, (place, alone) in zip(table.stacks, found, strict=True):
-            other = by_place.setdefault(place, name)
-            if other != name and (alone or posixpath.normpath(other) != posixpath.normpath(name)):
-                raise InputError(
-                    f"{urls.redacted(source)}: its stacks {urls.redacted(other)} and {urls.redacted(name)} both lead "
-                    f"to {urls.redacted(place)}; give a --data-dir that holds their folders"
-                )
-        stacks = tuple(pool.map(lambda place: Stack.open(place[0]), found))
-    unpacked = sum(stack.unpacked_bytes for stack in stacks)
-    if unpacked > _UNPACKED_LIMIT:
-        raise InputError(
-            f"{urls.redacted(source)}: its compressed stacks hold {unpacked >> 30} GiB together; unpack them first"
-        )
-    return stacks
 
 
 def _check_indices(table: ParticleTable, stacks: tuple[Stack, ...], where: str) -> None:
@@ -194,12 +112,37 @@ def _check_boxes(
     for stack, stated in zip(stacks, table.stack_boxes, strict=False):
         if stated == stack.box_size:
             continue
-        if where.endswith(".star"):
+        if where.lower().endswith(".star"):
             return (*notes, f"rlnImageSize {stated} (the stack {urls.name(stack.url)} has {stack.box_size} px)")
         raise InputError(
             f"{urls.redacted(stack.url)}: box {stack.box_size} px, but {where} states {stated} px; give the stacks "
             "that it is about, or correct its box and pixel size"
         )
+    return notes
+
+
+def _check_units(table: ParticleTable, where: str) -> None:
+    """Refuse a CTF in other units than the columns': no microscope has such values.
+
+    Raises:
+        InputError: volts for kV, or µm for Å.
+    """
+    if not table.has_ctf:
+        return
+    voltage = float(table.columns["voltage"].max())
+    if voltage > _MOST_KV:
+        raise InputError(f"{where}: a voltage of {voltage:g} kV; give kV, not V")
+    defocus = max(float(np.abs(table.columns[name]).max()) for name in ("defocus_u", "defocus_v"))
+    if 0 < defocus < _LEAST_DEFOCUS:
+        raise InputError(f"{where}: no defocus is above {defocus:g} Å; give Å, not µm")
+
+
+def _compare_pixel_sizes(table: ParticleTable, stacks: tuple[Stack, ...], notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Say where a stack's header states another pixel size than the table, whose word counts."""
+    stated = table.stack_pixel_sizes or (table.pixel_size,) * len(stacks)
+    for stack, size in zip(stacks, stated, strict=True):
+        if size and stack.pixel_size and abs(stack.pixel_size / size - 1) > _CLOSE_PIXEL:
+            return (*notes, f"{stack.pixel_size:g} Å/px in the header of {urls.name(stack.url)} (the table: {size:g})")
     return notes
 
 
@@ -279,19 +222,28 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     where = urls.redacted(source)
     star, cs, sign = None, None, None
     notes: tuple[str, ...] = ()
+    left_out: dict[int, str] = {}
     stacks: tuple[Stack, ...] = ()
-    if options.passthrough and not source.endswith((".cs", ".csg")):
+    if options.passthrough and not source.lower().endswith((".cs", ".csg")):
         raise InputError(f"{where}: --passthrough is for cryoSPARC's .cs files")
-    if source.endswith(".star"):
+    if source.lower().endswith(".star"):
         star = text_of(source)
-        table = read_star(source, star, options.pixel_size or 0.0)
+        table = read_star(source, star, options.pixel_size or 0.0, left_out if options.leave_out else None)
         notes = not_applied(StarText(star, where))
-    elif source.endswith((".cs", ".csg")):
+    elif source.lower().endswith((".cs", ".csg")):
         rows = csrows.read(source, options.passthrough)
-        table, sign = cryosparc.table_of(rows, where), cryosparc.sign_of(rows, where)
+        left_out |= cryosparc.not_finite(rows) if options.leave_out else {}
+        good = np.setdiff1d(np.arange(len(rows)), list(left_out))
+        table, sign = cryosparc.table_of(rows[good], where), cryosparc.sign_of(rows, where)
+        table = replace(table, columns={**table.columns, "source_row": good})
         cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
     elif source.lower().endswith(_STACK_ENDINGS):
         stacks = (Stack.open(source),)
+        if stacks[0].is_map:
+            raise InputError(
+                f"{where}: a 3D map of {stacks[0].count}³ voxels by its header (space group 1), not a stack of images; "
+                "give a stack, or a table that names its images"
+            )
         table = _stack_table(stacks[0], options.pixel_size)
     else:
         raise InputError(
@@ -301,17 +253,19 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     if not len(table):
         raise InputError(f"{where}: holds no particles")
     table = _stated_pixel_size(table, options.pixel_size, where)
-    stacks = stacks or _open_stacks(table, source, data_dir, options.allow_outside)
+    stacks = stacks or open_stacks(table, source, data_dir, options.allow_outside)
     _check_indices(table, stacks, where)
     notes = _check_boxes(table, stacks, where, notes)
     if options.ctf is not None:
         table = with_ctf(table, options.ctf, [stack.box_size for stack in stacks], where)
+    _check_units(table, where)
+    notes = _compare_pixel_sizes(table, stacks, notes)
     if not table.pixel_size:
         table = replace(table, pixel_size=_header_pixel_size(stacks, where))
     if options.poses is not None:
         table = with_poses(table, options.poses, [stack.box_size for stack in stacks], where)
     table, stacks, resampling = _one_pixel_size(table, stacks, options, where)
-    return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling)
+    return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling, left_out)
 
 
 def _header_pixel_size(stacks: tuple[Stack, ...], where: str) -> float:

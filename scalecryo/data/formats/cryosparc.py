@@ -8,6 +8,7 @@ refinement: A = Rᵀ). `alignments3D/shift` is in pixels with RELION's sign, min
 import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ _CTF: Mapping[str, tuple[str, float]] = {
 }
 _POSE, _SHIFT, _PIXEL, _SPLIT = (f"alignments3D/{name}" for name in ("pose", "shift", "psize_A", "split"))
 _ABERRATIONS = {"shift_A": 2, "tilt_A": 2, "trefoil_A": 2, "tetra_A": 4, "anisomag": 4}  # and their sizes
+_SCALES = {"ctf/bfactor": 0.0, "ctf/scale": 1.0, "alignments3D/alpha": 1.0}  # and where they do nothing
 _CONFIDENCE = "alignments3D/class_posterior"
 
 Floats = NDArray[np.float64]
@@ -86,8 +88,17 @@ def poses_of(rows: Rows, where: str) -> tuple[Floats, Floats] | None:
     names = rows.dtype.names or ()
     if _POSE not in names or _SHIFT not in names:
         return None
-    pixel = _numbers(rows, _PIXEL if _PIXEL in names else "blob/psize_A", where)
+    pixel = _shift_pixel(rows, where)
     return vector_to_matrix(_numbers(rows, _POSE, where, (3,))), -_numbers(rows, _SHIFT, where, (2,)) * pixel[:, None]
+
+
+def _shift_pixel(rows: Rows, where: str) -> Floats:
+    """Å of the pixels that shifts are counted in: the images' own where the alignment does not say, or says 0."""
+    own = _numbers(rows, "blob/psize_A", where)
+    if _PIXEL not in (rows.dtype.names or ()):
+        return own
+    stated = _numbers(rows, _PIXEL, where)
+    return np.where(stated > 0, stated, own)
 
 
 def confidence_of(rows: Rows, where: str) -> Floats | None:
@@ -113,10 +124,25 @@ def sign_of(rows: Rows, where: str) -> int | None:
 
 
 def not_applied(rows: Rows) -> tuple[str, ...]:
-    """Fields of aberrations that are not zero, and that no CTF here knows."""
+    """Fields of aberrations, envelopes and scales that are not zero (or not one), and that no CTF here knows."""
     names = set(rows.dtype.names or ())
-    present = [f"ctf/{name}" for name in _ABERRATIONS if f"ctf/{name}" in names]
-    return tuple(name for name in present if rows.dtype[name].base.kind == "f" and rows[name].any())
+    plain = {f"ctf/{name}": 0.0 for name in _ABERRATIONS} | _SCALES
+    found = [name for name, value in plain.items() if name in names and rows.dtype[name].base.kind == "f"]
+    found = [name for name in found if (rows[name] != plain[name]).any()]
+    if "alignments2D/pose" in names and _POSE not in names and rows.dtype["alignments2D/pose"].kind == "f":
+        found += ["alignments2D/pose (of a 2D classification: no poses)"] * bool(rows["alignments2D/pose"].any())
+    return tuple(found)
+
+
+def not_finite(rows: Rows) -> dict[int, str]:
+    """Rows with nan or inf in a field that `table_of` reads, and what is so."""
+    read = [*(field for field, _ in _CTF.values()), _POSE, _SHIFT, _PIXEL, "blob/psize_A"]
+    bad: dict[int, str] = {}
+    for name in (name for name in read if name in (rows.dtype.names or ()) and rows.dtype[name].base.kind == "f"):
+        values = rows[name].reshape(len(rows), -1)
+        for row in np.flatnonzero(~np.isfinite(values).all(axis=1)).tolist():
+            bad.setdefault(row, f"{name} is {rows[name][row].tolist()}")
+    return bad
 
 
 def table_of(rows: Rows, where: str) -> ParticleTable:
@@ -209,6 +235,7 @@ def write_particles(
     sign: int = 1,
     confidence: NDArray[np.floating] | None = None,
     pose: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None,
+    more: Mapping[str, NDArray] = MappingProxyType({}),
 ) -> None:
     """Write a .cs file of particles with blob, CTF and 3D alignment, where the table has them.
 
@@ -219,7 +246,20 @@ def write_particles(
         sign: −1 where the stacks that the table names are protein-dark.
         confidence: (N,) 0 to 1, written as alignments3D/class_posterior.
         pose: rotation and shift (Å) in double precision, in place of the table's own.
+        more: further fields by row.
     """
+    urls.write_bytes_atomic(url, encode(own_rows(table, box_size, sign, confidence, pose, more)))
+
+
+def own_rows(
+    table: ParticleTable,
+    box_size: int | NDArray,
+    sign: int,
+    confidence: NDArray[np.floating] | None = None,
+    pose: tuple[NDArray[np.floating], NDArray[np.floating]] | None = None,
+    more: Mapping[str, NDArray] = MappingProxyType({}),
+) -> Rows:
+    """The rows of a table's own .cs file; see `write_particles`."""
     columns, count = table.columns, len(table)
     pixel_sizes = table.pixel_sizes()
     stacks = np.array([stack.encode() for stack in table.stacks] or [b""], dtype=np.bytes_)
@@ -245,7 +285,7 @@ def write_particles(
         fields |= _new_alignment(count, pixel_sizes)
         if confidence is not None:
             fields[_CONFIDENCE] = np.asarray(confidence, dtype=np.float32)
-    urls.write_bytes_atomic(url, encode(build(count, fields)))
+    return build(count, {**fields, **more})
 
 
 def write_with_poses(
@@ -280,7 +320,7 @@ def write_with_poses(
         )
     rows = source[source_row[order]]
     names = rows.dtype.names or ()
-    pixel = rows[_PIXEL if _PIXEL in names else "blob/psize_A"].astype(np.float64)
+    pixel = _shift_pixel(rows, urls.redacted(url))
     new = _alignment(rotation[order], -shift[order] / pixel[:, None], np.asarray(half)[order])
     if confidence is not None:
         new[_CONFIDENCE] = np.asarray(confidence)[order].astype(np.float32)
@@ -293,8 +333,10 @@ def write_with_poses(
     urls.write_bytes_atomic(url, encode(build(len(rows), fields)))
 
 
-def write_group(url: str, table_name: str, table: ParticleTable) -> None:
+def write_group(url: str, table_name: str) -> None:
     """Write the .csg file by which cryoSPARC's Import Result Group job takes in a .cs file of the same folder."""
+    rows = read(urls.join(urls.parent(url), table_name))
+    kinds = dict.fromkeys(name.partition("/")[0] for name in rows.dtype.names or () if "/" in name)
     lines = [
         f"created: {datetime.now(UTC):%Y-%m-%d %H:%M:%S.%f}",
         "group:",
@@ -304,15 +346,24 @@ def write_group(url: str, table_name: str, table: ParticleTable) -> None:
         "  type: particle",
         "results:",
     ]
-    for kind in ("blob", "ctf", "alignments3D") if table.has_ctf else ("blob", "alignments3D"):
+    for kind in kinds:
         lines += [f"  {kind}:", f"    metafile: '>{table_name}'"]
-        lines += [f"    num_items: {len(table)}", f"    type: particle.{kind}"]
+        lines += [f"    num_items: {len(rows)}", f"    type: particle.{kind}"]
     urls.write_bytes_atomic(url, "\n".join([*lines, "version: v4.4.1", ""]).encode())
 
 
 def _identifiers(table: ParticleTable) -> NDArray[np.uint64]:
-    """A 64-bit number for every particle, from the name of its image, so that it is the same in every export."""
-    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in table.image_names())
+    """A 64-bit number for every particle, from the name of its image, so that it is the same in every export.
+
+    Rows that name an image again get numbers of their own: cryoSPARC knows particles by them.
+    """
+    seen: dict[str, int] = {}
+    names = table.image_names()
+    for row, name in enumerate(names):
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:
+            names[row] = f"{name}#{seen[name]}"
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     return np.frombuffer(b"".join(digests), dtype="<u8")
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scalecryo.data.io import urls
 from scalecryo.errors import InputError
 
-_HEADER_LIMIT = 100_000
+_HEADER_LIMIT = 2 << 20  # several fields for each of a thousand classes
 _GROUP_LIMIT = 256 << 10
 _LENGTH_BYTES = {(1, 0): 2, (2, 0): 4}
 
@@ -28,7 +28,7 @@ def decode(data: bytes, where: str) -> NDArray[np.void]:
     Raises:
         InputError: not a .cs file, or it is cut short.
     """
-    if data.startswith(b"\x94CSDAT"):
+    if data[1:6] == b"CSDAT":
         raise InputError(
             f"{where}: in cryosparc-tools' compressed format; save it with format=NUMPY_FORMAT, or export the job"
         )
@@ -82,7 +82,9 @@ def _header(data: bytes) -> tuple[int, np.dtype, int]:
 def encode(rows: NDArray[np.void]) -> bytes:
     """The .cs file of some rows."""
     buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a long header needs NumPy 1.9 or newer
+        np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -145,7 +147,7 @@ def _read_group(url: str) -> NDArray[np.void]:
     if urls.size(url) > _GROUP_LIMIT:
         raise InputError(f"{where}: not a cryoSPARC group file (it is larger than 256 KiB)")
     try:
-        text = urls.read_text(url)
+        text = urls.read_text(url).removeprefix("\ufeff")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ValueError("a value that stands for another: such files grow without end")
         results = {kind: entry["metafile"] for kind, entry in yaml.safe_load(text)["results"].items()}
@@ -171,3 +173,47 @@ def _read_group(url: str) -> NDArray[np.void]:
         fields = [field for field in tables[name].dtype.names or () if field.startswith(kinds)]
         rows = join(rows, tables[name], fields, name)
     return rows
+
+
+#: What a field is where nothing is known of it, if that is not 0.
+_ONES = ("ctf/scale", "alignments3D/alpha", "alignments3D/class_posterior", "alignments3D/class_ess",
+         "alignments2D/class_posterior")  # fmt: skip
+
+
+def merge(
+    first: NDArray[np.void], second: NDArray[np.void], known: Mapping[str, float]
+) -> tuple[NDArray[np.void], tuple[str, ...]]:
+    """The rows of two tables with all fields of both, the first one's before.
+
+    Args:
+        first, second: rows.
+        known: values of fields that a table may lack.
+
+    Returns:
+        The rows, and the fields that one of the tables lacks and of which nothing is known, or whose kinds differ.
+    """
+    tables = (first, second)
+    names = dict.fromkeys(name for table in tables for name in table.dtype.names or ())
+    fields: dict[str, NDArray] = {}
+    filled: list[str] = []
+    for name in names:
+        kinds = [table.dtype[name] if name in (table.dtype.names or ()) else None for table in tables]
+        there = [kind for kind in kinds if kind is not None]
+        if len(there) < 2 or not _fit(*there):
+            filled += [] if name in known else [name]
+        shape = there[0].shape
+        base = np.result_type(*(kind.base for kind in there)) if len(there) == 1 or _fit(*there) else there[0].base
+        column = np.zeros((len(first) + len(second), *shape), base)
+        for table, kind, rows in zip(tables, kinds, (slice(0, len(first)), slice(len(first), None)), strict=True):
+            if kind is not None and (kind is there[0] or _fit(*there)):
+                column[rows] = table[name]
+            elif base.kind not in "SU":
+                column[rows] = known.get(name, float(name in _ONES))
+        fields[name] = column
+    return build(len(first) + len(second), fields), tuple(filled)
+
+
+def _fit(one: np.dtype, other: np.dtype) -> bool:
+    """Whether values of two kinds can stand in one column."""
+    texts = one.base.kind in "SU", other.base.kind in "SU"
+    return one.shape == other.shape and texts[0] == texts[1] and (not texts[0] or one.base.kind == other.base.kind)

@@ -71,6 +71,7 @@ class _Layout:
     nstart: tuple[int, int, int]
     origin: tuple[float, float, float]
     axes: tuple[int, int, int]
+    is_volume: bool = False
 
 
 def _layout(data: bytes, length: int, where: str) -> _Layout:
@@ -106,6 +107,7 @@ def _layout(data: bytes, length: int, where: str) -> _Layout:
         nstart=(int(header["nxstart"]), int(header["nystart"]), int(header["nzstart"])),
         origin=tuple(float(header["origin"][axis]) for axis in "xyz"),  # type: ignore[arg-type]
         axes=axes if sorted(axes) == [1, 2, 3] else (1, 2, 3),  # type: ignore[arg-type]
+        is_volume=int(header["ispg"]) == 1,
     )
 
 
@@ -170,6 +172,11 @@ class Stack:
     def nx(self) -> int:
         """Columns of an image."""
         return self._layout.nx
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the header calls it a map (space group 1) and it is a cube, as no stack is by chance."""
+        return self._layout.is_volume and self.count == self.ny == self.nx
 
     @property
     def box_size(self) -> int:

@@ -63,6 +63,10 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 _MOST_STEPS = 10_000
+_ERRORS = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    MemoryError, RecursionError, SyntaxError,
+)  # fmt: skip
 _BUFFERS = ("NEXT_BUFFER", "READONLY_BUFFER")
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _NDARRAY = object()  # named as an argument, never called
@@ -102,7 +106,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     raise pickle.UnpicklingError(f"a {type(value).__name__} where arrays are expected")
 
 
-def _look_through(data: bytes) -> None:
+def _look_through(data: bytes, most_steps: int = _MOST_STEPS) -> None:
     """Refuse what Python's unpickler would allocate unasked: a bytearray of any length that a file announces, and a
     memo as long as the largest number in it.
     """
@@ -111,7 +115,7 @@ def _look_through(data: bytes) -> None:
         for count, (code, number, _) in enumerate(pickletools.genops(data)):
             if code.name in _BUFFERS:
                 raise pickle.UnpicklingError("content that is kept outside of it")
-            if count > _MOST_STEPS or (code.name in _PUTS and number > _MOST_STEPS):  # type: ignore[operator]
+            if count > most_steps or (code.name in _PUTS and number > _MOST_STEPS):  # type: ignore[operator]
                 raise pickle.UnpicklingError("more steps than a few arrays take")
 
 
@@ -128,9 +132,27 @@ def load(data: bytes, where: str) -> Any:
     try:
         _look_through(data)
         return _plain(_Reader(io.BytesIO(data)).load())
-    except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-        MemoryError, RecursionError,
-    ) as error:  # fmt: skip
+    except _ERRORS as error:
         text = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{where}: not a pickle of plain arrays ({text})") from error
+
+
+def load_integers(data: bytes, where: str) -> np.ndarray:
+    """A list of whole numbers, as an array or as Python's own list or tuple of them.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        # A number of a list takes a few steps, and two bytes at least.
+        _look_through(data, most_steps=len(data))
+        value = _Reader(io.BytesIO(data)).load()
+        if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+            return np.array(value, dtype=np.int64)
+        found: np.ndarray = _plain(value)
+        if not isinstance(found, np.ndarray):
+            raise pickle.UnpicklingError("several arrays where one is expected")
+    except _ERRORS as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where}: not a pickle of row numbers ({text})") from error
+    return found

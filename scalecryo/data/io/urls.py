@@ -118,6 +118,16 @@ def exists(url: str) -> bool:
     return False
 
 
+def dangling(url: str) -> str:
+    """Which link on the way to a local file leads nowhere, in words; empty where none does."""
+    if is_local(url):
+        with suppress(OSError):
+            for path in (local_path(url), *local_path(url).parents):
+                if path.is_symlink() and not path.exists():
+                    return f"{path} is a link to {os.readlink(path)}, which is not there"
+    return ""
+
+
 def is_folder(url: str) -> bool:
     """Whether a folder is there; at a URL: one that holds something."""
     return local_path(url).is_dir() if is_local(url) else bool(list_folder(url))
@@ -137,9 +147,14 @@ def open_read(url: str) -> BinaryIO:
             raise InputError(f"{redacted(url)}: not a regular file; copy it to one")
         return open(local, "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingInputError(f"{redacted(url)}: no such file") from error
+        raise _missing(url) from error
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"{redacted(url)}: cannot be read ({error.strerror or error})") from error
+
+
+def _missing(url: str) -> MissingInputError:
+    """That a local file does not exist, and where its links end."""
+    return MissingInputError(dangling(url) or f"{redacted(url)}: no such file")
 
 
 def read_bytes(url: str) -> bytes:
@@ -228,7 +243,7 @@ def fingerprint(url: str) -> tuple[int, str]:
         try:
             status = local_path(url).stat()
         except FileNotFoundError as error:
-            raise MissingInputError(f"{redacted(url)}: no such file") from error
+            raise _missing(url) from error
         return status.st_size, str(status.st_mtime_ns)
     return remote_call(url, lambda files, key: files.status(key))
 

@@ -1,39 +1,157 @@
 """Which half, which part of a half, and which held-out set a particle belongs to."""
 
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from scalecryo.data.io import urls
+from scalecryo.data.selection.subset import Subset, half_counts
+from scalecryo.data.storage.store import REPORT, ParticleStore
+from scalecryo.errors import MissingInputError
 
 # Odd 64-bit numbers: SplitMix64's increment and multipliers (Steele et al. 2014), as signed integers.
 _INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _HALF, _PART, _HELD_OUT = 1, 2, 3  # keys of the three hashes
+_LEAST_SHARE = 1 / 3  # of the particles in the smaller half
+_CHANCE = 4.0  # standard deviations of a fair draw, within which halves of few particles differ
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Rows whose image is also another row's: named twice, symmetry-expanded, or of the very same pixels.
+
+    Attributes:
+        rows: ascending.
+        first: the first row of the same image.
+        half: 1 or 2 where the table puts all of them there; 0 where it does not say, or says both.
+    """
+
+    rows: Int[Tensor, " c"]
+    first: Int[Tensor, " c"]
+    half: Int[Tensor, " c"]
+
+    @classmethod
+    def of(cls, store: ParticleStore, device: torch.device) -> "Copies":
+        """Those that conversion found; none in a store of an older version."""
+        table = torch.from_numpy(np.ascontiguousarray(store.copies().T)).to(device)
+        return cls(*table)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, rows: Int[Tensor, " b"]) -> tuple[Bool[Tensor, " b"], Int[Tensor, " b"]]:
+        """Which of some rows are copies, and where in these columns they stand."""
+        place = torch.searchsorted(self.rows, rows.contiguous()).clamp_max(max(len(self) - 1, 0))
+        return self.rows[place] == rows, place
 
 
 @dataclass(frozen=True)
 class Partition:
     """Pure functions of a particle's row in the store: independent hashes, so that none follows from another.
 
+    Copies of one image share a half, a part and a held-out set: what only one of them saw would agree with the other.
+
     Attributes:
-        new_halves: halves are made anew, whatever the table says: for a run on one of its halves (`train.half`).
+        new_halves: halves are made anew, whatever the table says.
+        copies: rows that share an image; None: there are none.
+        notes: what a person should know of the halves.
     """
 
     new_halves: bool = False
+    copies: Copies | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, store: ParticleStore, subset: Subset | None, rows: int, device: torch.device, *, new_halves: bool
+    ) -> "Partition":
+        """The partition of the particles that take part.
+
+        Args:
+            store: that holds them.
+            subset, rows: which take part: the chosen ones of the first so many rows.
+            device: where rows will live.
+            new_halves: made anew in any case, since the run is on one of the table's halves.
+
+        Raises:
+            StoreError: the store is damaged.
+        """
+        notes: list[str] = []
+        copies = Copies.of(store, device)
+        if len(copies):
+            images = int(torch.unique(copies.first).numel())  # host sync
+            notes.append(f"{len(copies):,} particles show only {images:,} images: copies of one image share a half")
+        if not new_halves:
+            counts = _counts(store, subset, rows)
+            new_halves = unequal_halves(counts)
+            if new_halves:
+                notes.append(
+                    f"the table's half-sets hold {counts[1]:,} and {counts[2]:,} of these particles: "
+                    "halves are made anew"
+                )
+        return cls(new_halves, copies if len(copies) else None, tuple(notes))
 
     def half(self, rows: Int[Tensor, " b"], table_half: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """1 or 2: as the table says, where it says (0: it does not)."""
-        made = 1 + _hash(rows, _HALF) % 2
-        return made if self.new_halves else torch.where(table_half > 0, table_half.long(), made)
+        made = 1 + _hash(self._image(rows), _HALF) % 2
+        if self.new_halves:
+            return made
+        said = table_half.long()
+        if self.copies is not None:
+            among, place = self.copies.at(rows)
+            said = torch.where(among, self.copies.half[place], said)
+        return torch.where(said > 0, said, made)
 
     def part(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """0 or 1: the two parts of each half, one of which is posed against a map of the other."""
-        return _hash(rows, _PART) % 2
+        return _hash(self._image(rows), _PART) % 2
 
     def held_out(self, rows: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
         """A tenth of the particles, which the start never learns from."""
-        return _hash(rows, _HELD_OUT) % 10 == 0
+        return _hash(self._image(rows), _HELD_OUT) % 10 == 0
+
+    def _image(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """The first row of the same image."""
+        if self.copies is None:
+            return rows
+        among, place = self.copies.at(rows)
+        return torch.where(among, self.copies.first[place], rows)
+
+
+def unequal_halves(counts: Sequence[int]) -> bool:
+    """Whether a table's half-sets cannot serve as halves: all particles in one, or far more than in the other.
+
+    Some programs write one and the same half-set where a job had none, and merged tables keep that.
+
+    Args:
+        counts: particles without a half-set, which are shared out evenly, in the first and in the second.
+    """
+    none, first, second = counts
+    total, smaller = none + first + second, none / 2 + min(first, second)
+    if not first and not second:
+        return False
+    if not none and not min(first, second):
+        return total > 1
+    return smaller < _LEAST_SHARE * total and total / 2 - smaller > _CHANCE * math.sqrt(total) / 2
+
+
+def _counts(store: ParticleStore, subset: Subset | None, rows: int) -> tuple[int, int, int]:
+    """Particles that take part, by the half that the table gives them: none, 1 and 2."""
+    if subset is None and rows == store.count:
+        try:
+            known = json.loads(urls.read_bytes(urls.join(store.url, REPORT))).get("halves")
+        except MissingInputError:
+            known = None
+        if known is not None:
+            return int(known[0]), int(known[1]), int(known[2])
+    return half_counts(store, subset, rows)
 
 
 def _hash(rows: Int[Tensor, " b"], key: int) -> Int[Tensor, " b"]:

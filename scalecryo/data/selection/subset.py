@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.config import TrainConfig
+from scalecryo.data.formats.plainpickle import load_integers
 from scalecryo.data.io import urls
 from scalecryo.data.particles import Columns
 from scalecryo.data.permutation import Rows
@@ -122,6 +123,27 @@ def choose(config: TrainConfig, store: ParticleStore) -> Subset | None:
     return found
 
 
+def half_counts(store: ParticleStore, subset: "Subset | None", rows: int) -> tuple[int, int, int]:
+    """Particles by the half that the table gives them (none, 1, 2), of a subset of the first so many rows.
+
+    Raises:
+        StoreError: an object is missing or damaged.
+    """
+    array, step = store.column_array("half"), store.shard_rows
+
+    def piece(start: int) -> npt.NDArray[np.int64]:
+        stop = min(start + step, rows)
+        half = array.read(start, stop)
+        if subset is not None:
+            inside = np.arange(start, min(stop, subset.store_rows))
+            half = half[: len(inside)][subset.contains(inside)]
+        return np.bincount(half, minlength=3)
+
+    with ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="halves") as pool:
+        none, first, second = np.sum(list(pool.map(piece, range(0, rows, step))), axis=0).tolist()
+    return none, first, second
+
+
 def _numeric_columns(store: ParticleStore) -> tuple[str, ...]:
     return tuple(name for name in store.columns if not store.column_array(name).row_shape)
 
@@ -147,7 +169,8 @@ def _where(
 
 
 def read_index(url: str, store_rows: int, limit: int, where: str = "the store") -> Rows:
-    """Row numbers, counted from 0, from a .npy of integers or a text file with one on each line (# begins a comment).
+    """Row numbers, counted from 0, from a .npy of integers, cryoDRGN's .pkl of them, or a text file with
+    one on each line (# begins a comment).
 
     Args:
         url: of the file.
@@ -157,18 +180,29 @@ def read_index(url: str, store_rows: int, limit: int, where: str = "the store") 
 
     Raises:
         MissingInputError: there is no such file.
-        ConfigError: it holds something else than row numbers of the store.
+        ConfigError, InputError: it holds something else than row numbers of the store.
     """
     shown = urls.redacted(url)
     data = urls.read_bytes(url)
+    if url.endswith(".pkl"):
+        return _checked_rows(load_integers(data, shown), shown, store_rows, limit, where)
     try:
         if url.endswith(".npy"):
             rows = np.load(io.BytesIO(data), allow_pickle=False)
         else:
-            lines = (line.partition("#")[0].strip() for line in data.decode().splitlines())
+            lines = (line.partition("#")[0].strip() for line in data.decode("utf-8-sig").splitlines())
             rows = np.array([int(line) for line in lines if line], dtype=np.int64)
     except (ValueError, EOFError, OverflowError) as error:
         raise ConfigError(f"{shown}: not row numbers ({error}): write one a line, or a .npy of integers") from error
+    return _checked_rows(rows, shown, store_rows, limit, where)
+
+
+def _checked_rows(rows: npt.NDArray, shown: str, store_rows: int, limit: int, where: str) -> Rows:
+    """Row numbers within a store.
+
+    Raises:
+        ConfigError: they are none.
+    """
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ConfigError(f"{shown}: holds {rows.dtype} {rows.shape}: row numbers are a list of integers")
     outside = (rows < 0) | (rows >= store_rows)

@@ -3,7 +3,7 @@
     images/<level>       (N, n, n)   sharded; levels are the full box, then powers of two down to 32
     particles/<column>   (N, …)      one chunk for each image shard
     source/              the table that was converted, verbatim, and the names of its stacks
-    source/report.json   what conversion found; excluded.json: images that it left out
+    source/report.json   what conversion found; excluded.json: images that it left out; copies.npy: rows of one image
     _manifest/           length and CRC32C of every object, one file for each shard
     _append/             only while particles are being added
 
@@ -11,6 +11,7 @@ Images are protein-bright, rows keep the order of the source, and the group attr
 Zarr v3 reader opens it.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,8 @@ FORMAT_VERSION = 1
 SOURCE_TABLE = "source/particles.star"
 SOURCE_CS = "source/particles.cs"
 SOURCE_STACKS = "source/stacks.json"
+REPORT = "source/report.json"
+COPIES = "source/copies.npy"
 MANIFESTS = "_manifest"
 _MANIFESTS_AT_ONCE = 256
 
@@ -237,6 +240,24 @@ class ParticleStore:
         """The source table as a .cs file, when it came from cryoSPARC."""
         found = self._document(SOURCE_CS)
         return None if found is None else bytes(found)
+
+    def copies(self) -> npt.NDArray[np.int64]:
+        """Rows that share an image with others, (c, 3): the row, the first row of that image, and the half that the
+        table puts them all in (0: it does not say, or says both); ascending. Empty in a store of an older version.
+
+        Raises:
+            StoreError: the list is damaged.
+        """
+        try:
+            data = urls.read_bytes(urls.join(self.url, COPIES))
+            found = np.load(io.BytesIO(data), allow_pickle=False)
+            if found.ndim != 2 or found.shape[1] != 3 or found.dtype != np.int64:
+                raise ValueError(f"{found.dtype} {found.shape}")
+        except MissingInputError:
+            found = np.zeros((0, 3), np.int64)
+        except (ValueError, EOFError) as error:
+            raise StoreError(f"{urls.redacted(self.url)}: its {COPIES} is damaged ({error}); convert again") from error
+        return found
 
     def _document(self, name: str) -> Text | None:
         try:

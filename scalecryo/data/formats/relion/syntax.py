@@ -20,6 +20,7 @@ from scalecryo.errors import InputError
 Text = bytes | mmap.mmap
 
 _PIECE = 8 << 20
+MARK = b"\xef\xbb\xbf"  # that some editors of Windows put before UTF-8
 _LONGEST_LINE = 1 << 20
 _WINDOW, _OVERLAP = 256 << 20, 4096
 _MAPPED = 1 << 30  # larger files are not copied to memory
@@ -89,8 +90,8 @@ class Rows:
         spans = zip(self.starts[:, column].tolist(), self.stops[:, column].tolist(), strict=True)
         return [self.text[start:stop] for start, stop in spans]
 
-    def numbers(self, name: str) -> npt.NDArray[np.float64]:
-        """Values of a column as finite numbers.
+    def numbers(self, name: str, *, finite: bool = True) -> npt.NDArray[np.float64]:
+        """Values of a column as numbers, `finite` ones unless nan and inf are asked for too.
 
         Raises:
             InputError: one is not.
@@ -101,27 +102,28 @@ class Rows:
         starts, lengths = self.starts[:, column], self.stops[:, column] - self.starts[:, column]
         width = int(lengths.max(initial=0))
         if width > _NUMBER_WIDTH or not lengths.all():
-            return self._numbers_one_by_one(name)
+            return self._numbers_one_by_one(name, finite)
         place = np.arange(width)
         index = np.minimum(starts[:, None] + place, len(self.text) - 1)
         characters = np.where(place < lengths[:, None], np.frombuffer(self.text, np.uint8)[index], np.uint8(0))
         if not _DIGITS[characters].all():
-            return self._numbers_one_by_one(name)
+            return self._numbers_one_by_one(name, finite)
         try:
             with np.errstate(over="ignore"):
                 values = np.ascontiguousarray(characters).view(f"S{width}")[:, 0].astype(np.float64)
         except ValueError:
-            return self._numbers_one_by_one(name)
-        return values if np.isfinite(values).all() else self._numbers_one_by_one(name)
+            return self._numbers_one_by_one(name, finite)
+        return values if np.isfinite(values).all() else self._numbers_one_by_one(name, finite)
 
-    def _numbers_one_by_one(self, name: str) -> npt.NDArray[np.float64]:
+    def _numbers_one_by_one(self, name: str, finite: bool) -> npt.NDArray[np.float64]:
         out = np.empty(len(self))
         for row, text in enumerate(self.strings(name)):
+            known = True
             try:
                 out[row] = float(text) if b"_" not in text else np.nan
             except ValueError:
-                out[row] = np.nan
-            if not np.isfinite(out[row]):
+                known, out[row] = False, np.nan
+            if not (known if not finite else np.isfinite(out[row])):
                 shown = text[:40].decode(errors="replace")
                 raise InputError(f"{self.where}: {name} of row {self.first + row + 1} is {shown!r}, not a number")
         return out
@@ -141,8 +143,11 @@ class StarText:
     """
 
     def __init__(self, text: Text, where: str) -> None:
+        if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise InputError(f"{where}: UTF-16 text; save it as UTF-8")
         self.text = text
         self.where = where
+        self._begin = len(MARK) if text[: len(MARK)] == MARK else 0
         found = [(start, match) for match in self._headers() if (start := self._line_start(match)) >= 0]
         if not found:
             raise InputError(f"{where}: not a STAR file (it has no data_ block)")
@@ -175,6 +180,7 @@ class StarText:
         """Where the line of a match begins; −1 where the match is not the first thing on its line."""
         near = max(0, match.start() - 80)
         start = self.text.rfind(b"\n", near, match.start()) + 1
+        start = max(start, self._begin) if near < self._begin else start
         return -1 if (start == 0 and near) or self.text[start : match.start()].strip() else start
 
     def _lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:

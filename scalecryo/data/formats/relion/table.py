@@ -23,11 +23,12 @@ from scalecryo.data.formats.relion.values import (
     Values,
     pieces,
     split_names,
+    without_format,
 )
 from scalecryo.data.formats.rotations import euler_to_matrix
 from scalecryo.data.formats.spill_columns import SpillColumns
 from scalecryo.data.io import urls
-from scalecryo.data.particles import ALWAYS, COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
+from scalecryo.data.particles import ALWAYS, COLUMNS, POSE_COLUMNS, Columns, ParticleTable, StackPixels, dense_groups
 from scalecryo.errors import InputError
 
 # What would make every image disagree with its CTF, or is no single particle image, and how to come by one.
@@ -75,6 +76,11 @@ def _has_angles(values: Values) -> bool:
     if any(present[:2]) and not all(present):
         values.require(ANGLES, "a pose has three angles")
     return all(present)
+
+
+def is_tilted(values: Values) -> bool:
+    """Whether any of some rows is seen from elsewhere than the z axis; none is in a table of 2D classes."""
+    return any(bool(values.numbers(name).any()) for name in ANGLES[:2] if name in values)
 
 
 def _rotation(values: Values) -> Floats:
@@ -135,16 +141,20 @@ def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) 
     return {**columns, **small}, sizes
 
 
-def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) -> ParticleTable:
+def read_particles(
+    url: str, text: Text | None = None, pixel_size: float = 0.0, bad: dict[int, str] | None = None
+) -> ParticleTable:
     """The particle table of a STAR file.
 
-    Poses are taken when the file has all three angles; shifts are 0 where it has no origins. Columns that this package
+    Poses are taken when the file has all three angles, and rot and tilt are not 0 throughout as after a 2D
+    classification; shifts are 0 where it has no origins. Columns that this package
     has no use for are left in the file.
 
     Args:
         url: the file.
         text: its content, when it has been read.
         pixel_size: Å, for origins in pixels where the file does not say.
+        bad: gains the rows with nan or inf, and what is so, which are then left out; None: they are an error.
 
     Raises:
         MissingInputError: there is no such file.
@@ -155,14 +165,23 @@ def read_particles(url: str, text: Text | None = None, pixel_size: float = 0.0) 
     stacks: dict[bytes, int] = {}
     pixels = StackPixels()
     growing = SpillColumns()
-    for values in pieces(star):
+    tilted = False
+    for values in pieces(star, bad):
         columns, sizes = _piece_columns(values, stacks, pixel_size)
-        pixels.add(columns["stack"], sizes, values.numbers(_BOX) if _BOX in values else None)
+        tilted = tilted or is_tilted(values)
+        boxes = values.numbers(_BOX) if _BOX in values else None
+        if bad:
+            keep = ~np.isin(columns["source_row"], list(bad))
+            columns, sizes = {name: column[keep] for name, column in columns.items()}, sizes[keep]
+            boxes = None if boxes is None else boxes[keep]
+        pixels.add(columns["stack"], sizes, boxes)
         growing.add(columns)
     try:
         stated, by_stack = pixels.sizes()
         names = tuple(stack.decode() for stack in stacks)
         whole = growing.whole() or {name: np.zeros(0) for name in ALWAYS}
+        if not tilted:
+            whole = {name: values for name, values in whole.items() if name not in POSE_COLUMNS}
         whole["optics_group"] = dense_groups(whole["optics_group"])
         return ParticleTable(stated, names, without_idle(whole), by_stack, pixels.boxes())
     except (InputError, UnicodeDecodeError) as error:
@@ -178,18 +197,22 @@ class OwnColumns:
         self.names = first.names()
 
     def numbers(self, name: str) -> Floats:
-        """One column.
+        """One column; nan and inf are numbers here.
 
         Raises:
             InputError: it holds something else.
         """
-        return np.concatenate([values.numbers(name) for values in pieces(self._text)])
+        return np.concatenate([values.numbers(name, finite=False) for values in pieces(self._text)])
+
+    def strings(self, name: str) -> list[bytes]:
+        """One column as text."""
+        return [value for values in pieces(self._text) for value in values.strings(name)]
 
 
 def image_key(name: str) -> tuple[int, str]:
     """Index and bare file name of an image: tables that name the stack's folder differently still match."""
     index, _, stack = name.partition("@")
-    return int(index), urls.name(stack)
+    return int(index), urls.name(without_format(stack.encode()).decode())
 
 
 def read_poses(url: str) -> StarPoses:

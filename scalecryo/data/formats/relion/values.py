@@ -4,6 +4,7 @@ RELION 3.0 keeps optics in every row, 3.1 to 5 in a table of groups, in any orde
 before its group's.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -30,7 +31,14 @@ GROUP = "rlnOpticsGroup"
 JUNK = "scalecryoJunk"
 IMAGE_NAME = "rlnImageName"
 _LONGEST_NUMBER = 12
-#: What a column of aberrations comes to where it does nothing (`_digits`).
+_NO_TOMOGRAPHY = (
+    "a table of subtomograms or tilt series ({}): only 2D images of single particles can be used here; reconstruct "
+    "these with the program that wrote the table"
+)
+_TOMOGRAPHY = ("rlnTomo",)
+_VOLUMES = ("rlnCoordinateZ", "rlnCtfImage")  # beside the name of a file that is no stack
+_FORMATS = (b"mrcs", b"mrc")
+#: Columns of aberrations, and what they come to where they do nothing (`_digits`).
 _ABERRATIONS = {
     "rlnBeamTiltX": b"",
     "rlnBeamTiltY": b"",
@@ -41,6 +49,7 @@ _ABERRATIONS = {
     "rlnMagMat10": b"",
     "rlnMagMat11": b"1",
 }
+_ENVELOPES = {"rlnCtfBfactor": b"", "rlnCtfScalefactor": b"1"}
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,6 +62,9 @@ def particle_block(text: StarText) -> Block:
     """
     if any(block.name == "model_general" for block in text.blocks):
         raise InputError(f"{text.where}: a RELION model file, not a particle table; give the run's …_data.star")
+    tomo = [name for block in text.blocks for name in block.columns if name.startswith(_TOMOGRAPHY)]
+    if tomo:
+        raise InputError(f"{text.where}: {_NO_TOMOGRAPHY.format(tomo[0])}")
     found = [block for block in text.blocks if block.name != "optics" and IMAGE_NAME in block.columns]
     if not found:
         raise InputError(f"{text.where}: no block has the column rlnImageName; give a particle table")
@@ -83,7 +95,8 @@ class Optics:
                 f"{text.where}: column {GROUP} is missing in data_optics (every optics group has a number); "
                 "add it to the file"
             )
-        groups = [_whole(value) for value in columns.pop(GROUP)]
+        # Some programs write 1.0.
+        groups = [_whole(re.sub(rb"\.0*$", b"", value)) for value in columns.pop(GROUP)]
         if -1 in groups:
             raise InputError(f"{text.where}: data_optics names a group that is not a whole number from 0")
         if len(set(groups)) < len(groups):
@@ -126,8 +139,15 @@ def _whole(value: bytes) -> int:
 class Values:
     """Numbers of some rows, by RELION's name."""
 
-    def __init__(self, rows: Rows, optics: Optics | None) -> None:
+    def __init__(self, rows: Rows, optics: Optics | None, bad: dict[int, str] | None = None) -> None:
+        """
+        Args:
+            rows: of a piece of the table.
+            optics: its groups.
+            bad: gains the rows with nan or inf in a column that is asked for, and which; None: they are an error.
+        """
         self.rows = rows
+        self._bad = bad
         self.where = rows.where
         self._optics = optics
         self._place: npt.NDArray[np.int64] | None = None
@@ -168,14 +188,21 @@ class Values:
         first = 1 if self._optics is None else int(self._optics.groups[0])
         return np.full(len(self), first, dtype=np.int64)
 
-    def numbers(self, name: str) -> Floats:
-        """A column as finite numbers.
+    def numbers(self, name: str, *, finite: bool = True) -> Floats:
+        """A column as numbers, `finite` ones unless nan and inf are asked for too.
 
         Raises:
             InputError: one is not.
         """
         if name in self.rows.columns:
-            return self.rows.numbers(name)
+            values = self.rows.numbers(name, finite=finite and self._bad is None)
+            if finite and self._bad is not None:
+                with np.errstate(over="ignore"):
+                    bad = ~np.isfinite(values.astype(np.float32))
+                for row in np.flatnonzero(bad).tolist():
+                    self._bad.setdefault(self.rows.first + row, f"{name} is {values[row]:g}")
+                values = np.where(bad, 1.0, values)  # the row is left out by whoever keeps the list
+            return values
         assert self._optics is not None
         assert self._place is not None
         return self._optics.numbers(name)[self._place]
@@ -209,6 +236,15 @@ class Values:
             out[row, : len(numbers)] = numbers[:width]
         return out[place.reshape(-1)]
 
+    def strings(self, name: str) -> list[bytes]:
+        """A column as text."""
+        if name in self.rows.columns:
+            return self.rows.strings(name)
+        assert self._optics is not None
+        assert self._place is not None
+        values = self._optics.columns[name]
+        return [values[place] for place in self._place.tolist()]
+
     def require(self, names: Sequence[str], why: str) -> None:
         """Raise where columns are missing."""
         missing = [name for name in names if name not in self]
@@ -240,6 +276,17 @@ class Values:
         return sizes
 
 
+def without_format(stack: bytes) -> bytes:
+    """A stack's file name without the format that RELION, Scipion and Xmipp may put behind it, as in `a.mrc:mrcs`."""
+    name, colon, format = stack.rpartition(b":")
+    return name if colon and name and format.lower() in _FORMATS else stack
+
+
+def with_format(image: str) -> str:
+    """An image's name that RELION opens: of stacks it takes `.mrcs`, and others with their format behind the name."""
+    return image if image.lower().endswith((".mrcs", ".gz", ".bz2")) else f"{image}:mrcs"
+
+
 def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[int]]:
     """Which stack and which image, from 0, every row names; `stacks` gains those not met before.
 
@@ -250,30 +297,42 @@ def split_names(rows: Rows, stacks: dict[bytes, int]) -> tuple[list[int], list[i
     for row, value in enumerate(rows.strings(IMAGE_NAME)):
         number, at, stack = value.partition(b"@")
         image = _whole(number)
+        if not at and (volumes := [name for name in _VOLUMES if name in rows.columns]):
+            raise InputError(f"{rows.where}: {_NO_TOMOGRAPHY.format(volumes[0])}")
         if image < 1 or not at or not stack:
             shown = value[:80].decode(errors="replace")
             raise InputError(
                 f"{rows.where}: rlnImageName of row {rows.first + row + 1} is {shown!r}; it must read number@stack, "
                 "numbers from 1"
             )
-        which.append(stacks.setdefault(stack, len(stacks)))
+        which.append(stacks.setdefault(without_format(stack), len(stacks)))
         index.append(image - 1)
     return which, index
 
 
 def not_applied(text: StarText) -> tuple[str, ...]:
-    """Columns of aberrations and of magnification that do something, in a table without a CTF: nothing applies them."""
+    """What a table says of its images that nothing here applies: envelopes and scales that are not zero (or not one),
+    aberrations and magnification where there is no CTF, and angles in the plane alone, which are no poses."""
     optics = Optics.read(text)
     found = {} if optics is None else dict(optics.columns)
     block = particle_block(text)
-    if any(name in block.columns or name in found for name in DEFOCUS.values()):
-        return ()
-    for rows in text.rows(block):
-        found |= {name: rows.strings(name) for name in _ABERRATIONS if name in block.columns}
-        break  # these differ from row to row hardly ever
-    return tuple(
-        name for name, plain in _ABERRATIONS.items() if any(_digits(value) != plain for value in found.get(name, []))
-    )
+    has_ctf = any(name in block.columns or name in found for name in DEFOCUS.values())
+    plain = _ENVELOPES if has_ctf else _ENVELOPES | _ABERRATIONS
+    own = [name for name in plain if name in block.columns]
+    plane = ANGLES[2] in block.columns
+    turned = False
+    for values in pieces(text):
+        if not own and (not plane or turned):
+            break
+        for name in own:
+            # One value that says something is enough.
+            found[name] = [value for value in values.rows.strings(name) if _digits(value) != plain[name]][:1]
+        own = [name for name in own if not found[name]]
+        if plane and not turned:
+            tilted = any(any(map(_digits, values.strings(name))) for name in ANGLES[:2] if name in values)
+            plane, turned = not tilted, not tilted and any(map(_digits, values.strings(ANGLES[2])))
+    names = [name for name, nothing in plain.items() if any(_digits(v) != nothing for v in found.get(name, []))]
+    return (*names, f"{ANGLES[2]} (of a 2D classification: no poses)") if plane and turned else tuple(names)
 
 
 def _digits(value: bytes) -> bytes:
@@ -281,8 +340,8 @@ def _digits(value: bytes) -> bytes:
     return value.translate(None, b"+-.0eE[], \t")
 
 
-def pieces(text: StarText) -> Iterator[Values]:
-    """The particles of a table, some rows at a time."""
+def pieces(text: StarText, bad: dict[int, str] | None = None) -> Iterator[Values]:
+    """The particles of a table, some rows at a time; `bad` gains those with nan or inf, where it is given."""
     optics = Optics.read(text)
     for rows in text.rows(particle_block(text)):
-        yield Values(rows, optics)
+        yield Values(rows, optics, bad)

@@ -4,14 +4,16 @@ A source's table is copied byte for byte but for the values that change: every o
 comes out as it was.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from scalecryo.data.formats.relion.aberrations import as_numbers, optics_columns
-from scalecryo.data.formats.relion.syntax import Block, Rows, StarText, Text
+from scalecryo.data.formats.relion.syntax import MARK, Block, Rows, StarText, Text
 from scalecryo.data.formats.relion.values import (
     ANGLES,
     DEFOCUS,
@@ -25,6 +27,7 @@ from scalecryo.data.formats.relion.values import (
     Floats,
     particle_block,
     pieces,
+    with_format,
 )
 from scalecryo.data.formats.rotations import matrix_to_euler
 from scalecryo.data.io import urls
@@ -32,8 +35,10 @@ from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError
 
 # RELION tells old files from new ones by this line.
-_VERSION = b"# version 30001\n\n"
+VERSION = b"# version 30001\n\n"
 _PIECE = 50_000
+_QUOTED = re.compile(rb"\s|^[\"'#_]|^$|^(?i:data_|loop_)")
+_NONE: Mapping[str, npt.NDArray] = MappingProxyType({})
 
 #: For some rows of a source's table, what becomes of each: None to leave it out, or new values by column.
 Edit = Callable[[Rows], Iterator[Sequence[bytes] | None]]
@@ -47,15 +52,23 @@ def _pose_columns(rotation: npt.NDArray[np.floating], shift: npt.NDArray[np.floa
     return columns | {name: 0.0 - np.asarray(shift, dtype=np.float64)[:, axis] for axis, name in enumerate(ORIGINS)}
 
 
+def quoted(value: bytes) -> bytes:
+    """A value as it stands in a row: between quotes where it would be taken for something else."""
+    if not _QUOTED.search(value):
+        return value
+    return b"'" + value + b"'" if b'"' in value else b'"' + value + b'"'
+
+
 def _text(values: npt.NDArray) -> list[bytes]:
-    """A column as RELION writes it; text (bytes) stays as it is."""
+    """A column as RELION writes it."""
     if values.dtype.kind == "S":
-        return list(values.tolist())
+        return [quoted(value) for value in values.tolist()]
     form = b"%12d" if values.dtype.kind in "iu" else b"%12.6f"
     return [form % value for value in values.tolist()]
 
 
-def _header(name: bytes, columns: Sequence[str]) -> bytes:
+def header(name: bytes, columns: Sequence[str]) -> bytes:
+    """The first lines of a data block with a loop."""
     lines = [f"_{column} #{number + 1}" for number, column in enumerate(columns)]
     return b"data_" + name + b"\n\nloop_\n" + "\n".join(lines).encode() + b"\n"
 
@@ -63,7 +76,7 @@ def _header(name: bytes, columns: Sequence[str]) -> bytes:
 def _optics_text(optics: Mapping[str, Sequence[bytes]]) -> bytes:
     """A data_optics block with its version line."""
     rows = b"".join(b" ".join(row) + b"\n" for row in zip(*optics.values(), strict=True))
-    return _VERSION + _header(b"optics", list(optics)) + rows + b"\n"
+    return VERSION + header(b"optics", list(optics)) + rows + b"\n"
 
 
 def _optics_of(
@@ -94,7 +107,8 @@ def write_particles(
     box_size: int | None = None,
     confidence: npt.NDArray[np.floating] | None = None,
     pose: tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]] | None = None,
-    more: Mapping[str, npt.NDArray] | None = None,
+    more: Mapping[str, npt.NDArray] = _NONE,
+    more_optics: Mapping[str, npt.NDArray] = _NONE,
 ) -> None:
     """Write a RELION 3.1 particle table; the file appears whole or not at all.
 
@@ -106,36 +120,45 @@ def write_particles(
         box_size: of the images, px, for the optics table.
         confidence: (N,) 0 to 1, written as rlnMaxValueProbDistribution.
         pose: rotation and shift (Å) in double precision, in place of the table's own.
-        more: further columns by RELION's name: numbers, or bytes without white space.
+        more, more_optics: further columns by row, of the particles and of their optics; texts are bytes.
     """
     columns = table.columns
     if with_poses and pose is None:
         pose = columns["rotation"], columns["shift"]
-    _write_own(url, names, table, pose, columns["half"], confidence, box_size, more or {})
+    lines = own_table(table, pose, columns["half"], confidence, box_size, more, more_optics, names)
+    _write_lines(url, lines)
 
 
-def _write_own(
-    url: str,
-    names: Sequence[str],
+def _write_lines(url: str, lines: Iterator[bytes]) -> None:
+    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
+        stream.writelines(lines)
+
+
+def own_table(
     table: ParticleTable,
     pose: tuple[npt.NDArray, npt.NDArray] | None,
     half: npt.NDArray,
     confidence: npt.NDArray | None,
     box_size: int | None,
-    more: Mapping[str, npt.NDArray],
-) -> None:
-    """Write the table itself, with the poses, halves, confidences and further columns given."""
-    columns = table.columns
+    more: Mapping[str, npt.NDArray] = _NONE,
+    more_optics: Mapping[str, npt.NDArray] = _NONE,
+    names: Sequence[str] = (),
+) -> Iterator[bytes]:
+    """The lines of a table's own STAR file; see `write_particles`."""
+    columns, names = table.columns, names or table.image_names()
     shared = [columns[ours] for ours in OPTICS] if table.has_ctf else []
     boxes = np.array(table.stack_boxes)[columns["stack"]] if table.stack_boxes else np.full(len(table), box_size or 0)
-    shared = [columns["optics_group"], *shared, table.pixel_sizes(), boxes]
+    shared = [columns["optics_group"], *shared, *more_optics.values(), table.pixel_sizes(), boxes]
+    # Beam tilts are small numbers.
+    forms = [b"%.6f"] * len(OPTICS) * table.has_ctf + [b"%.9g"] * len(more_optics) + [b"%.6f"]
     # Rows of one group number that differ in voltage and the like make several groups.
     apart = [*(values.astype(np.float64) for values in shared), *as_numbers(columns)]
     keys, group = np.unique(np.stack(apart, 1), axis=0, return_inverse=True)
     keys, aberrations = np.split(keys, [len(shared)], axis=1)
     optics = _optics_of(
-        [tuple(b"%.6f" % value for value in key[1:-1]) for key in keys.tolist()] or [(b"0",)],
-        list(OPTICS.values()) if table.has_ctf and len(keys) else [],
+        [tuple(form % value for form, value in zip(forms, key[1:-1], strict=True)) for key in keys.tolist()]
+        or [(b"0",)],
+        [*(OPTICS.values() if table.has_ctf else ()), *more_optics] if len(keys) else [],
         [int(key[-1]) for key in keys.tolist()] or [box_size or 0],
     )
     optics |= optics_columns(aberrations) if table.has_aberrations else {}
@@ -145,13 +168,12 @@ def _write_own(
     frame |= {HALF: half} if half.any() else {}
     frame |= _pose_columns(*pose) if pose is not None else {}
     frame |= {} if confidence is None else {MAX_CONFIDENCE: np.asarray(confidence, dtype=np.float64)}
-    frame |= more
-    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
-        stream.write(_optics_text(optics) + b"\n" + _VERSION + _header(b"particles", [IMAGE_NAME, *frame]))
-        for start in range(0, len(names), _PIECE):
-            some = [name.encode() for name in names[start : start + _PIECE]]
-            texts = [_text(values[start : start + _PIECE]) for values in frame.values()]
-            stream.writelines(b" ".join(row) + b"\n" for row in zip(some, *texts, strict=True))
+    frame = {**more, **frame}
+    yield _optics_text(optics) + b"\n" + VERSION + header(b"particles", [IMAGE_NAME, *frame])
+    for start in range(0, len(names), _PIECE):
+        some = [quoted(with_format(name).encode()) for name in names[start : start + _PIECE]]
+        texts = [_text(values[start : start + _PIECE]) for values in frame.values()]
+        yield from (b" ".join(row) + b"\n" for row in zip(some, *texts, strict=True))
 
 
 def write_with_poses(
@@ -163,6 +185,8 @@ def write_with_poses(
     confidence: npt.NDArray[np.floating],
     half: npt.NDArray[np.integer],
     box_size: int | None = None,
+    more: Mapping[str, npt.NDArray] = _NONE,
+    more_optics: Mapping[str, npt.NDArray] = _NONE,
 ) -> None:
     """Write the source's own table with new poses: all its columns, every other value as it was.
 
@@ -178,13 +202,14 @@ def write_with_poses(
         confidence: (N,) 0 to 1, written as rlnMaxValueProbDistribution.
         half: (N,) 1 or 2.
         box_size: of the images, px, for an optics table that is made.
+        more, more_optics: further columns where `table` itself is written (`write_particles`).
 
     Raises:
         InputError: the table has rows that the source does not have, or one twice.
     """
     half = np.asarray(half)
     if source_star is None:
-        _write_own(url, table.image_names(), table, (rotation, shift), half, confidence, box_size, {})
+        _write_lines(url, own_table(table, (rotation, shift), half, confidence, box_size, more, more_optics))
         return
     text = StarText(source_star, urls.redacted(url))
     source_row = table.columns["source_row"]
@@ -209,7 +234,7 @@ def _write_edited(
     """Write a source's table with the values `new[column][place[row]]`, rows without a place left out."""
     block = particle_block(text)
     has_optics = any(other.name == "optics" for other in text.blocks)
-    made, groups = ({}, None) if has_optics else _make_optics(text, pixel_size, box_size)
+    made, groups = ({}, None) if has_optics else make_optics(text, pixel_size, box_size)
     names = list(new)
     in_pixels = [(name, angstrom) for name, angstrom in zip(ORIGINS_PX, ORIGINS, strict=True) if name in block.columns]
     names += [name for name, _ in in_pixels]
@@ -239,7 +264,7 @@ def _write_edited(
         _copy(stream, text, block, names, edit, new_name=b"" if has_optics else b"particles")
 
 
-def _make_optics(
+def make_optics(
     text: StarText, pixel_size: float, box_size: int | None
 ) -> tuple[Mapping[str, Sequence[bytes]], npt.NDArray[np.int64]]:
     """The optics table of rows that each carry their own optics, and every row's group number from 1."""
@@ -295,9 +320,9 @@ def _copy(
         edit: for some rows, what becomes of each.
         new_name: another name for the block, before which a version line is put.
     """
-    stream.write(text.text[: block.start])
+    stream.write(text.text[: block.start].removeprefix(MARK))
     added = [name for name in names if name not in block.columns]
-    stream.write(_edited_header(text, block, added, new_name))
+    stream.write(edited_header(text, block, added, new_name))
     inside = sorted((block.columns.index(name), names.index(name)) for name in names if name in block.columns)
     outside = [names.index(name) for name in added]
     for rows in text.rows(block):
@@ -306,19 +331,19 @@ def _copy(
             stream.write(rows.text[done:start])
             done = stop
             if values is not None:
-                stream.write(_edited_line(rows, row, (start, stop), values, inside, outside))
+                stream.write(edited_line(rows, row, (start, stop), values, inside, outside))
         stream.write(rows.text[done:])
     stream.write(text.text[block.stop :])
 
 
-def _edited_header(text: StarText, block: Block, added: Sequence[str], new_name: bytes) -> bytes:
+def edited_header(text: StarText, block: Block, added: Sequence[str], new_name: bytes) -> bytes:
     """The particle block up to its rows, with columns added."""
     if block.single is not None:
-        return _header(new_name or block.name.encode(), [*block.columns, *added])
+        return header(new_name or block.name.encode(), [*block.columns, *added])
     head = text.text[block.start : block.body]
     if new_name:
         head = (
-            _VERSION
+            VERSION
             + b"data_"
             + new_name
             + head[head.index(b"data_" + block.name.encode()) + 5 + len(block.name.encode()) :]
@@ -328,7 +353,7 @@ def _edited_header(text: StarText, block: Block, added: Sequence[str], new_name:
     return head.rstrip() + b"\n" + lines if lines else head
 
 
-def _edited_line(
+def edited_line(
     rows: Rows,
     row: int,
     span: tuple[int, int],
