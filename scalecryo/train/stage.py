@@ -9,7 +9,7 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.model.autoencoder import AutoEncoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.encoder_training import EncoderTrainer
+from scalecryo.train.encoder_training import PoseLearner
 from scalecryo.train.particle_source import BatchRequest
 from scalecryo.train.particle_state import ParticleState
 
@@ -27,7 +27,7 @@ class Learned:
 
     particles: ParticleState
     references: ReferenceSet | None = None
-    encoder: EncoderTrainer | None = None
+    encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
 
 

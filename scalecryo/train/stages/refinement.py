@@ -21,11 +21,11 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.candidate_sources import SearchSource
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
 from scalecryo.pose.estimator import EStepPlan, PoseEstimator
 from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.pictures import EXAMPLES, Pairs, pictures_of
-from scalecryo.train.encoder_training import EncoderTrainer, TrainingBatch
+from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.bootstrap import HALF_GRID
@@ -112,10 +112,14 @@ class Iteration:
         self._shown: tuple[Tensor, Tensor] | None = None
         self.encoder_loss: Tensor | None = None
         seed = context.config.train.seed * 1000 + number
-        source = SearchSource(
-            so3_grid(HALF_GRID).to(context.device), plan.search_radius, context.shift_grid_px(plan.level),
-            max(plan.modes, 2), torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        source: CandidateSource
+        if context.config.recipe == "autoencoder" and learned.encoder is not None:
+            source = learned.encoder.source(references)
+        else:
+            source = SearchSource(
+                so3_grid(HALF_GRID).to(context.device), plan.search_radius, context.shift_grid_px(plan.level),
+                max(plan.modes, 2), torch.Generator().manual_seed(seed),
+            )  # fmt: skip
         e_step = plan.e_step(fit_shift=context.fit_shift)
         self._estimator = PoseEstimator(references.at(plan.level, self.pixels), e_step, source, context.world.timer)
         self._encoder, self._encoder_reference = learned.encoder, None
@@ -145,7 +149,7 @@ class Iteration:
                 self._train_encoder(self._encoder, self._encoder_reference, batch, found)
 
     def _train_encoder(
-        self, encoder: EncoderTrainer, reference: Reference, batch: ParticleImages, found: PoseEstimates
+        self, encoder: PoseLearner, reference: Reference, batch: ParticleImages, found: PoseEstimates
     ) -> None:
         settings = self._context.config.guided
         size = max(1, settings.encoder_batch // self._context.world.size)
@@ -274,7 +278,7 @@ class Refinement:
         """The next iteration; it searches while particles still jump, unless they came with poses."""
         context, references = self._context, self._learned.references
         assert references is not None, "a start comes before the refinement"
-        settings, number, imported = context.config.guided, self._number, context.config.guided.start == "poses"
+        settings, number, imported = context.config.guided, self._number, context.config.recipe != "guided"
         if not self._radius:
             self._radius = max(FIRST_RADIUS, references.resolution(0.5)[0]) if imported else FIRST_RADIUS
         jumping = number < 2 or self._moved is None or self._moved > STILL
