@@ -113,7 +113,7 @@ class Iteration:
         self.encoder_loss: Tensor | None = None
         seed = context.config.train.seed * 1000 + number
         source: CandidateSource
-        if context.config.recipe == "autoencoder" and learned.encoder is not None:
+        if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
             source = learned.encoder.source(references)
         else:
             source = SearchSource(
@@ -278,7 +278,7 @@ class Refinement:
         """The next iteration; it searches while particles still jump, unless they came with poses."""
         context, references = self._context, self._learned.references
         assert references is not None, "a start comes before the refinement"
-        settings, number, imported = context.config.guided, self._number, context.config.recipe != "guided"
+        settings, number, imported = context.config.guided, self._number, context.config.guided.start == "poses"
         if not self._radius:
             self._radius = max(FIRST_RADIUS, references.resolution(0.5)[0]) if imported else FIRST_RADIUS
         jumping = number < 2 or self._moved is None or self._moved > STILL
