@@ -42,7 +42,7 @@ RENAMED = {  # settings, from their old names
     "guided.lessons": "guided.encoder_steps",
     "guided.lesson_size": "guided.encoder_batch",
     "optim.traffic": "optim.reduce_dtype",
-    "pose.symmetric_loss": "pose.copies (true is 2)",
+    "pose.symmetric_loss": "pose.copies",
     "stream.patience_seconds": "stream.retry_seconds",
     "train.assign": "train.final_pass",
 }

@@ -56,7 +56,7 @@ def _check(config: Config) -> None:
     check_particles(config, store)
     context = RunContext.of(config, store, RunFolder(config.run.out), World(), torch.device("cpu"))
     level = context.training_level
-    if config.recipe == "autoencoder":
+    if config.recipe == "paper":
         encoder_box(config, level)
     if config.monitor.truth:
         Truth.load(config.monitor.truth, store, level)

@@ -173,8 +173,10 @@ class AutoEncoderTrainer:
         self._refresh(radius)
 
     def insert_at_random(self, white: ParticleImages, generator: torch.Generator) -> None:
-        """First maps: a batch at random rotations. Collective."""
-        rotation = random_rotations(len(white), generator).to(white.transforms.device)
+        """First maps: a batch at random rotations, the same for any number of workers. Collective."""
+        rank, count = self._world.rank, len(white)
+        rotation = random_rotations(count * self._world.size, generator)[rank * count : (rank + 1) * count]
+        rotation = rotation.to(white.transforms.device)
         self._insert(white, rotation, torch.zeros_like(rotation[:, 0, :2]), 1.0)
         self._refresh(white.pixels.radius_limit)
 

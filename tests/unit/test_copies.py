@@ -45,7 +45,9 @@ def test_circles_of_a_copy_are_read_from_the_image() -> None:
     seen = circles(pixels.pack(rfft2_centred(images)))
     for number, copy in enumerate(image_copies(images, 8).unbind(1)):
         wanted = circles(pixels.pack(rfft2_centred(copy)))[:, :, : ANGLES // 2]
-        assert (seen[:, :, encoder.look[number]] - wanted).abs().max() < 1e-5 * seen.abs().max()  # exact but for rounding
+        assert (
+            seen[:, :, encoder.look[number]] - wanted
+        ).abs().max() < 1e-5 * seen.abs().max()  # exact but for rounding
 
 
 def test_circles_hold_the_transform_between_the_pixels() -> None:

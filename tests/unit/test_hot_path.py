@@ -57,7 +57,11 @@ class NoHostSync(TorchDispatchMode):
 
 
 def config(**pose: Any) -> Config:
-    sections = {"pose": pose, "encoder": {"channels": [4, 4], "hidden": 8}, "train": {"batch_size": BATCH}}
+    sections = {
+        "pose": pose,
+        "encoder": {"network": "cnn", "channels": [4, 4], "hidden": 8},
+        "train": {"batch_size": BATCH},
+    }
     return config_from_dict(sections)
 
 
@@ -81,7 +85,8 @@ def step(model: AutoEncoder, batch: ParticleImages) -> Tensor:
 
 SOURCES = [
     {"source": "encoder"},
-    {"source": "encoder", "heads": 3, "symmetric_loss": True},
+    {"source": "encoder", "heads": 3, "copies": 2},
+    {"source": "encoder", "copies": 8},
     {"source": "encoder", "parameterisation": "quaternion"},
     {"source": "encoder", "parameterisation": "euler", "centred": True},
     {"source": "table"},
@@ -103,7 +108,10 @@ def test_forward_and_backward_never_wait_for_the_device(pose: dict[str, Any]):
 def test_whole_step_with_optimiser_runs_on_fake_tensors(precision: str):
     # Fake tensors refuse every operation whose result depends on values.
     settings = config_from_dict(
-        {"pose": {"source": "encoder"}, "encoder": {"channels": [4, 4], "hidden": 8, "precision": precision}}
+        {
+            "pose": {"source": "encoder"},
+            "encoder": {"network": "cnn", "channels": [4, 4], "hidden": 8, "precision": precision},
+        }
     )
     model, batch = build_autoencoder(settings, BOX, 10), inputs("cpu")
     optimiser = build_optimiser(settings, model)

@@ -251,9 +251,7 @@ class AutoEncoding:
         seed = 1000 * config.train.seed + number
         self._trainer.restart(seed)
         self._trainer.set_maps(self._first_maps(seed), FIRST_RADIUS)
-        # Other poses on every worker.
-        generator = torch.Generator().manual_seed(seed + 1009 * self._context.world.rank)
-        self._trainer.insert_at_random(white, generator)
+        self._trainer.insert_at_random(white, torch.Generator().manual_seed(seed))
 
     def _first_maps(self, seed: int) -> Maps:
         config, level, device = self._context.config, self._march.levels[0], self._context.device
