@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalecryo.distributed.world import World
 from scalecryo.physics.fft import FourierPixels
 
 INNER, OUTER = 0.375, 0.45  # of the box: the particle's circle (as in normalisation), and where the corners begin
@@ -46,9 +45,9 @@ class BackgroundNoise:
         self.count.index_add_(0, group, weight.double())
         self.image_power += (self._shell_power(real) * own).sum(0) / real.shape[-1] ** 2
 
-    def all_reduce_(self, world: World) -> None:
-        """Add up over the workers. Collective."""
-        world.all_reduce_(self.power, self.image_power, self.count)
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sums, to be reduced over workers."""
+        return self.power, self.image_power, self.count
 
     def variance(self) -> Float[Tensor, "groups shells"]:
         """Of every group, smooth; a group without images has that of all."""

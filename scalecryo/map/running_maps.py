@@ -1,13 +1,12 @@
 """Half-maps that follow their poses: exponentially decaying sums of inserted slices, solved every few steps."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fourier_slice import add_friedel_pairs, gridding_correction
@@ -37,6 +36,9 @@ class RunningMaps:
         self.transforms: tuple[Complex[Tensor, "d d h"], Complex[Tensor, "d d h"]]
         box, shells = self.sums.padded_box, shell_index_3d(self.sums.padded_box, device)
         self._shells: Int[Tensor, " k"] = shells.flatten()
+        # Where images reach and their samples are shared out: this is what crosses the network between workers.
+        reach = (level / 2 - 1) * self.sums.scale + 2
+        self._reached: Int[Tensor, " r"] = (self._shells <= reach).nonzero()[:, 0]  # host sync: once a level
         largest = int(torch.tensor(3.0).sqrt() * box / 2) + 2  # on the host
         self._in_shell = self._shell_sums(torch.ones(len(self._shells), device=device), largest).clamp_min(1)
         # Trilinear insertion and slicing each multiply the density by sinc squared: divide by both, inside a sphere.
@@ -74,22 +76,24 @@ class RunningMaps:
             own = weight * (half == which) / self._kept
             self._fresh.insert(images, rotation, shift_px, own, pixels, half=which)
 
-    def refresh(self, world: World, radius: float, joined_radius: float) -> None:
+    def refresh(self, all_reduce_: Callable[..., None] | None, joined_radius: float) -> None:
         """Add up what all workers inserted since the last time, and solve. Collective.
 
         Args:
-            world: the workers.
-            radius: Fourier pixels up to which images were inserted.
+            all_reduce_: adds tensors over the workers, in place; None: this one is alone.
             joined_radius: below it both halves' sums are used for both maps, so that they keep one frame.
         """
-        if world.size > 1:
-            self._fresh.all_reduce_(world.all_reduce_, radius)
+        if all_reduce_ is not None:
+            parts = [grid.flatten(2).index_select(2, self._reached) for grid in self._fresh.tensors()]
+            all_reduce_(*parts)
+            for grid, part in zip(self._fresh.tensors(), parts, strict=True):
+                grid.view(1, 2, -1).index_copy_(2, self._reached, part)
         for total, fresh in zip(self.sums.tensors(), self._fresh.tensors(), strict=True):
             total.add_(fresh).mul_(self._kept)
             fresh.zero_()
         self._kept = 1.0
         numerators, denominators = (part[0] for part in self.sums.tensors())
-        if joined_radius >= radius:
+        if joined_radius >= self.level / 2 - 1:
             joined = self._solve(numerators.sum(0), denominators.sum(0))
             self.transforms = joined, joined
             return

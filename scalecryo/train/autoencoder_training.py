@@ -5,7 +5,7 @@ only the best gets the gradient of the reconstruction loss, and the image is ins
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,7 +55,7 @@ class Maps(Protocol):
     ) -> None:  # fmt: skip
         """Take in a batch."""
 
-    def refresh(self, world: World, radius: float, joined_radius: float) -> None:
+    def refresh(self, all_reduce_: Callable[..., None] | None, joined_radius: float) -> None:
         """Make the transforms anew. Collective."""
 
     def grown(self, level: int) -> "Maps":
@@ -167,10 +167,10 @@ class AutoEncoderTrainer:
                     module.reset_parameters()
         self._optimiser = torch.optim.Adam(self.encoder.parameters(), lr=self._rate, fused=True)
 
-    def set_maps(self, maps: Maps, radius: float) -> None:
+    def set_maps(self, maps: Maps) -> None:
         """Learn with these maps from now on. Collective."""
         self._maps = maps
-        self._refresh(radius)
+        self._refresh()
 
     def insert_at_random(self, white: ParticleImages, generator: torch.Generator) -> None:
         """First maps: a batch at random rotations, the same for any number of workers. Collective."""
@@ -178,7 +178,7 @@ class AutoEncoderTrainer:
         rotation = random_rotations(count * self._world.size, generator)[rank * count : (rank + 1) * count]
         rotation = rotation.to(white.transforms.device)
         self._insert(white, rotation, torch.zeros_like(rotation[:, 0, :2]), 1.0)
-        self._refresh(white.pixels.radius_limit)
+        self._refresh()
 
     def step(self, images: ParticleImages, white: ParticleImages, plan: StepPlan, norm: float) -> tuple[Tensor, Tensor]:
         """One step; returns the global batch's mean loss, a share of the images' power, and rotations. Collective.
@@ -213,7 +213,7 @@ class AutoEncoderTrainer:
         with timer.part("insert"):
             self._insert(white, rotation.detach(), shift_px.detach(), plan.keep)
         if plan.refresh:
-            self._refresh(white.pixels.radius_limit)
+            self._refresh()
         loss = residual.detach()
         world.all_reduce_(loss)
         return loss / total, rotation.detach()
@@ -277,9 +277,9 @@ class AutoEncoderTrainer:
             loss.backward()
             self._optimiser.step()
 
-    def _refresh(self, radius: float) -> None:
+    def _refresh(self) -> None:
         with self._world.timer.part("solve"):
-            self.maps.refresh(self._world, radius, JOINED_RADIUS)
+            self.maps.refresh(self._world.all_reduce_ if self._world.size > 1 else None, JOINED_RADIUS)
         # Candidates are compared below the radius that both halves share.
         self._packed = PackedVolume(self.maps.transforms[0])
 

@@ -1,13 +1,12 @@
 """The paper's volume in the place of running maps: voxels in real space, learnt by Adam from the same residuals."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
-from scalecryo.distributed.world import World
 from scalecryo.model.volume import Volume
 from scalecryo.physics.fft import FourierPixels, fourier_resize_3d
 from scalecryo.physics.image_formation import CtfWeightedImages
@@ -37,12 +36,12 @@ class VoxelMaps:
     ) -> None:  # fmt: skip
         """Nothing: the voxels' gradient says what the images do."""
 
-    def refresh(self, world: World, radius: float, joined_radius: float) -> None:
+    def refresh(self, all_reduce_: Callable[..., None] | None, joined_radius: float) -> None:
         """One step of Adam where there is a gradient; transform the volume. Collective."""
         gradient = self.volume.voxels.grad
         if gradient is not None:
-            world.all_reduce_(gradient)
-            gradient /= world.size
+            if all_reduce_ is not None:
+                all_reduce_(gradient)  # the sum does as well as the mean: Adam does not see its size
             self._optimiser.step()
             self._optimiser.zero_grad(set_to_none=True)
         transform = self.volume() / self.level

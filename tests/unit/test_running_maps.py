@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalecryo.distributed.world import World
 from scalecryo.map.running_maps import RunningMaps
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.fourier_slice import extract_slices
@@ -50,7 +49,7 @@ def error(maps: RunningMaps, transform: Tensor, radius: float) -> float:
 @pytest.mark.parametrize("padding", [1.0, 2.0])
 def test_slices_of_the_maps_are_the_images(padding: float) -> None:
     maps = inserted(RunningMaps(LEVEL, padding, "cpu"), rotations(0))
-    maps.refresh(World(), LEVEL / 2 - 1, joined_radius=6.0)
+    maps.refresh(None, joined_radius=6.0)
     for transform in maps.transforms:
         # The regularisation takes off 5 % of the mean weight's, more where images lie thinly; the rest is trilinear
         # interpolation, on a grid without padding and with it.
@@ -63,7 +62,7 @@ def test_halves_are_joined_at_low_frequencies_and_apart_beyond() -> None:
     noise = torch.randn(8, len(pixels), 2, generator=torch.Generator().manual_seed(0))
     images = CtfWeightedImages(torch.view_as_complex(noise), torch.ones(8, len(pixels)))
     maps.insert(images, few, torch.zeros(8, 2), torch.ones(8), torch.ones(8, dtype=torch.long), pixels, keep=1.0)
-    maps.refresh(World(), LEVEL / 2 - 1, joined_radius=8.0)
+    maps.refresh(None, joined_radius=8.0)
     first, second = maps.transforms
     low, high = fourier_pixels(LEVEL, 3.0), fourier_pixels(LEVEL)
     seen = [extract_slices(transform, few, p.kx, p.ky, 2.0) for transform in (first, second) for p in (low, high)]
@@ -71,14 +70,14 @@ def test_halves_are_joined_at_low_frequencies_and_apart_beyond() -> None:
     # The window in real space couples neighbouring shells: its transform falls off like that of a ball.
     assert (seen[2] - seen[0]).norm() < 0.1 * seen[0].norm()
     assert seen[3][:, outer].norm() < 0.1 * seen[1][:, outer].norm()
-    maps.refresh(World(), LEVEL / 2 - 1, joined_radius=100.0)
+    maps.refresh(None, joined_radius=100.0)
     assert maps.transforms[0] is maps.transforms[1]
 
 
 def test_maps_are_those_of_a_reconstruction() -> None:
     # The sum of Gaussians in real space, in density units: projections integrate it along z.
     maps = inserted(RunningMaps(LEVEL, 2.0, "cpu"), rotations(2))
-    maps.refresh(World(), LEVEL / 2 - 1, joined_radius=6.0)
+    maps.refresh(None, joined_radius=6.0)
     axis = torch.arange(LEVEL) - LEVEL // 2
     z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
     squared = [(x - b[0]) ** 2 + (y - b[1]) ** 2 + (z - b[2]) ** 2 for b in BLOBS]
@@ -90,12 +89,12 @@ def test_maps_are_those_of_a_reconstruction() -> None:
 
 def test_sums_move_to_a_larger_level() -> None:
     small = inserted(RunningMaps(LEVEL, 1.0, "cpu"), rotations(3))
-    small.refresh(World(), LEVEL / 2 - 1, 6.0)
+    small.refresh(None, 6.0)
     large = small.grown(2 * LEVEL)
-    large.refresh(World(), LEVEL / 2 - 1, 6.0)
+    large.refresh(None, 6.0)
     assert error(large, large.transforms[0], 8.0) < 0.09
     inserted(large, rotations(4))
-    large.refresh(World(), LEVEL - 1, 6.0)
+    large.refresh(None, 6.0)
     assert error(large, large.transforms[0], 8.0) < 0.09
 
 
@@ -106,12 +105,12 @@ def test_earlier_images_decay() -> None:
         inserted(maps, rotations(5, 10), keep=0.5)
         inserted(maps, rotations(6, 10), keep=0.5)
         if between:
-            maps.refresh(World(), LEVEL / 2 - 1, 6.0)
+            maps.refresh(None, 6.0)
         inserted(maps, rotations(7, 10), keep=0.5)
-        maps.refresh(World(), LEVEL / 2 - 1, 6.0)
+        maps.refresh(None, 6.0)
     alone = [inserted(RunningMaps(LEVEL, 1.0, "cpu"), rotations(seed, 10)) for seed in (5, 6, 7)]
     for maps in alone:
-        maps.refresh(World(), LEVEL / 2 - 1, 6.0)
+        maps.refresh(None, 6.0)
     wanted = sum(share * maps.sums.denominator for share, maps in zip((0.25, 0.5, 1.0), alone, strict=True))
     for maps in (at_once, in_two):
         assert torch.allclose(maps.sums.denominator, wanted, rtol=1e-5, atol=1e-5)

@@ -192,7 +192,7 @@ class AutoEncoding:
         self._step, self._batches = int(state["step"]), int(state["batches"])
         self._trainer.load_state_dict(state["trainer"])
         if state["maps"] is not None:
-            self._trainer.set_maps(self._loaded_maps(state["maps"]), self._radius(state["maps"]["level"]))
+            self._trainer.set_maps(self._loaded_maps(state["maps"]))
 
     def _settings(self) -> str:
         config = self._context.config
@@ -213,7 +213,7 @@ class AutoEncoding:
         self._circle_sums[1] += batch.weight.sum()
 
     def _finish_look(self, world: World) -> PassReport:
-        self._noise.all_reduce_(world)
+        world.all_reduce_(*self._noise.tensors())
         world.all_reduce_(self._circle_sums)
         power, count = self._circle_sums
         self._trainer.encoder.scale.copy_((power / count / 2).clamp_min(1e-20).rsqrt())
@@ -231,7 +231,7 @@ class AutoEncoding:
         if first:
             self._begin_start(white)
         elif trainer.maps.level != place.level:
-            trainer.set_maps(trainer.maps.grown(place.level), self._radius(place.level))
+            trainer.set_maps(trainer.maps.grown(place.level))
         share = 0.5 + 0.5 * math.cos(math.pi * step / self._march.steps)
         plan = StepPlan(
             radius=place.radius, rate=config.optim.encoder_rate * (LAST_RATE + (1 - LAST_RATE) * share),
@@ -250,7 +250,7 @@ class AutoEncoding:
         config, number = self._context.config, self._start
         seed = 1000 * config.train.seed + number
         self._trainer.restart(seed)
-        self._trainer.set_maps(self._first_maps(seed), FIRST_RADIUS)
+        self._trainer.set_maps(self._first_maps(seed))
         self._trainer.insert_at_random(white, torch.Generator().manual_seed(seed))
 
     def _first_maps(self, seed: int) -> Maps:
@@ -267,10 +267,6 @@ class AutoEncoding:
         maps.load_state_dict(state)
         return maps
 
-    def _radius(self, level: int) -> float:
-        """That images of a level are inserted up to."""
-        return level / 2 - 1
-
     def _finish_start(self) -> PassReport:
         number, loss = self._start + 1, float(torch.stack(self._losses[-LOSSES:]).mean())  # host sync: once a pass
         self._refuse_nan(loss)
@@ -284,7 +280,7 @@ class AutoEncoding:
             assert self._best_state is not None, "one start was the best"
             self._trainer.load_state_dict(self._best_state["trainer"])
             maps = self._loaded_maps(self._best_state["maps"])
-            self._trainer.set_maps(maps, self._radius(maps.level))
+            self._trainer.set_maps(maps)
             self._best_state, self._step = None, min(len(self._losses), self._march.steps)
         return PassReport(f"auto-encoder: random start {number} of {starts}: loss {loss:.4f}", self._images)
 
