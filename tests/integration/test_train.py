@@ -44,7 +44,8 @@ RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", 
 
 
 def start(data: str, out: Path | str, *, resume: bool = False, **overrides: object) -> None:
-    settings = {"pose.source": "encoder", "encoder.network": "cnn", "train.steps": 6, "train.batch_size": 16, "monitor.every": 1,
+    settings = {"pose.source": "encoder", "encoder.network": "cnn", "train.steps": 6,
+                "train.batch_size": 16, "monitor.every": 1,
                 "monitor.pictures_every": 3, "train.checkpoint_every": 3,
                 "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
     source = overrides.get("pose__source", "encoder")
@@ -197,8 +198,8 @@ def test_assign_elsewhere_gives_the_same_poses(simulated: SimulatedParticles, tm
 
 
 def config_of(simulated: SimulatedParticles, out: Path, workers: int) -> Config:
-    config = load_config(None, {"pose.source": "encoder", "encoder.network": "cnn", "train.steps": "5", "train.batch_size": "16",
-                                "monitor.every": "1", "encoder.channels": "4,8",
+    config = load_config(None, {"pose.source": "encoder", "encoder.network": "cnn", "train.steps": "5",
+                                "train.batch_size": "16", "monitor.every": "1", "encoder.channels": "4,8",
                                 "encoder.hidden": "16", "pose.heads": "2"})  # fmt: skip
     run = dataclasses.replace(config.run, data=simulated.store, out=str(out), workers=str(workers))
     return dataclasses.replace(config, run=run)
@@ -385,8 +386,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(simulated: SimulatedParticles
 
 
 def test_command_line_trains(simulated: SimulatedParticles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["train", "--data", simulated.store, "--out", str(tmp_path / "run"), "--pose.source", "encoder", "--encoder.network", "cnn",
-          "--train.steps", "2",
+    main(["train", "--data", simulated.store, "--out", str(tmp_path / "run"), "--pose.source", "encoder",
+          "--encoder.network", "cnn", "--train.steps", "2",
           "--train.batch_size", "8", "--pose.copies", "2"])  # fmt: skip
     assert str(tmp_path / "run") in capsys.readouterr().out
     resolved = load_config(str(tmp_path / "run" / "config.toml"), {})

@@ -1,4 +1,4 @@
-"""The noise spectrum from the images' corners: flat where it is white, right where it is coloured, each group its own."""
+"""The noise spectrum from the images' corners: flat where white, right where coloured, each group its own."""
 
 import pytest
 import torch
