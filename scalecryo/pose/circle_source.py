@@ -1,6 +1,6 @@
 """Candidates of the auto-encoder's encoder: what its heads say of an image's copies, compared with a reference."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,7 +9,7 @@ from torch import Tensor
 from scalecryo.map.reference import Reference
 from scalecryo.model.circle_encoder import Candidates, CircleEncoder, CircleTransform
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseCandidates, Poses
+from scalecryo.physics.poses import PoseCandidates, Poses, concatenated
 from scalecryo.pose.local_refinement import evaluate_poses
 from scalecryo.pose.modes import separated_modes
 
@@ -25,12 +25,14 @@ class CircleSource:
         circles: images to circles.
         radius: Fourier pixels by which candidates are compared with the reference.
         count: candidates kept of each image.
+        symmetry: of the reference, the identity first; each candidate is offered at all related poses.
     """
 
     encoder: CircleEncoder
     circles: CircleTransform
     radius: float
     count: int
+    symmetry: Float[Tensor, "g 3 3"]
 
     @torch.no_grad()
     def candidates(
@@ -45,9 +47,11 @@ class CircleSource:
             near.pixels, reference.scale,
         )  # fmt: skip
         box = images.box_size * images.pixel_size
-        return separated_modes(
+        modes = separated_modes(
             PoseCandidates(found.rotation, found.shift * box, -cost.float()), self.count, SEPARATION_DEG
         )
+        turned = [replace(modes, rotation=symmetry @ modes.rotation) for symmetry in self.symmetry]
+        return concatenated(turned, 1)
 
     @torch.no_grad()
     def own_poses(self, images: ParticleImages) -> Poses:

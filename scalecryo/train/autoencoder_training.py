@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scalecryo.distributed.gradients import replicated
 from scalecryo.distributed.world import World
+from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.map.background_noise import BackgroundNoise
 from scalecryo.map.reference import Reference, ReferenceSet
 from scalecryo.model.circle_encoder import Candidates, CircleEncoder, CircleTransform
@@ -31,6 +32,10 @@ from scalecryo.settings import ReduceDtype
 from scalecryo.train.encoder_training import TrainingBatch
 
 JOINED_RADIUS = 10.0  # Fourier pixels below which both halves share one map, so that they keep one frame
+# Where the maps have a pseudo-symmetry: which related pose is right shows at a share of the radius that is compared, up
+# to so many Fourier pixels; so many of the best candidates are asked.
+CHOICE_SHARE, CHOICE_RADIUS, LEADERS = 0.8, 32.0, 2
+MOST_SYMMETRIES = 4
 MODES = 4  # candidates that are locally refined
 SCORE_WIDTH_DEG = 8.0  # how near a candidate is to a known pose counts by a Gaussian of this width
 KNOWN_RATE = 0.3  # learning rate once poses come from local refinement, as a share of the first
@@ -151,6 +156,8 @@ class AutoEncoderTrainer:
         self._optimiser = torch.optim.Adam(encoder.parameters(), lr=rate, fused=True)
         self._packed: PackedVolume | None = None
         self._maps: Maps | None = None
+        self.symmetry: Float[Tensor, "g 3 3"] = torch.eye(3, device=pixels.kx.device)[None]
+        """Pseudo-symmetries of the maps, the identity first."""
 
     @property
     def maps(self) -> Maps:
@@ -171,6 +178,18 @@ class AutoEncoderTrainer:
         """Learn with these maps from now on. Collective."""
         self._maps = maps
         self._refresh()
+
+    def look_for_symmetry(self) -> None:
+        """Find the maps' pseudo-symmetries: at low frequencies related poses look alike, and half the images would stay
+        in the wrong one. Collective.
+        """
+        found = torch.zeros(MOST_SYMMETRIES, 3, 3)
+        if self._world.is_leader:  # others might round otherwise
+            some = rotational_symmetry(self.maps.maps().mean(0).cpu())[:MOST_SYMMETRIES]
+            found[: len(some)] = some
+        found = found.to(self.symmetry.device)
+        self._world.all_reduce_(found)
+        self.symmetry = found[found.abs().sum((1, 2)) > 0]  # host sync: once a level
 
     def insert_at_random(self, white: ParticleImages, generator: torch.Generator) -> None:
         """First maps: a batch at random rotations, the same for any number of workers. Collective."""
@@ -200,9 +219,10 @@ class AutoEncoderTrainer:
             found, hidden = self.encoder.candidates(circles)
         with timer.part("candidates"):
             cost = self.costs(white, found)
-            best = cost.argmin(1)
+            best, turn = self._best(white, found, cost, plan.radius)
         with timer.part("encoder"):
             rotation, shift, score = self._replica(circles, best, hidden)
+            rotation = turn @ rotation
         shift_px = shift * images.box_size
         with timer.part("slices"):
             residual = (weight * self._residual(white.within(plan.radius), rotation, shift_px)).sum() / norm
@@ -227,6 +247,31 @@ class AutoEncoderTrainer:
             self._packed, near.transforms, found.rotation, found.shift * white.box_size, near.ctf, near.pixels.weight,
             near.pixels, self.maps.scale,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _best(
+        self, white: ParticleImages, found: Candidates, cost: Float[Tensor, "b k"], radius: float
+    ) -> tuple[Int[Tensor, " b"], Float[Tensor, "b 3 3"]]:
+        """The best candidate of each image, and by which of the maps' pseudo-symmetries it is to be turned."""
+        turns = len(self.symmetry)
+        if turns == 1:
+            return cost.argmin(1), self.symmetry.expand(len(cost), 3, 3)
+        near = white.within(min(CHOICE_SHARE * radius, CHOICE_RADIUS))
+        leading = cost.topk(LEADERS, 1, largest=False).indices
+        row = torch.arange(len(leading), device=leading.device)[:, None]
+        rotation = (self.symmetry[:, None, None] @ found.rotation[row, leading]).transpose(0, 1).flatten(1, 2)
+        shift_px = (found.shift[row, leading] * white.box_size).repeat(1, turns, 1)
+        given = near.transforms, rotation, shift_px, near.ctf, near.pixels.weight, near.pixels, self.maps.scale
+        costs = [evaluate_poses(transform, *given) for transform in self._distinct_transforms()]
+        if len(costs) > 1:
+            costs = [torch.where((near.half == 1)[:, None], costs[0], costs[1])]
+        best = costs[0].argmin(1)
+        return leading.gather(1, best[:, None] % LEADERS)[:, 0], self.symmetry[best // LEADERS]
+
+    def _distinct_transforms(self) -> list[Tensor]:
+        """One where the halves are joined, else each half's."""
+        first, second = self.maps.transforms
+        return [first] if first is second else [first, second]
 
     def gains(self, white: ParticleImages, found: Candidates) -> Float[Tensor, " b"]:
         """Logarithm of the likelihood ratio over an empty map, at even odds for all candidates."""
@@ -255,7 +300,8 @@ class AutoEncoderTrainer:
 
     def source(self, references: ReferenceSet) -> CircleSource:
         """Candidates for local refinement."""
-        return CircleSource(self.encoder, self.circles, self._search_radius, MODES)
+        modes = MODES if len(self.symmetry) == 1 else LEADERS
+        return CircleSource(self.encoder, self.circles, self._search_radius, modes, self.symmetry)
 
     def own_poses(self, images: ParticleImages, references: ReferenceSet) -> Poses:
         """Poses by the encoder alone."""
@@ -263,12 +309,14 @@ class AutoEncoderTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, but for the maps."""
-        return {"encoder": self.encoder.state_dict(), "optimiser": self._optimiser.state_dict()}
+        return {"encoder": self.encoder.state_dict(), "optimiser": self._optimiser.state_dict(),
+                "symmetry": self.symmetry.cpu()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.encoder.load_state_dict(state["encoder"])
         self._optimiser.load_state_dict(state["optimiser"])
+        self.symmetry = state["symmetry"].to(self.symmetry.device)
 
     def _descend(self, loss: Tensor, rate: float) -> None:
         self._optimiser.param_groups[0]["lr"] = rate
@@ -287,9 +335,7 @@ class AutoEncoderTrainer:
         self, near: ParticleImages, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"]
     ) -> Float[Tensor, " b"]:
         """Squared residual of each image against its own half's map."""
-        first, second = self.maps.transforms
-        found = [self._against(transform, near, rotation, shift_px)
-                 for transform in ((first,) if first is second else (first, second))]  # fmt: skip
+        found = [self._against(transform, near, rotation, shift_px) for transform in self._distinct_transforms()]
         # Both for all images: to pick them by half would wait for the device.
         return found[0] if len(found) == 1 else torch.where(near.half == 1, found[0], found[1])
 

@@ -231,6 +231,7 @@ class AutoEncoding:
         if first:
             self._begin_start(white)
         elif trainer.maps.level != place.level:
+            trainer.look_for_symmetry()
             trainer.set_maps(trainer.maps.grown(place.level))
         share = 0.5 + 0.5 * math.cos(math.pi * step / self._march.steps)
         plan = StepPlan(
