@@ -22,13 +22,15 @@ class Learned:
         particles: last pose of every particle.
         references: half-maps of every class.
         encoder: that learns to pose while references are refined.
-        model: the auto-encoder.
+        model: the paper's auto-encoder.
+        steps: that curves and checkpoints count before the refinement's first iteration.
     """
 
     particles: ParticleState
     references: ReferenceSet | None = None
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
+    steps: int = 0
 
 
 class Stage(Protocol):

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from scalecryo.commands import train
+from scalecryo.commands import assign, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.relion import read_poses
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError, TrainingError
+from scalecryo.runs.checkpoint import Checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
 from tests.conftest import SimulatedParticles
@@ -90,6 +91,36 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(
     for name in ("map.mrc", "half1.mrc"):
         a, b = (read_map(str(tmp_path / run / name))[0] for run in ("whole", "cut"))
         assert np.array_equal(a, b)
+
+
+def test_assign_poses_particles_as_the_run_did(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    start(simulated.store, tmp_path / "run")
+    assign.run(str(tmp_path / "run"), data=None, out=str(tmp_path / "again"))
+    first, second = (read_poses(str(tmp_path / name / "particles.star")) for name in ("run", "again"))
+    assert np.array_equal(first.rotation, second.rotation)
+
+
+def test_refinement_resumes_after_the_auto_encoder(
+    simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the refinement's first iteration: it goes on there, not at the auto-encoder."""
+    settings = {"autoencoder__refine": "true", "guided__iterations": 2}
+    start(simulated.store, tmp_path / "whole", **settings)
+    save = loop.save_checkpoint
+
+    def deadly(run: RunFolder, checkpoint: Checkpoint, *arguments: object, **options: object) -> None:
+        save(run, checkpoint, *arguments, **options)  # type: ignore[arg-type]
+        if checkpoint.stage == "refinement":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", deadly)
+    with pytest.raises(KeyboardInterrupt):
+        start(simulated.store, tmp_path / "cut", **settings)
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.delattr("scalecryo.train.stages.autoencoder.AutoEncoding.step")
+    start(simulated.store, tmp_path / "cut", resume=True, **settings)
+    a, b = (read_map(str(tmp_path / name / "map.mrc"))[0] for name in ("whole", "cut"))
+    assert np.array_equal(a, b)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(

@@ -103,7 +103,7 @@ class AutoEncoding:
         self._circle_sums = torch.zeros(2, context.config.encoder.circles, dtype=torch.float64, device=context.device)
         self._white: Whitening | None = None
         self._trainer = autoencoder_trainer(context)
-        learned.encoder = self._trainer
+        learned.encoder, learned.steps = self._trainer, self._march.steps
         self._start, self._best = 0, math.inf  # starts that were made; the best one's loss
         self._best_state: dict[str, Any] | None = None
         self._step = 0  # of the march
@@ -165,7 +165,7 @@ class AutoEncoding:
 
     def state_dict(self) -> dict[str, Any]:
         """Encoder, maps, noise, and the best start so far."""
-        march = self._start >= self._context.config.autoencoder.starts
+        march, references = self._start >= self._context.config.autoencoder.starts, self._learned.references
         return {
             "settings": self._settings(),
             "noise": self._noise.state_dict(),
@@ -173,6 +173,7 @@ class AutoEncoding:
             "step": self._step, "batches": self._batches,
             "trainer": self._trainer.state_dict(),
             "maps": self._trainer.maps.state_dict() if march else None,
+            "references": references.state_dict() if self._done and references is not None else None,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -193,6 +194,9 @@ class AutoEncoding:
         self._trainer.load_state_dict(state["trainer"])
         if state["maps"] is not None:
             self._trainer.set_maps(self._loaded_maps(state["maps"]))
+        if state["references"] is not None:
+            self._learned.references = ReferenceSet.from_state_dict(state["references"], self._context.device)
+            self._done = True
 
     def _settings(self) -> str:
         config = self._context.config
@@ -340,7 +344,7 @@ class AutoEncoding:
         self._learned.references = replace(references, radius=radius)
         self._done = True
         message = f"auto-encoder: half-maps agree (FSC 0.5) to {angstrom:.1f} Å, held-out images gain {gain:.1f} nats"
-        return PassReport(message, self._images, checkpoint=False)
+        return PassReport(message, self._images, self._march.steps, score=1.0)
 
     def _refuse_nan(self, loss: float) -> None:
         if not math.isfinite(loss):

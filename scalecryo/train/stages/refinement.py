@@ -307,7 +307,8 @@ class Refinement:
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(
-            message, iteration.images, number, scalars, {"poses/confidence": known.confidence[seen]}, after.mean(),
+            message, iteration.images, self._learned.steps + number, scalars,
+            {"poses/confidence": known.confidence[seen]}, after.mean(),
             rows[seen], known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
         )  # fmt: skip
 
