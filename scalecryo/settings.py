@@ -89,7 +89,9 @@ class AutoencoderConfig(Section):
     steps: int = option(400, "steps at the smallest level of the store", AUTOENCODER, least=1)
     level_steps: int = option(150, "steps at each larger level, up to train.box", AUTOENCODER, least=1)
     batch_size: int = option(64, "particles in a batch, over all workers", AUTOENCODER, least=1)
-    remembered: int = option(2000, "particles that the running map holds, by exponential decay", AUTOENCODER, least=2)
+    remembered: int = option(
+        2000, "particles that the running maps hold at first, by exponential decay", AUTOENCODER, least=128
+    )
     search_radius: float = option(
         8.0, "Fourier pixels by which the best candidate is chosen", AUTOENCODER, least=2, most=64
     )

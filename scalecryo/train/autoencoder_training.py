@@ -36,6 +36,7 @@ JOINED_RADIUS = 10.0  # Fourier pixels below which both halves share one map, so
 # to so many Fourier pixels; so many of the best candidates are asked.
 CHOICE_SHARE, CHOICE_RADIUS, LEADERS = 0.8, 32.0, 2
 MOST_SYMMETRIES = 4
+FIRST_SEARCH_RADIUS = 8.0  # Fourier pixels by which candidates are compared at first
 MODES = 4  # candidates that are locally refined
 SCORE_WIDTH_DEG = 8.0  # how near a candidate is to a known pose counts by a Gaussian of this width
 KNOWN_RATE = 0.3  # learning rate once poses come from local refinement, as a share of the first
@@ -218,7 +219,7 @@ class AutoEncoderTrainer:
             circles = encoder_input(images, self.circles)
             found, hidden = self.encoder.candidates(circles)
         with timer.part("candidates"):
-            cost = self.costs(white, found)
+            cost = self.costs(white, found, plan.radius)
             best, turn = self._best(white, found, cost, plan.radius)
         with timer.part("encoder"):
             rotation, shift, score = self._replica(circles, best, hidden)
@@ -239,10 +240,17 @@ class AutoEncoderTrainer:
         return loss / total, rotation.detach()
 
     @torch.no_grad()
-    def costs(self, white: ParticleImages, found: Candidates) -> Float[Tensor, "b k"]:
-        """Negative log-likelihood of candidates at low frequencies, up to a constant per image."""
+    def costs(self, white: ParticleImages, found: Candidates, radius: float = math.inf) -> Float[Tensor, "b k"]:
+        """Negative log-likelihood of candidates at low frequencies, up to a constant per image.
+
+        Args:
+            white: images with unit noise.
+            found: candidates.
+            radius: Fourier pixels that maps are learnt up to so far.
+        """
         assert self._packed is not None, "set_maps() comes first"
-        near = white.within(min(self._search_radius, white.pixels.radius_limit))
+        radius = min(self._search_radius, max(FIRST_SEARCH_RADIUS, radius), white.pixels.radius_limit)
+        near = white.within(radius)
         return evaluate_poses(
             self._packed, near.transforms, found.rotation, found.shift * white.box_size, near.ctf, near.pixels.weight,
             near.pixels, self.maps.scale,

@@ -36,6 +36,7 @@ LOOK_BATCHES, LOOK_SIZE = 4, 256
 FIRST_RADIUS, MARCH_SHARE = 4.0, 0.7  # Fourier pixels; share of a level's steps after which its last one is reached
 LAST_RATE = 0.1  # of the learning rate, as a share of the first
 LOSSES = 15  # steps at the end of a start that are compared
+MEMORY_SHARE = 0.25  # of the images seen so far, that maps remember: poses settle, and noise averages out
 PADDING = 1.0  # of running maps: their gridding correction makes up for it, and a step costs an eighth
 REFRESH = {1: 1, 2: 2, 4: 4}  # steps between two solutions of the maps, by level over the smallest; beyond: 8
 JUDGE_BATCHES = 8
@@ -240,7 +241,7 @@ class AutoEncoding:
         share = 0.5 + 0.5 * math.cos(math.pi * step / self._march.steps)
         plan = StepPlan(
             radius=place.radius, rate=config.optim.encoder_rate * (LAST_RATE + (1 - LAST_RATE) * share),
-            keep=max(0.5, 1 - settings.batch_size / settings.remembered),
+            keep=1 - settings.batch_size / max(settings.remembered, MEMORY_SHARE * step * settings.batch_size),
             refresh=place.refresh or config.volume.update == "gradient",
         )  # fmt: skip
         norm = self._white.image_power(batch.pixels, place.radius)
