@@ -93,7 +93,7 @@ class AutoencoderConfig(Section):
         2000, "particles that the running maps hold at first, by exponential decay", AUTOENCODER, least=128
     )
     search_radius: float = option(
-        8.0, "Fourier pixels by which the best candidate is chosen", AUTOENCODER, least=2, most=64
+        12.0, "Fourier pixels by which the best candidate is chosen", AUTOENCODER, least=2, most=64
     )
     refine: bool = option(False, "go on by the iterations of the refinement, as `guided` does", AUTOENCODER)
 
@@ -105,7 +105,7 @@ class EncoderConfig(Section):
     network: Literal["circles", "cnn"] = option(
         "circles", "circles: a perceptron on circles in Fourier space; cnn: the paper's, on pixels", ENCODER
     )
-    circles: int = option(6, "circles that it sees, Fourier pixels", ENCODER, least=2, most=28)
+    circles: int = option(10, "circles that it sees, Fourier pixels", ENCODER, least=2, most=28)
     hidden: int = option(0, "units of both fully connected layers; 0: 256 of circles, 512 of cnn", ENCODER, least=0)
     channels: tuple[int, ...] = option((32, 64, 128), "filters of the cnn's conv-conv-maxpool blocks", PAPER)
     input_box: int = option(0, "Fourier-crop the cnn's images to this box, px; 0: as trained", PAPER, least=0)

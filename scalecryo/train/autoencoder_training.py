@@ -31,12 +31,11 @@ from scalecryo.pose.local_refinement import evaluate_poses
 from scalecryo.settings import ReduceDtype
 from scalecryo.train.encoder_training import TrainingBatch
 
-JOINED_RADIUS = 10.0  # Fourier pixels below which both halves share one map, so that they keep one frame
 # Where the maps have a pseudo-symmetry: which related pose is right shows at a share of the radius that is compared, up
 # to so many Fourier pixels; so many of the best candidates are asked.
 CHOICE_SHARE, CHOICE_RADIUS, LEADERS = 0.8, 32.0, 2
 MOST_SYMMETRIES = 4
-FIRST_SEARCH_RADIUS = 8.0  # Fourier pixels by which candidates are compared at first
+FIRST_SEARCH_RADIUS = 10.0  # Fourier pixels by which candidates are compared at first
 MODES = 4  # candidates that are locally refined
 SCORE_WIDTH_DEG = 8.0  # how near a candidate is to a known pose counts by a Gaussian of this width
 KNOWN_RATE = 0.3  # learning rate once poses come from local refinement, as a share of the first
@@ -335,8 +334,8 @@ class AutoEncoderTrainer:
 
     def _refresh(self) -> None:
         with self._world.timer.part("solve"):
-            self.maps.refresh(self._world.all_reduce_ if self._world.size > 1 else None, JOINED_RADIUS)
-        # Candidates are compared below the radius that both halves share.
+            # Below the radius that candidates are compared at both halves share one map: they keep one frame.
+            self.maps.refresh(self._world.all_reduce_ if self._world.size > 1 else None, self._search_radius + 1)
         self._packed = PackedVolume(self.maps.transforms[0])
 
     def _residual(
