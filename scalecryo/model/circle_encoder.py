@@ -60,7 +60,7 @@ class CircleEncoder(nn.Module):
         outputs = self._rotation_outputs + (0 if centred else 2)
         self.trunk = nn.Sequential(nn.Linear(circles * ANGLES, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         self.pose_head = nn.Linear(hidden, heads * outputs)
-        self.score_head = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, heads))
+        self.score_head = nn.Sequential(nn.Linear(hidden, hidden // 4), nn.ReLU(), nn.Linear(hidden // 4, heads))
         self.register_buffer("scale", torch.ones(circles))
         self.register_buffer("look", _first_angles(copies), persistent=False)
         self.register_buffer("frames", frames(copies), persistent=False)
