@@ -52,7 +52,6 @@ class Place:
     level: int
     radius: float
     refresh: bool
-    last_of_level: bool
 
 
 class March:
@@ -73,9 +72,8 @@ class March:
         low = self.levels[number - 1] / 2 - 1 if number else FIRST_RADIUS
         high = level / 2 - 1
         radius = low + (high - low) * min(1.0, within / (MARCH_SHARE * count))
-        last = within == count - 1
         every = REFRESH.get(level // self.levels[0], 8)
-        return Place(level, radius, refresh=last or within % every == 0, last_of_level=last)
+        return Place(level, radius, refresh=within % every == 0 or within == count - 1)
 
     def rest(self, step: int) -> int:
         """Steps left at the level of a step, itself included."""
