@@ -110,9 +110,8 @@ class Whitening:
         """The same particles with unit noise in every coefficient, their CTF divided alike; transforms over the box."""
         pixels = images.pixels
         group = images.optics_group.long().clamp(0, len(self.variance) - 1)
-        weight = self.variance[:, pixels.shell].rsqrt()
+        weight = self.variance[group].rsqrt()[:, pixels.shell]
         weight[:, 0] = 0.0  # the mean carries no pose
-        weight = weight[group]
         ctf = weight if images.ctf is None else images.ctf * weight
         return images.with_transforms(images.transforms * weight / pixels.box_size, ctf)
 
