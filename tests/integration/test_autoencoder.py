@@ -158,7 +158,9 @@ def test_a_checkpoint_of_other_settings_is_refused(
 
 
 def config_of(data: str, out: Path, workers: int) -> Config:
-    config = load_config(None, SMALL | {"autoencoder.starts": "1", "train.final_pass": "false"})
+    # At its default rate the encoder amplifies a rounding difference of 1e-7 to 1e-3 within these steps.
+    settings = {"autoencoder.starts": "1", "train.final_pass": "false", "optim.encoder_rate": "1e-5"}
+    config = load_config(None, SMALL | settings)
     run = dataclasses.replace(config.run, data=data, out=str(out), workers=str(workers))
     return dataclasses.replace(config, run=run)
 
@@ -190,5 +192,5 @@ def test_two_workers_of_half_a_batch_equal_one(
         RunFolder(str(out)).create(config_of(simulated.store, out, workers), resume=False)
     loop.train(config_of(simulated.store, one, 1), World(), torch.device("cpu"))
     mp.spawn(gloo_worker, args=(2, free_port(), config_of(simulated.store, two, 2)), nprocs=2)
-    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+    assert losses(two) == pytest.approx(losses(one), rel=2e-5)
     assert len(losses(one)) == 8
