@@ -16,8 +16,9 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from scalecryo import __version__
 from scalecryo.commands.console import check_conversion
-from scalecryo.config import RECIPES, SECTIONS, refuse_renamed
+from scalecryo.config import SECTIONS, refuse_renamed
 from scalecryo.errors import ConfigError, ScalecryoError, UsageError
+from scalecryo.settings import RECIPES
 
 app = App(
     name="scalecryo",

@@ -14,26 +14,23 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from scalecryo.errors import ConfigError
-
-Recipe = Literal["guided", "poses", "autoencoder", "known", "table"]
-Device = Literal["cpu", "cuda"]
-PoseSourceName = Literal["guided", "encoder", "known", "table"]
-Parameterisation = Literal["s2s2", "quaternion", "euler"]
-ReduceDtype = Literal["float32", "bfloat16"]
-KernelName = Literal["auto", "reference", "cpu", "cuda"]
-
-#: The recipes, and what chooses each.
-RECIPES: dict[Recipe, str] = {
-    "guided": "pose.source = guided, guided.start = nothing",
-    "poses": "pose.source = guided, guided.start = poses",
-    "autoencoder": "pose.source = encoder",
-    "known": "pose.source = known",
-    "table": "pose.source = table",
-}
-_GUIDED: tuple[Recipe, ...] = ("guided",)
-_EM: tuple[Recipe, ...] = ("guided", "poses")
-_SGD: tuple[Recipe, ...] = ("autoencoder", "known", "table")
-_ENCODER: tuple[Recipe, ...] = ("autoencoder",)
+from scalecryo.settings import (
+    EM,
+    GRADIENT,
+    GUIDED,
+    RECIPES,
+    STEPS,
+    AutoencoderConfig,
+    Device,
+    EncoderConfig,
+    OptimConfig,
+    PoseConfig,
+    Recipe,
+    Section,
+    VolumeConfig,
+    option,
+    require,
+)
 
 RENAMED = {  # settings, from their old names
     "guided.rungs": "guided.iterations",
@@ -45,36 +42,14 @@ RENAMED = {  # settings, from their old names
     "guided.lessons": "guided.encoder_steps",
     "guided.lesson_size": "guided.encoder_batch",
     "optim.traffic": "optim.reduce_dtype",
+    "pose.symmetric_loss": "pose.copies",
     "stream.patience_seconds": "stream.retry_seconds",
     "train.assign": "train.final_pass",
 }
 
 
-def option(default: Any, help: str, recipes: tuple[Recipe, ...] = tuple(RECIPES), **limits: float) -> Any:
-    """A field with its default, one line of help, the recipes that read it, and its `least` and `most` value."""
-    return field(default=default, metadata={"help": help, "recipes": recipes, **limits})
-
-
-def _require(ok: bool, key: str, value: object, repair: str) -> None:
-    if not ok:
-        raise ConfigError(f"config: {key} = {value!r}: {repair}")
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Section:
-    """Settings within the ranges that their fields give."""
-
-    def __post_init__(self) -> None:
-        section = type(self).__name__.removesuffix("Config").lower()
-        for f in fields(self):
-            value, least, most = getattr(self, f.name), f.metadata.get("least"), f.metadata.get("most")
-            within = (least is None or value >= least) and (most is None or value <= most)
-            repair = f"must be at least {least}" if most is None else f"must lie between {least} and {most}"
-            _require(within, f"{section}.{f.name}", value, repair)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig(_Section):
+class RunConfig(Section):
     """What a run reads, where it writes and on what it runs."""
 
     data: str = option("", "particle store, any fsspec URL")
@@ -94,16 +69,16 @@ class RunConfig(_Section):
         low, _, high = self.workers.partition(":")
         numbers = [int(text) for text in (low, high or low) if text.isdecimal()]
         good = len(numbers) == 2 and (0 < numbers[0] <= numbers[1] or numbers == [0, 0])
-        _require(good, "run.workers", self.workers, "use 0, N >= 1, or MIN:MAX with 1 <= MIN <= MAX")
+        require(good, "run.workers", self.workers, "use 0, N >= 1, or MIN:MAX with 1 <= MIN <= MAX")
         return numbers[0], numbers[1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long and on what to train."""
 
-    steps: int = option(10_000, "number of optimiser steps", _SGD, least=1)
-    batch_size: int = option(32, "particles in a global batch, over all workers", _SGD, least=1)
+    steps: int = option(10_000, "number of optimiser steps", GRADIENT, least=1)
+    batch_size: int = option(32, "particles in a global batch, over all workers", GRADIENT, least=1)
     box: int = option(0, "level of the store to train on, px; 0: the full box", least=0)
     rows: int = option(0, "train on the first ROWS particles and hold out the others; 0: all", least=0)
     half: int = option(0, "train on this half of the store alone, 1 or 2; 0: both", least=0, most=2)
@@ -113,98 +88,39 @@ class TrainConfig(_Section):
     mask: str = option("", "soft mask (.mrc, values 0 to 1) of references, FSC and map; default: made from the map")
     diameter_a: float = option(0.0, "diameter of the particle, Å: references end in a soft sphere; 0: none", least=0)
     seed: int = option(0, "seed of the start, the sample order and the noise", least=0)
-    checkpoint_every: int = option(500, "steps between checkpoints", _SGD, least=1)
+    checkpoint_every: int = option(500, "steps between checkpoints", STEPS, least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
     final_pass: bool = option(True, "end by assigning a pose to every particle and writing the maps")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.box % 2 == 0, "train.box", self.box, "boxes are even: choose a level of the store")
+        require(self.box % 2 == 0, "train.box", self.box, "boxes are even: choose a level of the store")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoseConfig(_Section):
-    """Where poses come from and how they are written."""
-
-    source: PoseSourceName = option(
-        "guided",
-        "guided: search, local refinement and re-insertion; encoder: from the image alone; known: from the store; "
-        "table: one free pose a particle",
-    )
-    parameterisation: Parameterisation = option("s2s2", "how a rotation is written", ("autoencoder", "table"))
-    heads: int = option(1, "encoder heads; the best one a particle learns", _ENCODER, least=1, most=64)
-    symmetric_loss: bool = option(False, "also try the image turned by 180 degrees, keep the better", _ENCODER)
-    centred: bool = option(False, "particles sit at the centre; false: shifts are found too",
-                           (*_EM, "autoencoder", "table"))  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidedConfig(_Section):
+class GuidedConfig(Section):
     """The guided method: bootstrap from random poses, then frequency marching by streamed passes."""
 
     start: Literal["nothing", "poses"] = option(
-        "nothing", "nothing: random poses; poses: those that came with the particles, refined without a search", _EM
+        "nothing", "nothing: random poses; poses: those that came with the particles, refined without a search", EM
     )
-    starts: int = option(2, "random starts of the bootstrap; held-out likelihood picks the best", _GUIDED, least=1)
-    bootstrap_steps: int = option(100, "batches that the bootstrap learns from", _GUIDED, least=1)
-    bootstrap_batch: int = option(400, "particles in its batches, over both halves and all workers", _GUIDED, least=1)
-    shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none", _EM, least=0)
-    iterations: int = option(12, "most iterations of the refinement", _EM, least=1)
-    search_iterations: int = option(8, "most of them that search all rotations, while particles jump", _GUIDED, least=0)
-    settled_iterations: int = option(1, "iterations without progress that end the refinement", _EM, least=1)
-    batch_size: int = option(1024, "particles in a batch of the refinement, over all workers", _EM, least=1)
-    iteration_particles: int = option(50_000, "particles that an iteration reads at most", _EM, least=1)
-    encoder_steps: int = option(2, "steps of the encoder for each batch of the refinement; 0: none", _EM, least=0)
-    encoder_batch: int = option(256, "real particles in such a step, with as many projections of the map", _EM, least=1)
-    encoder_hidden: int = option(1024, "units in each hidden layer of the grid encoder", _EM, least=1)
-    encoder_rate: float = option(1e-3, "learning rate of the grid encoder", _EM, least=1e-7)
+    starts: int = option(2, "random starts of the bootstrap; held-out likelihood picks the best", GUIDED, least=1)
+    bootstrap_steps: int = option(100, "batches that the bootstrap learns from", GUIDED, least=1)
+    bootstrap_batch: int = option(400, "particles in its batches, over both halves and all workers", GUIDED, least=1)
+    shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none", EM, least=0)
+    iterations: int = option(12, "most iterations of the refinement", EM, least=1)
+    search_iterations: int = option(8, "most of them that search all rotations, while particles jump", GUIDED, least=0)
+    settled_iterations: int = option(1, "iterations without progress that end the refinement", EM, least=1)
+    batch_size: int = option(1024, "particles in a batch of the refinement, over all workers", EM, least=1)
+    iteration_particles: int = option(50_000, "particles that an iteration reads at most", EM, least=1)
+    encoder_steps: int = option(2, "steps of the encoder for each batch of the refinement; 0: none", EM, least=0)
+    encoder_batch: int = option(256, "real particles in such a step, with as many projections of the map", EM, least=1)
+    encoder_hidden: int = option(1024, "units in each hidden layer of the grid encoder", EM, least=1)
+    encoder_rate: float = option(1e-3, "learning rate of the grid encoder", EM, least=1e-7)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig(_Section):
-    """The network from image to pose."""
-
-    channels: tuple[int, ...] = option((32, 64, 128), "filters of the conv-conv-maxpool blocks", _ENCODER)
-    hidden: int = option(512, "units in each of the two fully connected layers", _ENCODER, least=1)
-    input_box: int = option(0, "Fourier-crop its images to this box, px; 0: as trained", _ENCODER, least=0)
-    precision: Literal["float32", "bfloat16"] = option("float32", "arithmetic of the convolutions", _ENCODER)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        blocks = len(self.channels) >= 1 and min(self.channels) >= 1
-        _require(blocks, "encoder.channels", self.channels, "name at least one block, each with 1 filter or more")
-        _require(self.input_box % 2 == 0, "encoder.input_box", self.input_box, "must be even, or 0: the training box")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VolumeConfig(_Section):
-    """The shared map inside the decoder."""
-
-    padding: float = option(2.0, "oversampling of the transform that is sliced: 1, 1.5 or 2", _SGD, least=1, most=4)
-    gridding_correction: bool = option(True, "divide by the sinc squared of trilinear interpolation", _SGD)
-    initial_scale: float = option(1.0, "uniform random start in [0, SCALE / box)", _SGD)
-    kernels: KernelName = option(
-        "auto", "what slices the map: auto: as --device; reference: plain torch; cpu: numba; cuda: Triton", _SGD
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.initial_scale > 0, "volume.initial_scale", self.initial_scale, "must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig(_Section):
-    """Adam's learning rates, one for each kind of parameter."""
-
-    encoder_rate: float = option(1e-3, "learning rate of the encoder", _ENCODER, least=1e-12, most=10)
-    volume_rate: float = option(0.1, "learning rate of the voxels, a share of their start", _SGD, least=1e-12, most=10)
-    table_rate: float = option(1e-2, "learning rate of the pose table", ("table",), least=1e-12, most=10)
-    clip_norm: float = option(0.0, "clip the encoder's gradient norm here; 0: do not clip", _ENCODER, least=0)
-    reduce_dtype: ReduceDtype = option("float32", "what gradients travel in between workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig(_Section):
+class StreamConfig(Section):
     """How particles stream from the store; memory is lanes x window_blocks x one block, and what is read ahead."""
 
     lanes: int = option(32, "independent reading lanes; at least the largest number of workers", least=1)
@@ -215,11 +131,11 @@ class StreamConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonitorConfig(_Section):
+class MonitorConfig(Section):
     """What a run reports while it trains."""
 
-    every: int = option(20, "steps between scalars", _SGD, least=1)
-    pictures_every: int = option(200, "steps between pictures, FSC and pose errors", _SGD, least=1)
+    every: int = option(20, "steps between scalars", STEPS, least=1)
+    pictures_every: int = option(200, "steps between pictures, FSC and pose errors", STEPS, least=1)
     truth: str = option("", "folder with truth.star and truth.mrc, to follow errors of a simulation")
 
 
@@ -231,6 +147,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     pose: PoseConfig = field(default_factory=PoseConfig)
     guided: GuidedConfig = field(default_factory=GuidedConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     volume: VolumeConfig = field(default_factory=VolumeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -240,18 +157,38 @@ class Config:
     def __post_init__(self) -> None:
         _, high = self.run.worker_range
         settings = settings_of(self)
-        for key in ("stream.lanes", "train.batch_size", "guided.batch_size", "guided.bootstrap_batch"):
+        for key in ("stream.lanes", "train.batch_size", "guided.batch_size", "guided.bootstrap_batch",
+                    "autoencoder.batch_size"):  # fmt: skip
             value = settings.get(key, high)
-            _require(high <= value, key, value, f"must be at least the number of workers ({high})")
+            require(high <= value, key, value, f"must be at least the number of workers ({high})")
+        turned = self.encoder.network == "circles" or self.copies <= 8
+        require(turned, "pose.copies", self.copies, "the cnn turns images by 90 degrees: use 1, 2, 4 or 8")
         fits = not self.train.box or self.encoder.input_box <= self.train.box
-        _require(fits, "encoder.input_box", self.encoder.input_box, f"must not exceed train.box ({self.train.box})")
+        require(fits, "encoder.input_box", self.encoder.input_box, f"must not exceed train.box ({self.train.box})")
 
     @property
     def recipe(self) -> Recipe:
         """What pose.source and guided.start choose."""
         if self.pose.source == "guided":
             return "guided" if self.guided.start == "nothing" else "poses"
-        return "autoencoder" if self.pose.source == "encoder" else self.pose.source
+        if self.pose.source == "encoder":
+            return "autoencoder" if self.encoder.network == "circles" else "paper"
+        return self.pose.source
+
+    @property
+    def heads(self) -> int:
+        """What `pose.heads` comes to."""
+        return self.pose.heads or (4 if self.encoder.network == "circles" else 1)
+
+    @property
+    def copies(self) -> int:
+        """What `pose.copies` comes to."""
+        return self.pose.copies or (16 if self.encoder.network == "circles" else 1)
+
+    @property
+    def hidden(self) -> int:
+        """What `encoder.hidden` comes to."""
+        return self.encoder.hidden or (256 if self.encoder.network == "circles" else 512)
 
 
 # `f.type` is a type, not its name, as long as this module does not postpone the evaluation of annotations.
@@ -375,16 +312,16 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     """Check a value against the field's type; whole numbers may stand for floats, lists for tuples."""
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
-        _require(value in choices, key, value, f"choose one of {', '.join(choices)}")
+        require(value in choices, key, value, f"choose one of {', '.join(choices)}")
         return value
     if typing.get_origin(kind) is tuple:
         whole = isinstance(value, list | tuple) and all(type(v) is int for v in value)
-        _require(whole, key, value, "must be a list of whole numbers")
+        require(whole, key, value, "must be a list of whole numbers")
         return tuple(value)
     if kind is float and type(value) is int:
         return float(value)
     repair = "write true or false" if kind is bool else f"must be of type {kind.__name__}"
-    _require(type(value) is kind, key, value, repair)
+    require(type(value) is kind, key, value, repair)
     return value
 
 

@@ -26,7 +26,8 @@ OLD_NAMES = {
     "guided.iterations": "guided.rungs",
     "guided.starts": "guided.seeds",
 }  # before them
-ENCODER = {"pose.source": "encoder", "train.steps": "12", "train.batch_size": "16", "train.checkpoint_every": "6",
+ENCODER = {"pose.source": "encoder", "encoder.network": "cnn", "train.steps": "12",
+           "train.batch_size": "16", "train.checkpoint_every": "6",
            "encoder.channels": "4,8", "encoder.hidden": "16", "train.box": "32"}  # fmt: skip
 UNSTABLE = re.compile(r"second|wait|memory|mib|time|world_size|workers|images/s|per_s|radius|level|modes")
 

@@ -1,10 +1,15 @@
-"""Datasets A to G of Nashed et al. 2021, by the guided method and by the paper's own recipes.
+"""Datasets A to G of Nashed et al. 2021, by the guided method, the auto-encoder, and the paper's own recipes.
 
     python tools/reproduce_paper.py OUT_DIR [--only D G] [--recipe guided s2s2 …] [--seeds 1] [--steps 3000] [--box 0]
+    python tools/reproduce_paper.py OUT_DIR --only D --figures [--seeds 10]
 
 For each dataset and recipe: simulate (once), convert, train, evaluate. Prints one table and writes it beside the
-paper's Figures 2 (loss and pose error over time), 3 (FSC to the truth) and 4 (slices) as PNG. `known` reconstructs
-with the true poses: the bound that the others are measured against. Times are wall-clock of convert + train.
+paper's Figures 2 (loss and pose error against steps, with the spread over seeds), 3 (FSC to the truth; on the left
+as it grows, every 200 steps) and 4 (slices) as PNG. `known` reconstructs with the true poses: the bound that the
+others are measured against. `s2s2`, `quaternion` and `euler` are the auto-encoder, `refined` the first of them with
+the refinement after it; `paper-s2s2` and `paper-copies` the paper's own network, as printed and with eight copies.
+`--figures` runs what Figure 2 compares, one random start each, and looks every 20 steps. Times are wall-clock of
+convert + train.
 """
 
 import argparse
@@ -18,7 +23,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from paper_datasets import DATASETS, TRAIN, write_dataset
+from paper_datasets import BOX, DATASETS, PIXEL_SIZE, TRAIN, write_dataset
 
 from scalecryo.commands import convert, evaluate, train
 from scalecryo.data.formats.mrc import read_map
@@ -36,44 +41,73 @@ from scalecryo.train.stages.final_poses import ReferencePoses
 
 matplotlib.use("Agg")
 CLAIMS = {"A": "1.6 Å", "B": "1.6 Å", "C": "1.6 Å", "D": "1.6 Å", "E": "-", "F": "better than 2.5 Å", "G": "1.6 Å"}
-PLAIN = {"pose.source": "encoder", "pose.centred": "true"}
+ENCODER = {"pose.source": "encoder", "pose.centred": "true"}
+PLAIN = ENCODER | {"encoder.network": "cnn"}
 RECIPES: dict[str, dict[str, str]] = {
     "guided": {"pose.source": "guided", "pose.centred": "true"},
     "known": {"pose.source": "known"},
-    "s2s2": PLAIN,
-    "quaternion": PLAIN | {"pose.parameterisation": "quaternion"},
-    "euler": PLAIN | {"pose.parameterisation": "euler"},
-    "heads": PLAIN | {"pose.heads": "4", "pose.symmetric_loss": "true"},
+    "refined": ENCODER | {"autoencoder.refine": "true"},
+    "s2s2": ENCODER,
+    "quaternion": ENCODER | {"pose.parameterisation": "quaternion"},
+    "euler": ENCODER | {"pose.parameterisation": "euler"},
+    "paper-s2s2": PLAIN,
+    "paper-copies": PLAIN | {"pose.heads": "4", "pose.copies": "8"},
     "table": {"pose.source": "table", "pose.centred": "true"},
 }
+FIGURE_2 = ("s2s2", "quaternion", "euler", "volume", "table")
+FIGURE_STEPS = 400  # of `volume` and `table`, as of the auto-encoder
+POSED = ("known", "volume")  # from the true poses
+RECIPES["volume"] = {"pose.source": "known"}  # the paper's «known»: the voxels learnt at true poses
+AUTOENCODERS = ("refined", "s2s2", "quaternion", "euler")
+EVERY_20 = {"monitor.every": "20", "monitor.pictures_every": "20"}
 
 
-def run_one(dataset: str, recipe: str, seed: int, steps: int, box: int, out: Path) -> dict[str, object]:
+def settings_of(recipe: str, seed: int, steps: int, box: int, data: Path, *, figures: bool) -> dict[str, str]:
+    """What a run is started with."""
+    settings = RECIPES[recipe] | {"train.rows": str(TRAIN), "train.seed": str(seed)}
+    if recipe == "known":  # the map comes from the true poses; the learnt volume is not looked at
+        return settings | {"train.steps": "1", "train.box": "32"}
+    if recipe == "guided":
+        return settings
+    settings["monitor.truth"] = str(data)
+    if settings["pose.source"] != "encoder" or "encoder.network" in settings:
+        settings |= {"train.box": str(box), "train.steps": str(FIGURE_STEPS if figures else steps)}
+    if figures:
+        settings |= EVERY_20 | {"train.box": "32"}
+        if settings["pose.source"] == "encoder":
+            settings |= {"autoencoder.starts": "1", "autoencoder.start_steps": "1"}
+    return settings
+
+
+def run_name(recipe: str, seed: int, *, figures: bool) -> str:
+    """The folder of a run."""
+    return f"{recipe}-{seed}-steps" if figures else f"{recipe}-{seed}"
+
+
+def run_one(
+    dataset: str, recipe: str, seed: int, steps: int, box: int, out: Path, *, figures: bool = False
+) -> dict[str, object]:
     """Convert, train and evaluate, unless that was done before; one row of the table."""
     data = out / dataset / "particles"
     if not (data / "particles.star").exists():  # the last file of a simulation
         shutil.rmtree(data, ignore_errors=True)
         write_dataset(dataset, data)
-    folder = out / dataset / f"{recipe}-{seed}"
+    folder = out / dataset / run_name(recipe, seed, figures=figures)
     if (folder / "row.json").exists():  # finished before
         return json.loads((folder / "row.json").read_text())
     shutil.rmtree(folder, ignore_errors=True)
-    store = str(out / dataset / f"{recipe}-{seed}.zarr")
-    table = "truth.star" if recipe == "known" else "particles.star"
+    table = "truth.star" if recipe in POSED else "particles.star"
+    store = str(out / dataset / f"{table.partition('.')[0]}.zarr")
     start = time.monotonic()
     convert.run(str(data / table), store, data_dir=None, box=None, dtype="float16", workers=2, overwrite=True,
                 invert=False, uninvert=True)  # fmt: skip
-    settings = RECIPES[recipe] | {"train.rows": str(TRAIN), "train.seed": str(seed)}
-    if recipe == "known":  # the map comes from the true poses; the learnt volume is not looked at
-        settings |= {"train.steps": "1", "train.box": "32"}
-    elif recipe != "guided":
-        settings |= {"monitor.truth": str(data), "train.box": str(box), "train.steps": str(steps)}
+    settings = settings_of(recipe, seed, steps, box, data, figures=figures)
     train.run(None, data=store, out=str(folder), workers="0", device="cpu", resume=False, overrides=settings)
     seconds = time.monotonic() - start
     with contextlib.redirect_stdout(io.StringIO()):
         found = evaluate.run(str(folder), truth=str(data))
     row = {"dataset": dataset, "recipe": recipe, "seed": seed, "seconds": round(seconds, 1), **found}
-    if recipe == "guided":
+    if recipe == "guided" or (recipe in AUTOENCODERS and not figures):
         row |= held_out_errors(folder, data)
     (folder / "row.json").write_text(json.dumps(row))
     return row
@@ -122,35 +156,69 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def figures(rows: list[dict[str, object]], out: Path) -> None:
-    """The paper's Figures 2, 3 and 4 from the runs' folders."""
+def entries_of(folder: Path) -> list[dict[str, object]]:
+    """What a run's metrics.jsonl says, step by step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figure_2(runs: dict[str, list[Path]], out: Path, name: str = "figure2.png") -> None:
+    """Loss and pose error against steps: the median over seeds, and how far they spread."""
     from matplotlib.figure import Figure
 
-    curves = Figure(figsize=(7, 7), layout="constrained")
-    loss, error = curves.subplots(2, 1, sharex=True)
-    for row in rows:
-        metrics = out / str(row["dataset"]) / f"{row['recipe']}-{row['seed']}" / "metrics.jsonl"
-        entries = [json.loads(line) for line in metrics.read_text().splitlines()]
-        for axes, key in ((loss, "loss"), (error, "truth/rotation_error_mean_deg")):
-            points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-            if points and row["recipe"] not in ("guided", "known"):
-                axes.plot(*zip(*points, strict=True), label=f"{row['dataset']} {row['recipe']}")
-    loss.set(ylabel="loss (squared residual a pixel)", yscale="log")
-    error.set(ylabel="mean pose error (°)", xlabel="step")
-    for axes in (loss, error):
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    keys = ("loss", "truth/rotation_error_mod_pseudosymmetry_median_deg")
+    for label, folders in runs.items():
+        for axes, key in zip(panels, keys, strict=True):
+            curves = [[(entry["step"], entry[key]) for entry in entries_of(f) if key in entry] for f in folders]
+            length = min(map(len, curves), default=0)
+            if not length:
+                continue
+            steps = [step for step, _ in curves[0][:length]]
+            values = np.array([[value for _, value in curve[:length]] for curve in curves])
+            (line,) = axes.plot(steps, np.median(values, 0), label=f"{label} ({len(curves)})")
+            axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+    panels[0].set(ylabel="loss (residual, as a share or a pixel)", yscale="log")
+    panels[1].set(ylabel="median pose error modulo the two-fold (°)", xlabel="step", yscale="log")
+    for axes in panels:
         if axes.lines:
             axes.legend(fontsize=7)
-    curves.savefig(out / "figure2.png", dpi=130)
-    for row in rows:
-        if row["recipe"] in ("guided", "known"):
-            folder = out / str(row["dataset"]) / f"{row['recipe']}-{row['seed']}"
-            volume, pixel_size, _ = read_map(str(folder / "map.mrc"))
-            (folder / "figure4.png").write_bytes(slices_figure({str(row["dataset"]): volume}, pixel_size))
+    figure.savefig(out / name, dpi=130)
+
+
+def figure_3_left(folder: Path, out: Path) -> None:
+    """The FSC of the learnt map with the truth, every 200 steps, against spatial frequency."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for entry in entries_of(folder):
+        if "truth/fsc" in entry and int(str(entry["step"])) % 200 == 0:
+            curve = np.array(entry["truth/fsc"])[1:]
+            axes.plot(np.arange(1, len(curve) + 1) / (BOX * PIXEL_SIZE), curve, label=f"step {entry['step']}")
+    axes.axhline(0.5, color="grey", lw=0.8)
+    axes.set(xlabel="spatial frequency (1/Å)", ylabel="FSC to the truth", ylim=(-0.05, 1.02))
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=7)
+    figure.savefig(out / "figure3_left.png", dpi=130)
+
+
+def figures(rows: list[dict[str, object]], out: Path) -> None:
+    """The paper's Figures 2, 3 and 4 from the runs' folders."""
+    runs: dict[str, list[Path]] = {}
     shown = {}
     for row in rows:
-        path = out / str(row["dataset"]) / f"{row['recipe']}-{row['seed']}" / "evaluate_fsc.csv"
-        shown[f"{row['dataset']} {row['recipe']}"] = np.loadtxt(path, delimiter=",", skiprows=1)[:, 1]
-    (out / "figure3.png").write_bytes(fsc_figure(shown, 128, 0.8, title="FSC to the truth"))
+        folder = out / str(row["dataset"]) / f"{row['recipe']}-{row['seed']}"
+        label = f"{row['dataset']} {row['recipe']}"
+        if row["recipe"] not in ("guided", "known"):
+            runs.setdefault(label, []).append(folder)
+        volume, pixel_size, _ = read_map(str(folder / "map.mrc"))
+        (folder / "figure4.png").write_bytes(slices_figure({str(row["dataset"]): volume}, pixel_size))
+        shown[label] = np.loadtxt(folder / "evaluate_fsc.csv", delimiter=",", skiprows=1)[:, 1]
+        if row["recipe"] in AUTOENCODERS:
+            figure_3_left(folder, out)
+    figure_2(runs, out)
+    (out / "figure3.png").write_bytes(fsc_figure(shown, BOX, PIXEL_SIZE, title="FSC to the truth"))
 
 
 def main() -> None:
@@ -159,17 +227,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(DATASETS), default=sorted(DATASETS))
     parser.add_argument("--recipe", nargs="+", choices=sorted(RECIPES), default=["known", "guided"])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--figures", action="store_true", help="what Figure 2 compares, step by step, and nothing else")
     parser.add_argument("--steps", type=int, default=3000, help="of the gradient recipes; the paper ran 10,000")
     parser.add_argument("--box", type=int, default=0, help="level that the gradient recipes train on; 0: the full box")
     arguments = parser.parse_args()
+    out = arguments.out_dir
+    if arguments.figures:
+        for dataset in arguments.only:
+            runs = {}
+            for recipe in FIGURE_2:
+                for seed in range(arguments.seeds):
+                    run_one(dataset, recipe, seed, arguments.steps, arguments.box, out, figures=True)
+                    runs.setdefault(recipe, []).append(out / dataset / run_name(recipe, seed, figures=True))
+                    figure_2(runs, out / dataset)
+        return
     rows = []
     for dataset in arguments.only:
         for recipe in arguments.recipe:
             for seed in range(arguments.seeds if recipe != "known" else 1):
-                rows.append(run_one(dataset, recipe, seed, arguments.steps, arguments.box, arguments.out_dir))
-                (arguments.out_dir / "table.md").write_text(table(rows) + "\n")
+                rows.append(run_one(dataset, recipe, seed, arguments.steps, arguments.box, out))
+                (out / "table.md").write_text(table(rows) + "\n")
                 print(table(rows), flush=True)
-    figures(rows, arguments.out_dir)
+    figures(rows, out)
 
 
 if __name__ == "__main__":

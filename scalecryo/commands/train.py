@@ -57,7 +57,7 @@ def _check(config: Config) -> None:
     context = RunContext.of(config, store, RunFolder(config.run.out), World(), torch.device("cpu"))
     level = context.training_level
     _ = context.solvent  # which reads the mask and checks it
-    if config.recipe == "autoencoder":
+    if config.recipe == "paper":
         encoder_box(config, level)
     if config.monitor.truth:
         Truth.load(config.monitor.truth, store, level)

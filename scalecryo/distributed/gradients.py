@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from scalecryo.config import ReduceDtype
 from scalecryo.distributed.world import World
+from scalecryo.settings import ReduceDtype
 
 
 def replicated(module: nn.Module, reduce_dtype: ReduceDtype) -> nn.Module:

@@ -94,7 +94,7 @@ def build_autoencoder(config: Config, box_size: int, rows: int) -> AutoEncoder:
         source = PoseTable(rows, pose.parameterisation, pose.centred, generator)
     else:
         encoder = _build_encoder(config, box_size, outputs)
-        source = EncoderPoses(encoder, pose.parameterisation, pose.centred, pose.symmetric_loss)
+        source = EncoderPoses(encoder, pose.parameterisation, centred=pose.centred, copies=config.copies)
     kernels = config.volume.kernels
     return AutoEncoder(source, volume, None if kernels == "auto" else kernels)
 
@@ -121,5 +121,5 @@ def _build_encoder(config: Config, box_size: int, outputs: int) -> PoseEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return PoseEncoder(
-            encoder_box(config, box_size), settings.channels, settings.hidden, config.pose.heads, outputs, precision
+            encoder_box(config, box_size), settings.channels, config.hidden, config.heads, outputs, precision
         )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from scalecryo.config import Parameterisation
+from scalecryo.model.copies import frames, image_copies
 from scalecryo.model.encoder import PoseEncoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, Poses
@@ -19,9 +19,10 @@ from scalecryo.physics.rotation import (
     quaternion_to_rotation,
     s2s2_to_rotation,
 )
+from scalecryo.settings import Parameterisation
 
 ROTATION_PARAMETERS = {"s2s2": 6, "quaternion": 3, "euler": 3}
-_TO_ROTATION = {
+TO_ROTATION = {
     "s2s2": s2s2_to_rotation,
     "quaternion": quaternion_to_rotation,
     "euler": euler_head_to_rotation,
@@ -33,7 +34,7 @@ def _candidates(
 ) -> PoseCandidates:
     """Read rotations, and shifts in pixels where they are free, out of network or table parameters."""
     count = ROTATION_PARAMETERS[parameterisation]
-    rotation = _TO_ROTATION[parameterisation](parameters[..., :count])
+    rotation = TO_ROTATION[parameterisation](parameters[..., :count])
     shift = torch.zeros_like(parameters[..., :2]) if centred else parameters[..., count:] * pixel_size
     return PoseCandidates(rotation, shift, torch.zeros_like(parameters[..., 0]))
 
@@ -67,37 +68,27 @@ class PoseTable(nn.Module):
 
 
 class EncoderPoses(nn.Module):
-    """Poses computed from the image, `heads` of them; twice as many with the symmetric loss.
-
-    The symmetric loss (cryoAI) scores the image Y and Y turned by 180° in its plane, each with its own predicted
-    pose, and keeps the better. A pose (R, t) of the turned image is the pose (R·Rz(180°), -t) of Y itself, so the
-    branch is simply one more set of candidates.
-    """
+    """Poses computed from the image: `heads` of them for each of its copies (see `copies`)."""
 
     def __init__(
-        self, encoder: PoseEncoder, parameterisation: Parameterisation, centred: bool, symmetric: bool
+        self, encoder: PoseEncoder, parameterisation: Parameterisation, *, centred: bool, copies: int = 1
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.parameterisation: Parameterisation = parameterisation
         self.centred = centred
-        self.symmetric = symmetric
+        self.register_buffer("frames", frames(copies), persistent=False)
+        self.frames: Tensor
 
     def forward(self, images: ParticleImages) -> PoseCandidates:
-        """K = heads, or 2 x heads, candidates per particle."""
-        real = cast(Tensor, images.real)
-        if self.symmetric:
-            # Turning by 180° about the centre N//2 of an even box maps index i to -i modulo N.
-            turned = torch.roll(real.flip((-2, -1)), (1, 1), (-2, -1))
-            real = torch.cat([real, turned])
-        found = _candidates(self.encoder(real), self.parameterisation, self.centred, images.pixel_size)
-        if not self.symmetric:
-            return found
-        half_turn = found.rotation.new_tensor([-1.0, -1.0, 1.0])
-        straight, turned_rotation = found.rotation.chunk(2)
-        shift, turned_shift = found.shift.chunk(2)
+        """K = copies x heads candidates per particle."""
+        real, count = cast(Tensor, images.real), len(self.frames)
+        parameters = self.encoder(image_copies(real, count).flatten(0, 1))
+        found = _candidates(parameters, self.parameterisation, self.centred, images.pixel_size)
+        rotation = found.rotation.unflatten(0, (-1, count)) @ self.frames[:, None]
+        shift = found.shift.unflatten(0, (-1, count))[..., None, :] @ self.frames[:, None, :2, :2]
         return PoseCandidates(
-            torch.cat([straight, turned_rotation * half_turn], 1),
-            torch.cat([shift, -turned_shift], 1),
-            torch.cat(found.log_weight.chunk(2), 1),
+            rotation.flatten(1, 2),
+            shift[..., 0, :].flatten(1, 2),
+            found.log_weight.unflatten(0, (-1, count)).flatten(1),
         )

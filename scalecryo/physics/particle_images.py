@@ -60,9 +60,11 @@ class ParticleImages:
         pixels = self.pixels
         return contrast_transfer(self.optics, pixels.kx, pixels.ky, pixels.box_size, self.pixel_size)
 
-    def with_transforms(self, transforms: Complex[Tensor, "b p"]) -> "ParticleImages":
-        """The same particles with other images."""
-        return self._with(replace(self, real=None), transforms, self.ctf)
+    def with_transforms(
+        self, transforms: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None = None
+    ) -> "ParticleImages":
+        """The same particles with other images, and where it is given another contrast transfer."""
+        return self._with(replace(self, real=None), transforms, self.ctf if ctf is None else ctf)
 
     def select(self, keep: Tensor) -> "ParticleImages":
         """Some of the particles, by mask or index."""

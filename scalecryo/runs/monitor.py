@@ -89,7 +89,7 @@ class RunMonitor:
             self._recorder.conclude(dict(report.figures))
         if not report.step:
             return
-        values = dict(report.scalars)
+        values: dict[str, float | list[float]] = dict(report.scalars)
         if values:
             values |= rates
             self._recorder.histogram(report.step, "images_per_second_by_worker", by_worker)
@@ -111,7 +111,7 @@ class RunMonitor:
         """Flush the event file."""
         self._recorder.close()
 
-    def _errors(self, rows: Tensor, rotation: Tensor, density: Tensor) -> dict[str, float]:
+    def _errors(self, rows: Tensor, rotation: Tensor, density: Tensor) -> dict[str, float | list[float]]:
         """Errors against the truth at the map's level; none where no truth is known."""
         if self._truth is None:
             return {}

@@ -44,9 +44,9 @@ class Recorder:
                 events.add_summary(summary)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """The same scalars to the event file and to metrics.jsonl."""
+        """The same scalars to the event file and to metrics.jsonl; lists of numbers to the latter alone."""
         for name, value in values.items():
-            if value is not None:
+            if value is not None and not isinstance(value, list):
                 self._writer.add_scalar(name, value, step)
         with self._path.open("a") as handle:
             handle.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")

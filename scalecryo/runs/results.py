@@ -164,6 +164,9 @@ def _sections(
         + (
             "Each half was posed against its own map from the start: the curve is a gold standard."
             if config.pose.source == "guided"
+            else "Each half was posed against its own map, from candidates of one encoder; at low frequencies both "
+            "halves shared one map while it learnt."
+            if config.recipe == "autoencoder"
             else "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
         )
         + "".join(f"\n{note[0].upper()}{note[1:]}." for note in particles.notes)

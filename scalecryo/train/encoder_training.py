@@ -8,16 +8,15 @@ squared error, and the paper's reconstruction loss through the encoder's own pos
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
-from scalecryo.config import ReduceDtype
 from scalecryo.distributed.gradients import replicated
 from scalecryo.distributed.world import World
-from scalecryo.map.reference import Reference
+from scalecryo.map.reference import Reference, ReferenceSet
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fourier_slice import extract_slices
@@ -25,11 +24,14 @@ from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, Poses
 from scalecryo.physics.rotation import random_rotations
+from scalecryo.pose.candidate_sources import CandidateSource, EncoderSource
 from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import templates
+from scalecryo.settings import ReduceDtype
 
 LABEL_WIDTH_DEG, LABEL_NEAREST = 9.0, 16
 RECONSTRUCTION_SHARE = 0.1
+MODES = 6  # of the encoder, that are locally refined
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,31 @@ class TrainingBatch:
         transforms = images.transforms[at, :count] * (pixels.box_size / images.box_size)
         ctf = None if images.ctf is None else images.ctf[at, :count]
         return cls(transforms, ctf, Poses(found.rotation[at], found.shift[at]))
+
+
+class PoseLearner(Protocol):
+    """An encoder that learns from poses found elsewhere, and gives candidates for local refinement."""
+
+    pixels: FourierPixels
+    """That it reads, of its level."""
+
+    def begin(self, iteration: int) -> None:
+        """An iteration of the refinement begins."""
+
+    def train_step(self, batch: TrainingBatch, reference: Reference) -> Tensor:
+        """One step; returns the loss. Collective."""
+
+    def source(self, references: ReferenceSet) -> CandidateSource:
+        """Candidates of images."""
+
+    def own_poses(self, images: ParticleImages, references: ReferenceSet) -> Poses:
+        """Poses by the encoder alone: one forward pass and no map."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
 
 
 class EncoderTrainer:
@@ -112,6 +139,16 @@ class EncoderTrainer:
         loss.backward()
         self._optimiser.step()
         return loss.detach()
+
+    def source(self, references: ReferenceSet) -> EncoderSource:
+        """Separated modes of its distribution."""
+        noise = references.level_noise(self.pixels.box_size, self.pixels)
+        return EncoderSource(self.encoder, self.pixels, self.pixel_size, noise, MODES)
+
+    def own_poses(self, images: ParticleImages, references: ReferenceSet) -> Poses:
+        """The mean of its distribution around the likeliest point."""
+        prediction = self.source(references).predict(images)
+        return Poses(self.encoder.own_rotation(prediction), prediction.shift_px * self.pixel_size)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -19,6 +19,7 @@ from scalecryo.train.stage import Learned, Stage
 
 AtCheckpoint = Callable[[int], None]
 logger = logging.getLogger(__name__)
+BATCH_SETTING = {"guided": "guided.batch_size", "poses": "guided.batch_size", "autoencoder": "autoencoder.batch_size"}
 
 
 def train(
@@ -54,7 +55,7 @@ def train(
         if world.is_leader:
             run.sync()
     except torch.OutOfMemoryError as error:
-        batch = "guided.batch_size" if config.pose.source == "guided" else "train.batch_size"
+        batch = BATCH_SETTING.get(config.recipe, "train.batch_size")
         raise TrainingError(
             f"out of memory on {device} at box {context.training_level}: lower {batch} or train.box, or use more "
             f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"

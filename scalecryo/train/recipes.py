@@ -12,6 +12,7 @@ from scalecryo.train.encoder_training import EncoderTrainer
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned, Stage
+from scalecryo.train.stages.autoencoder import AutoEncoding
 from scalecryo.train.stages.bootstrap import HALF_GRID, Bootstrap
 from scalecryo.train.stages.final_pass import FinalPass
 from scalecryo.train.stages.gradient_descent import GradientDescent
@@ -25,7 +26,8 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     {
         "guided": (Bootstrap, Refinement, FinalPass),
         "poses": (ImportedPoses, Refinement, FinalPass),
-        "autoencoder": (GradientDescent, FinalPass),
+        "autoencoder": (AutoEncoding, Refinement, FinalPass),
+        "paper": (GradientDescent, FinalPass),
         "known": (GradientDescent, FinalPass),
         "table": (GradientDescent, FinalPass),
     }
@@ -33,12 +35,15 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
 
 
 def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
-    """The stages of a run, and what they will learn; the final pass only where `train.final_pass` asks for it."""
+    """The stages of a run, and what they will learn; but for those that the settings leave out."""
     recipe = context.config.recipe
     learned = Learned(ParticleState(context.run, context.store.count))
     if recipe in ("guided", "poses"):
         learned.encoder = _encoder_trainer(context)
-    makers = [maker for maker in RECIPES[recipe] if maker is not FinalPass or context.config.train.final_pass]
+    config = context.config
+    left_out: list[StageMaker] = [FinalPass] if not config.train.final_pass else []
+    left_out += [Refinement] if recipe == "autoencoder" and not config.autoencoder.refine else []
+    makers = [maker for maker in RECIPES[recipe] if maker not in left_out]
     return [maker(context, learned) for maker in makers], learned
 
 

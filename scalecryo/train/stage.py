@@ -9,7 +9,7 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.model.autoencoder import AutoEncoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.encoder_training import EncoderTrainer
+from scalecryo.train.encoder_training import PoseLearner
 from scalecryo.train.particle_source import BatchRequest
 from scalecryo.train.particle_state import ParticleState
 
@@ -22,13 +22,15 @@ class Learned:
         particles: last pose of every particle.
         references: half-maps of every class.
         encoder: that learns to pose while references are refined.
-        model: the auto-encoder.
+        model: the paper's auto-encoder.
+        steps: that curves and checkpoints count before the refinement's first iteration.
     """
 
     particles: ParticleState
     references: ReferenceSet | None = None
-    encoder: EncoderTrainer | None = None
+    encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
+    steps: int = 0
 
 
 class Stage(Protocol):

@@ -92,7 +92,7 @@ def test_local_refinement(padding: float):
 
 
 def test_training_step_never_waits_for_the_device():
-    config = config_from_dict({"pose": {"source": "encoder", "heads": 2, "symmetric_loss": True}})
+    config = config_from_dict({"pose": {"source": "encoder", "heads": 2, "copies": 2}, "encoder": {"network": "cnn"}})
     with torch.device("cpu"):
         model, batch = build_autoencoder(config, 32, 10).cuda(), inputs("cuda", 32, 4)
     optimiser = build_optimiser(config, model)
@@ -111,7 +111,7 @@ def test_training_step_never_waits_for_the_device():
 
 
 def test_memory_is_what_was_predicted():
-    config = config_from_dict({"pose": {"source": "encoder"}})
+    config = config_from_dict({"pose": {"source": "encoder"}, "encoder": {"network": "cnn"}})
     with torch.device("cpu"):
         model, batch = build_autoencoder(config, 128, 10).cuda(), inputs("cuda", 128, 16)
     optimiser = build_optimiser(config, model)

@@ -32,7 +32,8 @@ pytestmark = pytest.mark.ray
 STEPS, EVERY, KILL_AFTER = 150, 30, 35
 # At its default rate the encoder amplifies a rounding difference of 1e-7 to 1e-3 within these steps: with another
 # number of workers nothing could be said. At a hundredth of it 1e-7 stays 1e-7.
-ENCODER = {"pose.source": "encoder", "train.steps": str(STEPS), "train.batch_size": "16", "encoder.channels": "4,8",
+ENCODER = {"pose.source": "encoder", "encoder.network": "cnn",
+           "train.steps": str(STEPS), "train.batch_size": "16", "encoder.channels": "4,8",
            "train.checkpoint_every": str(EVERY), "encoder.hidden": "16", "monitor.every": "1",
            "optim.encoder_rate": "1e-5"}  # fmt: skip
 ITERATIONS = 5

@@ -263,9 +263,9 @@ def train(uploaded: str, out: Path, environment: dict[str, str], *more: str) -> 
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", code, "train", "--data", uploaded, "--out", str(out), "--pose.source", "encoder",
-               "--train.steps", "60", "--train.batch_size", "16", "--train.checkpoint_every", "5",
-               "--monitor.every", "1", "--encoder.channels", "4,8", "--encoder.hidden", "16",
-               "--train.final_pass", "false", *more]  # fmt: skip
+               "--encoder.network", "cnn", "--train.steps", "60", "--train.batch_size", "16",
+               "--train.checkpoint_every", "5", "--monitor.every", "1", "--encoder.channels", "4,8",
+               "--encoder.hidden", "16", "--train.final_pass", "false", *more]  # fmt: skip
     return subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
 
 

@@ -45,11 +45,12 @@ RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", 
 
 
 def start(data: str, out: Path | str, *, resume: bool = False, **overrides: object) -> None:
-    settings = {"pose.source": "encoder", "train.steps": 6, "train.batch_size": 16, "monitor.every": 1,
+    settings = {"pose.source": "encoder", "encoder.network": "cnn", "train.steps": 6,
+                "train.batch_size": 16, "monitor.every": 1,
                 "monitor.pictures_every": 3, "train.checkpoint_every": 3,
                 "encoder.channels": "4,8", "encoder.hidden": 16}  # fmt: skip
     source = overrides.get("pose__source", "encoder")
-    recipe = "autoencoder" if source == "encoder" else source
+    recipe = "paper" if source == "encoder" else source
     settings = {key: value for key, value in settings.items() if recipe in SETTINGS[key].metadata["recipes"]}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     workers = str(settings.pop("run.workers", "0"))
@@ -71,7 +72,8 @@ def losses(run: Path) -> list[float]:
         {"pose__parameterisation": "s2s2"},
         {"pose__parameterisation": "quaternion", "pose__centred": "false"},
         {"pose__parameterisation": "euler", "encoder__precision": "bfloat16"},
-        {"pose__heads": 3, "pose__symmetric_loss": "true"},
+        {"pose__heads": 3, "pose__copies": 2},
+        {"pose__copies": 8, "encoder__input_box": 16},
     ],
     ids=lambda o: "-".join(str(v) for v in o.values()),
 )
@@ -133,7 +135,9 @@ def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_
     rows = tmp_path / "rows.txt"
     rows.write_text("\n".join(str(row) for row in range(0, simulated.count, 3)))
     start(simulated.store, tmp_path / "run", train__index=rows, train__final_pass="false")
-    seen = load_config(None, {"pose.source": "encoder", "train.index": str(rows), "train.batch_size": "16"})
+    seen = load_config(
+        None, {"pose.source": "encoder", "encoder.network": "cnn", "train.index": str(rows), "train.batch_size": "16"}
+    )
     store = ParticleStore.open(simulated.store)
     order = RunContext.of(seen, store, RunFolder(""), World(), torch.device("cpu")).order(32, 16)
     assert order.subset is not None
@@ -200,15 +204,15 @@ def test_assign_elsewhere_gives_the_same_poses(simulated: SimulatedParticles, tm
 
 
 def config_of(simulated: SimulatedParticles, out: Path, workers: int) -> Config:
-    config = load_config(None, {"pose.source": "encoder", "train.steps": "5", "train.batch_size": "16",
-                                "monitor.every": "1", "encoder.channels": "4,8",
+    config = load_config(None, {"pose.source": "encoder", "encoder.network": "cnn", "train.steps": "5",
+                                "train.batch_size": "16", "monitor.every": "1", "encoder.channels": "4,8",
                                 "encoder.hidden": "16", "pose.heads": "2"})  # fmt: skip
     run = dataclasses.replace(config.run, data=simulated.store, out=str(out), workers=str(workers))
     return dataclasses.replace(config, run=run)
 
 
 def checkpoint(step: int) -> Checkpoint:
-    return Checkpoint(step, "autoencoder", "gradient descent", "x", {})
+    return Checkpoint(step, "paper", "gradient descent", "x", {})
 
 
 def test_the_best_checkpoint_is_kept(simulated: SimulatedParticles, tmp_path: Path) -> None:
@@ -245,7 +249,7 @@ def test_curves_reach_a_remote_run_before_the_checkpoint_that_follows_them(
 
 def test_checkpoint_of_another_recipe_is_refused(simulated: SimulatedParticles, tmp_path: Path) -> None:
     start(simulated.store, tmp_path / "run", train__final_pass="false")
-    with pytest.raises(CheckpointError, match="is of the recipe autoencoder, the settings are of guided"):
+    with pytest.raises(CheckpointError, match="is of the recipe paper, the settings are of guided"):
         start(simulated.store, tmp_path / "run", resume=True, pose__source="guided")
 
 
@@ -389,8 +393,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(simulated: SimulatedParticles
 
 def test_command_line_trains(simulated: SimulatedParticles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--data", simulated.store, "--out", str(tmp_path / "run"), "--pose.source", "encoder",
-          "--train.steps", "2",
-          "--train.batch_size", "8", "--pose.symmetric_loss"])  # fmt: skip
+          "--encoder.network", "cnn", "--train.steps", "2",
+          "--train.batch_size", "8", "--pose.copies", "2"])  # fmt: skip
     assert str(tmp_path / "run") in capsys.readouterr().out
     resolved = load_config(str(tmp_path / "run" / "config.toml"), {})
-    assert (resolved.train.steps, resolved.pose.symmetric_loss) == (2, True)
+    assert (resolved.train.steps, resolved.pose.copies) == (2, 2)

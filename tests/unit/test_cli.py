@@ -89,23 +89,23 @@ def test_an_option_of_another_verb_is_named_as_it_was_typed(capsys: pytest.Captu
 
 def test_settings_take_their_values() -> None:
     words, debug = words_of(
-        ["train", "--pose.heads", "4", "--pose.symmetric_loss", "--optim.clip_norm=-1", "--data", "s", "--debug",
+        ["train", "--pose.heads", "4", "--volume.gridding_correction", "--optim.clip_norm=-1", "--data", "s", "--debug",
          "--train.query", "-half < 0", "--pose.centred", "c.toml"]
     )  # fmt: skip
     assert debug
-    assert words == ["train", "--pose.heads=4", "--pose.symmetric_loss", "--optim.clip_norm=-1", "--data", "s",
+    assert words == ["train", "--pose.heads=4", "--volume.gridding_correction", "--optim.clip_norm=-1", "--data", "s",
                      "--train.query=-half < 0", "--pose.centred", "c.toml"]  # fmt: skip
 
 
 def test_what_was_given_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     monkeypatch.setattr("scalecryo.cli._run", lambda verb, *args, **kwargs: seen.update(kwargs, verb=verb, args=args))
-    main(["train", "c.toml", "--data", "s", "--run.out", "r", "--pose.centred", "--pose.symmetric-loss", "false",
+    main(["train", "c.toml", "--data", "s", "--run.out", "r", "--pose.centred", "--volume.gridding-correction", "false",
           "--encoder.channels", "8,16", "--optim.clip_norm", "-1"])  # fmt: skip
     assert seen["verb"] == "train"
     assert seen["args"] == ("c.toml",)
     assert seen["overrides"] == {
-        "run.data": "s", "run.out": "r", "pose.centred": True, "pose.symmetric_loss": False,
+        "run.data": "s", "run.out": "r", "pose.centred": True, "volume.gridding_correction": False,
         "encoder.channels": "8,16", "optim.clip_norm": -1.0,
     }  # fmt: skip
 

@@ -22,7 +22,14 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"
 
 def test_written_toml_reads_back_the_same(tmp_path: Path) -> None:
     config = load_config(
-        None, {"encoder.channels": "8,16", "run.out": 'a "quoted" \\ path', "pose.heads": "4", "pose.source": "encoder"}
+        None,
+        {
+            "encoder.channels": "8,16",
+            "run.out": 'a "quoted" \\ path',
+            "pose.heads": "4",
+            "pose.source": "encoder",
+            "encoder.network": "cnn",
+        },
     )
     (tmp_path / "c.toml").write_text(config_to_toml(config))
     assert load_config(str(tmp_path / "c.toml"), {}) == config
@@ -31,9 +38,10 @@ def test_written_toml_reads_back_the_same(tmp_path: Path) -> None:
 def test_override_wins_over_file_and_file_over_default(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("[train]\nsteps = 7\nbatch_size = 16\n[optim]\nencoder_rate = 1\n")
     config = load_config(
-        str(tmp_path / "c.toml"), {"train.steps": "9", "pose.source": "encoder", "pose.symmetric-loss": "true"}
+        str(tmp_path / "c.toml"),
+        {"train.steps": "9", "pose.source": "encoder", "encoder.network": "cnn", "pose.copies": "2"},
     )
-    assert (config.train.steps, config.train.batch_size, config.pose.symmetric_loss) == (9, 16, True)
+    assert (config.train.steps, config.train.batch_size, config.pose.copies) == (9, 16, 2)
     assert config.optim.encoder_rate == 1.0
     assert type(config.optim.encoder_rate) is float
     assert config.volume == Config().volume
@@ -47,7 +55,10 @@ def test_override_wins_over_file_and_file_over_default(tmp_path: Path) -> None:
         ({"train.steps": "many"}, ["train.steps", "many", "int"]),
         ({"train.steps": "0"}, ["train.steps", "at least 1"]),
         ({"pose.source": "magic"}, ["pose.source", "encoder", "table"]),
-        ({"pose.symmetric_loss": "maybe"}, ["true or false"]),
+        ({"pose.centred": "maybe"}, ["true or false"]),
+        ({"pose.copies": "3"}, ["pose.copies", "power of 2"]),
+        ({"pose.source": "encoder", "encoder.network": "cnn", "pose.copies": "16"}, ["pose.copies", "90 degrees"]),
+        ({"pose.symmetric_loss": "true"}, ["pose.symmetric_loss", "pose.copies"]),
         ({"guided.starts": "0"}, ["guided.starts", "at least 1"]),
         ({"pose.source": "known", "pose.heads": "2"}, ["pose.heads", "known"]),
         ({"run.workers": "two"}, ["run.workers", "MIN:MAX"]),
@@ -101,6 +112,7 @@ CHOICES = {
     "guided": {},
     "poses": {"guided.start": "poses"},
     "autoencoder": {"pose.source": "encoder"},
+    "paper": {"pose.source": "encoder", "encoder.network": "cnn"},
     "known": {"pose.source": "known"},
     "table": {"pose.source": "table"},
 }

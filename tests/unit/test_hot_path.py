@@ -14,13 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scalecryo.config import Config, config_from_dict
+from scalecryo.distributed.world import World
+from scalecryo.map.background_noise import BackgroundNoise
+from scalecryo.map.running_maps import RunningMaps
 from scalecryo.model.autoencoder import AutoEncoder, build_autoencoder
+from scalecryo.model.circle_encoder import CircleEncoder, CircleTransform
 from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import Poses
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose import local_refinement_torch
+from scalecryo.train.autoencoder_training import AutoEncoderTrainer, StepPlan, Whitening
 from scalecryo.train.stages.gradient_descent import build_optimiser
 
 BOX, BATCH = 32, 4
@@ -57,7 +62,11 @@ class NoHostSync(TorchDispatchMode):
 
 
 def config(**pose: Any) -> Config:
-    sections = {"pose": pose, "encoder": {"channels": [4, 4], "hidden": 8}, "train": {"batch_size": BATCH}}
+    sections = {
+        "pose": pose,
+        "encoder": {"network": "cnn", "channels": [4, 4], "hidden": 8},
+        "train": {"batch_size": BATCH},
+    }
     return config_from_dict(sections)
 
 
@@ -81,7 +90,8 @@ def step(model: AutoEncoder, batch: ParticleImages) -> Tensor:
 
 SOURCES = [
     {"source": "encoder"},
-    {"source": "encoder", "heads": 3, "symmetric_loss": True},
+    {"source": "encoder", "heads": 3, "copies": 2},
+    {"source": "encoder", "copies": 8},
     {"source": "encoder", "parameterisation": "quaternion"},
     {"source": "encoder", "parameterisation": "euler", "centred": True},
     {"source": "table"},
@@ -103,7 +113,10 @@ def test_forward_and_backward_never_wait_for_the_device(pose: dict[str, Any]):
 def test_whole_step_with_optimiser_runs_on_fake_tensors(precision: str):
     # Fake tensors refuse every operation whose result depends on values.
     settings = config_from_dict(
-        {"pose": {"source": "encoder"}, "encoder": {"channels": [4, 4], "hidden": 8, "precision": precision}}
+        {
+            "pose": {"source": "encoder"},
+            "encoder": {"network": "cnn", "channels": [4, 4], "hidden": 8, "precision": precision},
+        }
     )
     model, batch = build_autoencoder(settings, BOX, 10), inputs("cpu")
     optimiser = build_optimiser(settings, model)
@@ -148,3 +161,37 @@ def test_the_watch_sees_what_it_should(fault: Any, device: str):
     values = torch.ones(3, device=device)
     with NoHostSync(), pytest.raises((HostSyncError, RuntimeError, NotImplementedError)):
         fault(values)
+
+
+def on_meta(thing: Any) -> None:
+    """Move an object's tensors, those of what it holds included, to the meta device, in place."""
+    for name, value in vars(thing).items():
+        if isinstance(value, Tensor):
+            setattr(thing, name, value.to("meta"))
+        elif type(value).__module__.startswith("scalecryo.map"):
+            on_meta(value)
+
+
+def test_a_step_of_the_auto_encoder_never_waits_for_the_device():
+    # Halves apart, a pseudo-symmetry, CTFs, shifts, and the maps' solution: everything that a step can do.
+    images, pixels = inputs("meta"), fourier_pixels(BOX)
+    encoder = CircleEncoder(6, 8, 2, 8, parameterisation="s2s2", centred=False).to("meta")
+    circles = CircleTransform(6)
+    circles.pixels = circles.pixels.to("meta")
+    trainer = AutoEncoderTrainer(
+        encoder, circles.to("meta"), pixels.to("meta"), 2.0, rate=1e-3, search_radius=8.0, world=World(),
+        reduce_dtype="float32",
+    )  # fmt: skip
+    trainer._optimiser = torch.optim.SGD(encoder.parameters(), lr=1.0)  # Adam counts its steps on the host
+    noise = BackgroundNoise(pixels, "cpu")
+    noise.add(torch.randn(BATCH, BOX, BOX), torch.zeros(BATCH), torch.ones(BATCH))
+    white, maps = Whitening(noise), RunningMaps(BOX, 1.0, "cpu")
+    norm = white.image_power(pixels, 10.0)
+    on_meta(maps)
+    white.variance = white.variance.to("meta")
+    trainer.set_maps(maps)
+    trainer.symmetry = torch.eye(3, device="meta").expand(2, 3, 3)
+    with NoHostSync() as watch:
+        loss, rotation = trainer.step(images, white(images), StepPlan(10.0, 1e-3, 0.9), norm)
+    assert {"fourier_slice", "fourier_slice_backward"} <= watch.seen
+    assert loss.device.type == rotation.device.type == "meta"

@@ -12,7 +12,7 @@ from tools.step_memory import step_memory
 
 def measured_peak(box: int, batch: int) -> int:
     """Tensors that stand before a step, and the most that the step adds."""
-    config = config_from_dict({"pose": {"source": "encoder"}})
+    config = config_from_dict({"pose": {"source": "encoder"}, "encoder": {"network": "cnn"}})
     model, particles = build_autoencoder(config, box, batch), inputs("cpu", box, batch)
     optimiser = build_optimiser(config, model)
 

@@ -28,7 +28,7 @@ def size(*tensors: torch.Tensor) -> int:
 @pytest.mark.parametrize(("box", "channels", "hidden"), [(32, (32, 64, 128), 512), (64, (4, 8), 16)])
 def test_gradients_are_as_large_as_the_models_parameters(box: int, channels: tuple[int, ...], hidden: int) -> None:
     config = config_from_dict({"pose": {"source": "encoder", "centred": True},
-                               "encoder": {"channels": list(channels), "hidden": hidden}})  # fmt: skip
+                               "encoder": {"network": "cnn", "channels": [*channels], "hidden": hidden}})  # fmt: skip
     built = build_autoencoder(config, box, 1)
     assert model.volume_bytes(box) == size(*built.volume.parameters())
     assert model.volume_bytes(box, 2) == size(*(p.half() for p in built.volume.parameters()))

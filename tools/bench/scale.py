@@ -62,7 +62,12 @@ class Run:
         from scalecryo.train.stages.gradient_descent import build_optimiser
 
         torch.set_num_threads(1)
-        settings = {"pose.source": "encoder", "train.batch_size": str(BATCH), "train.box": str(LEVEL)}
+        settings = {
+            "pose.source": "encoder",
+            "encoder.network": "cnn",
+            "train.batch_size": str(BATCH),
+            "train.box": str(LEVEL),
+        }
         config, store, run = load_config(None, settings), ParticleStore.open(url), RunFolder("")  # nothing is written
         self.context = RunContext.of(config, store, run, World(), torch.device("cpu"))
         model = build_autoencoder(config, LEVEL, self.context.rows)

@@ -59,7 +59,7 @@ def stock_loss(model: AutoEncoder, images: ParticleImages, correction: Tensor) -
 
 
 def settings(precision: str) -> Config:
-    return config_from_dict({"pose": {"source": "encoder"}, "encoder": {"precision": precision}})
+    return config_from_dict({"pose": {"source": "encoder"}, "encoder": {"network": "cnn", "precision": precision}})
 
 
 def step(model: AutoEncoder, optimiser: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[], object]:

@@ -80,7 +80,13 @@ class Steps:
         self, url: str, box: int, batch: int, world: World, seed: int, steps: int, reduce: bool = True
     ) -> None:
         """`reduce` False: gradients stay where they are, all else is the same."""
-        settings = {"pose.source": "encoder", "train.batch_size": batch, "train.box": box, "train.seed": seed}
+        settings = {
+            "pose.source": "encoder",
+            "encoder.network": "cnn",
+            "train.batch_size": batch,
+            "train.box": box,
+            "train.seed": seed,
+        }
         config, store = load_config(None, {key: str(value) for key, value in settings.items()}), ParticleStore.open(url)
         self.context = RunContext.of(config, store, RunFolder(""), world, torch.device("cpu"))  # nothing is written
         self.world, self.steps, self.batch = world, steps, batch // world.size

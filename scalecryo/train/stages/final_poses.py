@@ -15,16 +15,15 @@ from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.candidate_sources import CandidateSource, EncoderSource, SearchSource
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
 from scalecryo.pose.estimator import EStepPlan, PoseEstimator
 from scalecryo.runs.pictures import EXAMPLES, Pairs, correlation, pictures_of
-from scalecryo.train.encoder_training import EncoderTrainer
+from scalecryo.train.encoder_training import MODES, PoseLearner
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.refinement import FIRST_PASSES, PASSES
 
-MODES = 6
 SEARCH_RADIUS = 12.0  # Fourier pixels
 # Radius and passes of the local refinement of a particle never seen, and the passes at the last radius. Measured on G
 # with shifts: as accurate as 2 last passes and a tenth of the gain, in half the time.
@@ -61,7 +60,7 @@ class ReferencePoses:
         context: RunContext,
         references: ReferenceSet,
         remembered: ParticleState | None,
-        encoder: EncoderTrainer | None,
+        encoder: PoseLearner | None,
     ) -> None:
         """
         Args:
@@ -86,12 +85,10 @@ class ReferencePoses:
             probability_radius=min(PROBABILITY_RADIUS, radius),
             shift_radius=context.config.guided.shift_radius_a,
         )
+        self._encoder, self._references = encoder, references
         source: CandidateSource
-        self.encoder_source: EncoderSource | None = None
         if encoder is not None:
-            noise = references.level_noise(encoder.pixels.box_size, encoder.pixels)
-            source = EncoderSource(encoder.encoder, encoder.pixels, encoder.pixel_size, noise, MODES)
-            self.encoder_source = source
+            source = encoder.source(references)
         else:
             grid = so3_grid(HALF_GRID).to(context.device)
             shifts = context.shift_grid_px(level)
@@ -132,10 +129,9 @@ class ReferencePoses:
         Raises:
             TrainingError: the run has no encoder.
         """
-        if self.encoder_source is None:
+        if self._encoder is None:
             raise TrainingError("this run has no encoder: train it with guided.encoder_steps >= 1")
-        source = self.encoder_source
-        return source.encoder.own_rotation(source.predict(images))
+        return self._encoder.own_poses(images, self._references).rotation
 
 
 def _moved(found: PoseEstimates, alignment: Alignment, pixel_size: float) -> PoseEstimates:

@@ -21,11 +21,11 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.candidate_sources import SearchSource
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
 from scalecryo.pose.estimator import EStepPlan, PoseEstimator
 from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.pictures import EXAMPLES, Pairs, pictures_of
-from scalecryo.train.encoder_training import EncoderTrainer, TrainingBatch
+from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.bootstrap import HALF_GRID
@@ -112,10 +112,14 @@ class Iteration:
         self._shown: tuple[Tensor, Tensor] | None = None
         self.encoder_loss: Tensor | None = None
         seed = context.config.train.seed * 1000 + number
-        source = SearchSource(
-            so3_grid(HALF_GRID).to(context.device), plan.search_radius, context.shift_grid_px(plan.level),
-            max(plan.modes, 2), torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        source: CandidateSource
+        if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
+            source = learned.encoder.source(references)
+        else:
+            source = SearchSource(
+                so3_grid(HALF_GRID).to(context.device), plan.search_radius, context.shift_grid_px(plan.level),
+                max(plan.modes, 2), torch.Generator().manual_seed(seed),
+            )  # fmt: skip
         e_step = plan.e_step(fit_shift=context.fit_shift)
         self._estimator = PoseEstimator(references.at(plan.level, self.pixels), e_step, source, context.world.timer)
         self._encoder, self._encoder_reference = learned.encoder, None
@@ -145,7 +149,7 @@ class Iteration:
                 self._train_encoder(self._encoder, self._encoder_reference, batch, found)
 
     def _train_encoder(
-        self, encoder: EncoderTrainer, reference: Reference, batch: ParticleImages, found: PoseEstimates
+        self, encoder: PoseLearner, reference: Reference, batch: ParticleImages, found: PoseEstimates
     ) -> None:
         settings = self._context.config.guided
         size = max(1, settings.encoder_batch // self._context.world.size)
@@ -303,7 +307,8 @@ class Refinement:
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(
-            message, iteration.images, number, scalars, {"poses/confidence": known.confidence[seen]}, after.mean(),
+            message, iteration.images, self._learned.steps + number, scalars,
+            {"poses/confidence": known.confidence[seen]}, after.mean(),
             rows[seen], known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
         )  # fmt: skip
 
