@@ -39,23 +39,39 @@ def apply_alignment(volume: Float[Tensor, "n n n"], alignment: Alignment) -> Flo
     Trilinear in Fourier space, on the gridding-corrected transform of the map padded twice, up to shell n/2 − 1, so
     that fine detail is not blurred as it would be by interpolating voxels.
     """
+    own = mirror(volume) if alignment.mirrored else volume
+    return linear_map(own, alignment.rotation.mT.float(), alignment.shift_px.float())
+
+
+def linear_map(
+    volume: Float[Tensor, "n n n"], inverse: Float[Tensor, "3 3"], shift_px: Float[Tensor, "3"] | None = None
+) -> Float[Tensor, "n n n"]:
+    """V(A⁻¹ (y − u)), sampled anew as in `apply_alignment`, but for the factor |det A|.
+
+    Args:
+        volume: V.
+        inverse: A⁻¹.
+        shift_px: u, px; None: none.
+    """
     n = volume.shape[-1]
     padded = padded_box(n, _PADDING)
-    own = mirror(volume) if alignment.mirrored else volume
-    source = rfft3_centred(own.float() * gridding_correction(n, _PADDING), padded)
-    line = torch.fft.fftfreq(n, 1 / n)
-    ky, kx = torch.meshgrid(line, torch.arange(n // 2 + 1.0), indexing="ij")
-    one, zero = torch.ones(1), torch.zeros(1)
-    result = torch.zeros(n, n, n // 2 + 1, dtype=source.dtype)
+    source = rfft3_centred(volume.float() * gridding_correction(n, _PADDING, volume.device), padded)
+    line = torch.fft.fftfreq(n, 1 / n, device=volume.device)
+    ky, kx = torch.meshgrid(line, torch.arange(n // 2 + 1.0, device=volume.device), indexing="ij")
+    one, zero = torch.ones(1, device=volume.device), torch.zeros(1, device=volume.device)
+    forward = torch.linalg.inv(inverse).float()  # at k the transform is that of V at Aᵀ k
+    result = torch.zeros(n, n, n // 2 + 1, dtype=source.dtype, device=volume.device)
     for plane, kz in enumerate(line):
         place = torch.stack([kx, ky, kz.expand_as(kx)], dim=-1).flatten(0, 1)
-        inside = place.norm(dim=-1) <= n / 2 - 0.5
-        place = place[inside]
+        asked = place @ forward
+        inside = (place.norm(dim=-1) <= n / 2 - 0.5) & (asked.norm(dim=-1) <= n / 2 - 0.5)
         # A slice of one pixel at (1, 0) whose "rotation" has the place as its first column is a sample at that place.
-        columns = torch.nn.functional.pad((place @ alignment.rotation.float())[:, :, None], (0, 2))
+        columns = torch.nn.functional.pad(asked[inside][:, :, None], (0, 2))
         values = extract_slices(source, columns, one, zero, padded / n)[:, 0]
-        phase = (-2 * math.pi / n) * (place @ alignment.shift_px.float())
-        result[plane].view(-1)[inside.nonzero()[:, 0]] = values * torch.polar(torch.ones_like(phase), phase)
+        if shift_px is not None:
+            phase = (-2 * math.pi / n) * (place[inside] @ shift_px)
+            values = values * torch.polar(torch.ones_like(phase), phase)
+        result[plane].view(-1)[inside.nonzero()[:, 0]] = values
     return irfft3_centred(result, n)
 
 
@@ -123,6 +139,16 @@ def rotational_symmetry(
         else:
             found.append(start.rotation.mT)
     return torch.stack(found)
+
+
+def compare_turned(
+    volume: Float[Tensor, "n n n"], truth: Float[Tensor, "n n n"], starts: Sequence[Alignment], radius: float
+) -> list[float]:
+    """Mean shell correlation up to a radius (Fourier pixels) of a map with another one, at the best alignment near each
+    start."""
+    box = min(volume.shape[-1], 2 * math.ceil(radius + 2))
+    comparison = _Slices(fourier_resize_3d(volume, box), fourier_resize_3d(truth, box))
+    return [comparison.refine(start, min(radius, box / 2 - 1), 12).score for start in starts]
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ def rotation_from_vector(vector: Float[Tensor, "... 3"]) -> Float[Tensor, "... 3
     return roma.rotvec_to_rotmat(vector)
 
 
+def vector_from_rotation(rotation: Float[Tensor, "... 3 3"]) -> Float[Tensor, "... 3"]:
+    """log of SO(3): the axis times the angle in radians, in [0, pi]."""
+    return roma.rotmat_to_rotvec(rotation)
+
+
 def geodesic_angle(a: Float[Tensor, "... 3 3"], b: Float[Tensor, "... 3 3"]) -> Float[Tensor, "..."]:
     """Angle in degrees of the rotation that takes a to b, in [0, 180]; accurate for small angles (chord length)."""
     return torch.rad2deg(roma.rotmat_geodesic_distance(a, b))
