@@ -98,6 +98,19 @@ class Backprojection:
         self.numerator *= keep
         self.denominator *= keep
 
+    def merged(self, count: int, *, without: int | None = None) -> "Backprojection":
+        """The sums of every `count` neighbouring classes together, but for one of each."""
+        whole = Backprojection.__new__(Backprojection)
+        whole.box_size, whole.padded_box, whole.classes = self.box_size, self.padded_box, self.classes // count
+        wanted = [number for number in range(count) if number != without]
+        for name in ("numerator", "denominator"):
+            apart = getattr(self, name).unflatten(0, (-1, count))
+            total = apart[:, wanted[0]].clone()
+            for number in wanted[1:]:
+                total += apart[:, number]
+            setattr(whole, name, total)
+        return whole
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums."""
         return self.numerator, self.denominator

@@ -16,7 +16,7 @@ from scalecryo.physics.fft import FourierPixels, fourier_resize_3d, irfft3_centr
 from scalecryo.physics.fourier_slice import gridding_correction
 from scalecryo.physics.fsc import fsc, resolution, shell_index_3d
 from scalecryo.physics.kernels.packed_volume import PackedVolume
-from scalecryo.physics.mask import mask_from_map, soft_sphere
+from scalecryo.physics.mask import density_radius, mask_from_map, soft_sphere
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,11 @@ class ReferenceSet:
         return max(
             resolution(self.curve(number), self.level, self.pixel_size, threshold) for number in range(self.classes)
         )
+
+    def extent(self) -> float:
+        """Diameter of the largest class's density, as a share of the box."""
+        each = [density_radius(self.mean(number) * self.mask[number]) for number in range(self.classes)]
+        return 2 * max(each) / self.level
 
     def at(self, level: int, pixels: FourierPixels) -> References:
         """Every map, filtered by what its halves share, at another level, for images packed by some Fourier pixels.

@@ -72,6 +72,14 @@ def mask_from_map(
     return _grow(inside, dilate_px, edge_px)
 
 
+def density_radius(volume: Float[Tensor, "n n n"], share: float = 0.95) -> float:
+    """Radius in px about the centre within which a share of a map's positive density lies."""
+    radius = _radius(volume.shape[-1], volume.device).flatten()
+    inside, order = volume.flatten().clamp_min(0), radius.argsort()
+    total = inside[order].double().cumsum(0)
+    return float(radius[order[int((total < share * total[-1]).sum())]])  # host sync
+
+
 def _gaussian_low_pass(volume: Tensor, pixel_size: float, resolution: float) -> Tensor:
     """Gaussian filter whose amplitude is one half at 1/resolution."""
     n = volume.shape[-1]

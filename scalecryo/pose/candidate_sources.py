@@ -89,6 +89,8 @@ class SearchSource:
         shift_grid_px: hypotheses for an unknown shift, px of the level.
         count: modes per image.
         generator: of the turns of the grid, one for each call.
+        related: rotations S whose poses S R are tried as well, R being the known pose; None: none.
+        made: searches made so far, by reference, all with one turn of the grid; None: each call makes its own.
     """
 
     grid: Float[Tensor, "h 3 3"]
@@ -96,12 +98,14 @@ class SearchSource:
     shift_grid_px: Float[Tensor, "t 2"]
     count: int
     generator: torch.Generator
+    related: Float[Tensor, "s 3 3"] | None = None
+    made: dict[int, GridSearch] | None = None
 
     def candidates(
         self, images: ParticleImages, reference: Reference, known: Poses, seen: Bool[Tensor, " b"]
     ) -> PoseCandidates:
         """See `CandidateSource`."""
-        search = GridSearch(reference, self.grid, images.pixels.prefix(self.radius), self.generator)
+        search = self._search(reference, images)
         old, new = seen.nonzero()[:, 0], seen.logical_not().nonzero()[:, 0]  # host sync
         if len(old) == 0:
             return search.modes(images, self.shift_grid_px, self.count)
@@ -115,7 +119,23 @@ class SearchSource:
         rotation = torch.where(seen[:, None, None], known.rotation, modes.rotation[:, 0])
         shift = torch.where(seen[:, None], known.shift, modes.shift[:, 0])
         first = PoseCandidates(rotation[:, None], shift[:, None], modes.log_weight[:, :1])
-        return concatenated([first, modes], 1)
+        related = () if self.related is None else self.related
+        turned = [self._turned(first, turn) for turn in related]
+        return concatenated([first, *turned, modes], 1)
+
+    def _search(self, reference: Reference, images: ParticleImages) -> GridSearch:
+        """Of a reference, which outlives this source."""
+        pixels, made = images.pixels.prefix(self.radius), self.made
+        if made is None:
+            return GridSearch(reference, self.grid, pixels, self.generator)
+        if id(reference) not in made:
+            turn = torch.Generator().manual_seed(self.generator.initial_seed())
+            made[id(reference)] = GridSearch(reference, self.grid, pixels, turn)
+        return made[id(reference)]
+
+    @staticmethod
+    def _turned(poses: PoseCandidates, turn: Float[Tensor, "3 3"]) -> PoseCandidates:
+        return replace(poses, rotation=turn @ poses.rotation)
 
 
 def _in_order(parts: Sequence[PoseCandidates], rows: Tensor) -> PoseCandidates:

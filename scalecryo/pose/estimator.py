@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.distributed.timer import Timer
@@ -19,12 +19,14 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.candidate_sources import CandidateSource
-from scalecryo.pose.local_refinement import evaluate_poses, refine_poses
+from scalecryo.pose.local_refinement import refine_poses
+from scalecryo.pose.related import angle_modulo
 from scalecryo.pose.search import templates
 
 # A candidate is pruned on the way where it is further behind its image's best than a share of what the best gains over
 # an empty image, and than so many nats: one that starts at a grid's point has still some way to go.
 PRUNE_FRACTION, PRUNE_MARGIN_NATS = 0.1, 20.0
+LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to show the particle
 SAME = 15.0  # degrees times Fourier pixels: a quarter of the turn that moves the outermost pixel by one
 
 
@@ -41,6 +43,7 @@ class EStepPlan:
         fit_shift: False leaves shifts as they are.
         probability_radius: Fourier pixels that tell whether an image shows a particle; 0: every image does.
         shift_radius: of the disc of possible shifts, Å.
+        equivalent: rotations that nothing tells apart: related poses are no rivals; None: none.
     """
 
     radius: float
@@ -51,6 +54,7 @@ class EStepPlan:
     fit_shift: bool = True
     probability_radius: float = 0.0
     shift_radius: float = 0.0
+    equivalent: Float[Tensor, "e 3 3"] | None = None
 
 
 class PoseEstimator:
@@ -115,7 +119,13 @@ class PoseEstimator:
             candidates = self._source.candidates(images, reference, known, seen)
         with self._timer.part("local_refinement"):
             return refine_candidates(
-                images, candidates, reference, plan.steps, fit_shift=plan.fit_shift, prune_fraction=plan.prune_fraction
+                images,
+                candidates,
+                reference,
+                plan.steps,
+                fit_shift=plan.fit_shift,
+                prune_fraction=plan.prune_fraction,
+                equivalent=plan.equivalent,
             )
 
     def predictions(
@@ -164,12 +174,13 @@ def refine_candidates(
     *,
     fit_shift: bool,
     prune_fraction: float = PRUNE_FRACTION,
+    equivalent: Float[Tensor, "e 3 3"] | None = None,
 ) -> PoseEstimates:
     """Refine every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
 
     On the way, those far behind their image's best are pruned (see `PRUNE_FRACTION`), as are those that have arrived
-    where the best is. Two candidates that end within a degree of each other are one: only separate ones share the
-    probability.
+    where the best is. Two candidates that end within a degree of each other, or of an equivalent pose, are one: only
+    separate ones share the probability.
     """
     count, each = candidates.rotation.shape[:2]
     image = torch.arange(count, device=candidates.rotation.device).repeat_interleave(each)
@@ -193,7 +204,7 @@ def refine_candidates(
             hopeful = ((cost <= (lead + margin)[image]) & apart).nonzero()[:, 0]  # host sync
             image, rotation, shift_px = image[hopeful], rotation[hopeful], shift_px[hopeful]
     best = _leaders(cost, lead, image)
-    apart = geodesic_angle(rotation, rotation[best[image]]) > 1.0
+    apart = angle_modulo(rotation, rotation[best[image]], equivalent) > 1.0
     rivals = torch.where(apart, (lead[image] - cost).exp(), torch.zeros_like(cost))
     others = torch.zeros_like(lead).scatter_add_(0, image, rivals)
     return PoseEstimates(
@@ -212,6 +223,11 @@ def _leaders(cost: Float[Tensor, " c"], lead: Float[Tensor, " b"], image: Int[Te
     return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_(0, image[leading], leading)
 
 
+def map_weight(found: PoseEstimates) -> Float[Tensor, " b"]:
+    """Of each image in the maps: one that does not seem to show the particle hardly enters them."""
+    return found.particle_probability.clamp_min(LEAST_WEIGHT)
+
+
 def empty_cost(transforms: Tensor, pixel_weight: Tensor) -> Float[Tensor, " b"]:
     """Cost of each image, as in `refine_poses`, against an empty map."""
     return 0.5 * (transforms.abs().square().double() @ pixel_weight.double())
@@ -220,10 +236,12 @@ def empty_cost(transforms: Tensor, pixel_weight: Tensor) -> Float[Tensor, " b"]:
 def particle_probability(
     images: ParticleImages, found: PoseEstimates, reference: Reference, radius: float, shift_radius: float
 ) -> Float[Tensor, " b"]:
-    """Probability that an image shows the particle at all, at even odds beforehand.
+    """Probability that an image shows the particle, against two others: that it is empty, and that it shows something
+    else of the same power; at even odds beforehand.
 
-    Bayes: exp(gain) over the number of poses that can be told apart at the radius, where the gain is the
-    log-likelihood ratio over an empty image. Noise fits one of so many poses by chance, and no better.
+    Bayes: the particle's evidence is exp(gain) over the number of poses that can be told apart at the radius, where the
+    gain is the log-likelihood ratio over an empty image. Noise fits one of so many poses by chance, and no better; what
+    is as large and as bright as the particle fits some pose better than noise, but not as well as it would fit itself.
 
     Args:
         images: with the poses found for them.
@@ -234,12 +252,31 @@ def particle_probability(
     """
     near = images.within(radius)
     weight = reference.noise.pixel_weight(near.pixels)
-    cost = evaluate_poses(
-        reference.packed, near.transforms, found.rotation[:, None], found.shift_px(images.pixel_size)[:, None],
-        near.ctf, weight, near.pixels, reference.scale,
-    )[:, 0]  # fmt: skip
-    limit = near.pixels.radius_limit
+    slices = templates(reference.transform, found.rotation, near.pixels, reference.scale)
+    shift_px, pixels = found.shift_px(images.pixel_size), near.pixels
+    predicted = form_images(slices, near.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
+    gain = empty_cost(near.transforms, weight) - empty_cost(near.transforms - predicted, weight)
+    limit = pixels.radius_limit
     poses = 8 * math.pi**2 * limit**3
     if shift_radius > 0:
         poses *= max(1.0, math.pi * (shift_radius / images.pixel_size * 2 * math.pi * limit / images.box_size) ** 2)
-    return torch.sigmoid(empty_cost(near.transforms, weight) - cost - math.log(poses)).float()
+    particle, other = gain - math.log(poses), _other_evidence(near, slices, weight)
+    return torch.sigmoid(particle - torch.logaddexp(torch.zeros_like(other), other)).float()
+
+
+def _other_evidence(
+    images: ParticleImages, slices: Complex[Tensor, "b p"], weight: Float[Tensor, " p"]
+) -> Float[Tensor, " b"]:
+    """Log-evidence over an empty image of a random density with the spectrum of the particle's slices.
+
+    Each Fourier pixel is a complex Gaussian whose variance is the noise's, plus CTF² times the mean power of its shell.
+    """
+    pixels = images.pixels
+    power = slices.abs().square().double().mean(0) * pixels.weight
+    shells = int(pixels.shell.max()) + 1  # host sync
+    total = torch.zeros(shells, dtype=power.dtype, device=power.device).index_add_(0, pixels.shell, power)
+    count = torch.zeros_like(total).index_add_(0, pixels.shell, pixels.weight.double())
+    ratio = (total / count)[pixels.shell] * (weight / pixels.weight).double()
+    ratio = ratio if images.ctf is None else ratio * images.ctf.double().square()
+    seen = 0.5 * weight.double() * images.transforms.abs().square().double()
+    return (seen * ratio / (1 + ratio) - 0.5 * pixels.weight * ratio.log1p()).sum(-1)
