@@ -3,12 +3,15 @@
 Each step takes a batch, forms the posterior over a randomly turned grid of rotations (and over shifts where centring
 is unknown), and inserts every image at its likeliest poses, weighted, into an exponentially decaying sum. The radius
 marches from `FIRST_RADIUS` to `LAST_RADIUS` Fourier pixels. Several random starts run side by side on the same batches,
-each with two independent half-maps; held-out likelihood picks the best.
+each with two independent half-maps. All of these maps are judged by the same images, which none of them has learnt
+from. Where the best of one half and the best of the other are not yet the same structure, the evidence is thin: the
+start goes on, with twice as many images in a step. The best map is where both halves' refinement begins.
 """
 
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,8 +48,11 @@ REGULARISATION = 0.05
 LEAST_SHARE = 1e-2  # candidates with less posterior mass are not inserted
 SAVE_EVERY = 20
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
-LEAST_AGREEMENT = 0.5  # mean correlation of the halves over shells 2 to 6, aligned, below which there is none
+AGREEMENT = 0.8  # mean correlation of the halves over shells 2 to 6, aligned, at which the start ends
+WEAK = 0.5  # below which the structure is said to be weak
+MOST_ROUNDS = 3  # each with as many steps as half the first, and twice the images
 FIRST_REFERENCE_RADIUS = 12.0
+STANDING = ("step", "steps", "round", "batch", "base")  # what a checkpoint keeps of where the start stands
 
 
 class Bootstrap:
@@ -68,12 +74,15 @@ class Bootstrap:
         settings, level = context.config.guided, min(context.store.levels)
         self._starts, self._steps = settings.starts, settings.bootstrap_steps
         self._judging = max(1, self._steps // 5)
+        self._round, self._batch = 1, settings.bootstrap_batch
+        self._base = 0  # batches of this round's size that earlier rounds would have been
         self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
         self._shifts = context.shift_grid_px(level)
         self._grid = so3_grid(HALF_GRID).to(context.device)
         self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
         self._sums = Backprojection(level, device=context.device, classes=self._starts)
         self._gains: dict[tuple[int, int], list[float]] = {}
+        self._ended = False
         self._step = 0  # batches learnt from
         self._judged = 0
         self._images = 0
@@ -82,8 +91,8 @@ class Bootstrap:
         """Some steps until the next checkpoint, or all batches that judge."""
         batches = min(SAVE_EVERY - self._step % SAVE_EVERY, self._steps - self._step) or self._judging
         self._images = 0
-        size = self._context.config.guided.bootstrap_batch
-        return BatchRequest((self._pixels,), size, start=self._step + self._judged, batches=batches)
+        start = self._base + self._step + self._judged
+        return BatchRequest((self._pixels,), self._batch, start=start, batches=batches)
 
     def step(self, *images: ParticleImages) -> None:
         """Learn from a batch, or judge by its held-out particles."""
@@ -107,25 +116,43 @@ class Bootstrap:
         """
         total = self._steps + self._judging
         progress = (self._step + self._judged) / total
-        if self._judged:
-            self._learned.references = self._choose(world)
         message = f"start: {self._step + self._judged} of {total} batches from random poses"
-        return PassReport(message, self._images, checkpoint=not self._judged, progress=progress)
+        judged = self._judged > 0
+        if judged:
+            found, agreement = self._choose(world)
+            self._ended = agreement >= AGREEMENT or self._round == MOST_ROUNDS
+            if self._ended:
+                self._learned.references = found
+            else:
+                message += f"; the halves' maps correlate by {agreement:.2f}: on with more images in a step"
+                self._go_on()
+        return PassReport(message, self._images, checkpoint=not judged, progress=progress)
+
+    def _go_on(self) -> None:
+        """Another round, with half the steps of the first and twice the images of the last."""
+        self._round += 1
+        self._base = (self._base + self._step + self._judged) // 2 + 1 - self._step
+        self._batch = min(2 * self._batch, max(self._batch, self._context.count))
+        self._steps += max(1, self._context.config.guided.bootstrap_steps // 2)
+        self._judged = 0
+        self._gains.clear()
 
     def done(self) -> bool:
         """Whether a start was chosen."""
-        return self._judged > 0
+        return self._ended
 
     def state_dict(self) -> dict[str, Any]:
         """Sums and noise; the same on every worker."""
         tensors = [tensor.cpu() for tensor in self._tensors()]
-        return {"step": self._step, "settings": self._settings(), "tensors": tensors}
+        standing = {name: getattr(self, f"_{name}") for name in STANDING}
+        return {"standing": standing, "settings": self._settings(), "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after so many steps; under other settings, from the beginning."""
         if state["settings"] != self._settings():
             return
-        self._step = int(state["step"])
+        for name in STANDING:
+            setattr(self, f"_{name}", int(state["standing"][name]))
         for own, saved in zip(self._tensors(), state["tensors"], strict=True):
             own.copy_(saved)
 
@@ -144,7 +171,9 @@ class Bootstrap:
     def _learn(self, batch: ParticleImages, world: World) -> None:
         """One step of every start, and of the noise that they share; one reduction over the workers."""
         noise = self._noise
-        radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(1.0, self._step / (MARCH_SHARE * self._steps))
+        radius = FIRST_RADIUS + (LAST_RADIUS - FIRST_RADIUS) * min(
+            1.0, self._step / (MARCH_SHARE * self._context.config.guided.bootstrap_steps)
+        )
         near = self._pixels.prefix(radius)
         if self._step == 0:
             noise.add(batch.transforms, None, self._pixels)
@@ -207,35 +236,54 @@ class Bootstrap:
         return GridSearch(reference, self._grid, near, generator, keep=KEEP)
 
     def _judge(self, batch: ParticleImages) -> None:
-        """Note how much better than an empty map each start explains held-out particles."""
+        """Note how much better than an empty map each map explains held-out particles, of either half."""
         near = self._pixels.prefix(LAST_RADIUS)
         hypotheses = math.log(2 * len(self._grid) * len(self._shifts))
         for slot in self._slots():
-            images = batch.select(batch.half == slot[1])
-            if len(images):
+            if len(batch):
                 search = self._search(self._reference(slot), slot, near, self._steps + self._judged)
-                gain = search.posterior(images, self._shifts).log_evidence - hypotheses
+                gain = search.posterior(batch, self._shifts).log_evidence - hypotheses
                 self._gains.setdefault(slot, []).extend(gain.tolist())  # host sync
 
-    def _choose(self, world: World) -> ReferenceSet:
-        """The start with the best held-out likelihood, for each half on its own; the halves laid onto each other."""
-        maps, gains = [], []
-        for half in (1, 2):
-            found = [torch.tensor(self._gains.get((n, half), []), dtype=torch.float64) for n in range(self._starts)]
-            sums = torch.stack([torch.stack([v.sum(), v.square().sum(), v.new_tensor(len(v))]) for v in found])
-            sums = sums.to(self._context.device)  # NCCL reduces no tensor of the CPU
-            world.all_reduce_(sums)
-            mean = sums[:, 0] / sums[:, 2]
-            error = (sums[:, 1] / sums[:, 2] - mean.square()).clamp_min(0).sqrt() / sums[:, 2].sqrt()
-            best = int(mean.argmax())  # host sync
-            maps.append(self._sums.solve_one(best, half, REGULARISATION))
-            gains.append((float(mean[best]), float(error[best])))
-            logger.info("start, half %d: held-out log-likelihood gain per image of each random start: %s",
-                        half, ", ".join(f"{gain:.2f}" for gain in mean.tolist()))  # fmt: skip
+    def _choose(self, world: World) -> tuple[ReferenceSet, float]:
+        """References from the map that held-out particles like best, and how the other half's best agrees with it.
+
+        Raises:
+            TrainingError: see `finish_pass`.
+        """
+        slots = self._slots()
+        gains = [torch.tensor(self._gains.get(slot, []), dtype=torch.float64) for slot in slots]
+        sums = torch.stack([torch.stack([v.sum(), v.square().sum(), v.new_tensor(len(v))]) for v in gains])
+        sums = sums.to(self._context.device)  # NCCL reduces no tensor of the CPU
+        world.all_reduce_(sums)
+        mean = sums[:, 0] / sums[:, 2]
+        error = (sums[:, 1] / sums[:, 2] - mean.square()).clamp_min(0).sqrt() / sums[:, 2].sqrt()
+        best = int(mean.argmax())  # host sync
+        half = slots[best][1]
+        other = max((n for n, slot in enumerate(slots) if slot[1] != half), key=lambda n: float(mean[n]))
+        logger.info("start: held-out log-likelihood gain per image of each random start and half: %s",
+                    ", ".join(f"{gain:.2f}" for gain in mean.tolist()))  # fmt: skip
+        maps = [self._sums.solve_one(*slots[number], REGULARISATION) for number in (best, other)]
         pair = _laid_onto_first(torch.stack(maps), world)
-        _refuse_noise(min(gains), float(fsc(pair[0], pair[1])[2:7].mean()), self._context.config.run.data)
+        agreement = float(fsc(pair[0], pair[1])[2:7].mean())
+        self._refuse_noise(float(mean[best]), float(error[best]), agreement)
         check_contrast(pair.mean(0), self._context.config.run.data)
-        return first_references("start", pair, self._context)
+        return first_references("start", pair, self._context, common=True), agreement
+
+    def _refuse_noise(self, gain: float, error: float, agreement: float) -> None:
+        """Raise where the best map explains held-out images no better than nothing; say where it is weak."""
+        where = self._context.config.run.data
+        told = (
+            f"held-out images gain {gain:.2f} ± {error:.2f} in log-likelihood over an empty map, and the two halves' "
+            f"maps correlate by {agreement:.2f}"
+        )
+        if gain < NO_SIGNAL_ERRORS * error:
+            raise TrainingError(
+                f"{where}: the start found no structure: {told}: check contrast sign, pixel size and box, use more "
+                "particles, or raise guided.bootstrap_steps and guided.starts"
+            )
+        if agreement < WEAK and self._round == MOST_ROUNDS:
+            logger.warning("the first map is weak: %s: look at the result with care", told)
 
 
 def _laid_onto_first(maps: Float[Tensor, "2 n n n"], world: World) -> Float[Tensor, "2 n n n"]:
@@ -251,23 +299,24 @@ def _laid_onto_first(maps: Float[Tensor, "2 n n n"], world: World) -> Float[Tens
     return maps
 
 
-def _refuse_noise(gain: tuple[float, float], agreement: float, where: str) -> None:
-    """Raise where the maps explain held-out images no better than nothing, or the halves found different things."""
-    mean, error = gain
-    if mean < NO_SIGNAL_ERRORS * error or agreement < LEAST_AGREEMENT:
-        raise TrainingError(
-            f"{where}: the start found no structure: held-out images gain {mean:.2f} ± {error:.2f} in "
-            f"log-likelihood over an empty map, and the two halves' maps correlate by {agreement:.2f}: check contrast "
-            "sign, pixel size and box, use more particles, or raise guided.bootstrap_steps and guided.starts"
-        )
+def first_references(
+    what: str, maps: Float[Tensor, "2 n n n"], context: RunContext, *, common: bool = False
+) -> ReferenceSet:
+    """References before the first iteration, from two half-maps of one class.
 
-
-def first_references(what: str, maps: Float[Tensor, "2 n n n"], context: RunContext) -> ReferenceSet:
-    """References before the first iteration, from two half-maps of one class."""
+    Args:
+        what: they come from.
+        maps: laid onto each other.
+        context: of the run.
+        common: whether both halves begin at the first map. What they share ends where its signal does, and the FSC
+            beyond is theirs.
+    """
     pixel_size = context.store.level_pixel_size(maps.shape[-1])
     mask = mask_from_map(maps.mean(0), pixel_size)
     noise = torch.ones(maps.shape[-1] // 2 + 1, device=maps.device)
-    found = ReferenceSet.of_maps(maps[None], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, mask=mask[None])
+    found = ReferenceSet.of_maps(
+        maps[None], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, mask=mask[None], solvent=context.solvent
+    )
     shell, angstrom = found.resolution(0.5)
     logger.info("%s: half-maps agree (FSC 0.5) to shell %.1f, %.1f Å", what, shell, angstrom)
-    return found
+    return replace(found, maps=maps[:1].expand(2, -1, -1, -1)[None].clone()) if common else found
