@@ -108,7 +108,7 @@ class GuidedConfig(Section):
     bootstrap_steps: int = option(100, "batches that the bootstrap learns from", GUIDED, least=1)
     bootstrap_batch: int = option(400, "particles in its batches, over both halves and all workers", GUIDED, least=1)
     shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none", EM, least=0)
-    iterations: int = option(12, "most iterations of the refinement", EM, least=1)
+    iterations: int = option(20, "most iterations of the refinement", EM, least=1)
     search_iterations: int = option(8, "most of them that search all rotations, while particles jump", GUIDED, least=0)
     settled_iterations: int = option(1, "iterations without progress that end the refinement", EM, least=1)
     batch_size: int = option(1024, "particles in a batch of the refinement, over all workers", EM, least=1)

@@ -18,7 +18,7 @@ from scalecryo.data.conversion.append_plan import plan_append
 from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.conversion.copies import copies_table, first_of_image, same_files
 from scalecryo.data.formats.mrc import StackWriter
-from scalecryo.data.selection.partition import Copies, Partition, unequal_halves
+from scalecryo.data.selection.partition import PARTS, Copies, Partition, unequal_halves
 from scalecryo.data.selection.subset import choose
 from scalecryo.data.storage.store import ParticleStore
 
@@ -103,9 +103,10 @@ def test_copies_share_everything() -> None:
     columns = torch.from_numpy(copies_table(np.arange(2000) // 2 * 2, np.zeros(2000, int))).T.contiguous()
     for new_halves in (False, True):
         partition = Partition(new_halves, Copies(*columns))
-        for found in (partition.half(rows, rows * 0), partition.part(rows), partition.held_out(rows)):
-            assert torch.equal(found[0::2], found[1::2])
-            assert len(set(found.tolist())) == 2
+        found = partition.half(rows, rows * 0), partition.part(rows), partition.held_out(rows)
+        for drawn, values in zip(found, (2, PARTS, 2), strict=True):
+            assert torch.equal(drawn[0::2], drawn[1::2])
+            assert len(set(drawn.tolist())) == values
     # Whoever is no copy stays where it was.
     few = Partition(copies=Copies(*columns[:, :10].contiguous()))
     assert torch.equal(few.half(rows, rows * 0)[10:], Partition().half(rows, rows * 0)[10:])

@@ -184,7 +184,7 @@ def test_a_step_of_the_auto_encoder_never_waits_for_the_device():
     )  # fmt: skip
     trainer._optimiser = torch.optim.SGD(encoder.parameters(), lr=1.0)  # Adam counts its steps on the host
     noise = BackgroundNoise(pixels, "cpu")
-    noise.add(torch.randn(BATCH, BOX, BOX), torch.zeros(BATCH), torch.ones(BATCH))
+    noise.add(torch.randn(BATCH, BOX, BOX), torch.zeros(BATCH, dtype=torch.long), torch.ones(BATCH))
     white, maps = Whitening(noise), RunningMaps(BOX, 1.0, "cpu")
     norm = white.image_power(pixels, 10.0)
     on_meta(maps)

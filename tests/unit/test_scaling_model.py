@@ -17,7 +17,7 @@ from scalecryo.pose.search import with_flips
 from scalecryo.train.particle_state import SCHEMA
 from scalecryo.train.recipes import ENCODER_RADIUS
 from scalecryo.train.stages.bootstrap import HALF_GRID
-from scalecryo.train.stages.refinement import plan_iteration
+from scalecryo.train.stages.schedule import plan_iteration
 from tools import scaling_model as model
 
 
@@ -79,7 +79,7 @@ def test_slices_stay_within_the_accumulators_ball(box: int, reach: float) -> Non
 
 @pytest.mark.parametrize("radius", [14.0, 40.0, 60.0])
 def test_reach_is_that_of_an_iteration(radius: float) -> None:
-    plan = plan_iteration(radius, (128,), 5, search=False, shifted=True)
+    plan = plan_iteration(radius, (128,), 5, searched=False, shifted=True)
     assert model.iteration_reach(plan.level, plan.radius) == plan.insertion_radius
 
 

@@ -16,7 +16,7 @@ from scalecryo.config import GuidedConfig
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import ParticleStream
-from scalecryo.train.stages.refinement import FIRST_RADIUS, IterationPlan, plan_iteration
+from scalecryo.train.stages.schedule import FIRST_RADIUS, IterationPlan, plan_iteration
 from tools.bench.stream import make_store
 
 BATCH = 512
@@ -26,7 +26,9 @@ def marched(levels: tuple[int, ...], factor: float) -> list[IterationPlan]:
     """Iterations of rising radius: each refines `factor` as far as the one before; two at the end."""
     limit, radius, plans = max(levels) / 2 - 2, FIRST_RADIUS, []
     while not plans or plans[-1].radius < limit:
-        plans.append(plan_iteration(radius, levels, len(plans), search=len(plans) < 2, shifted=True))
+        plans.append(
+            plan_iteration(radius, levels, len(plans), searched="all" if len(plans) < 2 else "new", shifted=True)
+        )
         radius = min(radius * factor, limit)
     return [*plans, plans[-1]]
 

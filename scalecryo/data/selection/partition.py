@@ -18,6 +18,7 @@ from scalecryo.errors import MissingInputError
 # Odd 64-bit numbers: SplitMix64's increment and multipliers (Steele et al. 2014), as signed integers.
 _INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+PARTS = 4
 _HALF, _PART, _HELD_OUT = 1, 2, 3  # keys of the three hashes
 _LEAST_SHARE = 1 / 3  # of the particles in the smaller half
 _CHANCE = 4.0  # standard deviations of a fair draw, within which halves of few particles differ
@@ -110,8 +111,8 @@ class Partition:
         return torch.where(said > 0, said, made)
 
     def part(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """0 or 1: the two parts of each half, one of which is posed against a map of the other."""
-        return _hash(self._image(rows), _PART) % 2
+        """0 to 3: parts of each half, each of which is searched against a map of the others."""
+        return _hash(self._image(rows), _PART) % PARTS
 
     def held_out(self, rows: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
         """A tenth of the particles, which the start never learns from."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align import Alignment
-from scalecryo.evaluate.align_maps import align_maps, rotational_symmetry
+from scalecryo.evaluate.align_maps import align_maps
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.physics.fft import FourierPixels
@@ -16,21 +16,20 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
-from scalecryo.pose.estimator import EStepPlan, PoseEstimator
+from scalecryo.pose.estimator import EStepPlan, PoseEstimator, map_weight
+from scalecryo.pose.related import RelatedRotations
 from scalecryo.runs.pictures import EXAMPLES, Pairs, correlation, pictures_of
 from scalecryo.train.encoder_training import MODES, PoseLearner
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stages.bootstrap import HALF_GRID
-from scalecryo.train.stages.refinement import FIRST_PASSES, PASSES
+from scalecryo.train.stages.schedule import FIRST_PASSES, PASSES, PROBABILITY_RADIUS
 
 SEARCH_RADIUS = 12.0  # Fourier pixels
 # Radius and passes of the local refinement of a particle never seen, and the passes at the last radius. Measured on G
 # with shifts: as accurate as 2 last passes and a tenth of the gain, in half the time.
 FIRST_STEPS, LAST_PASSES = ((12.0, FIRST_PASSES), (28.0, 1)), 1
 PRUNE_FRACTION = 0.03  # of the best mode's gain
-PROBABILITY_RADIUS = 24.0  # Fourier pixels that tell whether an image shows the particle
-LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to
 
 
 class FinalPoses(Protocol):
@@ -74,6 +73,7 @@ class ReferencePoses:
         self._remembered, self._seed = remembered, context.config.train.seed
         self._generator = torch.Generator()
         radius = min(references.radius, level / 2 - 1)
+        related = [RelatedRotations.of(references, number) for number in range(references.classes)]
         steps = tuple((at, passes) for at, passes in FIRST_STEPS if at < radius)
         plan = EStepPlan(
             radius=radius,
@@ -84,6 +84,7 @@ class ReferencePoses:
             fit_shift=context.fit_shift,
             probability_radius=min(PROBABILITY_RADIUS, radius),
             shift_radius=context.config.guided.shift_radius_a,
+            equivalent=related[0].equivalent,
         )
         self._encoder, self._references = encoder, references
         source: CandidateSource
@@ -96,7 +97,9 @@ class ReferencePoses:
         prepared = references.at(level, self.pixels)
         self._estimator = PoseEstimator(prepared, plan, source, context.world.timer)
         self._pixel_size = references.pixel_size
-        self._onto_first = [_lay_onto(second, first) for first, second in references.maps]
+        self._onto_first = [
+            _lay_onto(second, first, own.similar) for (first, second), own in zip(references.maps, related, strict=True)
+        ]
 
     def estimate(self, images: ParticleImages) -> PoseEstimates:
         """Remembered poses refined once more; the others searched, then refined at rising radii."""
@@ -116,7 +119,7 @@ class ReferencePoses:
 
     def weight(self, found: PoseEstimates) -> Tensor:
         """An image that shows no particle hardly enters the maps."""
-        return found.particle_probability.clamp_min(LEAST_WEIGHT)
+        return map_weight(found)
 
     def pictures(self, images: ParticleImages, found: PoseEstimates) -> Pairs:
         """Of the first half, whose frame the poses are in."""
@@ -141,11 +144,11 @@ def _moved(found: PoseEstimates, alignment: Alignment, pixel_size: float) -> Pos
     return replace(found, rotation=rotation, shift=found.shift - moved)
 
 
-def _lay_onto(moving: Tensor, fixed: Tensor) -> Alignment:
+def _lay_onto(moving: Tensor, fixed: Tensor, similar: Tensor) -> Alignment:
     """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well."""
-    fixed, moving = fixed.cpu(), moving.cpu()
-    starts = [Alignment(symmetry, False, torch.zeros(3), 0.0) for symmetry in rotational_symmetry((fixed + moving) / 2)]
-    return align_maps(moving, fixed, starts, search=False)
+    turns = (torch.eye(3), *similar.cpu())
+    starts = [Alignment(turn, False, torch.zeros(3), 0.0) for turn in turns]
+    return align_maps(moving.cpu(), fixed.cpu(), starts, search=False)
 
 
 class ModelPoses:

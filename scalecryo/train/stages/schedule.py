@@ -1,0 +1,194 @@
+"""What each iteration of the refinement does: how far its radius reaches, who is searched, and when it ends.
+
+The radius goes where the halves' correlation says that there is signal, at once. All particles are searched while they
+jump between modes; then they are refined locally against their whole half until neither poses nor maps change.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from scalecryo.pose.estimator import EStepPlan
+
+FIRST_RADIUS = 14.0
+FIRST_PASSES, PASSES = 3, 2  # Levenberg-Marquardt: from a grid's modes, and from a pose refined before
+FIRST_STEP_RADIUS = 16.0  # Fourier pixels of a candidate's first local refinement
+CHOICE_RADIUS = 32.0  # Fourier pixels up to which candidates are refined before one is chosen
+SEARCH_LEVEL = 64  # largest box at which all particles are searched, and parts of the halves summed apart
+SEARCH_RADIUS, FILLED = 12.0, 0.75  # Fourier pixels of a search, of a particle that fills this share of the box
+PROBABILITY_RADIUS = 24.0  # Fourier pixels that tell whether an image shows the particle
+MARGIN = 2.0  # Fourier pixels that the next iteration reaches for beyond the last shell with signal
+JUMPING = 0.02  # the search goes on while more particles than this change their mode in an iteration
+PROGRESS = 1.02  # or while the mean FSC grows by this factor
+CALMER = 0.8  # and while their number falls below this share of what it was
+CREEPING = 2e-3  # strain of an iteration above which the radius waits
+SETTLED = 1.005  # gain in mean FSC below which an iteration brought no progress
+RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
+
+
+@dataclass(frozen=True)
+class IterationPlan:
+    """What one iteration does.
+
+    Attributes:
+        radius: Fourier pixels that poses are refined with.
+        level: box of the store that is read.
+        searched: whether all rotations of all particles are searched, each against a map of the other parts of its
+            half: a particle's own share in the map would hold it where it is, right or wrong. Else only those of
+            particles never posed before.
+        modes: that the search offers each particle.
+        search_radius: Fourier pixels of the search.
+    """
+
+    radius: float
+    level: int
+    searched: bool
+    modes: int
+    search_radius: float
+
+    @property
+    def insertion_radius(self) -> float:
+        """Up to which images are inserted: beyond local refinement, so that the FSC shows what comes next."""
+        return min(self.level / 2 - 1, 1.4 * self.radius + 6)
+
+    def e_step(
+        self,
+        *,
+        left_out: bool,
+        fit_shift: bool,
+        shift_radius: float = 0.0,
+        equivalent: Float[Tensor, "e 3 3"] | None = None,
+    ) -> EStepPlan:
+        """Candidates refined up to a middling radius; the choice, or the remembered pose, at the iteration's.
+
+        Args:
+            left_out: the references hold nothing of the particles: all of them are searched.
+            fit_shift: whether shifts are unknown.
+            shift_radius: of the disc of possible shifts, Å.
+            equivalent: rotations that nothing tells apart.
+        """
+        highest = min(self.radius, CHOICE_RADIUS)
+        radii = [radius for radius in (FIRST_STEP_RADIUS, CHOICE_RADIUS) if radius < 0.8 * highest]
+        steps = [(radius, FIRST_PASSES if number == 0 else PASSES) for number, radius in enumerate(radii)]
+        steps.append((highest, PASSES if steps else FIRST_PASSES))
+        passes = 0 if left_out and highest == self.radius else PASSES
+        return EStepPlan(
+            self.radius, passes, left_out, tuple(steps), fit_shift=fit_shift, equivalent=equivalent,
+            probability_radius=min(self.radius, PROBABILITY_RADIUS), shift_radius=shift_radius,
+        )  # fmt: skip
+
+
+def plan_iteration(
+    radius: float, levels: tuple[int, ...], number: int, *, searched: bool, shifted: bool, extent: float = 1.0
+) -> IterationPlan:
+    """The iteration at a radius: the smallest level that holds it with room to see beyond, if there is one.
+
+    Where shifts are unknown the search stays at a low radius: another mode may have another shift, and must still be
+    seen at the remembered one. A grid of rotations serves a small particle up to a higher radius than one that fills
+    the box.
+    """
+    if searched:
+        levels = tuple(level for level in levels if level <= SEARCH_LEVEL) or (min(levels),)
+    fits = [level for level in sorted(levels) if level / 2 - 1 >= 1.15 * radius + 1]
+    level = fits[0] if fits else max(levels)
+    radius = min(radius, level / 2 - 2.0)  # just inside the level's Nyquist
+    first = number == 0 or shifted
+    reach = SEARCH_RADIUS * min(max(FILLED / max(extent, 1e-3), 1.0), 2.0)
+    return IterationPlan(radius, level, searched, 3 if first else 2, min(radius, reach if first else 24.0))
+
+
+@dataclass
+class Schedule:
+    """Where the refinement stands.
+
+    Attributes:
+        most_searches: iterations that search all particles at most; 0: none is searched that has a pose.
+        most_settled: iterations in a row without progress that end the local refinement.
+        number: finished iterations.
+        radius: of the next one; 0: the first.
+        searched: whether the next one searches all particles.
+        searches: iterations that did, so far.
+        settled: iterations in a row that brought no progress.
+        moved: share of the particles seen before that changed their mode; of the last two searches (None: nobody was
+            seen before).
+        ended: whether nothing more is to be done.
+    """
+
+    most_searches: int
+    most_settled: int
+    number: int = 0
+    radius: float = 0.0
+    searched: bool = True
+    searches: int = 0
+    settled: int = 0
+    moved: list[float | None] = field(default_factory=list)
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.searched = self.searched and self.most_searches > 0
+
+    def plan(self, levels: tuple[int, ...], *, shifted: bool, extent: float) -> IterationPlan:
+        """The next iteration.
+
+        Args:
+            levels: of the store.
+            shifted: whether shifts are unknown.
+            extent: diameter of the particle as a share of the box.
+        """
+        radius = self.radius or FIRST_RADIUS
+        return plan_iteration(radius, levels, self.number, searched=self.searched, shifted=shifted, extent=extent)
+
+    def update(
+        self,
+        plan: IterationPlan,
+        *,
+        creep: float,
+        reach: float,
+        gain: float | None,
+        moved: float | None,
+        restless: float | None,
+    ) -> None:
+        """Take in what an iteration came to.
+
+        Args:
+            plan: of that iteration.
+            creep: strain of the maps that the iteration brought.
+            reach: shell at which the halves' correlation falls to 0.143.
+            gain: mean FSC over that of the iteration before; None where their levels differ.
+            moved: share of those searched and seen before that changed their mode.
+            restless: share of those seen before that turned by a visible angle.
+        """
+        self.number += 1
+        if plan.searched or creep < CREEPING:
+            self.radius = max(self.radius, plan.radius, min(reach + MARGIN, plan.insertion_radius))
+        if plan.searched:
+            self._after_search(moved, gain)
+        else:
+            still = creep < CREEPING and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
+            self.settled = self.settled + 1 if still and (restless is None or restless < RESTLESS) else 0
+            self.ended = self.settled >= self.most_settled
+
+    def _after_search(self, moved: float | None, gain: float | None) -> None:
+        self.searches += 1
+        self.moved = [*self.moved[-1:], moved]
+        if self.searches >= self.most_searches:
+            self.searched = False
+        elif moved is not None:
+            earlier = self.moved[0] if len(self.moved) > 1 else None
+            better = gain is None or gain > PROGRESS
+            if moved < JUMPING or (earlier is not None and moved > CALMER * earlier and not better):
+                self.searched = False
+        elif self.number >= 2 and self.radius > 0 and len(self.moved) > 1:
+            self.searched = False  # more than an iteration reads: new ones are searched in any case
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave, but for what the settings say now."""
+        for name in ("number", "radius", "searched", "searches", "settled", "moved", "ended"):
+            setattr(self, name, state[name])

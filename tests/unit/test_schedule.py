@@ -1,0 +1,85 @@
+"""What each iteration of the refinement does, against what was measured to be needed."""
+
+import pytest
+
+from scalecryo.train.stages.schedule import IterationPlan, Schedule, plan_iteration
+
+LEVELS = (32, 64, 128)
+
+
+def plan(schedule: Schedule) -> IterationPlan:
+    return schedule.plan(LEVELS, shifted=True, extent=0.75)
+
+
+def update(schedule: Schedule, **found: float | None) -> None:
+    told = {"creep": 0.0, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0} | found
+    schedule.update(plan(schedule), **told)  # type: ignore[arg-type]
+
+
+def test_radius_goes_to_where_the_signal_ends_at_once() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1)
+    assert plan(schedule).radius == 14
+    update(schedule, reach=60.0, moved=None)
+    assert plan(schedule).radius == pytest.approx(1.4 * 14 + 6)  # as far as images were inserted
+    schedule.searched = False
+    update(schedule, reach=28.0)
+    assert plan(schedule).radius == 30  # two shells beyond the signal
+    update(schedule, reach=20.0)
+    assert plan(schedule).radius == 30  # and not back
+
+
+def test_search_goes_on_while_particles_jump_or_the_map_gets_better() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1)
+    for moved, gain, searched in (
+        (None, None, True), (0.5, 1.3, True), (0.3, 1.0, True), (0.29, 1.1, True), (0.28, 1.0, False),
+    ):  # fmt: skip
+        update(schedule, moved=moved, gain=gain)
+        assert schedule.searched is searched
+    calm = Schedule(most_searches=8, most_settled=1)
+    update(calm, moved=None)
+    update(calm, moved=0.01, gain=1.3)
+    assert calm.searched is False
+
+
+def test_what_changes_nothing_is_the_end() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1, searched=False, searches=2, radius=30.0, number=3)
+    update(schedule, reach=28.0)
+    assert schedule.ended
+
+
+@pytest.mark.parametrize("found", [{"restless": 0.5}, {"gain": 1.05}, {"reach": 35.0}, {"creep": 0.01}])
+def test_what_still_changes_is_not_the_end(found: dict[str, float]) -> None:
+    schedule = Schedule(most_searches=8, most_settled=1, searched=False, searches=2, radius=30.0, number=3)
+    update(schedule, **({"reach": 28.0} | found))
+    assert (schedule.searched, schedule.ended) == (False, False)
+
+
+def test_radius_waits_while_poses_and_map_creep() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1, searched=False, searches=2, radius=20.0, number=3)
+    update(schedule, reach=60.0, creep=0.01)
+    assert schedule.radius == 20
+    update(schedule, reach=60.0, creep=0.0)
+    assert schedule.radius > 30
+
+
+def test_imported_poses_are_never_searched() -> None:
+    schedule = Schedule(most_searches=0, most_settled=1)
+    assert schedule.searched is False
+    update(schedule, reach=12.0)
+    assert schedule.ended
+
+
+def test_a_small_particle_is_searched_at_a_higher_radius() -> None:
+    radius = [
+        plan_iteration(40.0, LEVELS, 0, searched=True, shifted=True, extent=extent).search_radius
+        for extent in (0.9, 0.5, 0.2)
+    ]
+    assert radius == [12, 18, 24]
+
+
+def test_state_is_taken_up() -> None:
+    schedule, again = (Schedule(most_searches=8, most_settled=1) for _ in range(2))
+    update(schedule, moved=None)
+    update(schedule, moved=0.4, gain=1.1)
+    again.load_state_dict(schedule.state_dict())
+    assert again == schedule
