@@ -30,7 +30,7 @@ def particle() -> Tensor:
 def test_white_noise_is_flat_under_a_particle(generator: torch.Generator) -> None:
     noise = BackgroundNoise(fourier_pixels(BOX), "cpu")
     images = torch.randn(COUNT, BOX, BOX, generator=generator) * 2**0.5 + particle()
-    noise.add(images, torch.zeros(COUNT), torch.ones(COUNT))
+    noise.add(images, torch.zeros(COUNT, dtype=torch.long), torch.ones(COUNT))
     # Closed form: 2. 400 images of some 900 independent corner pixels: 5 shells of a dozen and more coefficients each.
     assert noise.variance()[0] == pytest.approx(torch.full((32,), 2.0), rel=0.06)
 
@@ -41,7 +41,7 @@ def test_coloured_noise_keeps_its_spectrum_and_groups_their_own(generator: torch
     noise = BackgroundNoise(fourier_pixels(BOX), "cpu")
     for group, variance in enumerate(fall):
         images = coloured(variance, generator) + particle()
-        noise.add(images, torch.full((COUNT,), float(group)), torch.ones(COUNT))
+        noise.add(images, torch.full((COUNT,), group), torch.ones(COUNT))
     found = noise.variance()
     for group, variance in enumerate(fall):
         # Smoothing over five shells and the corners' window bend a spectrum that falls tenfold by some per cent; the
@@ -53,7 +53,7 @@ def test_coloured_noise_keeps_its_spectrum_and_groups_their_own(generator: torch
 
 def test_images_without_noise_get_a_flat_spectrum() -> None:
     noise = BackgroundNoise(fourier_pixels(BOX), "cpu")
-    noise.add(particle().expand(COUNT, -1, -1), torch.zeros(COUNT), torch.ones(COUNT))
+    noise.add(particle().expand(COUNT, -1, -1), torch.zeros(COUNT, dtype=torch.long), torch.ones(COUNT))
     variance = noise.variance()[0]
     assert variance.min() > 0
     assert variance[4:].max() < 1.001 * variance[4:].min()
@@ -62,6 +62,6 @@ def test_images_without_noise_get_a_flat_spectrum() -> None:
 def test_padding_counts_for_nothing(generator: torch.Generator) -> None:
     images, weight = coloured(torch.ones(33), generator), torch.ones(COUNT)
     alone, padded = (BackgroundNoise(fourier_pixels(BOX), "cpu") for _ in range(2))
-    alone.add(images, torch.zeros(COUNT), weight)
-    padded.add(torch.cat([images, images * 9]), torch.zeros(2 * COUNT), torch.cat([weight, 0 * weight]))
+    alone.add(images, torch.zeros(COUNT, dtype=torch.long), weight)
+    padded.add(torch.cat([images, images * 9]), torch.zeros(2 * COUNT, dtype=torch.long), torch.cat([weight, 0 * weight]))
     assert torch.equal(alone.variance(), padded.variance())
