@@ -63,5 +63,7 @@ def test_padding_counts_for_nothing(generator: torch.Generator) -> None:
     images, weight = coloured(torch.ones(33), generator), torch.ones(COUNT)
     alone, padded = (BackgroundNoise(fourier_pixels(BOX), "cpu") for _ in range(2))
     alone.add(images, torch.zeros(COUNT, dtype=torch.long), weight)
-    padded.add(torch.cat([images, images * 9]), torch.zeros(2 * COUNT, dtype=torch.long), torch.cat([weight, 0 * weight]))
+    padded.add(
+        torch.cat([images, images * 9]), torch.zeros(2 * COUNT, dtype=torch.long), torch.cat([weight, 0 * weight])
+    )
     assert torch.equal(alone.variance(), padded.variance())
