@@ -23,9 +23,8 @@ from scalecryo.train.encoder_training import MODES, PoseLearner
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stages.bootstrap import HALF_GRID
-from scalecryo.train.stages.schedule import FIRST_PASSES, PASSES, PROBABILITY_RADIUS
+from scalecryo.train.stages.schedule import FIRST_PASSES, PASSES, PROBABILITY_RADIUS, SEARCH_RADIUS
 
-SEARCH_RADIUS = 12.0  # Fourier pixels
 # Radius and passes of the local refinement of a particle never seen, and the passes at the last radius. Measured on G
 # with shifts: as accurate as 2 last passes and a tenth of the gain, in half the time.
 FIRST_STEPS, LAST_PASSES = ((12.0, FIRST_PASSES), (28.0, 1)), 1

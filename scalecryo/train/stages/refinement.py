@@ -199,10 +199,8 @@ class Iteration:
         world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts)
         return self._compared(self._sums.merged(PARTS) if self.plan.searched else self._sums)
 
-    def parts_left_out(self) -> Parts | None:
-        """The same of each half without one of its parts; None where they were not summed apart."""
-        if not self.plan.searched:
-            return None
+    def parts_left_out(self) -> Parts:
+        """The same of each half without one of its parts, which an iteration that searches sums apart."""
         return [self._compared(self._sums.merged(PARTS, without=part)) for part in range(PARTS)]
 
     def _compared(self, sums: Backprojection) -> ReferenceSet:

@@ -181,7 +181,7 @@ class Schedule:
             better = gain is None or gain > PROGRESS
             if moved < JUMPING or (earlier is not None and moved > CALMER * earlier and not better):
                 self.searched = False
-        elif self.number >= 2 and self.radius > 0 and len(self.moved) > 1:
+        elif len(self.moved) > 1:
             self.searched = False  # more than an iteration reads: new ones are searched in any case
 
     def state_dict(self) -> dict[str, Any]:
