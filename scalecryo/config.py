@@ -105,9 +105,13 @@ class GuidedConfig(Section):
         "nothing", "nothing: random poses; poses: those that came with the particles, refined without a search", EM
     )
     starts: int = option(2, "random starts of the bootstrap; held-out likelihood picks the best", GUIDED, least=1)
-    bootstrap_steps: int = option(100, "batches that the bootstrap learns from", GUIDED, least=1)
-    bootstrap_batch: int = option(400, "particles in its batches, over both halves and all workers", GUIDED, least=1)
-    shift_radius_a: float = option(12.0, "largest shift that is searched, Å; pose.centred = true: none", EM, least=0)
+    bootstrap_steps: int = option(
+        60, "batches that each round of the bootstrap learns from; rounds go on until the halves agree", GUIDED, least=1
+    )
+    bootstrap_batch: int = option(100, "particles in its batches, over both halves and all workers", GUIDED, least=1)
+    shift_radius_a: float = option(
+        0.0, "largest shift that is searched, Å; 0: 8 % of the box, at least 12; pose.centred = true: none", EM, least=0
+    )
     iterations: int = option(20, "most iterations of the refinement", EM, least=1)
     search_iterations: int = option(8, "most of them that search all rotations, while particles jump", GUIDED, least=0)
     settled_iterations: int = option(1, "iterations without progress that end the refinement", EM, least=1)

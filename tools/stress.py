@@ -61,12 +61,10 @@ def converted(table: Path, store: Path, dark: bool) -> str:
     return str(store)
 
 
-def settings_for(wanted: StressSet, start: str, seed: int, given: Mapping[str, str]) -> dict[str, str]:
-    """The settings of a run: those given that its recipe reads; shifts are searched to three standard deviations."""
+def settings_for(start: str, seed: int, given: Mapping[str, str]) -> dict[str, str]:
+    """The settings of a run: those given that its recipe reads."""
     recipe = "guided" if start == SCRATCH else "poses"
     own = {"guided.start": start, "train.seed": str(seed)}
-    if 3 * wanted.shift_a > SETTINGS["guided.shift_radius_a"].default:
-        own["guided.shift_radius_a"] = f"{3 * wanted.shift_a:g}"
     read = {key: value for key, value in given.items() if recipe in SETTINGS[key].metadata["recipes"]}
     return own | read
 
@@ -155,10 +153,10 @@ def stress(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, int,
     posed = converted(data / "posed.star", folder / "posed.zarr", wanted.dark)
     store = converted(data / "particles.star", folder / "store.zarr", wanted.dark)
     tag = f"-{arguments.tag}" if arguments.tag else ""
-    settings = settings_for(wanted, KNOWN, 0, arguments.set)
+    settings = settings_for(KNOWN, 0, arguments.set)
     known = run_one(wanted, posed, data, folder / f"poses{tag}", settings, arguments.again)
     for seed in range(arguments.seeds):
-        settings = settings_for(wanted, SCRATCH, seed, arguments.set)
+        settings = settings_for(SCRATCH, seed, arguments.set)
         yield name, seed, run_one(wanted, store, data, folder / f"scratch{seed}{tag}", settings, arguments.again), known
 
 

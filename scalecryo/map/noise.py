@@ -32,6 +32,12 @@ class NoiseSpectrum:
         self.power.index_add_(0, pixels.shell, (each @ squared).double() * hermitian)
         self.count.index_add_(0, pixels.shell, each.sum().double() * hermitian)
 
+    def add_power(self, power: Float[Tensor, " p"], images: int, pixels: FourierPixels) -> None:
+        """Take in the power of so many images' residuals, summed over the images, pixel by pixel."""
+        hermitian = pixels.weight.double()
+        self.power.index_add_(0, pixels.shell, power.double() * hermitian)
+        self.count.index_add_(0, pixels.shell, images * hermitian)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums, to be reduced over workers."""
         return self.power, self.count

@@ -155,8 +155,8 @@ def grid_posterior(
         moved = torch.stack([moved.real, moved.imag])
         best = _Best(len(weighted), keep, work)
         for first in range(0, half, rotations_each):
-            with _tensor_cores():
-                scores = _pair_scores(moved, energy, bank[:, first : first + rotations_each], work)
+            with tensor_cores():
+                scores = pair_scores(moved, energy, bank[:, first : first + rotations_each], work)
             best.add(scores, work[1], first, half)
         parts.append((best.index, best.value, best.evidence))
     index, value, evidence = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -207,7 +207,7 @@ def weighted_images(
 
 
 @contextmanager
-def _tensor_cores() -> Iterator[None]:
+def tensor_cores() -> Iterator[None]:
     """TF32 products on CUDA, several times faster; nothing changes on other devices.
 
     The ranking survives: scores err by 1.4 % at most of what parts the best hypothesis from the second, at 0 dB and at
@@ -221,17 +221,25 @@ def _tensor_cores() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _pair_scores(
+def pair_scores(
     moved: Float[Tensor, "2 b t p"],
     energy: Float[Tensor, "c p"],
     bank: Float[Tensor, "3 h p"],
-    work: Float[Tensor, "2 n"],
+    work: Float[Tensor, "2 n"] | None = None,
 ) -> Float[Tensor, "b 2 t h"]:
-    """Log-likelihoods at the templates' rotations and at their flips, in work[0]; work[1] is overwritten too."""
+    """Log-likelihoods at the templates' rotations and at their flips, up to each image's constant.
+
+    Args:
+        moved: w CTF Y of each image at every shift, brought back to the centre; real and imaginary parts.
+        energy: w CTF² (one row for all images without a CTF).
+        bank: of the templates: real part, imaginary part, half of the squared modulus.
+        work: memory for the result, work[0], and for what it is made of, work[1]; None: fresh memory.
+    """
     _, images, shifts, pixels = moved.shape
     real, imaginary, half_square = bank
     shape = (images, shifts, len(real))
     count = math.prod(shape)
+    work = moved.new_empty(2, 2 * count) if work is None else work
     even, odd = work[1, :count].view(shape), work[1, count : 2 * count].view(shape)
     torch.mm(moved[0].view(-1, pixels), real.T, out=even.view(-1, len(real)))
     even -= (energy @ half_square.T)[:, None]

@@ -29,6 +29,8 @@ from scalecryo.pose.search import shift_grid
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.solvent_mask import load_solvent_mask
 
+SHIFT_SHARE, LEAST_SHIFT_RADIUS = 0.08, 12.0  # of the box, and Å: how far pickers and 2-D classes leave particles off
+
 
 @dataclass(frozen=True)
 class BatchRequest:
@@ -142,11 +144,18 @@ class RunContext:
         """Fourier pixels of a level on the run's device."""
         return fourier_pixels(level, radius).to(self.device)
 
+    @property
+    def shift_radius(self) -> float:
+        """Largest shift that is searched, Å."""
+        given = self.config.guided.shift_radius_a
+        level = max(self.store.levels)
+        return given or max(LEAST_SHIFT_RADIUS, SHIFT_SHARE * level * self.store.level_pixel_size(level))
+
     def shift_grid_px(self, level: int) -> Float[Tensor, "t 2"]:
         """Shift hypotheses in px of a level: none where particles are centred, else a disc, about 1.5 px apart."""
         if not self.fit_shift:
             return torch.zeros(1, 2, device=self.device)
-        radius = self.config.guided.shift_radius_a / self.store.level_pixel_size(level)
+        radius = self.shift_radius / self.store.level_pixel_size(level)
         return shift_grid(radius, min(1.5, max(radius / 2, 0.5))).to(self.device)
 
     def order(self, level: int, batch_size: int) -> BatchOrder:

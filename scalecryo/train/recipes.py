@@ -54,7 +54,7 @@ def _encoder_trainer(context: RunContext) -> EncoderTrainer | None:
         return None
     level, seed = min(store.levels), context.config.train.seed
     pixels, pixel_size = context.pixels(level, min(level / 2 - 1, ENCODER_RADIUS)), store.level_pixel_size(level)
-    sigma = settings.shift_radius_a / 2 / pixel_size if context.fit_shift else 0.0
+    sigma = context.shift_radius / 2 / pixel_size if context.fit_shift else 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         grid = with_flips(so3_grid(HALF_GRID))

@@ -82,7 +82,7 @@ class ReferencePoses:
             prune_fraction=PRUNE_FRACTION,
             fit_shift=context.fit_shift,
             probability_radius=min(PROBABILITY_RADIUS, radius),
-            shift_radius=context.config.guided.shift_radius_a,
+            shift_radius=context.shift_radius,
             equivalent=related[0].equivalent,
         )
         self._encoder, self._references = encoder, references

@@ -107,7 +107,7 @@ class Iteration:
         e_step = plan.e_step(
             left_out=left_out,
             fit_shift=context.fit_shift,
-            shift_radius=context.config.guided.shift_radius_a,
+            shift_radius=context.shift_radius,
             equivalent=self._equivalent,
         )
         return PoseEstimator(references.at(plan.level, self.pixels), e_step, self._source, context.world.timer)

@@ -1,0 +1,96 @@
+"""The E-step of a search in full: every image in every pose of a grid, weighted by its posterior.
+
+Where an image says little of its pose (low signal to noise), its posterior spreads over hundreds of hypotheses, and the
+best few of them would be fitted to its noise. All of them at once are sums of images for each rotation: two more matrix
+products (as RELION and cryoSPARC sum; Scheres 2012, equation 5).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.image_formation import CtfWeightedImages, shift_ramp
+from scalecryo.pose.search import check_packed, pair_scores, squared_modulus, tensor_cores, weighted_images
+
+
+@dataclass(frozen=True, eq=False)
+class Expectation:
+    """Sums over a batch's images.
+
+    Attributes:
+        slices: sum over images and shifts of posterior mass times CTF times the image brought back to the centre, at
+            each rotation, and of posterior mass times CTF².
+        mass: of each rotation, summed over the images.
+        log_evidence: of each image, up to the image's constant: see `Posterior`.
+        residual: expected power of the residuals of all images, by Fourier pixel.
+    """
+
+    slices: CtfWeightedImages
+    mass: Float[Tensor, " h"]
+    log_evidence: Float[Tensor, " b"]
+    residual: Float[Tensor, " p"]
+
+
+@torch.no_grad()
+def expected_slices(
+    observed: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"] | None,
+    pixel_weight: Float[Tensor, " p"],
+    templates: Complex[Tensor, "h p"],
+    shift_grid_px: Float[Tensor, "t 2"],
+    pixels: FourierPixels,
+    *,
+    chunk_elements: int = 2**21,
+) -> Expectation:
+    """Posterior-weighted sums of all images at h rotations; what belongs to a flip goes, conjugate, to its rotation.
+
+    Args:
+        observed, ctf, pixel_weight, templates, shift_grid_px, pixels: as in `grid_posterior`.
+        chunk_elements: most scores that live at a time (but at least those of one image).
+
+    Raises:
+        InputError: packed lengths differ, or an array is empty.
+    """
+    check_packed(pixels, observed=observed, ctf=ctf, pixel_weight=pixel_weight, templates=templates)
+    half, shifts = len(templates), len(shift_grid_px)
+    each = max(1, chunk_elements // (2 * half * shifts))
+    back = shift_ramp(-shift_grid_px, pixels.kx, pixels.ky, pixels.box_size)
+    power = squared_modulus(templates)
+    bank = torch.stack([templates.real, templates.imag, 0.5 * power])
+    sums = bank.new_zeros(2, half, len(pixels))
+    weight, mass, evidence = bank.new_zeros(half, len(pixels)), bank.new_zeros(half), []
+    for start in range(0, len(observed), each):
+        rows = slice(start, start + each)
+        some, own = observed[rows], None if ctf is None else ctf[rows]
+        weighted, energy = weighted_images(some, own, pixel_weight)
+        moved = weighted[:, None] * back
+        with tensor_cores():
+            scores = pair_scores(torch.stack([moved.real, moved.imag]), energy, bank)
+        share, found = _posterior_mass(scores)
+        evidence.append(found)
+        centred = (some if own is None else some * own)[:, None] * back
+        # The flip's image is the conjugate: its real part adds, its imaginary part subtracts.
+        sums[0].addmm_((share[:, 0] + share[:, 1]).flatten(0, 1).T, centred.real.flatten(0, 1))
+        sums[1].addmm_((share[:, 0] - share[:, 1]).flatten(0, 1).T, centred.imag.flatten(0, 1))
+        by_rotation = share.sum((1, 2))
+        mass += by_rotation.sum(0)
+        if own is not None:
+            weight.addmm_(by_rotation.T, own.square())
+    if ctf is None:
+        weight += mass[:, None]
+    values = torch.complex(sums[0], sums[1])
+    residual = squared_modulus(observed).sum(0) - 2 * (templates.conj() * values).real.sum(0) + (weight * power).sum(0)
+    return Expectation(CtfWeightedImages(values, weight), mass, torch.cat(evidence), residual)
+
+
+def _posterior_mass(scores: Float[Tensor, "b 2 t h"]) -> tuple[Float[Tensor, "b 2 t h"], Float[Tensor, " b"]]:
+    """Scores turned into posterior mass, in place, and the log-evidence of each image."""
+    top = scores.flatten(1).amax(1)
+    # exp2 is several times faster than exp; results that underflow would be slower still, and add nothing.
+    share = scores.sub_(top[:, None, None, None]).mul_(1 / math.log(2)).clamp_(min=-100).exp2_()
+    total = share.flatten(1).sum(1)
+    return share.div_(total[:, None, None, None]), top + total.log()
