@@ -139,24 +139,35 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 def test_a_start_that_was_killed_goes_on(
     particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at step 45 of 60, it is taken up at its last save, step 40, and ends in the same maps bit for bit."""
+    """Killed in its second round, after 75 steps, it is taken up at its last save and ends in the same maps bit for bit.
+
+    The first round has 60 steps; it is judged again, and chooses the same two maps.
+    """
     options = {"guided__iterations": "1", "guided__encoder_steps": "0", "train__final_pass": "false"}
-    start(particles[1], tmp_path / "whole", **options)
     seen: list[int] = []
     learn = Bootstrap._learn
 
-    def noted(self: Bootstrap, batch: ParticleImages, world: World, deadly: int = 45) -> None:
-        if len(seen) == deadly:
-            raise KeyboardInterrupt
-        learn(self, batch, world)
-        seen.append(self._step + 1)
+    def until(deadly: int) -> None:
+        def noted(self: Bootstrap, batch: ParticleImages, world: World) -> None:
+            if len(seen) == deadly:
+                raise KeyboardInterrupt
+            learn(self, batch, world)
+            seen.append(self._step + 1)
 
-    monkeypatch.setattr(Bootstrap, "_learn", noted)
+        monkeypatch.setattr(Bootstrap, "_learn", noted)
+
+    until(1_000_000)
+    start(particles[1], tmp_path / "whole", **options)
+    whole = len(seen)
+    assert whole > 75
+    assert seen == list(range(1, whole + 1))
+    seen.clear()
+    until(75)
     with pytest.raises(KeyboardInterrupt):
         start(particles[1], tmp_path / "cut", **options)
-    monkeypatch.setattr(Bootstrap, "_learn", lambda self, batch, world: noted(self, batch, world, deadly=1000))
+    until(1_000_000)
     start(particles[1], tmp_path / "cut", resume=True, **options)
-    assert seen == [*range(1, 46), *range(41, 61)]
+    assert seen == [*range(1, 76), *range(61, whole + 1)]
     first, second = (
         load_checkpoint(RunFolder(str(tmp_path / name)), store_hash=None, recipe="guided") for name in ("whole", "cut")
     )
