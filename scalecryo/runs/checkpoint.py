@@ -128,11 +128,11 @@ def note_end(run: RunFolder, config: Config, store_hash: str) -> None:
 
 
 def is_finished(run: RunFolder, config: Config, store_hash: str) -> bool:
-    """Whether a run was finished with these settings, but for those of [run], and these particles, and is whole."""
+    """Whether a run has its final pass with these settings, but for those of [run], and these particles."""
     path = run.path("checkpoints", _FINISHED)
     if not urls.exists(path) or json.loads(urls.read_text(path)).get("identity") != _identity(run, config, store_hash):
         return False
-    return not config.train.final_pass or all(urls.exists(run.path(name)) for name in _RESULTS)
+    return config.train.final_pass and all(urls.exists(run.path(name)) for name in _RESULTS)
 
 
 def _identity(run: RunFolder, config: Config, store_hash: str) -> str:
