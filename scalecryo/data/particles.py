@@ -119,7 +119,7 @@ class StackPixels:
         every = self._numbers()
         place = np.zeros(max(every, default=-1) + 1 + len(self._more), dtype=np.int64)
         place[every] = np.arange(len(every))  # negative ones from the end
-        return place[numbers]
+        return place[numbers.astype(np.int64)]
 
     def names(self, stacks: Sequence[str]) -> tuple[str, ...]:
         """Of all stacks those with rows, and once more those with further pixel sizes."""

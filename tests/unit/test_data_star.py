@@ -341,6 +341,11 @@ def test_two_pixel_sizes_in_one_stack(tmp_path: Path) -> None:
     assert table.columns["shift"].tolist() == [[-4, 0], [-5, 0], [4, -1]]
 
 
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "x.star").write_text("data_\n\nloop_\n_rlnImageName\n\n")
+    assert len(read_particles(str(tmp_path / "x.star"))) == 0
+
+
 def test_a_stack_of_too_many_pixel_sizes_is_refused(tmp_path: Path) -> None:
     rows = "".join(f"{row + 1}@a.mrcs {1 + row / 100}\n" for row in range(40))
     (tmp_path / "x.star").write_text(f"data_\n\nloop_\n_rlnImageName\n_rlnImagePixelSize\n{rows}")

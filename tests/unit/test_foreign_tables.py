@@ -189,7 +189,7 @@ def test_rows_of_cryodrgns_files_that_are_no_numbers(tmp_path: Path) -> None:
     translation[1, 0] = np.nan
     ctf = np.tile(np.array([8, 1.5, 13000, 12000, 10, 300, 2.7, 0.1, 0], np.float32), (4, 1))
     ctf[:, 2] += np.arange(4)
-    for name, value in (("poses", (rotation, translation)), ("short", (rotation[:3], translation[:3])), ("ctf", ctf)):
+    for name, value in (("poses", (rotation, translation)), ("short", (rotation[:3], np.zeros((3, 2)))), ("ctf", ctf)):
         (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(value))
     poses, short = (ReadOptions(poses=str(tmp_path / f"{name}.pkl")) for name in ("poses", "short"))
     plain = Path(_star(tmp_path / "q.star"))
