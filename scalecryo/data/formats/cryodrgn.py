@@ -42,7 +42,7 @@ def _array(
         raise InputError(f"{where}: {what} must be {wanted}, found {found}")
     with np.errstate(invalid="ignore"):
         array = np.asarray(value, dtype=np.float64)
-    finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    finite = np.asarray(np.isfinite(array).all(axis=tuple(range(1, array.ndim))))
     _leave_out(~finite, what, "are not finite", where, bad)
     return array
 
