@@ -56,7 +56,7 @@ def test_cryosparc_tools_reads_our_table(run: Path, tmp_path: Path) -> None:
 
 
 def test_cryodrgn_reads_our_poses_and_ctf(run: Path, tmp_path: Path) -> None:
-    reason = "cryoDRGN is not installed (pip install --no-deps cryodrgn)"
+    reason = "cryoDRGN is not installed (pip install --no-deps cryodrgn igraph texttable)"
     pose, ctf = (pytest.importorskip(f"cryodrgn.{name}", reason=reason) for name in ("pose", "ctf"))
     export.run(str(run), format="cryodrgn", out=str(tmp_path / "out"))
     truth = relion.read_particles(str(run / "particles.star")).columns
