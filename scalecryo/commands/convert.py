@@ -71,7 +71,7 @@ def _describe(made: ConvertPlan, source: str) -> None:
     if made.normalisation.kind == "common":
         scale = f"no noise found, one scale for all images ({made.normalisation.common_scale:.4g})"
     say(
-        f"{urls.redacted(source)}: {made.count:,} particles in {len(table.stacks)} stacks"
+        f"{urls.redacted(source)}: {made.count:,} particles in {len(set(table.stacks))} stacks"
         + (f", with {known}" if table.has_ctf or table.has_pose else ", without CTF or poses")
     )
     say(f"  box {attrs['box_size']} px, {made.pixel_size:.4g} Å/px{cropped}; {made.dtype}")

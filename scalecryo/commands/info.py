@@ -35,7 +35,7 @@ def run(path: str) -> None:
 
 def _table(path: str, table: ParticleTable) -> None:
     columns = table.columns
-    say(f"{urls.redacted(path)}: {len(table):,} particles in {len(table.stacks)} stacks")
+    say(f"{urls.redacted(path)}: {len(table):,} particles in {len(set(table.stacks))} stacks")
     say(f"  pixel size {table.pixel_size:.4g} Å" if table.pixel_size else "  no pixel size")
     if table.has_ctf and len(table):
         low, high = columns["defocus_v"].min() / 1e4, columns["defocus_u"].max() / 1e4

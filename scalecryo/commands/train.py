@@ -24,14 +24,18 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     import torch
 
     from scalecryo.distributed.world import World
+    from scalecryo.runs.checkpoint import is_finished
     from scalecryo.runs.recorder import log_to_stderr
     from scalecryo.train.loop import train
 
     if settings.run.device == "cuda" and not torch.cuda.is_available() and settings.run.workers == "0":
         raise ConfigError("config: run.device = 'cuda': no CUDA device is visible here: use --device cpu")
     log_to_stderr()
-    _check(settings)
-    RunFolder(settings.run.out).create(settings, resume=resume)
+    data_hash, run_folder = _check(settings), RunFolder(settings.run.out)
+    if resume and is_finished(run_folder, settings, data_hash):
+        say(f"run finished already: {settings.run.out}; its results are as they were")
+        return
+    run_folder.create(settings, resume=resume)
     if settings.run.worker_range == (0, 0):
         train(settings, World(), torch.device(settings.run.device))
     else:
@@ -42,8 +46,12 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     say(f"run finished: {settings.run.out}")
 
 
-def _check(config: Config) -> None:
-    """Refuse what the store or the truth cannot give. Every worker would, but only after the run's folder is there."""
+def _check(config: Config) -> str:
+    """Refuse what the store or the truth cannot give. Every worker would, but only after the run's folder is there.
+
+    Returns:
+        The hash of the particles, as checkpoints keep it.
+    """
     import torch
 
     from scalecryo.data.storage.store import ParticleStore
@@ -61,6 +69,7 @@ def _check(config: Config) -> None:
         encoder_box(config, level)
     if config.monitor.truth:
         Truth.load(config.monitor.truth, store, level)
+    return context.data_hash
 
 
 def _resolve(path: str | None, overrides: Mapping[str, Any], resume: bool) -> Config:

@@ -4,7 +4,7 @@ Units: Å for defocus, shift and pixel size; degrees for angles; kV; mm for sphe
 image frame to the volume frame; shifts say where the content sits relative to the box centre, as (x, y).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,7 @@ Columns = dict[str, npt.NDArray]
 
 _LARGEST_BOX = 1 << 24
 _SAME_PIXEL = 1e-4  # relative; less is rounding
+_MOST_SIZES = 32  # in one stack
 
 
 def _first_bad(values: npt.NDArray, bad: npt.NDArray, name: str, wanted: str) -> None:
@@ -60,60 +61,93 @@ def _first_bad(values: npt.NDArray, bad: npt.NDArray, name: str, wanted: str) ->
 
 
 class StackPixels:
-    """Smallest and largest pixel size and box of every stack's rows, gathered piece by piece."""
+    """Pixel size and box of every stack's rows, gathered piece by piece.
+
+    A stack that holds images of several pixel sizes counts as several stacks of one name.
+    """
 
     def __init__(self) -> None:
-        self._low, self._high = np.empty(0), np.empty(0)
-        self._least, self._most = np.empty(0), np.empty(0)
+        self._first: dict[int, float] = {}  # pixel size by stack
+        self._more: list[tuple[int, float]] = []  # stacks that have another size too, and that size
+        self._least: dict[int, float] = {}
+        self._most: dict[int, float] = {}
 
     def add(
         self,
         stack: npt.NDArray[np.integer],
         sizes: npt.NDArray[np.floating],
         boxes: npt.NDArray[np.floating] | None = None,
-    ) -> None:
-        """Take in some rows: which stack each is in, and its image's pixel size in Å (0: not said) and box in px."""
-        grow = max(0, int(stack.max(initial=-1)) + 1 - len(self._low))
-        self._low, self._least = (np.append(values, np.full(grow, np.inf)) for values in (self._low, self._least))
-        self._high, self._most = (np.append(values, np.zeros(grow)) for values in (self._high, self._most))
-        for lowest, highest, values in ((self._low, self._high, sizes), (self._least, self._most, boxes)):
-            if values is not None:
-                np.minimum.at(lowest, stack, values)
-                np.maximum.at(highest, stack, values)
+    ) -> npt.NDArray[np.int64]:
+        """Take in some rows: which stack each is in, and its image's pixel size in Å (0: not said) and box in px.
+
+        Returns:
+            The stack and pixel size of each row by one number: that of the stack, or -1, -2, … for a further size of
+            it; `places` turns these into places in `names`.
+
+        Raises:
+            InputError: one stack has too many pixel sizes to be read.
+        """
+        values, which = np.unique(sizes, return_inverse=True)
+        pairs, inverse = np.unique(stack.astype(np.int64) * len(values) + which.reshape(-1), return_inverse=True)
+        found = [self._number(pair // len(values), float(values[pair % len(values)])) for pair in pairs.tolist()]
+        numbers: npt.NDArray[np.int64] = np.array(found, dtype=np.int64)[inverse.reshape(-1)]
+        if boxes is not None:
+            for number in np.unique(numbers).tolist():
+                own = boxes[numbers == number]
+                self._least[number] = min(self._least.get(number, np.inf), float(own.min()))
+                self._most[number] = max(self._most.get(number, 0.0), float(own.max()))
+        return numbers
+
+    def _number(self, stack: int, size: float) -> int:
+        if abs(self._first.setdefault(stack, size) - size) <= _SAME_PIXEL * size:
+            return stack
+        others = [number for number, (which, _) in enumerate(self._more) if which == stack]
+        for number in others:
+            if abs(self._more[number][1] - size) <= _SAME_PIXEL * size:
+                return -1 - number
+        if len(others) >= _MOST_SIZES:
+            raise InputError(f"more than {_MOST_SIZES} pixel sizes in one stack; rescale the particles to one")
+        self._more.append((stack, size))
+        return -len(self._more)
+
+    def _numbers(self) -> list[int]:
+        """What stands for each stack in `names`: those with rows, then further pixel sizes of them."""
+        return [*sorted(self._first), *range(-1, -1 - len(self._more), -1)]
+
+    def places(self, numbers: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """What `add` returned, as places in `names`; when all rows are in."""
+        every = self._numbers()
+        place = np.zeros(max(every, default=-1) + 1 + len(self._more), dtype=np.int64)
+        place[every] = np.arange(len(every))  # negative ones from the end
+        return place[numbers.astype(np.int64)]
+
+    def names(self, stacks: Sequence[str]) -> tuple[str, ...]:
+        """Of all stacks those with rows, and once more those with further pixel sizes."""
+        return tuple(stacks[number if number >= 0 else self._more[-1 - number][0]] for number in self._numbers())
 
     def boxes(self) -> tuple[int, ...]:
-        """The box of each stack's images, px; empty where the table does not say.
+        """The box of the images of each stack in `names`, px; empty where the table does not say.
 
         Raises:
             InputError: the rows of one stack differ, or a box is no number of pixels.
         """
-        if not self._most.any():
+        if not any(self._most.values()):
             return ()
-        bad = (self._least != self._most) | (self._most != np.floor(self._most)) | (self._most > _LARGEST_BOX)
-        if bad.any():
-            stack = int(np.flatnonzero(bad)[0])
-            raise InputError(f"boxes from {self._least[stack]:g} to {self._most[stack]:g} px in one stack")
-        return tuple(int(box) for box in self._most)
+        for number in self._numbers():
+            least, most = self._least[number], self._most[number]
+            if least != most or most != np.floor(most) or most > _LARGEST_BOX:
+                raise InputError(f"boxes from {least:g} to {most:g} px in one stack")
+        return tuple(int(self._most[number]) for number in self._numbers())
 
     def sizes(self) -> tuple[float, tuple[float, ...]]:
-        """The table's pixel size, and that of each stack where they differ (`ParticleTable`).
-
-        Raises:
-            InputError: the rows of one stack differ.
-        """
-        differ = self._high - self._low > _SAME_PIXEL * self._high
-        if differ.any():
-            stack = int(np.flatnonzero(differ)[0])
-            raise InputError(
-                f"pixel sizes from {self._low[stack]:g} to {self._high[stack]:g} Å in one stack; rescale the particles "
-                "to one pixel size"
-            )
-        if not len(self._high):
+        """The table's pixel size, and that of each stack in `names` where they differ (`ParticleTable`)."""
+        every = [self._first[number] if number >= 0 else self._more[-1 - number][1] for number in self._numbers()]
+        if not every:
             return 0.0, ()
-        largest = float(self._high.max())
-        if largest - self._high.min() <= _SAME_PIXEL * largest:
-            return float(self._high[0]), ()
-        return largest, tuple(self._high.tolist())
+        largest = max(every)
+        if largest - min(every) <= _SAME_PIXEL * largest:
+            return every[0], ()
+        return largest, tuple(every)
 
 
 def dense_groups(groups: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
@@ -145,7 +179,8 @@ class ParticleTable:
 
     Args:
         pixel_size: Å; 0 when the table does not say. Where stacks differ, that of the coarsest.
-        stacks: names of the image stacks, as the source gives them.
+        stacks: names of the image stacks, as the source gives them; one with images of several pixel sizes stands here
+            once for each.
         columns: arrays by name; converted to the dtypes of `COLUMNS`.
         stack_pixel_sizes: Å of every stack, where they differ; empty where all have `pixel_size`.
         stack_boxes: box that the table states for the images of every stack, px; empty where it does not say.

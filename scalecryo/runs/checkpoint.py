@@ -1,5 +1,7 @@
 """Checkpoints: one format for every stage, written whole, checked when read."""
 
+import dataclasses
+import hashlib
 import io
 import json
 import logging
@@ -11,12 +13,15 @@ from typing import Any
 
 import torch
 
+from scalecryo.config import Config
 from scalecryo.data.io import urls
 from scalecryo.errors import CheckpointError
 from scalecryo.runs.folder import RunFolder
 
 FORMAT_VERSION = 2
 _FIELDS = ("step", "recipe", "stage", "store_hash", "state")
+_FINISHED = "finished.json"
+_RESULTS = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star")
 _NAME = re.compile(r"step_(\d{10})\.pt$")
 logger = logging.getLogger(__name__)
 
@@ -109,6 +114,31 @@ def load_checkpoint(run: RunFolder, *, store_hash: str | None, recipe: str) -> C
 def newest_step(run: RunFolder) -> int:
     """Step of the newest checkpoint, whole or not; 0 where there is none."""
     return max((step for step, _ in _list(run)), default=0)
+
+
+def note_start(run: RunFolder) -> None:
+    """Say that a run is under way, whatever it was before."""
+    urls.remove_tree(run.path("checkpoints", _FINISHED))
+
+
+def note_end(run: RunFolder, config: Config, store_hash: str) -> None:
+    """Say that a run is finished: with these settings, these particles and its newest checkpoint."""
+    urls.make_folder(run.path("checkpoints"))
+    run.write(f"checkpoints/{_FINISHED}", json.dumps({"identity": _identity(run, config, store_hash)}).encode())
+
+
+def is_finished(run: RunFolder, config: Config, store_hash: str) -> bool:
+    """Whether a run has its final pass with these settings, but for those of [run], and these particles."""
+    path = run.path("checkpoints", _FINISHED)
+    if not urls.exists(path) or json.loads(urls.read_text(path)).get("identity") != _identity(run, config, store_hash):
+        return False
+    return config.train.final_pass and all(urls.exists(run.path(name)) for name in _RESULTS)
+
+
+def _identity(run: RunFolder, config: Config, store_hash: str) -> str:
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key != "run"}
+    text = json.dumps([settings, store_hash, newest_step(run)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _list(run: RunFolder) -> list[tuple[int, str]]:

@@ -10,7 +10,7 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.throughput import Throughput
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError, TrainingError
-from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, note_end, note_start, save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport, RunMonitor
 from scalecryo.train.particle_source import ParticleReader, RunContext, check_particles
@@ -47,6 +47,7 @@ def train(
         checkpoint = load_checkpoint(run, store_hash=context.data_hash, recipe=context.config.recipe)
         step = 0 if checkpoint is None else checkpoint.step
         if world.is_leader:
+            note_start(run)
             for note in context.partition.notes:
                 logger.warning("%s", note)
             monitor = RunMonitor(config, store, run, start_step=step)
@@ -54,6 +55,7 @@ def train(
         logger.info("time on worker %d: %s", world.rank, world.timer.summary())
         if world.is_leader:
             run.sync()
+            note_end(run, config, context.data_hash)
     except torch.OutOfMemoryError as error:
         batch = BATCH_SETTING.get(config.recipe, "train.batch_size")
         raise TrainingError(

@@ -3,6 +3,8 @@
 References: relion_star_handler, relion_reconstruct and relion_stack_create 3.1.
 """
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,10 +14,13 @@ import numpy as np
 import pytest
 import starfile
 import torch
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
 
-from scalecryo.commands import select, simulate
+from scalecryo.commands import convert, export, select, simulate, train
 from scalecryo.data.conversion.source import read_source
 from scalecryo.data.formats import cryosparc, relion
+from scalecryo.data.formats.mrc import write_map
 from scalecryo.physics.fsc import fsc
 
 pytestmark = pytest.mark.skipif(
@@ -41,20 +46,85 @@ def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on noisy particles with known poses; of a blurred map, whose correlation falls steeply."""
+    folder = tmp_path_factory.mktemp("run")
+    blurred = gaussian_filter(mrcfile.read(data / "truth.mrc"), 1.0)  # px
+    write_map(str(folder / "blurred.mrc"), blurred, PIXEL_SIZE)
+    simulate.run(
+        str(folder / "blurred.mrc"), str(folder / "data"), n=COUNT, box=BOX, pixel_size=PIXEL_SIZE,
+        snr_db=-10.0, defocus_um=(0.5, 1.0), astigmatism_um=0.1, shift_a=3.0, seed=1,
+    )  # fmt: skip
+    convert.run(
+        str(folder / "data" / "truth.star"), str(folder / "store"), data_dir=None, box=None, dtype="float16", workers=1,
+        overwrite=False, invert=False, uninvert=True,
+    )  # fmt: skip
+    train.run(
+        None, data=str(folder / "store"), out=str(folder / "run"), workers="0", device="cpu", resume=False,
+        overrides={"pose.source": "known", "train.steps": "1", "train.batch_size": "16"},
+    )  # fmt: skip
+    return folder / "run"
+
+
+def _passes(star: Path, folder: Path) -> None:
+    """RELION reads a table and writes it again with the same values."""
+    out = folder / f"read_{star.name}"
+    _relion("star_handler", "--i", str(star), "--o", str(out), "--remove_column", "rlnPhaseShift", cwd=folder)
+    ours, theirs = (starfile.read(path, always_dict=True)["particles"] for path in (star, out))
+    names = {name for name in ours if ours[name].dtype.kind not in "iuf"}
+    assert "rlnImageName" in names
+    for name in names:
+        assert theirs[name].tolist() == ours[name].tolist()
+    for name in set(ours) - names - {"rlnPhaseShift"}:
+        assert theirs[name].to_numpy() == pytest.approx(ours[name].to_numpy(), rel=1e-5, abs=1e-5), name
+
+
 def test_our_tables_pass_its_reader(data: Path, tmp_path: Path) -> None:
     table = relion.read_particles(str(data / "truth.star"))
     cryosparc.write_particles(str(tmp_path / "p.cs"), table, BOX)
     select.run(str(tmp_path / "p.cs"), str(tmp_path / "from_cs.star"))
-    for star in (data / "particles.star", data / "truth.star", tmp_path / "from_cs.star"):
-        out = tmp_path / f"read_{star.name}"
-        _relion("star_handler", "--i", str(star), "--o", str(out), "--remove_column", "rlnPhaseShift", cwd=tmp_path)
-        ours, theirs = (starfile.read(path, always_dict=True)["particles"] for path in (star, out))
-        names = {name for name in ours if ours[name].dtype.kind not in "iuf"}
-        assert "rlnImageName" in names
-        for name in names:
-            assert theirs[name].tolist() == ours[name].tolist()
-        for name in set(ours) - names - {"rlnPhaseShift"}:
-            assert theirs[name].to_numpy() == pytest.approx(ours[name].to_numpy(), rel=1e-5, abs=1e-5), name
+    # As after symmetry expansion: every image twice, in another pose.
+    twice = table.select(np.repeat(np.arange(COUNT), 2))
+    twice.columns["rotation"][1::2] = (
+        Rotation.from_euler("z", 180, degrees=True).as_matrix() @ twice.columns["rotation"][1::2]
+    )
+    relion.write_particles(str(tmp_path / "expanded.star"), twice.image_names(), twice, with_poses=True)
+    select.run(str(tmp_path / "expanded.star"), str(tmp_path / "part.star"), query="source_row < 100")
+    for star in (data / "particles.star", data / "truth.star", *sorted(tmp_path.glob("*.star"))):
+        _passes(star, tmp_path)
+
+
+def test_a_runs_tables_pass_its_reader(run: Path, tmp_path: Path) -> None:
+    export.run(str(run), format="relion", out=str(tmp_path / "relion"))
+    export.run(str(run), format="cryosparc", out=str(tmp_path / "cs"))
+    select.run(str(run), str(tmp_path / "selected.star"), min_confidence=0.1, half=1)
+    select.run(str(tmp_path / "cs" / "particles.cs"), str(tmp_path / "back.star"))
+    stars = (
+        run / "particles.star",
+        tmp_path / "relion" / "particles.star",
+        tmp_path / "selected.star",
+        tmp_path / "back.star",
+    )
+    for star in stars:
+        _passes(star, tmp_path)
+
+
+def test_its_resolution_of_our_half_maps_is_ours(run: Path, tmp_path: Path) -> None:
+    """relion_postprocess with our half-maps and mask: the corrected FSC falls below 0.143 within two shells of ours.
+
+    Both randomise phases with their own random numbers, from the shell where the unmasked curve falls below 0.8.
+    """
+    said = _relion(
+        "postprocess", "--i", str(run / "half1.mrc"), "--i2", str(run / "half2.mrc"), "--mask", str(run / "mask.mrc"),
+        "--angpix", str(PIXEL_SIZE), "--o", str(tmp_path / "post"), cwd=tmp_path,
+    )  # fmt: skip
+    theirs = float(re.findall(r"FINAL RESOLUTION:\s*([\d.]+)", said)[0])
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    width = BOX * PIXEL_SIZE
+    shells = width / theirs, width / last["final/resolution_angstrom"]
+    assert 10 < shells[1] < BOX / 2 - 4  # within the curve's fall, not at its ends
+    assert shells[0] == pytest.approx(shells[1], abs=2)
 
 
 def test_it_reconstructs_the_truth_from_our_poses(data: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from scalecryo.cli import main
 from scalecryo.commands import export, select
@@ -176,6 +177,43 @@ def test_contrast_by_the_tables_sign(shared_data: Path, tmp_path: Path, capsys: 
     assert "contrast: turned (as blob/sign says)" in capsys.readouterr().out
     assert scalecryo("convert", str(source), str(tmp_path / "t"), "--data-dir", str(source.parent), "--uninvert") == 0
     assert ParticleStore.open(str(tmp_path / "t")).attrs["sign"] == 1
+
+
+@pytest.mark.parametrize("kind", ["star", "cs"])
+def test_two_pixel_sizes_in_one_stack(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One blob at the centre, 6 Å wide, by two microscopes: both images become the same, whatever the header says."""
+    sizes = (1.0, 1.5)  # 72 px of 1 Å are 48 of 1.5 Å exactly
+    y, x = np.mgrid[:72, :72] - 36
+    blobs = [np.exp(-(x**2 + y**2) * size**2 / (2 * 6.0**2)) for size in sizes]
+    with StackWriter(str(tmp_path / "a.mrcs"), 8, 72, 3.1) as writer:
+        writer.append(np.stack([blobs[row % 2] for row in range(8)]).astype(np.float32))
+    source = tmp_path / f"p.{kind}"
+    if kind == "star":
+        rows = "".join(f"{row + 1}@a.mrcs {1 + row % 2}\n" for row in range(8))
+        source.write_text(
+            "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnImagePixelSize #2\n_rlnImageSize #3\n1 1.0 72\n2 1.5 72\n"
+            "\ndata_particles\n\nloop_\n_rlnImageName #1\n_rlnOpticsGroup #2\n" + rows
+        )
+    else:
+        fields = [("uid", "u8"), ("blob/path", "S8"), ("blob/idx", "u4"), ("blob/shape", "u4", 2),
+                  ("blob/psize_A", "f4"), ("ctf/exp_group_id", "u4")]  # fmt: skip
+        rows = [(row + 1, b"a.mrcs", row, (72, 72), sizes[row % 2], row % 2) for row in range(8)]
+        source.write_bytes(csrows.encode(np.array(rows, dtype=fields)))
+    assert scalecryo("convert", str(source), str(tmp_path / "s")) == 1
+    assert "pixel sizes from 1 to 1.5 Å; rescale" in capsys.readouterr().err
+    assert scalecryo("convert", str(source), str(tmp_path / "s"), "--mixed-optics", "resample", "--uninvert") == 0
+    said = capsys.readouterr()
+    assert "8 particles in 1 stacks" in said.out
+    assert "3.1 Å/px in the header of a.mrcs (the table: 1)" in said.err
+    store = ParticleStore.open(str(tmp_path / "s"))
+    assert (store.box_size, store.pixel_size, store.count) == (48, 1.5, 8)
+    group = zarr.open_group(str(tmp_path / "s"), mode="r")
+    images = group["images/48"][:].astype(np.float64)
+    images = images * group["particles/image_scale"][:][:, None, None] + group["particles/image_mean"][:][:, None, None]
+    # float16 keeps 11 bits of values up to the blob's height, 1.
+    assert np.abs(images - blobs[1][12:60, 12:60]).max() < 1e-3
+    verify_command.run(str(tmp_path / "s"), full=True)
+    assert "sound" in capsys.readouterr().out
 
 
 def test_mixed_pixel_sizes_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,6 +167,34 @@ def test_resume_repeats_the_uninterrupted_run_bit_for_bit(simulated: SimulatedPa
     assert np.array_equal(a, b)
 
 
+def test_resume_of_a_finished_run_leaves_it_as_it_is(
+    simulated: SimulatedParticles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    start(simulated.posed_store, run, pose__source="known", train__steps=1)
+
+    def files() -> dict[Path, tuple[bytes, int]]:
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
+
+    before = files()
+    capsys.readouterr()
+    main(["train", "--out", str(run), "--resume"])
+    assert capsys.readouterr().out == f"run finished already: {run}; its results are as they were\n"
+    assert files() == before
+    # What is missing is made again, the same; another setting makes it go on.
+    (run / "map.mrc").unlink()
+    main(["train", "--out", str(run), "--resume"])
+    assert np.array_equal(read_map(str(run / "map.mrc"))[0], read_map_of(before[run / "map.mrc"][0], tmp_path))
+    main(["train", "--out", str(run), "--resume", "--train.steps", "2"])
+    assert len(losses(run)) == 2
+    assert files()[run / "map.mrc"] != before[run / "map.mrc"]
+
+
+def read_map_of(data: bytes, folder: Path) -> np.ndarray:
+    (folder / "kept.mrc").write_bytes(data)
+    return read_map(str(folder / "kept.mrc"))[0]
+
+
 def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(simulated: SimulatedParticles, tmp_path: Path) -> None:
     start(simulated.store, tmp_path / "run", train__final_pass="false")
     newest = sorted((tmp_path / "run" / "checkpoints").glob("*.pt"))[-1]

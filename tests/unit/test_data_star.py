@@ -128,10 +128,6 @@ def test_origins_in_pixels_and_in_angstroms(shared_data: Path) -> None:
         ("data_\n\nloop_\n_rlnImageName #1\nfile.mrcs\n", "rlnImageName of row 1 is 'file.mrcs'; it must read number@"),
         ("data_\n\nloop_\n_rlnImageName #1\n0@a.mrcs\n", "row 1 is '0@a.mrcs'"),
         ("data_\n\nloop_\n_rlnImageName #1\n1@a.mrcs 7 8\n", "not a readable STAR file"),
-        (
-            "data_\n\nloop_\n_rlnImageName #1\n_rlnImagePixelSize #2\n1@a.mrcs 1.0\n2@a.mrcs 1.1\n",
-            "pixel sizes from 1 to 1.1 Å",
-        ),
         ("data_\n\nloop_\n_rlnImageName #1\n_rlnImagePixelSize #2\n1@a.mrcs 0\n", "pixel size 0 Å"),
         (
             "data_\n\nloop_\n_rlnImageName #1\n_rlnImagePixelSize #2\n1@a.mrcs big\n",
@@ -333,12 +329,35 @@ def test_several_pixel_sizes(tmp_path: Path, text: str) -> None:
     assert out["rlnOriginXAngst"].tolist() == [8, 10, -8]
 
 
+def test_two_pixel_sizes_in_one_stack(tmp_path: Path) -> None:
+    """It stands twice, with the rows of each pixel size; images keep their names, origins are of their own size."""
+    path = tmp_path / "x.star"
+    path.write_text((OPTICS + PARTICLES).replace("1@b.mrcs", "7@a.mrcs"))
+    table = read_particles(str(path))
+    assert (table.stacks, table.stack_pixel_sizes) == (("a.mrcs", "a.mrcs"), (1.0, 1.25))
+    assert table.pixel_sizes().tolist() == [1, 1.25, 1]
+    assert table.columns["stack"].tolist() == [0, 1, 0]
+    assert table.image_names()[1] == "000007@a.mrcs"
+    assert table.columns["shift"].tolist() == [[-4, 0], [-5, 0], [4, -1]]
+
+
+def test_a_table_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "x.star").write_text("data_\n\nloop_\n_rlnImageName\n\n")
+    assert len(read_particles(str(tmp_path / "x.star"))) == 0
+
+
+def test_a_stack_of_too_many_pixel_sizes_is_refused(tmp_path: Path) -> None:
+    rows = "".join(f"{row + 1}@a.mrcs {1 + row / 100}\n" for row in range(40))
+    (tmp_path / "x.star").write_text(f"data_\n\nloop_\n_rlnImageName\n_rlnImagePixelSize\n{rows}")
+    with pytest.raises(InputError, match=r"x\.star: more than 32 pixel sizes in one stack"):
+        read_particles(str(tmp_path / "x.star"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (("_rlnOriginY ", "_rlnOther "), "rlnOriginY is missing"),
         (("_rlnAnglePsi ", "_rlnOther "), "rlnAnglePsi is missing"),
-        (("1@b.mrcs", "1@a.mrcs"), "pixel sizes from 1 to 1.25 Å in one stack"),
         (("1@b.mrcs", "1e0@b.mrcs"), "row 2 is '1e0@b.mrcs'"),
         (("1@b.mrcs", "18446744073709551617@b.mrcs"), "row 2 is '18446744073709551617@b.mrcs'"),
         (("1@b.mrcs", "1@"), "row 2 is '1@'"),

@@ -13,7 +13,7 @@ import pytest
 
 from scalecryo.commands import select
 from scalecryo.data.conversion.convert import convert, plan
-from scalecryo.data.conversion.source import read_source
+from scalecryo.data.conversion.source import ReadOptions, read_source
 from scalecryo.data.formats import cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.data.selection.subset import read_index
@@ -178,3 +178,45 @@ def test_rows_of_cryosparc_that_are_no_numbers_are_left_out(tmp_path: Path) -> N
     made = plan(str(tmp_path / "p.cs"), bad_images="exclude")
     assert made.source.table.columns["source_row"].tolist() == [0, 2, 3]
     assert [(bad.source_row, bad.problem) for bad in made.excluded] == [(1, "ctf/df1_A is nan")]
+
+
+def test_rows_of_cryodrgns_files_that_are_no_numbers(tmp_path: Path) -> None:
+    """Named, or left out; rows of the file are those of the source, also where the table had to leave out its own."""
+    star = Path(_star(tmp_path / "p.star"))
+    star.write_text(star.read_text().replace("1@a.mrcs 1 12000", "1@a.mrcs 1 nan", 1))
+    rotation = np.stack([np.eye(3)[order] for order in ([0, 1, 2], [1, 2, 0], [2, 0, 1], [0, 1, 2])]).astype(np.float32)
+    translation = np.arange(8, dtype=np.float32).reshape(4, 2) / 100
+    translation[1, 0] = np.nan
+    ctf = np.tile(np.array([8, 1.5, 13000, 12000, 10, 300, 2.7, 0.1, 0], np.float32), (4, 1))
+    ctf[:, 2] += np.arange(4)
+    for name, value in (("poses", (rotation, translation)), ("short", (rotation[:3], np.zeros((3, 2)))), ("ctf", ctf)):
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(value))
+    poses, short = (ReadOptions(poses=str(tmp_path / f"{name}.pkl")) for name in ("poses", "short"))
+    plain = Path(_star(tmp_path / "q.star"))
+    with pytest.raises(InputError, match=r"poses\.pkl: the translations of row 2 are not finite; --bad-images exclude"):
+        plan(str(plain), options=poses)
+    made = plan(str(star), sign="uninvert", bad_images="exclude", options=poses)
+    assert made.source.table.columns["source_row"].tolist() == [2, 3]
+    assert [(bad.source_row, bad.problem) for bad in made.excluded][1] == (
+        1,
+        "the translations in poses.pkl are not finite",
+    )
+    assert made.source.table.columns["rotation"].tolist() == rotation[2:].transpose(0, 2, 1).tolist()
+    width = 8 * made.source.pixel_size
+    assert made.source.table.columns["shift"] == pytest.approx(-translation[2:] * width)
+    for choice in ("refuse", "exclude"):
+        with pytest.raises(InputError, match=r"short\.pkl: has 3 particles, .*q\.star has 4"):
+            plan(str(plain), bad_images=choice, options=short)
+    pixel = made.source.pixel_size
+    ctf[:, 1] = pixel
+    (tmp_path / "ctf.pkl").write_bytes(pickle.dumps(ctf))
+    made = plan(str(star), sign="uninvert", bad_images="exclude", options=ReadOptions(ctf=str(tmp_path / "ctf.pkl")))
+    assert made.source.table.columns["defocus_u"].tolist() == [13001, 13002, 13003]
+    ctf[2, 5] = np.inf
+    (tmp_path / "ctf.pkl").write_bytes(pickle.dumps(ctf))
+    with pytest.raises(InputError, match=r"ctf\.pkl: the CTF parameters of row 3 are not finite"):
+        plan(str(plain), options=ReadOptions(ctf=str(tmp_path / "ctf.pkl")))
+    rotation[3] = 0
+    (tmp_path / "poses.pkl").write_bytes(pickle.dumps(rotation))
+    with pytest.raises(InputError, match=r"poses\.pkl: the matrix of row 4 is not a rotation"):
+        plan(str(plain), options=poses)

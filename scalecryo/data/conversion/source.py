@@ -255,15 +255,16 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
     table = _stated_pixel_size(table, options.pixel_size, where)
     stacks = stacks or open_stacks(table, source, data_dir, options.allow_outside)
     _check_indices(table, stacks, where)
+    left = left_out if options.leave_out else None
     notes = _check_boxes(table, stacks, where, notes)
     if options.ctf is not None:
-        table = with_ctf(table, options.ctf, [stack.box_size for stack in stacks], where)
+        table = with_ctf(table, options.ctf, [stack.box_size for stack in stacks], where, left)
     _check_units(table, where)
     notes = _compare_pixel_sizes(table, stacks, notes)
     if not table.pixel_size:
         table = replace(table, pixel_size=_header_pixel_size(stacks, where))
     if options.poses is not None:
-        table = with_poses(table, options.poses, [stack.box_size for stack in stacks], where)
+        table = with_poses(table, options.poses, [stack.box_size for stack in stacks], where, left)
     table, stacks, resampling = _one_pixel_size(table, stacks, options, where)
     return Source(table, stacks, _one_box(stacks), table.pixel_size, star, cs, sign, notes, resampling, left_out)
 

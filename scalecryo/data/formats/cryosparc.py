@@ -183,10 +183,11 @@ def table_of(rows: Rows, where: str) -> ParticleTable:
     if poses is not None:
         columns["rotation"], columns["shift"] = poses
     pixels = StackPixels()
-    pixels.add(stack, pixel, _numbers(rows, "blob/shape", where, (2,))[:, 0] if "blob/shape" in names else None)
+    boxes = _numbers(rows, "blob/shape", where, (2,))[:, 0] if "blob/shape" in names else None
     try:
+        columns["stack"] = pixels.places(pixels.add(stack, pixel, boxes))
         pixel_size, by_stack = pixels.sizes()
-        return ParticleTable(pixel_size, stacks, columns, by_stack, pixels.boxes())
+        return ParticleTable(pixel_size, pixels.names(stacks), columns, by_stack, pixels.boxes())
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -200,7 +201,7 @@ def read_particles(url: str, passthrough: Sequence[str] = ()) -> ParticleTable:
 
     Raises:
         MissingInputError: there is no such file.
-        InputError: not a .cs file, a field is missing, or two pixel sizes in one stack.
+        InputError: not a .cs file, or a field is missing.
     """
     return table_of(read(url, passthrough), urls.redacted(url))
 

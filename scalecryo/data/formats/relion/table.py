@@ -158,8 +158,7 @@ def read_particles(
 
     Raises:
         MissingInputError: there is no such file.
-        InputError: not a STAR file, not a particle table, a column missing or not numeric, or two pixel sizes in one
-            stack.
+        InputError: not a STAR file, not a particle table, or a column missing or not numeric.
     """
     star = StarText.open(url) if text is None else StarText(text, urls.redacted(url))
     stacks: dict[bytes, int] = {}
@@ -174,12 +173,16 @@ def read_particles(
             keep = ~np.isin(columns["source_row"], list(bad))
             columns, sizes = {name: column[keep] for name, column in columns.items()}, sizes[keep]
             boxes = None if boxes is None else boxes[keep]
-        pixels.add(columns["stack"], sizes, boxes)
+        try:
+            columns["stack"] = pixels.add(columns["stack"], sizes, boxes)
+        except InputError as error:
+            raise InputError(f"{star.where}: {error}") from error
         growing.add(columns)
     try:
         stated, by_stack = pixels.sizes()
-        names = tuple(stack.decode() for stack in stacks)
+        names = pixels.names([stack.decode() for stack in stacks])
         whole = growing.whole() or {name: np.zeros(0) for name in ALWAYS}
+        whole["stack"] = pixels.places(whole["stack"])
         if not tilted:
             whole = {name: values for name, values in whole.items() if name not in POSE_COLUMNS}
         whole["optics_group"] = dense_groups(whole["optics_group"])
