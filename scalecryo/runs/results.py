@@ -56,7 +56,7 @@ class FinalParticles:
         poses: that the final pass found.
         half: 1 or 2.
         pairs: a few images and their predictions, or None.
-        notes: what a person should know of the halves.
+        notes: what a person should know of the halves and of the start.
     """
 
     poses: PoseEstimates
@@ -162,8 +162,11 @@ def _sections(
         f"phases randomised from shell {final.random_from}; B-factor undone: {final.b_factor:.0f} Å²\n"
         f"map: mean of the halves, weighted by their correlation, at {pixel_size:g} Å/px\n"
         + (
-            "Each half was posed against its own map from the start: the curve is a gold standard."
-            if config.pose.source == "guided"
+            "Both halves began with one map at low resolution, up to 12 Fourier pixels; since then each was posed against "
+            "its own: beyond that shell the curve is a gold standard."
+            if config.recipe == "guided"
+            else "Each half was posed against its own map, made with the poses that came with the particles."
+            if config.recipe == "poses"
             else "Each half was posed against its own map, from candidates of one encoder; at low frequencies both "
             "halves shared one map while it learnt."
             if config.recipe == "autoencoder"

@@ -24,6 +24,7 @@ class Learned:
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
         steps: that curves and checkpoints count before the refinement's first iteration.
+        notes: what a person who looks at the result should know of how it was found.
     """
 
     particles: ParticleState
@@ -31,6 +32,7 @@ class Learned:
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
     steps: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class Stage(Protocol):

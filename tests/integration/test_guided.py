@@ -26,6 +26,7 @@ from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import load_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop, particle_state
+from scalecryo.train.stages import bootstrap
 from scalecryo.train.stages.bootstrap import Bootstrap
 from scalecryo.train.stages.final_poses import ReferencePoses
 
@@ -242,6 +243,17 @@ def test_an_assignment_that_was_killed_goes_on(finished: Path, tmp_path: Path, m
     first, second = (read_poses(str(path / "particles.star")) for path in (finished, tmp_path / "again"))
     assert np.array_equal(first.rotation, second.rotation)
     assert (finished / "map.mrc").read_bytes()[1024:] == (tmp_path / "again" / "map.mrc").read_bytes()[1024:]
+
+
+def test_a_weak_start_is_said_in_the_report(
+    particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one round whose halves agree by less than asked for."""
+    monkeypatch.setattr(bootstrap, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(bootstrap, "WEAK", 1.01)
+    options = {"guided__iterations": "1", "guided__encoder_steps": "0", "guided__bootstrap_steps": "20"}
+    start(particles[1], tmp_path / "run", **options)
+    assert "The first map is weak: held-out images gain" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_pure_noise_is_not_sold_as_a_structure(tmp_path: Path) -> None:

@@ -282,7 +282,9 @@ class Bootstrap:
                 "particles, or raise guided.bootstrap_steps and guided.starts"
             )
         if agreement < WEAK and self._round == MOST_ROUNDS:
-            logger.warning("the first map is weak: %s: look at the result with care", told)
+            note = f"the first map is weak: {told}: look at the result with care"
+            self._learned.notes += (note,)
+            logger.warning("%s", note)
 
 
 def _laid_onto_first(maps: Float[Tensor, "2 n n n"], world: World) -> Float[Tensor, "2 n n n"]:

@@ -141,7 +141,7 @@ class FinalPass:
             sums.solve(), context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
         )
         found, half = self._found.all()
-        particles = FinalParticles(found, half, self._pairs, context.partition.notes)
+        particles = FinalParticles(found, half, self._pairs, context.partition.notes + self._learned.notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 

@@ -299,6 +299,7 @@ class Refinement:
         assert references is not None, "a start comes before the refinement"
         return {
             "references": references.state_dict(),
+            "notes": list(self._learned.notes),
             "half_parts": None if self._parts is None else [part.state_dict() for part in self._parts],
             "encoder": None if encoder is None else encoder.state_dict(),
             "parts": list(self._learned.particles.parts),
@@ -316,6 +317,7 @@ class Refinement:
         """
         learned, device = self._learned, self._context.device
         learned.references = ReferenceSet.from_state_dict(state["references"], device)
+        learned.notes = tuple(state["notes"])
         if state["half_parts"] is not None:
             self._parts = [ReferenceSet.from_state_dict(part, device) for part in state["half_parts"]]
         if learned.encoder is not None and state["encoder"] is not None:
