@@ -162,7 +162,7 @@ def _sections(
         f"phases randomised from shell {final.random_from}; B-factor undone: {final.b_factor:.0f} Å²\n"
         f"map: mean of the halves, weighted by their correlation, at {pixel_size:g} Å/px\n"
         + (
-            "Both halves began with one map at low resolution, up to 12 Fourier pixels; since then each was posed against "
+            "Both halves began with one map of low resolution (12 Fourier pixels); since then each was posed against "
             "its own: beyond that shell the curve is a gold standard."
             if config.recipe == "guided"
             else "Each half was posed against its own map, made with the poses that came with the particles."

@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 def test_a_start_that_was_killed_goes_on(
     particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in its second round, after 75 steps, it is taken up at its last save and ends in the same maps bit for bit.
+    """Killed in its second round, it is taken up at its last save and ends in the same maps bit for bit.
 
     The first round has 60 steps; it is judged again, and chooses the same two maps.
     """
