@@ -270,7 +270,8 @@ class AutoEncoderTrainer:
         given = near.transforms, rotation, shift_px, near.ctf, near.pixels.weight, near.pixels, self.maps.scale
         costs = [evaluate_poses(transform, *given) for transform in self._distinct_transforms()]
         if len(costs) > 1:
-            costs = [torch.where((near.half == 1)[:, None], costs[0], costs[1])]
+            # By the other half: an image's own share in its half's map would hold it where it was.
+            costs = [torch.where((near.half == 1)[:, None], costs[1], costs[0])]
         best = costs[0].argmin(1)
         return leading.gather(1, best[:, None] % LEADERS)[:, 0], self.symmetry[best // LEADERS]
 
