@@ -190,7 +190,7 @@ def test_a_step_of_the_auto_encoder_never_waits_for_the_device():
     on_meta(maps)
     white.variance = white.variance.to("meta")
     trainer.set_maps(maps)
-    trainer.symmetry = torch.eye(3, device="meta").expand(2, 3, 3)
+    trainer.related = RelatedPoses(torch.eye(3, device="meta").expand(2, 3, 3), torch.zeros(2, 3, device="meta"))
     with NoHostSync() as watch:
         loss, rotation = trainer.step(images, white(images), StepPlan(10.0, 1e-3, 0.9), norm)
     assert {"fourier_slice", "fourier_slice_backward"} <= watch.seen
