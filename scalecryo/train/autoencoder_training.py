@@ -26,7 +26,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import Poses
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.circle_source import CircleSource, encoder_input
-from scalecryo.pose.local_refinement import evaluate_poses
+from scalecryo.pose.local_refinement import evaluate_poses, refine_poses
 from scalecryo.pose.related import RelatedPoses
 from scalecryo.settings import ReduceDtype
 from scalecryo.train.encoder_training import TrainingBatch
@@ -35,6 +35,7 @@ from scalecryo.train.encoder_training import TrainingBatch
 # to so many Fourier pixels; so many of the best candidates are asked.
 CHOICE_SHARE, CHOICE_RADIUS, LEADERS = 0.8, 32.0, 2
 MOST_SYMMETRIES = 4
+CHOICE_PASSES = 1
 FIRST_SEARCH_RADIUS = 10.0  # Fourier pixels by which candidates are compared at first
 MODES = 4  # candidates that are locally refined
 SCORE_WIDTH_DEG = 8.0  # how near a candidate is to a known pose counts by a Gaussian of this width
@@ -265,17 +266,23 @@ class AutoEncoderTrainer:
             best = cost.argmin(1)
             return best, torch.zeros_like(best)
         near = white.within(min(CHOICE_SHARE * radius, CHOICE_RADIUS))
-        leading = cost.topk(LEADERS, 1, largest=False).indices
-        row = torch.arange(len(leading), device=leading.device)[:, None]
-        rotation, shift = self.related.all(found.rotation[row, leading], found.shift[row, leading])
-        rotation, shift_px = (part.transpose(0, 1).flatten(1, 2) for part in (rotation, shift * white.box_size))
-        given = near.transforms, rotation, shift_px, near.ctf, near.pixels.weight, near.pixels, self.maps.scale
-        costs = [evaluate_poses(transform, *given) for transform in self._distinct_transforms()]
+        best = cost.argmin(1)
+        row = torch.arange(len(best), device=best.device)
+        rotation, shift = self.related.all(found.rotation[row, best], found.shift[row, best])
+        image = row.repeat(related)
+        every = near.select(image)
+        given = every.transforms, rotation.flatten(0, 1), shift.flatten(0, 1) * white.box_size, every.ctf
+        costs = [
+            refine_poses(
+                transform, *given, near.pixels.weight, near.pixels, self.maps.scale, passes=CHOICE_PASSES,
+                fit_shift=not self.encoder.centred,
+            ).cost.unflatten(0, (related, -1))
+            for transform in self._distinct_transforms()
+        ]  # fmt: skip
         if len(costs) > 1:
             # By the other half: an image's own share in its half's map would hold it where it was.
-            costs = [torch.where((near.half == 1)[:, None], costs[1], costs[0])]
-        best = costs[0].argmin(1)
-        return leading.gather(1, best[:, None] % LEADERS)[:, 0], best // LEADERS
+            costs = [torch.where(near.half == 1, costs[1], costs[0])]
+        return best, costs[0].argmin(0)
 
     def _distinct_transforms(self) -> list[Tensor]:
         """One where the halves are joined, else each half's."""
