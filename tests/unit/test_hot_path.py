@@ -25,6 +25,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import Poses
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose import local_refinement_torch
+from scalecryo.pose.related import RelatedPoses
 from scalecryo.train.autoencoder_training import AutoEncoderTrainer, StepPlan, Whitening
 from scalecryo.train.stages.gradient_descent import build_optimiser
 
