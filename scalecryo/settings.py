@@ -85,9 +85,9 @@ class AutoencoderConfig(Section):
     """How encoder and map are learnt together, from random starts, at rising resolution."""
 
     starts: int = option(4, "random starts; the one that explains its images best goes on", AUTOENCODER, least=1)
-    start_steps: int = option(40, "steps of each start", AUTOENCODER, least=1)
+    start_steps: int = option(120, "steps of each start", AUTOENCODER, least=1)
     steps: int = option(600, "steps at the smallest level of the store", AUTOENCODER, least=1)
-    level_steps: int = option(150, "steps at each larger level, up to train.box", AUTOENCODER, least=1)
+    level_steps: int = option(250, "steps at each larger level, up to train.box", AUTOENCODER, least=1)
     batch_size: int = option(64, "particles in a batch, over all workers", AUTOENCODER, least=1)
     remembered: int = option(
         2000, "particles that the running maps hold at first, by exponential decay", AUTOENCODER, least=128

@@ -6,7 +6,7 @@ on SO(3) at a few Fourier pixels, then by gradient ascent at rising resolution. 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Complex, Float
@@ -119,26 +119,35 @@ def align_maps(
 def rotational_symmetry(
     volume: Float[Tensor, "n n n"], threshold: float = 0.8, smallest_deg: float = 30.0
 ) -> Float[Tensor, "g 3 3"]:
-    """Rotations S with V(S x) ≈ V(x), the identity first: the symmetry, or pseudo-symmetry, of a map.
+    """Rotations S of `symmetry_operations`, the identity first."""
+    return torch.stack([found.rotation.mT for found in symmetry_operations(volume, threshold, smallest_deg)])
 
-    A rotation counts when the mean shell correlation of the map with its turned self over shells 1 to 16 (or the box's
-    last) exceeds the threshold and it is not within `smallest_deg` of the identity.
+
+def symmetry_operations(
+    volume: Float[Tensor, "n n n"], threshold: float = 0.8, smallest_deg: float = 30.0
+) -> list[Alignment]:
+    """How a map lies on itself, the identity first: with S = Qᵀ, V(S (x − u)) ≈ V(x), its symmetry or pseudo-symmetry.
+
+    The shift u, px, is none where the axis goes through the box's centre. An operation counts when the mean shell
+    correlation of the map with its moved self over shells 1 to 16 (or the box's last) exceeds the threshold and its
+    rotation is not within `smallest_deg` of the identity.
     """
     # A box that holds the shells in question is enough, and quick.
     small = fourier_resize_3d(volume, min(volume.shape[-1], 3 * int(_SYMMETRY_RADIUS)))
     comparison = _Slices(small, small)
-    found = [torch.eye(3)]
+    found = [Alignment(torch.eye(3), False, torch.zeros(3), 1.0)]
     for rotation, shift, _ in comparison.search(40, away_deg=smallest_deg):
         start = Alignment(rotation, False, shift, 0.0)
         # A quick look first: most starts end at a rotation that is known already, or at none.
         for radius, steps, least in ((_RADII[0][0], 8, threshold - 0.2), (_SYMMETRY_RADIUS, 20, threshold)):
             start = comparison.refine(start, radius, steps)
-            distance = geodesic_angle(torch.stack(found), start.rotation.mT.expand(len(found), 3, 3))
+            known = torch.stack([other.rotation for other in found])
+            distance = geodesic_angle(known, start.rotation.expand_as(known))
             if start.score < least or float(distance[0]) < smallest_deg or float(distance.min()) < 10:
                 break
         else:
-            found.append(start.rotation.mT)
-    return torch.stack(found)
+            found.append(start)
+    return [replace(one, shift_px=one.shift_px * (volume.shape[-1] / small.shape[-1])) for one in found]
 
 
 def compare_turned(

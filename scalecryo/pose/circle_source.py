@@ -12,6 +12,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, Poses, concatenated
 from scalecryo.pose.local_refinement import evaluate_poses
 from scalecryo.pose.modes import separated_modes
+from scalecryo.pose.related import RelatedPoses
 
 SEPARATION_DEG = 12.0  # nearer candidates are locally refined to the same pose
 
@@ -25,14 +26,14 @@ class CircleSource:
         circles: images to circles.
         radius: Fourier pixels by which candidates are compared with the reference.
         count: candidates kept of each image.
-        symmetry: of the reference, the identity first; each candidate is offered at all related poses.
+        related: each candidate is offered at all related poses.
     """
 
     encoder: CircleEncoder
     circles: CircleTransform
     radius: float
     count: int
-    symmetry: Float[Tensor, "g 3 3"]
+    related: RelatedPoses
 
     @torch.no_grad()
     def candidates(
@@ -50,7 +51,8 @@ class CircleSource:
         modes = separated_modes(
             PoseCandidates(found.rotation, found.shift * box, -cost.float()), self.count, SEPARATION_DEG
         )
-        turned = [replace(modes, rotation=symmetry @ modes.rotation) for symmetry in self.symmetry]
+        rotation, shift = self.related.all(modes.rotation, modes.shift / box)
+        turned = [replace(modes, rotation=r, shift=t * box) for r, t in zip(rotation, shift, strict=True)]
         return concatenated(turned, 1)
 
     @torch.no_grad()

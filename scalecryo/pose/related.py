@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.evaluate.align import Alignment
-from scalecryo.evaluate.align_maps import compare_turned, rotational_symmetry
+from scalecryo.evaluate.align_maps import compare_turned, rotational_symmetry, symmetry_operations
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.rotation import geodesic_angle
 
@@ -37,6 +37,59 @@ class RelatedRotations:
         scores = compare_turned(first, second, starts, radius) if len(similar) else [1.0]
         alike = torch.tensor([score >= ALIKE * scores[0] for score in scores[1:]], dtype=torch.bool)
         return cls(similar.to(device), similar[alike].to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class RelatedPoses:
+    """Poses at which a map shows almost the same: with V(S (x − u)) ≈ V(x), (R, t) and (S R, t + (Rᵀ u)_xy).
+
+    Attributes:
+        rotation: S, the identity first.
+        offset: u as a share of the box: the axis need not go through the centre.
+    """
+
+    rotation: Float[Tensor, "g 3 3"]
+    offset: Float[Tensor, "g 3"]
+
+    @classmethod
+    def none(cls, device: torch.device) -> "RelatedPoses":
+        """The identity alone."""
+        return cls(torch.eye(3, device=device)[None], torch.zeros(1, 3, device=device))
+
+    @classmethod
+    def of(cls, volume: Float[Tensor, "n n n"], most: int, *, centred: bool) -> "RelatedPoses":
+        """Of a map.
+
+        Args:
+            volume: the map.
+            most: operations kept, the identity among them.
+            centred: no pose has a shift.
+        """
+        found = symmetry_operations(volume.cpu())[:most]
+        offset = torch.stack([one.shift_px for one in found]) / volume.shape[-1]
+        rotation = torch.stack([one.rotation.mT for one in found])
+        return cls(rotation, torch.zeros_like(offset) if centred else offset)
+
+    def __len__(self) -> int:
+        return len(self.rotation)
+
+    def all(
+        self, rotation: Float[Tensor, "*b 3 3"], shift: Float[Tensor, "*b 2"]
+    ) -> tuple[Float[Tensor, "g *b 3 3"], Float[Tensor, "g *b 2"]]:
+        """Every related pose of each; shifts are shares of the box."""
+        turned = torch.einsum("gij,...jk->g...ik", self.rotation, rotation)
+        return turned, shift + torch.einsum("...jk,gj->g...k", rotation, self.offset)[..., :2]
+
+    def at(
+        self, which: Int[Tensor, " b"], rotation: Float[Tensor, "b 3 3"], shift: Float[Tensor, "b 2"]
+    ) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
+        """One related pose of each."""
+        moved = (rotation.mT @ self.offset[which][..., None])[:, :2, 0]
+        return self.rotation[which] @ rotation, shift + moved
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Operations."""
+        return {"rotation": self.rotation.cpu(), "offset": self.offset.cpu()}
 
 
 def angle_modulo(

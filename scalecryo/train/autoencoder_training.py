@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from scalecryo.distributed.gradients import replicated
 from scalecryo.distributed.world import World
-from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.map.background_noise import BackgroundNoise
 from scalecryo.map.reference import Reference, ReferenceSet
 from scalecryo.model.circle_encoder import Candidates, CircleEncoder, CircleTransform
@@ -27,7 +26,8 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import Poses
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.circle_source import CircleSource, encoder_input
-from scalecryo.pose.local_refinement import evaluate_poses
+from scalecryo.pose.local_refinement import evaluate_poses, refine_poses
+from scalecryo.pose.related import RelatedPoses
 from scalecryo.settings import ReduceDtype
 from scalecryo.train.encoder_training import TrainingBatch
 
@@ -35,6 +35,7 @@ from scalecryo.train.encoder_training import TrainingBatch
 # to so many Fourier pixels; so many of the best candidates are asked.
 CHOICE_SHARE, CHOICE_RADIUS, LEADERS = 0.8, 32.0, 2
 MOST_SYMMETRIES = 4
+CHOICE_PASSES = 1
 FIRST_SEARCH_RADIUS = 10.0  # Fourier pixels by which candidates are compared at first
 MODES = 4  # candidates that are locally refined
 SCORE_WIDTH_DEG = 8.0  # how near a candidate is to a known pose counts by a Gaussian of this width
@@ -155,8 +156,8 @@ class AutoEncoderTrainer:
         self._optimiser = torch.optim.Adam(encoder.parameters(), lr=rate, fused=True)
         self._packed: PackedVolume | None = None
         self._maps: Maps | None = None
-        self.symmetry: Float[Tensor, "g 3 3"] = torch.eye(3, device=pixels.kx.device)[None]
-        """Pseudo-symmetries of the maps, the identity first."""
+        self.related = RelatedPoses.none(pixels.kx.device)
+        """By the maps' pseudo-symmetries."""
 
     @property
     def maps(self) -> Maps:
@@ -182,13 +183,14 @@ class AutoEncoderTrainer:
         """Find the maps' pseudo-symmetries: at low frequencies related poses look alike, and half the images would stay
         in the wrong one. Collective.
         """
-        found = torch.zeros(MOST_SYMMETRIES, 3, 3)
+        found = torch.zeros(MOST_SYMMETRIES, 3, 4)
         if self._world.is_leader:  # others might round otherwise
-            some = rotational_symmetry(self.maps.maps().mean(0).cpu())[:MOST_SYMMETRIES]
-            found[: len(some)] = some
-        found = found.to(self.symmetry.device)
+            some = RelatedPoses.of(self.maps.maps().mean(0), MOST_SYMMETRIES, centred=self.encoder.centred)
+            found[: len(some)] = torch.cat([some.rotation, some.offset[..., None]], -1)
+        found = found.to(self.related.rotation.device)
         self._world.all_reduce_(found)
-        self.symmetry = found[found.abs().sum((1, 2)) > 0]  # host sync: once a level
+        found = found[found[..., :3].abs().sum((1, 2)) > 0]  # host sync: once a level
+        self.related = RelatedPoses(found[..., :3].contiguous(), found[..., 3].contiguous())
 
     def insert_at_random(self, white: ParticleImages, generator: torch.Generator) -> None:
         """First maps: a batch at random rotations, the same for any number of workers. Collective."""
@@ -221,7 +223,7 @@ class AutoEncoderTrainer:
             best, turn = self._best(white, found, cost, plan.radius)
         with timer.part("encoder"):
             rotation, shift, score = self._replica(circles, best, hidden)
-            rotation = turn @ rotation
+            rotation, shift = self.related.at(turn, rotation, shift)
         shift_px = shift * images.box_size
         with timer.part("slices"):
             residual = (weight * self._residual(white.within(plan.radius), rotation, shift_px)).sum() / norm
@@ -257,22 +259,30 @@ class AutoEncoderTrainer:
     @torch.no_grad()
     def _best(
         self, white: ParticleImages, found: Candidates, cost: Float[Tensor, "b k"], radius: float
-    ) -> tuple[Int[Tensor, " b"], Float[Tensor, "b 3 3"]]:
-        """The best candidate of each image, and by which of the maps' pseudo-symmetries it is to be turned."""
-        turns = len(self.symmetry)
-        if turns == 1:
-            return cost.argmin(1), self.symmetry.expand(len(cost), 3, 3)
+    ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+        """The best candidate of each image, and which of its related poses."""
+        related = len(self.related)
+        if related == 1:
+            best = cost.argmin(1)
+            return best, torch.zeros_like(best)
         near = white.within(min(CHOICE_SHARE * radius, CHOICE_RADIUS))
-        leading = cost.topk(LEADERS, 1, largest=False).indices
-        row = torch.arange(len(leading), device=leading.device)[:, None]
-        rotation = (self.symmetry[:, None, None] @ found.rotation[row, leading]).transpose(0, 1).flatten(1, 2)
-        shift_px = (found.shift[row, leading] * white.box_size).repeat(1, turns, 1)
-        given = near.transforms, rotation, shift_px, near.ctf, near.pixels.weight, near.pixels, self.maps.scale
-        costs = [evaluate_poses(transform, *given) for transform in self._distinct_transforms()]
+        best = cost.argmin(1)
+        row = torch.arange(len(best), device=best.device)
+        rotation, shift = self.related.all(found.rotation[row, best], found.shift[row, best])
+        image = row.repeat(related)
+        every = near.select(image)
+        given = every.transforms, rotation.flatten(0, 1), shift.flatten(0, 1) * white.box_size, every.ctf
+        costs = [
+            refine_poses(
+                transform, *given, near.pixels.weight, near.pixels, self.maps.scale, passes=CHOICE_PASSES,
+                fit_shift=not self.encoder.centred,
+            ).cost.unflatten(0, (related, -1))
+            for transform in self._distinct_transforms()
+        ]  # fmt: skip
         if len(costs) > 1:
-            costs = [torch.where((near.half == 1)[:, None], costs[0], costs[1])]
-        best = costs[0].argmin(1)
-        return leading.gather(1, best[:, None] % LEADERS)[:, 0], self.symmetry[best // LEADERS]
+            # By the other half: an image's own share in its half's map would hold it where it was.
+            costs = [torch.where(near.half == 1, costs[1], costs[0])]
+        return best, costs[0].argmin(0)
 
     def _distinct_transforms(self) -> list[Tensor]:
         """One where the halves are joined, else each half's."""
@@ -306,8 +316,8 @@ class AutoEncoderTrainer:
 
     def source(self, references: ReferenceSet) -> CircleSource:
         """Candidates for local refinement."""
-        modes = MODES if len(self.symmetry) == 1 else LEADERS
-        return CircleSource(self.encoder, self.circles, self._search_radius, modes, self.symmetry)
+        modes = MODES if len(self.related) == 1 else LEADERS
+        return CircleSource(self.encoder, self.circles, self._search_radius, modes, self.related)
 
     def own_poses(self, images: ParticleImages, references: ReferenceSet) -> Poses:
         """Poses by the encoder alone."""
@@ -316,13 +326,14 @@ class AutoEncoderTrainer:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, but for the maps."""
         return {"encoder": self.encoder.state_dict(), "optimiser": self._optimiser.state_dict(),
-                "symmetry": self.symmetry.cpu()}  # fmt: skip
+                "related": self.related.state_dict()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.encoder.load_state_dict(state["encoder"])
         self._optimiser.load_state_dict(state["optimiser"])
-        self.symmetry = state["symmetry"].to(self.symmetry.device)
+        device = self.related.rotation.device
+        self.related = RelatedPoses(**{name: part.to(device) for name, part in state["related"].items()})
 
     def _descend(self, loss: Tensor, rate: float) -> None:
         self._optimiser.param_groups[0]["lr"] = rate

@@ -25,6 +25,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import Poses
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose import local_refinement_torch
+from scalecryo.pose.related import RelatedPoses
 from scalecryo.train.autoencoder_training import AutoEncoderTrainer, StepPlan, Whitening
 from scalecryo.train.stages.gradient_descent import build_optimiser
 
@@ -190,7 +191,7 @@ def test_a_step_of_the_auto_encoder_never_waits_for_the_device():
     on_meta(maps)
     white.variance = white.variance.to("meta")
     trainer.set_maps(maps)
-    trainer.symmetry = torch.eye(3, device="meta").expand(2, 3, 3)
+    trainer.related = RelatedPoses(torch.eye(3, device="meta").expand(2, 3, 3), torch.zeros(2, 3, device="meta"))
     with NoHostSync() as watch:
         loss, rotation = trainer.step(images, white(images), StepPlan(10.0, 1e-3, 0.9), norm)
     assert {"fourier_slice", "fourier_slice_backward"} <= watch.seen
