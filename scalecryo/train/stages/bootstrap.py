@@ -55,9 +55,10 @@ NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no
 AGREEMENT = 0.8  # mean correlation of the halves over shells 2 to 6, aligned, from which on the start may end
 SETTLED = 1.03  # factor in likelihood gain that a round must bring to go on nevertheless
 WEAK = 0.5  # below which the structure is said to be weak
+STALLED, STALLED_GAIN = 5, 1.01  # rounds in which the likelihood gain grows by less than this factor: no use to go on
 MOST_ROUNDS = 20  # each of `guided.bootstrap_steps`
 FIRST_REFERENCE_RADIUS = 12.0
-STANDING = ("step", "round", "gain")  # what a checkpoint keeps of where the start stands
+STANDING = ("step", "round")  # what a checkpoint keeps of where the start stands
 Slot = tuple[int, int]  # start and half
 
 
@@ -93,7 +94,7 @@ class Bootstrap:
         self._ended = False
         self._round = 1
         self._step = 0  # batches learnt from
-        self._gain = 0.0  # of the last round's best map
+        self._earlier: list[float] = []  # likelihood gain of each round's best map
         self._judged = 0
         self._images = 0
 
@@ -133,17 +134,25 @@ class Bootstrap:
             message = f"start, round {self._round}: {here} of {total} batches"
         judged = self._judged > 0
         if judged:
-            pair, agreement, gain = self._choose(world)
-            settled = agreement >= AGREEMENT and gain < SETTLED * self._gain
-            self._ended = settled or self._round == MOST_ROUNDS
-            self._gain = gain
+            pair, agreement, told = self._choose(world)
+            self._ended = self._settled(agreement)
             if self._ended:
+                if agreement < WEAK:
+                    note = f"the first map is weak: {told}: look at the result with care"
+                    self._learned.notes += (note,)
+                    logger.warning("%s", note)
                 self._learned.references = first_references("start", pair, self._context, common=True)
             else:
                 message += f"; the halves' maps correlate by {agreement:.2f}: on"
             self._round += 1
             self._judged = 0
         return PassReport(message, self._images, checkpoint=not judged, progress=here / total)
+
+    def _settled(self, agreement: float) -> bool:
+        """Whether another round would bring nothing: the halves agree and stay, or nothing has moved for long."""
+        gain, before = self._earlier[-1], [0.0, *self._earlier[:-1]]
+        stalled = len(before) > STALLED and gain < STALLED_GAIN * before[-STALLED]
+        return (agreement >= AGREEMENT and gain < SETTLED * before[-1]) or stalled or self._round == MOST_ROUNDS
 
     def done(self) -> bool:
         """Whether a start was chosen."""
@@ -153,7 +162,8 @@ class Bootstrap:
         """Sums and noise; the same on every worker."""
         tensors = [tensor.cpu() for tensor in self._tensors()]
         standing = {name: getattr(self, f"_{name}") for name in STANDING}
-        return {"standing": standing, "going": self._going, "settings": self._settings(), "tensors": tensors}
+        standing |= {"going": list(self._going), "earlier": list(self._earlier)}
+        return {"standing": standing, "settings": self._settings(), "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after so many steps; under other settings, from the beginning."""
@@ -161,7 +171,8 @@ class Bootstrap:
             return
         for name in STANDING:
             setattr(self, f"_{name}", state["standing"][name])
-        self._going = [(int(number), int(half)) for number, half in state["going"]]
+        self._going = [(int(number), int(half)) for number, half in state["standing"]["going"]]
+        self._earlier = list(state["standing"]["earlier"])
         for own, saved in zip(self._tensors(), state["tensors"], strict=True):
             own.copy_(saved)
 
@@ -240,10 +251,10 @@ class Bootstrap:
                 gain = self._searches[slot].posterior(batch, self._shifts).log_evidence - hypotheses
                 self._gains.setdefault(slot, []).extend(gain.tolist())  # host sync
 
-    def _choose(self, world: World) -> tuple[Float[Tensor, "2 n n n"], float, float]:
+    def _choose(self, world: World) -> tuple[Float[Tensor, "2 n n n"], float, str]:
         """The map that held-out particles like best, the other half's best laid onto it, and how well they agree.
 
-        Third, by how much the former explains these particles better than an empty map does. Both go on, if any.
+        Third, both in words. These two go on, if any.
 
         Raises:
             TrainingError: see `finish_pass`.
@@ -265,26 +276,18 @@ class Bootstrap:
         maps = [self._sums.solve_one(*slots[number], REGULARISATION) for number in (best, other)]
         pair = _laid_onto_first(torch.stack(maps), world)
         agreement = float(fsc(pair[0], pair[1])[2:7].mean())
-        self._refuse_noise(float(mean[best]), float(error[best]), agreement)
-        check_contrast(pair.mean(0), self._context.config.run.data)
-        return pair, agreement, float(mean[best])
-
-    def _refuse_noise(self, gain: float, error: float, agreement: float) -> None:
-        """Raise where the best map explains held-out images no better than nothing; say where it is weak."""
-        where = self._context.config.run.data
+        self._earlier.append(float(mean[best]))
         told = (
-            f"held-out images gain {gain:.2f} ± {error:.2f} in log-likelihood over an empty map, and the two halves' "
-            f"maps correlate by {agreement:.2f}"
+            f"held-out images gain {mean[best]:.2f} ± {error[best]:.2f} in log-likelihood over an empty map, and the "
+            f"two halves' maps correlate by {agreement:.2f}"
         )
-        if gain < NO_SIGNAL_ERRORS * error:
+        if mean[best] < NO_SIGNAL_ERRORS * error[best]:  # host sync
             raise TrainingError(
-                f"{where}: the start found no structure: {told}: check contrast sign, pixel size and box, use more "
-                "particles, or raise guided.bootstrap_steps and guided.starts"
+                f"{self._context.config.run.data}: the start found no structure: {told}: check contrast sign, pixel "
+                "size and box, use more particles, or raise guided.bootstrap_steps and guided.starts"
             )
-        if agreement < WEAK and self._round == MOST_ROUNDS:
-            note = f"the first map is weak: {told}: look at the result with care"
-            self._learned.notes += (note,)
-            logger.warning("%s", note)
+        check_contrast(pair.mean(0), self._context.config.run.data)
+        return pair, agreement, told
 
 
 def _laid_onto_first(maps: Float[Tensor, "2 n n n"], world: World) -> Float[Tensor, "2 n n n"]:
