@@ -80,6 +80,14 @@ def density_radius(volume: Float[Tensor, "n n n"], share: float = 0.95) -> float
     return float(radius[order[int((total < share * total[-1]).sum())]])  # host sync
 
 
+def centre_of_mass(volume: Float[Tensor, "n n n"], mask: Float[Tensor, "n n n"]) -> Float[Tensor, "3"]:
+    """Of a map's positive density within a mask: (x, y, z) in px from the box centre n//2; zero for an empty one."""
+    density = (volume * mask).clamp_min(0).double()
+    line = torch.arange(volume.shape[-1], dtype=torch.float64, device=volume.device) - volume.shape[-1] // 2
+    sums = torch.stack([(density.sum(others) * line).sum() for others in ((0, 1), (0, 2), (1, 2))])
+    return (sums / density.sum().clamp_min(1e-30)).float()
+
+
 def _gaussian_low_pass(volume: Tensor, pixel_size: float, resolution: float) -> Tensor:
     """Gaussian filter whose amplitude is one half at 1/resolution."""
     n = volume.shape[-1]

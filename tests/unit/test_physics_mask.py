@@ -10,7 +10,8 @@ import torch
 from scipy import ndimage
 
 from scalecryo.errors import InputError
-from scalecryo.physics.mask import mask_from_map, soft_sphere
+from scalecryo.evaluate.align_maps import linear_map
+from scalecryo.physics.mask import centre_of_mass, mask_from_map, soft_sphere
 
 
 def test_sphere_profile():
@@ -68,3 +69,18 @@ def test_real_map(shared_data: Path):
 def test_flat_map_is_refused():
     with pytest.raises(InputError, match="positive contrast"):
         mask_from_map(torch.zeros(16, 16, 16), 1.0)
+
+
+def test_centre_of_mass_is_scipys_and_moving_by_it_centres_the_map() -> None:
+    line = torch.arange(32.0) - 16
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    blob = torch.exp(-((x - 4) ** 2 + (y + 3) ** 2 + (z - 1.5) ** 2) / 8)
+    blob += 0.5 * torch.exp(-((x - 1) ** 2 + (y + 5) ** 2 + z**2) / 8)
+    ones = torch.ones_like(blob)
+    found = centre_of_mass(blob, ones)
+    expected = [at - 16 for at in ndimage.center_of_mass(blob.numpy())][::-1]
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)  # scipy sums in single precision
+    moved = linear_map(blob, torch.eye(3), -found)
+    # Interpolation in Fourier space leaves ripples, whose positive part counts: a twentieth of a pixel.
+    assert float(centre_of_mass(moved, ones).norm()) < 0.05
+    assert centre_of_mass(-ones, ones).tolist() == [0, 0, 0]

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.errors import TrainingError
-from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment, linear_map
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference, ReferenceSet, reference_transform
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import ctf_weighted
-from scalecryo.physics.mask import mask_from_map
+from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
@@ -141,12 +141,24 @@ class Bootstrap:
                     note = f"the first map is weak: {told}: look at the result with care"
                     self._learned.notes += (note,)
                     logger.warning("%s", note)
-                self._learned.references = first_references("start", pair, self._context, common=True)
+                self._learned.references = first_references("start", self._centred(pair), self._context, common=True)
             else:
                 message += f"; the halves' maps correlate by {agreement:.2f}: on"
             self._round += 1
             self._judged = 0
         return PassReport(message, self._images, checkpoint=not judged, progress=here / total)
+
+    def _centred(self, pair: Float[Tensor, "2 n n n"]) -> Float[Tensor, "2 n n n"]:
+        """Both maps moved so that their mean has its centre of mass at the box centre; shifts are searched about it.
+
+        Where particles are known to be centred, so is their map.
+        """
+        if not self._context.fit_shift:
+            return pair
+        mean = pair.mean(0)
+        off = centre_of_mass(mean, mask_from_map(mean, self._context.store.level_pixel_size(mean.shape[-1])))
+        still = torch.eye(3, device=pair.device)
+        return torch.stack([linear_map(one, still, -off) for one in pair])
 
     def _settled(self, agreement: float) -> bool:
         """Whether another round would bring nothing: the halves agree and stay, or nothing has moved for long."""
