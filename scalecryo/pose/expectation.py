@@ -24,13 +24,11 @@ class Expectation:
     Attributes:
         slices: sum over images and shifts of posterior mass times CTF times the image brought back to the centre, at
             each rotation, and of posterior mass times CTF².
-        mass: of each rotation, summed over the images.
         log_evidence: of each image, up to the image's constant: see `Posterior`.
         residual: expected power of the residuals of all images, by Fourier pixel.
     """
 
     slices: CtfWeightedImages
-    mass: Float[Tensor, " h"]
     log_evidence: Float[Tensor, " b"]
     residual: Float[Tensor, " p"]
 
@@ -84,7 +82,7 @@ def expected_slices(
         weight += mass[:, None]
     values = torch.complex(sums[0], sums[1])
     residual = squared_modulus(observed).sum(0) - 2 * (templates.conj() * values).real.sum(0) + (weight * power).sum(0)
-    return Expectation(CtfWeightedImages(values, weight), mass, torch.cat(evidence), residual)
+    return Expectation(CtfWeightedImages(values, weight), torch.cat(evidence), residual)
 
 
 def _posterior_mass(scores: Float[Tensor, "b 2 t h"]) -> tuple[Float[Tensor, "b 2 t h"], Float[Tensor, " b"]]:

@@ -1,7 +1,5 @@
 """Posterior-weighted sums over a whole grid, against the same written out hypothesis by hypothesis."""
 
-import math
-
 import pytest
 import torch
 
@@ -53,7 +51,6 @@ def test_sums_equal_those_over_every_hypothesis(with_ctf: bool, chunk_elements: 
     near = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(found.slices.values.to(y.dtype), slices, **near)
     torch.testing.assert_close(found.slices.power.double(), power, **near)
-    torch.testing.assert_close(found.mass.double(), mass.sum((0, 1, 2)), **near)
     torch.testing.assert_close(found.log_evidence.double(), score.flatten(1).logsumexp(1) - constant, **near)
     torch.testing.assert_close(found.residual.double(), residual, **near)
 
@@ -67,5 +64,5 @@ def test_evidence_is_that_of_the_search() -> None:
 
 def test_every_image_counts_once() -> None:
     pixels = fourier_pixels(BOX, 5.0)
-    found = expected_slices(*problem(True), pixels)
-    assert math.isclose(float(found.mass.sum()), IMAGES, rel_tol=1e-5)
+    found = expected_slices(*problem(False), pixels)  # without a CTF the weight of a slice is its posterior mass
+    torch.testing.assert_close(found.slices.power.sum(0), torch.full((len(pixels),), float(IMAGES)))
