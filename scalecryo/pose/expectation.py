@@ -55,7 +55,9 @@ def expected_slices(
     """
     check_packed(pixels, observed=observed, ctf=ctf, pixel_weight=pixel_weight, templates=templates)
     half, shifts = len(templates), len(shift_grid_px)
-    each = max(1, chunk_elements // (2 * half * shifts))
+    each = max(1, min(len(observed), chunk_elements // (2 * half * shifts)))
+    # Memory that is used again stays in the cache; fresh memory costs more than the arithmetic on it.
+    work = observed.real.new_empty(2, 2 * each * shifts * half)
     back = shift_ramp(-shift_grid_px, pixels.kx, pixels.ky, pixels.box_size)
     power = squared_modulus(templates)
     bank = torch.stack([templates.real, templates.imag, 0.5 * power])
@@ -67,7 +69,7 @@ def expected_slices(
         weighted, energy = weighted_images(some, own, pixel_weight)
         moved = weighted[:, None] * back
         with tensor_cores():
-            scores = pair_scores(torch.stack([moved.real, moved.imag]), energy, bank)
+            scores = pair_scores(torch.stack([moved.real, moved.imag]), energy, bank, work)
         share, found = _posterior_mass(scores)
         evidence.append(found)
         centred = (some if own is None else some * own)[:, None] * back
