@@ -142,9 +142,10 @@ def test_a_start_that_was_killed_goes_on(
 ) -> None:
     """Killed in its second round, it is taken up at its last save and ends in the same maps bit for bit.
 
-    The first round has 60 steps; it is judged again, and chooses the same two maps.
+    The first round has 20 steps; it is judged again, and chooses the same two maps.
     """
-    options = {"guided__iterations": "1", "guided__encoder_steps": "0", "train__final_pass": "false"}
+    options = {"guided__iterations": "1", "guided__encoder_steps": "0", "train__final_pass": "false",
+               "guided__bootstrap_steps": "20"}  # fmt: skip
     seen: list[int] = []
     learn = Bootstrap._learn
 
@@ -160,15 +161,15 @@ def test_a_start_that_was_killed_goes_on(
     until(1_000_000)
     start(particles[1], tmp_path / "whole", **options)
     whole = len(seen)
-    assert whole > 75
+    assert whole > 25
     assert seen == list(range(1, whole + 1))
     seen.clear()
-    until(75)
+    until(25)
     with pytest.raises(KeyboardInterrupt):
         start(particles[1], tmp_path / "cut", **options)
     until(1_000_000)
     start(particles[1], tmp_path / "cut", resume=True, **options)
-    assert seen == [*range(1, 76), *range(61, whole + 1)]
+    assert seen == [*range(1, 26), *range(21, whole + 1)]
     first, second = (
         load_checkpoint(RunFolder(str(tmp_path / name)), store_hash=None, recipe="guided") for name in ("whole", "cut")
     )

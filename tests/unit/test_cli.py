@@ -120,7 +120,9 @@ def test_help_of_train_lists_every_setting(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(("verb", "advice"), [("train", "--resume"), ("convert", "the same command"), ("info", "")])
 def test_a_stop_by_the_keyboard_is_one_line(verb: str, advice: str) -> None:
     code = (
-        "import sys, time, types\nfrom scalecryo.cli import main\n"
+        "import signal, sys, time, types\nfrom scalecryo.cli import main\n"
+        # Where the tests run in the background they ignore Ctrl-C, and so would this one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def run(*args, **kwargs):\n    print('running', flush=True)\n    time.sleep(60)\n"
         "sys.modules['scalecryo.commands.' + sys.argv[1]] = types.SimpleNamespace(run=run)\nmain()\n"
     )
