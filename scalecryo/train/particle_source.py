@@ -29,7 +29,7 @@ from scalecryo.pose.search import shift_grid
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.solvent_mask import load_solvent_mask
 
-SHIFT_SHARE, LEAST_SHIFT_RADIUS = 0.08, 12.0  # of the box, and Å: how far pickers and 2-D classes leave particles off
+SHIFT_SHARE, LEAST_SHIFT_RADIUS = 0.05, 12.0  # of the box, and Å: farther, and the start's grid of shifts is too coarse
 
 
 @dataclass(frozen=True)
