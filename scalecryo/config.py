@@ -108,6 +108,7 @@ class GuidedConfig(Section):
     bootstrap_steps: int = option(
         60, "batches that each round of the bootstrap learns from; rounds go on until the halves agree", GUIDED, least=1
     )
+    bootstrap_rounds: int = option(20, "most rounds of the bootstrap, which ends sooner as a rule", GUIDED, least=1)
     bootstrap_batch: int = option(100, "particles in its batches, over both halves and all workers", GUIDED, least=1)
     shift_radius_a: float = option(
         0.0, "largest shift that is searched, Å; 0: 5 % of the box, at least 12; pose.centred = true: none", EM, least=0

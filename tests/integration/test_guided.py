@@ -250,10 +250,9 @@ def test_a_weak_start_is_said_in_the_report(
     particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After one round whose halves agree by less than asked for."""
-    monkeypatch.setattr(bootstrap, "MOST_ROUNDS", 1)
     monkeypatch.setattr(bootstrap, "WEAK", 1.01)
     options = {"guided__iterations": "1", "guided__encoder_steps": "0", "guided__bootstrap_steps": "20"}
-    start(particles[1], tmp_path / "run", **options)
+    start(particles[1], tmp_path / "run", guided__bootstrap_rounds="1", **options)
     assert "The first map is weak: held-out images gain" in (tmp_path / "run" / "report.html").read_text()
 
 

@@ -28,7 +28,6 @@ from scalecryo.evaluate.align_maps import align_maps, apply_alignment, linear_ma
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference, ReferenceSet, reference_transform
-from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.mask import centre_of_mass, mask_from_map
@@ -56,9 +55,7 @@ AGREEMENT = 0.8  # mean correlation of the halves over shells 2 to 6, aligned, f
 SETTLED = 1.03  # factor in likelihood gain that a round must bring to go on nevertheless
 WEAK = 0.5  # below which the structure is said to be weak
 STALLED, STALLED_GAIN = 5, 1.01  # rounds in which the likelihood gain grows by less than this factor: no use to go on
-MOST_ROUNDS = 20  # each of `guided.bootstrap_steps`
 FIRST_REFERENCE_RADIUS = 12.0
-STANDING = ("step", "round")  # what a checkpoint keeps of where the start stands
 Slot = tuple[int, int]  # start and half
 
 
@@ -80,7 +77,7 @@ class Bootstrap:
         self._context, self._learned = context, learned
         settings, level = context.config.guided, min(context.store.levels)
         self._starts, self._steps = settings.starts, settings.bootstrap_steps
-        self._batch = settings.bootstrap_batch
+        self._batch, self._most_rounds = settings.bootstrap_batch, settings.bootstrap_rounds
         self._judging = max(1, min(JUDGED, context.count) // self._batch)
         self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
         self._near = self._pixels.prefix(RADIUS)
@@ -92,7 +89,6 @@ class Bootstrap:
         self._searches: dict[Slot, GridSearch] = {}
         self._gains: dict[Slot, list[float]] = {}
         self._ended = False
-        self._round = 1
         self._step = 0  # batches learnt from
         self._earlier: list[float] = []  # likelihood gain of each round's best map
         self._judged = 0
@@ -100,7 +96,7 @@ class Bootstrap:
 
     def request(self) -> BatchRequest:
         """Some steps until the next checkpoint, or all batches that judge."""
-        left = self._round * self._steps - self._step
+        left = self._end_of_round - self._step
         self._images = 0
         if not left:
             return BatchRequest((self._pixels,), self._batch, start=0, batches=self._judging)
@@ -114,7 +110,7 @@ class Bootstrap:
         held_out = self._context.partition.held_out(batch.rows)
         if self._step == 0:
             check_images(batch, self._context.config.run.data)
-        if self._step < self._round * self._steps:
+        if self._step < self._end_of_round:
             self._learn(batch.select(~held_out), self._context.world)
             self._step += 1
         else:
@@ -128,10 +124,10 @@ class Bootstrap:
             TrainingError: the maps explain held-out images no better than nothing, or the contrast is inverted.
         """
         total = self._steps + self._judging
-        here = self._step - (self._round - 1) * self._steps + self._judged
+        here = self._steps - (self._end_of_round - self._step) + self._judged
         message = f"start: {here} of {total} batches from random poses"
-        if self._round > 1:
-            message = f"start, round {self._round}: {here} of {total} batches"
+        if self._earlier:
+            message = f"start, round {len(self._earlier) + 1}: {here} of {total} batches"
         judged = self._judged > 0
         if judged:
             pair, agreement, told = self._choose(world)
@@ -144,9 +140,13 @@ class Bootstrap:
                 self._learned.references = first_references("start", self._centred(pair), self._context, common=True)
             else:
                 message += f"; the halves' maps correlate by {agreement:.2f}: on"
-            self._round += 1
             self._judged = 0
         return PassReport(message, self._images, checkpoint=not judged, progress=here / total)
+
+    @property
+    def _end_of_round(self) -> int:
+        """Step at which the present round ends and is judged."""
+        return (len(self._earlier) + 1) * self._steps
 
     def _centred(self, pair: Float[Tensor, "2 n n n"]) -> Float[Tensor, "2 n n n"]:
         """Both maps moved so that their mean has its centre of mass at the box centre; shifts are searched about it.
@@ -164,7 +164,11 @@ class Bootstrap:
         """Whether another round would bring nothing: the halves agree and stay, or nothing has moved for long."""
         gain, before = self._earlier[-1], [0.0, *self._earlier[:-1]]
         stalled = len(before) > STALLED and gain < STALLED_GAIN * before[-STALLED]
-        return (agreement >= AGREEMENT and gain < SETTLED * before[-1]) or stalled or self._round == MOST_ROUNDS
+        return (
+            (agreement >= AGREEMENT and gain < SETTLED * before[-1])
+            or stalled
+            or len(self._earlier) == self._most_rounds
+        )
 
     def done(self) -> bool:
         """Whether a start was chosen."""
@@ -173,16 +177,14 @@ class Bootstrap:
     def state_dict(self) -> dict[str, Any]:
         """Sums and noise; the same on every worker."""
         tensors = [tensor.cpu() for tensor in self._tensors()]
-        standing = {name: getattr(self, f"_{name}") for name in STANDING}
-        standing |= {"going": list(self._going), "earlier": list(self._earlier)}
+        standing = {"step": self._step, "going": list(self._going), "earlier": list(self._earlier)}
         return {"standing": standing, "settings": self._settings(), "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after so many steps; under other settings, from the beginning."""
         if state["settings"] != self._settings():
             return
-        for name in STANDING:
-            setattr(self, f"_{name}", state["standing"][name])
+        self._step = int(state["standing"]["step"])
         self._going = [(int(number), int(half)) for number, half in state["standing"]["going"]]
         self._earlier = list(state["standing"]["earlier"])
         for own, saved in zip(self._tensors(), state["tensors"], strict=True):
@@ -208,7 +210,7 @@ class Bootstrap:
         for slot in self._going:
             images = batch.select(batch.half == slot[1]).within(RADIUS)
             if len(images):  # a worker that holds none of a half still takes part in the reduction
-                self._insert(images, slot, near, fresh, residuals)
+                self._insert(images, slot, fresh, residuals)
         parts = fresh.within(RADIUS)
         world.all_reduce_(*residuals.tensors(), *parts)
         noise.power += residuals.power
@@ -218,11 +220,9 @@ class Bootstrap:
         self._sums.numerator += fresh.numerator
         self._sums.denominator += fresh.denominator
 
-    def _insert(
-        self, images: ParticleImages, slot: Slot, near: FourierPixels, fresh: Backprojection, residuals: NoiseSpectrum
-    ) -> None:
+    def _insert(self, images: ParticleImages, slot: Slot, fresh: Backprojection, residuals: NoiseSpectrum) -> None:
         """One step of one half-map on this worker: all of its images at all poses, by their posterior."""
-        (number, half), count, device = slot, len(images), near.kx.device
+        (number, half), count, near, device = slot, len(images), self._near, self._grid.device
         if self._step == 0:
             # Other poses on every worker; the turned grids of later steps are the same on all.
             generator = torch.Generator().manual_seed(self._seed(number) + 1009 * self._context.world.rank)
