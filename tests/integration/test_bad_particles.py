@@ -16,6 +16,7 @@ from scalecryo.errors import TrainingError
 
 COUNT, BOX, PIXEL_SIZE = 1200, 32, 3.2
 QUICK = {"guided.bootstrap_steps": "40", "guided.starts": "1", "guided.shift_radius_a": "4"}
+BRIEF = {"guided__bootstrap_rounds": "2", "guided__iterations": "1", "guided__encoder_steps": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_inverted_contrast_that_convert_was_told_to_keep_is_noticed(good: Path, 
 def test_a_wrong_pixel_size_is_noticed_by_the_ctf(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float
 ) -> None:
-    run_on(changed(good, tmp_path / "data", pixel_size=factor * PIXEL_SIZE), tmp_path, guided__iterations="1")
+    run_on(changed(good, tmp_path / "data", pixel_size=factor * PIXEL_SIZE), tmp_path, **BRIEF)
     assert "does not follow the CTFs" in capsys.readouterr().err
     assert (tmp_path / "run" / "map.mrc").exists()
 
@@ -92,10 +93,10 @@ def test_a_wrong_pixel_size_is_noticed_by_the_ctf(
 def test_right_ctfs_give_no_warning_and_missing_ones_are_said(
     good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_on(changed(good, tmp_path / "data"), tmp_path, guided__iterations="1", train__final_pass="false")
+    run_on(changed(good, tmp_path / "data"), tmp_path, **BRIEF, train__final_pass="false")
     assert "does not follow" not in capsys.readouterr().err
     (tmp_path / "without").mkdir()
-    run_on(changed(good, tmp_path / "without" / "data", ctf=False), tmp_path / "without", guided__iterations="1")
+    run_on(changed(good, tmp_path / "without" / "data", ctf=False), tmp_path / "without", **BRIEF)
     assert "carry no CTF" in capsys.readouterr().err
     assert (tmp_path / "without" / "run" / "map.mrc").exists()
 

@@ -26,11 +26,12 @@ from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import load_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop, particle_state
-from scalecryo.train.stages import bootstrap
+from scalecryo.train.stages import bootstrap, final_pass
 from scalecryo.train.stages.bootstrap import Bootstrap
 from scalecryo.train.stages.final_poses import ReferencePoses
+from tests.conftest import SimulatedParticles
 
-ROWS, EXTRA, BOX, PIXEL_SIZE = 1500, 100, 64, 1.6
+ROWS, EXTRA, BOX, PIXEL_SIZE = 1200, 100, 32, 3.2
 
 
 def store_of(table: Path, store: Path) -> str:
@@ -41,7 +42,7 @@ def store_of(table: Path, store: Path) -> str:
 
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """1,600 noisy, shifted particles of 4AKE with CTF, and their store without poses."""
+    """1,300 noisy, shifted particles of 4AKE with CTF, and their store without poses."""
     folder = tmp_path_factory.mktemp("guided")
     with as_file(files("scalecryo.data") / "4ake.pdb.gz") as structure:
         simulate.run(str(structure), str(folder / "data"), n=ROWS + EXTRA, box=BOX, pixel_size=PIXEL_SIZE, snr_db=0.0,
@@ -51,6 +52,9 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.iterations": "8",
             "guided.bootstrap_steps": "60", "guided.starts": "1"}  # fmt: skip
+# On 300 images: nothing that needs a structure.
+SHORT = {"train__rows": "300", "guided__bootstrap_steps": "20", "guided__bootstrap_rounds": "1",
+         "guided__iterations": "4"}  # fmt: skip
 
 
 def start(data: str, out: Path, *, resume: bool = False, **extra: str) -> None:
@@ -76,12 +80,12 @@ def errors(run: Path, truth: Path, capsys: pytest.CaptureFixture[str]) -> dict[s
 def test_it_converges_from_random_poses(
     finished: Path, particles: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Reference: the simulated truth. Bounds: at 64 px of 1.6 Å one voxel at the particle's edge (radius 25 px) is 2.3°;
-    # poses within half of that and shifts within a quarter of a pixel leave the map's detail whole. 1,500 images.
+    # Reference: the simulated truth. Bounds: at 32 px of 3.2 Å one voxel at the particle's edge (radius 12 px) is 4.6°;
+    # poses within half of that and shifts within a quarter of a pixel leave the map's detail whole. 1,200 images.
     found = errors(finished, particles[0], capsys)
-    assert found["rotation_error_mod_pseudosymmetry_median_deg"] < 1.2
+    assert found["rotation_error_mod_pseudosymmetry_median_deg"] < 2.3
     assert found["shift_error_median_px"] < 0.25
-    assert found["fsc_0.5_shell"] > 24
+    assert found["fsc_0.5_shell"] > 12
     poses = read_poses(str(finished / "particles.star"))
     assert len(poses.names) == ROWS + EXTRA  # also those never trained on
     assert set(np.unique(poses.half)) == {1, 2}
@@ -104,37 +108,34 @@ def test_tensorboard_shows_the_refinement(finished: Path) -> None:
     )
 
 
-def test_particles_never_trained_on_are_posed_as_well(finished: Path, particles: tuple[Path, str]) -> None:
-    # Rotations relative to one particle do not depend on the frame; the hand may be mirrored, so angles are compared.
-    estimate = read_poses(str(finished / "particles.star")).rotation
-    truth = read_poses(str(particles[0] / "truth.star")).rotation
-    angles = []
-    for rotation in (estimate, truth):
-        relative = np.einsum("nij,ik->njk", rotation[ROWS:], rotation[0])
-        angles.append(np.degrees(np.arccos(np.clip((np.trace(relative, axis1=1, axis2=2) - 1) / 2, -1, 1))))
-    assert np.median(np.abs(angles[0] - angles[1])) < 3
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    finished: Path, particles: tuple[Path, str], tmp_path: Path
+def test_particles_never_trained_on_are_posed_as_well(
+    finished: Path, particles: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # The same bounds as for all of them.
+    table = starfile.read(finished / "particles.star", always_dict=True)
+    table["particles"] = table["particles"][ROWS:]
+    starfile.write(table, tmp_path / "unseen.star")
+    found = errors(tmp_path / "unseen.star", particles[0], capsys)
+    assert found["rotation_error_mod_pseudosymmetry_median_deg"] < 2.3
+    assert found["shift_error_median_px"] < 0.25
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(simulated: SimulatedParticles, tmp_path: Path) -> None:
     # A kill within iteration 3, after its poses were written and before its checkpoint was: iteration 3 is done again.
-    run = tmp_path / "run"
-    start(particles[1], run, guided__iterations="3", train__final_pass="false")
-    assert not (run / "map.mrc").exists()
-    (run / "checkpoints" / "step_0000000003.pt").unlink()
-    start(particles[1], run, resume=True, guided__iterations=SETTINGS["guided.iterations"], train__final_pass="true")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    start(simulated.store, whole, **SHORT)
+    start(simulated.store, cut, **SHORT | {"guided__iterations": "3", "train__final_pass": "false"})
+    assert not (cut / "map.mrc").exists()
+    (cut / "checkpoints" / "step_0000000003.pt").unlink()
+    start(simulated.store, cut, resume=True, **SHORT | {"train__final_pass": "true"})
     for name in ("map.mrc", "half1.mrc"):
-        assert (finished / name).read_bytes()[1024:] == (run / name).read_bytes()[1024:]  # past the header's date
-    whole, resumed = (read_poses(str(path / "particles.star")) for path in (finished, run))
-    assert np.array_equal(whole.rotation, resumed.rotation)
-    curves = (
-        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (finished, run)
-    )
-    first, second = (
-        [(row["step"], row["halves/fsc_mean"], row.get("encoder_loss")) for row in rows] for rows in curves
-    )
-    assert first == second
+        assert (whole / name).read_bytes()[1024:] == (cut / name).read_bytes()[1024:]  # past the header's date
+    first, second = (read_poses(str(run / "particles.star")) for run in (whole, cut))
+    assert np.array_equal(first.rotation, second.rotation)
+    curves = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, cut))
+    left, right = ([(row["step"], row["halves/fsc_mean"], row.get("encoder_loss")) for row in rows] for rows in curves)
+    assert left == right
+    assert left[-1][2] is not None
 
 
 def test_a_start_that_was_killed_goes_on(
@@ -145,7 +146,7 @@ def test_a_start_that_was_killed_goes_on(
     The first round has 20 steps; it is judged again, and chooses the same two maps.
     """
     options = {"guided__iterations": "1", "guided__encoder_steps": "0", "train__final_pass": "false",
-               "guided__bootstrap_steps": "20"}  # fmt: skip
+               "guided__bootstrap_steps": "20", "guided__bootstrap_rounds": "2"}  # fmt: skip
     seen: list[int] = []
     learn = Bootstrap._learn
 
@@ -161,7 +162,7 @@ def test_a_start_that_was_killed_goes_on(
     until(1_000_000)
     start(particles[1], tmp_path / "whole", **options)
     whole = len(seen)
-    assert whole > 25
+    assert whole == 40
     assert seen == list(range(1, whole + 1))
     seen.clear()
     until(25)
@@ -204,10 +205,10 @@ def test_imported_poses_are_refined(
     start(store, tmp_path / "run", guided__start="poses", guided__iterations="4", guided__encoder_steps="0")
     poses = read_poses(str(tmp_path / "run" / "particles.star"))
     cosine = (np.einsum("nij,nij->n", poses.rotation, true) - 1) / 2
-    assert np.median(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) < 1.2
+    assert np.median(np.degrees(np.arccos(np.clip(cosine, -1, 1)))) < 2.3
     found = errors(tmp_path / "run", particles[0], capsys)
     assert found["shift_error_median_px"] < 0.25
-    assert found["fsc_0.5_shell"] > 24
+    assert found["fsc_0.5_shell"] > 12
 
 
 def random_units(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -246,14 +247,17 @@ def test_an_assignment_that_was_killed_goes_on(finished: Path, tmp_path: Path, m
     assert (finished / "map.mrc").read_bytes()[1024:] == (tmp_path / "again" / "map.mrc").read_bytes()[1024:]
 
 
-def test_a_weak_start_is_said_in_the_report(
-    particles: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_weak_start_and_uncertain_poses_are_said_in_the_report(
+    simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After one round whose halves agree by less than asked for."""
+    """After one round whose halves agree by less than asked for, and with a mean confidence below what is asked for."""
     monkeypatch.setattr(bootstrap, "WEAK", 1.01)
-    options = {"guided__iterations": "1", "guided__encoder_steps": "0", "guided__bootstrap_steps": "20"}
-    start(particles[1], tmp_path / "run", guided__bootstrap_rounds="1", **options)
-    assert "The first map is weak: held-out images gain" in (tmp_path / "run" / "report.html").read_text()
+    monkeypatch.setattr(final_pass, "UNCERTAIN", 1.01)
+    start(simulated.store, tmp_path / "run", **SHORT | {"guided__iterations": "1", "guided__encoder_steps": "0"})
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "The first map is weak: held-out images gain" in report
+    mean = np.mean(read_poses(str(tmp_path / "run" / "particles.star")).confidence)
+    assert f"shown in the pose given for it with a probability of {mean:.0%}" in report
 
 
 def test_pure_noise_is_not_sold_as_a_structure(tmp_path: Path) -> None:
@@ -280,7 +284,7 @@ def gloo_worker(rank: int, port: int, config: Config) -> None:
 def test_two_workers_converge_as_well(
     particles: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config(None, SETTINGS)
+    config = load_config(None, SETTINGS | {"guided.iterations": "4"})
     run = dataclasses.replace(config.run, data=particles[1], out=str(tmp_path / "run"), workers="2")
     config = dataclasses.replace(config, run=run)
     RunFolder(str(tmp_path / "run")).create(config, resume=False)
@@ -289,4 +293,4 @@ def test_two_workers_converge_as_well(
         port = probe.getsockname()[1]
     mp.spawn(gloo_worker, args=(port, config), nprocs=2)
     found = errors(tmp_path / "run", particles[0], capsys)
-    assert found["rotation_error_mod_pseudosymmetry_median_deg"] < 1.2
+    assert found["rotation_error_mod_pseudosymmetry_median_deg"] < 2.3

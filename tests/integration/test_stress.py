@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["guided.starts=1", "guided.bootstrap_steps=20", "guided.iterations=2", "guided.encoder_steps=0"]
+SHORT = ["guided.starts=1", "guided.bootstrap_steps=20", "guided.bootstrap_rounds=2", "guided.iterations=2",
+         "guided.encoder_steps=0"]  # fmt: skip
 
 
 def stress(*words: str) -> subprocess.CompletedProcess[str]:
