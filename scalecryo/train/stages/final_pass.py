@@ -27,6 +27,7 @@ from scalecryo.train.stages.final_poses import FinalPoses, ModelPoses, Reference
 
 logger = logging.getLogger(__name__)
 BATCH = 256
+UNCERTAIN = 0.5  # mean confidence below which a person is told that most single poses are not to be relied on
 
 
 class FinalPass:
@@ -96,10 +97,12 @@ class FinalPass:
         self._found.commit(world)
         message, figures = f"final pass: {context.store.count:,} particles posed", {}
         if world.is_leader:
-            cones = self._write(sums)
+            notes = self._uncertain()
+            cones = self._write(sums, notes)
             self._found.remove_pass(self._pass)
-            if cones.warning:
-                logger.warning("%s", cones.warning)
+            for warning in (*notes, cones.warning):
+                if warning:
+                    logger.warning("%s", warning)
             message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
             figures = {
                 "final/resolution_angstrom": cones.angstrom,
@@ -133,7 +136,18 @@ class FinalPass:
     def _classes(self) -> int:
         return 1 if self._learned.references is None else self._learned.references.classes
 
-    def _write(self, sums: Backprojection) -> ConicalFsc:
+    def _uncertain(self) -> tuple[str, ...]:
+        """A note where most poses are uncertain; a model's poses have no probability."""
+        found, _ = self._found.all()
+        share = float((found.confidence * found.particle_probability).mean())
+        if self._learned.references is None or share >= UNCERTAIN:
+            return ()
+        return (
+            f"most poses are uncertain: a particle is shown in the pose given for it with a probability of {share:.0%} "
+            "on average (rlnMaxValueProbDistribution); the map can be right where single poses are not",
+        )
+
+    def _write(self, sums: Backprojection, notes: tuple[str, ...]) -> ConicalFsc:
         context, model = self._context, self._learned.model
         level, radius = sums.box_size, sums.box_size / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
@@ -141,7 +155,7 @@ class FinalPass:
             sums.solve(), context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
         )
         found, half = self._found.all()
-        particles = FinalParticles(found, half, self._pairs, context.partition.notes + self._learned.notes)
+        particles = FinalParticles(found, half, self._pairs, context.partition.notes + self._learned.notes + notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 
