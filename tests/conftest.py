@@ -1,5 +1,6 @@
 """Fixtures shared by every test."""
 
+import base64
 import json
 import os
 import shutil
@@ -29,9 +30,21 @@ if os.environ.get("SCALECRYO_CHECK_SHAPES") == "1":
     check_shapes()
 
 
+PLAIN_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)  # one black pixel
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that use Ray first: they take longest, and with `-n 2 --dist loadfile` the others run beside them."""
     items.sort(key=lambda item: item.parent is None or item.parent.get_closest_marker("ray") is None)
+
+
+@pytest.fixture(autouse=True)
+def _plain_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not drawn, but for tests marked `pictures`: drawing is nearly all of a small run's time."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("scalecryo.evaluate.report._png", lambda _: PLAIN_PNG)
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"pose__source": "known"},
+        pytest.param({"pose__source": "known"}, marks=pytest.mark.pictures),
         {"pose__source": "table", "pose__centred": "false"},
         {"pose__parameterisation": "s2s2"},
         {"pose__parameterisation": "quaternion", "pose__centred": "false"},

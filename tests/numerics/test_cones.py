@@ -120,6 +120,7 @@ def test_resolution_is_the_crossing_of_a_falling_curve_and_ignores_single_shells
     assert (BOX * PIXEL_SIZE / flat.resolutions).tolist() == [31.0, 1.0]
 
 
+@pytest.mark.pictures
 def test_table_and_picture() -> None:
     found = cones_of(falling(0) + white(1), falling(0) + white(2))
     rows = list(csv.DictReader(io.StringIO(found.table())))

@@ -4,10 +4,13 @@ import io
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 from scipy.spatial.transform import Rotation
 
 from scalecryo.evaluate import report
+
+pytestmark = pytest.mark.pictures
 
 
 def pixels(png: bytes) -> np.ndarray:
