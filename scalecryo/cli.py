@@ -30,8 +30,8 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-# Also --data … --diameter-a, and first in the help.
-_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.mask", "train.diameter_a")
+# Also --data … --symmetry, and first in the help.
+_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.mask", "train.diameter_a", "train.symmetry")
 _GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
     ("convert", "assign"), "; the same command goes on where it stopped"
 )

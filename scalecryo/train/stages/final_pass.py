@@ -93,6 +93,8 @@ class FinalPass:
         assert sums is not None, "request() comes first"
         if world.size > 1:
             sums.all_reduce_(world.all_reduce_, sums.box_size / 2 - 1)
+        if context.point_group is not None:
+            sums.symmetrise(context.point_group.others, sums.box_size / 2 - 1)
         self._found.commit(world)
         message, figures = f"final pass: {context.store.count:,} particles posed", {}
         if world.is_leader:
