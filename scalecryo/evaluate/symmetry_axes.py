@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.evaluate.align import Alignment
-from scalecryo.evaluate.align_maps import SliceComparison, apply_alignment, whitened
+from scalecryo.evaluate.align_maps import Planes, SliceComparison, apply_alignment, whitened
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.rotation import geodesic_angle, rotation_from_vector
 from scalecryo.physics.so3_grid import so3_grid
@@ -67,9 +67,10 @@ def symmetry_axes(
     compared = _Compared(fourier_resize_3d(volume, box).cpu(), group, min(radius, box / 2 - 1))
     frames = [(torch.eye(3), torch.zeros(3)), *(() if near else compared.search(centre_px.cpu().float() / scale))]
     for limit, steps, keep in _RADII:
-        refined = [compared.refine(*frame, min(limit, compared.radius), steps) for frame in frames]
+        reach = min(limit, compared.radius)
+        refined = [compared.refine(turn, centre, reach, steps) for turn, centre in frames]
         refined.sort(key=lambda found: -found[2])
-        frames = [found[:2] for found in refined[:keep]]
+        frames = [(turn, centre) for turn, centre, _ in refined[:keep]]
         if limit >= compared.radius:
             break
     turn, centre = frames[0]
@@ -151,8 +152,9 @@ class _Compared:
             return rotation_from_vector(step[:3] / radius) @ turn, centre + step[3:] * unit
 
         def score() -> Tensor:
-            found = [self._curve(rotation, *frame(), planes)[1:].mean() for rotation in self._some]
-            return torch.stack(found).mean()
+            found, moved = frame()
+            each = [self._curve(rotation, found, moved, planes)[1:].mean() for rotation in self._some]
+            return torch.stack(each).mean()
 
         def loss() -> Tensor:
             optimiser.zero_grad()
@@ -162,7 +164,8 @@ class _Compared:
 
         optimiser.step(loss)
         with torch.no_grad():
-            return *frame(), float(score())
+            found, moved = frame()
+            return found, moved, float(score())
 
     @torch.no_grad()
     def curves(self, turn: Tensor, centre: Tensor) -> list[Tensor]:
@@ -170,7 +173,7 @@ class _Compared:
         planes = self._slices.planes(24, self.radius)
         return [self._curve(rotation, turn, centre, planes) for rotation in self._all]
 
-    def _curve(self, rotation: Tensor, turn: Tensor, centre: Tensor, planes: object) -> Tensor:
+    def _curve(self, rotation: Tensor, turn: Tensor, centre: Tensor, planes: Planes) -> Tensor:
         own = turn.mT @ rotation @ turn
         return self._slices.curve(own, centre - own @ centre, planes)
 

@@ -29,11 +29,13 @@ def with_copies(
     size = numerator.shape[1]
     radius = min(radius, size // 2 - 1)
     # Hermitian: a copy reads both sides of the plane kx = 0.
-    whole = [torch.stack([add_friedel_pairs(one.clone()) for one in sums]) for sums in (numerator, denominator)]
+    values, powers = (
+        torch.stack([add_friedel_pairs(one.clone()) for one in sums]) for sums in (numerator, denominator)
+    )
     if choose_backend(numerator) == "cpu":
-        found = add_copies_cpu(*whole, rotations, radius)
+        found = add_copies_cpu(values, powers, rotations, radius)
     else:
-        found = _by_slices(*whole, rotations, radius)
+        found = _by_slices(values, powers, rotations, radius)
     for sums in found:  # which `add_friedel_pairs` will double
         sums[..., 0] *= 0.5
     return found

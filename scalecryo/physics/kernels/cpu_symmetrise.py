@@ -47,9 +47,10 @@ def _add_copies(
                     z = turn[2, 0] * kx + turn[2, 1] * ky + turn[2, 2] * kz
                     sign = np.copysign(one, x)  # -1: the Friedel partner is read
                     x, y, z = x * sign, y * sign, z * sign
-                    low_x = min(np.intp(x), half - 1)
-                    low_y = max(min(np.intp(math.floor(y)), half - 2), -half)
-                    low_z = max(min(np.intp(math.floor(z)), half - 2), -half)
+                    # Within the limit nothing is cut: this keeps everything else within the arrays.
+                    low_x = min(int(x), half - 1)
+                    low_y = max(min(math.floor(y), half - 2), -half)
+                    low_z = max(min(math.floor(z), half - 2), -half)
                     fx, fy, fz = np.float32(x - low_x), np.float32(y - low_y), np.float32(z - low_z)
                     for corner in range(4):
                         far_y, far_z = corner & 1, corner >> 1

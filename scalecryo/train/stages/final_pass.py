@@ -142,8 +142,10 @@ class FinalPass:
         maps = ReferenceSet.of_maps(
             sums.solve(), context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
         )
+        assert self._poses is not None, "request() comes first"
         found, half = self._found.all()
-        particles = FinalParticles(found, half, self._pairs, context.partition.notes + self._learned.notes)
+        notes = context.partition.notes + self._learned.notes + self._poses.notes
+        particles = FinalParticles(found, half, self._pairs, notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 

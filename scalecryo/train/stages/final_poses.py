@@ -38,6 +38,8 @@ class FinalPoses(Protocol):
 
     pixels: FourierPixels
     """Of the level that it wants to see."""
+    notes: tuple[str, ...]
+    """What a person should know of the map that poses are found with."""
 
     def estimate(self, images: ParticleImages) -> PoseEstimates:
         """Poses of a batch at that level."""
@@ -76,6 +78,8 @@ class ReferencePoses:
         radius = min(references.radius, level / 2 - 1)
         group = context.point_group
         related = [RelatedRotations.of(references, number, group) for number in range(references.classes)]
+        told = related[0].told(group)
+        self.notes: tuple[str, ...] = (told,) if told else ()
         steps = tuple((at, passes) for at, passes in FIRST_STEPS if at < radius)
         plan = EStepPlan(
             radius=radius,
@@ -161,6 +165,7 @@ class ModelPoses:
             model: trained.
         """
         self.pixels = context.pixels(model.volume.box_size)
+        self.notes: tuple[str, ...] = ()
         self._model = model
         # A pose table knows only the rows that it was trained on.
         limited = context.config.pose.source == "table" and context.config.train.rows

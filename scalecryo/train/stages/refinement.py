@@ -5,6 +5,7 @@ Each half has its own reference, made from its own particles only. An iteration 
 are summed over the workers, compared, filtered by their correlation, and the next radius follows from where it falls.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.schedule import FIRST_RADIUS, IterationPlan, Schedule
 
+logger = logging.getLogger(__name__)
 SIGNAL = 0.143  # correlation of the halves that shows signal (Rosenthal & Henderson 2003)
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0
@@ -252,6 +254,8 @@ class Refinement:
         parts = self._parts if plan.searched else None
         if plan.searched and schedule.number == RELATED_ITERATION:
             self._related = RelatedRotations.of(references, group=context.point_group)
+            if told := self._related.told(context.point_group):
+                logger.info("%s", told)
         if self._strain is not None:
             references = _strained_maps(references, self._strain)
         self._iteration = Iteration(

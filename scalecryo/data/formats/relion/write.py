@@ -6,6 +6,7 @@ comes out as it was.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ from scalecryo.data.formats.relion.values import (
     OPTICS,
     ORIGINS,
     ORIGINS_PX,
+    PARTICLE_ID,
     Floats,
     particle_block,
     pieces,
@@ -307,8 +309,47 @@ def write_rows(url: str, source_star: Text, keep: npt.NDArray[np.bool_]) -> None
         _copy(stream, text, particle_block(text), [], edit)
 
 
+def write_expanded(
+    url: str,
+    source_star: Text,
+    keep: npt.NDArray[np.bool_],
+    rotation: npt.NDArray[np.floating],
+    group: npt.NDArray[np.floating],
+) -> None:
+    """Write some rows of a source's table, each in all of its symmetry-related poses g R, all else as it was.
+
+    The copies of a row follow each other, and rlnParticleId numbers all of them.
+
+    Args:
+        url: where to.
+        source_star: the source's STAR file.
+        keep: (N,) whether each row stays.
+        rotation: (N, 3, 3), image frame to volume frame.
+        group: (g, 3, 3), rotations of the volume.
+    """
+    text, count = StarText(source_star, urls.redacted(url)), len(group)
+    before: npt.NDArray[np.int64] = np.cumsum(keep) - keep
+
+    def edit(rows: Rows) -> Iterator[Sequence[bytes] | None]:
+        some = slice(rows.first, rows.first + len(rows))
+        angles = matrix_to_euler((group @ rotation[some, None]).reshape(-1, 3, 3))
+        number = (count * before[some, None] + np.arange(1, count + 1)).reshape(-1)
+        columns = [_text(column) for column in (*angles.T, number)]
+        for kept, row in zip(keep[some].repeat(count).tolist(), zip(*columns, strict=True), strict=True):
+            yield row if kept else None
+
+    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
+        _copy(stream, text, particle_block(text), [*ANGLES, PARTICLE_ID], edit, times=count)
+
+
 def _copy(
-    stream: BinaryIO, text: StarText, block: Block, names: Sequence[str], edit: Edit, new_name: bytes = b""
+    stream: BinaryIO,
+    text: StarText,
+    block: Block,
+    names: Sequence[str],
+    edit: Edit,
+    new_name: bytes = b"",
+    times: int = 1,
 ) -> None:
     """Copy a STAR file, its particle rows edited.
 
@@ -319,6 +360,7 @@ def _copy(
         names: columns of the values that `edit` gives; those the block lacks are added at its end.
         edit: for some rows, what becomes of each.
         new_name: another name for the block, before which a version line is put.
+        times: how many lines `edit` gives in place of each row's one.
     """
     stream.write(text.text[: block.start].removeprefix(MARK))
     added = [name for name in names if name not in block.columns]
@@ -326,12 +368,13 @@ def _copy(
     inside = sorted((block.columns.index(name), names.index(name)) for name in names if name in block.columns)
     outside = [names.index(name) for name in added]
     for rows in text.rows(block):
-        done = 0
-        for row, ((start, stop), values) in enumerate(zip(rows.line_spans(), edit(rows), strict=True)):
+        done, edited = 0, edit(rows)
+        for row, (start, stop) in enumerate(rows.line_spans()):
             stream.write(rows.text[done:start])
             done = stop
-            if values is not None:
-                stream.write(edited_line(rows, row, (start, stop), values, inside, outside))
+            for values in islice(edited, times):
+                if values is not None:
+                    stream.write(edited_line(rows, row, (start, stop), values, inside, outside))
         stream.write(rows.text[done:])
     stream.write(text.text[block.stop :])
 
