@@ -201,8 +201,8 @@ def _symmetry_told(config: Config) -> str:
     if config.recipe not in POSED or group == "C1":
         return ""
     return (
-        f"\nSymmetry {group}, axes as RELION's: sums are symmetrised, so the curves are of symmetric half-maps; poses are "
-        "known modulo the group."
+        f"\nSymmetry {group}, axes as RELION's: sums are symmetrised, so the curves are of symmetric half-maps; poses "
+        "are known modulo the group."
     )
 
 

@@ -25,7 +25,6 @@ from scalecryo.data.formats.relion.values import (
     OPTICS,
     ORIGINS,
     ORIGINS_PX,
-    PARTICLE_ID,
     Floats,
     particle_block,
     pieces,
@@ -61,7 +60,7 @@ def quoted(value: bytes) -> bytes:
     return b"'" + value + b"'" if b'"' in value else b'"' + value + b'"'
 
 
-def _text(values: npt.NDArray) -> list[bytes]:
+def text_of_column(values: npt.NDArray) -> list[bytes]:
     """A column as RELION writes it."""
     if values.dtype.kind == "S":
         return [quoted(value) for value in values.tolist()]
@@ -174,7 +173,7 @@ def own_table(
     yield _optics_text(optics) + b"\n" + VERSION + header(b"particles", [IMAGE_NAME, *frame])
     for start in range(0, len(names), _PIECE):
         some = [quoted(with_format(name).encode()) for name in names[start : start + _PIECE]]
-        texts = [_text(values[start : start + _PIECE]) for values in frame.values()]
+        texts = [text_of_column(values[start : start + _PIECE]) for values in frame.values()]
         yield from (b" ".join(row) + b"\n" for row in zip(some, *texts, strict=True))
 
 
@@ -249,21 +248,23 @@ def _write_edited(
         known = place[rows.first : rows.first + len(rows)]
         known = np.append(known, np.full(len(rows) - len(known), -1))
         picked = {name: array[known] for name, array in new.items()}
-        columns = [_text(array) for array in picked.values()]
+        columns = [text_of_column(array) for array in picked.values()]
         if in_pixels:
             sizes = values.pixel_sizes()
             sizes = np.where(sizes > 0, sizes, pixel_size or 1.0)
             # Where the file also has origins in pixels, the two must agree.
-            columns += [_text(picked[angstrom] / sizes) for _, angstrom in in_pixels]
+            columns += [text_of_column(picked[angstrom] / sizes) for _, angstrom in in_pixels]
         if len(names) > len(columns):
-            columns.append(_text(values.groups() if groups is None else groups[rows.first : rows.first + len(rows)]))
+            columns.append(
+                text_of_column(values.groups() if groups is None else groups[rows.first : rows.first + len(rows)])
+            )
         for number, row in enumerate(zip(*columns, strict=True)):
             yield row if known[number] >= 0 else None
 
     with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         if made:
             stream.write(_optics_text(made) + b"\n")
-        _copy(stream, text, block, names, edit, new_name=b"" if has_optics else b"particles")
+        copy_edited(stream, text, block, names, edit, new_name=b"" if has_optics else b"particles")
 
 
 def make_optics(
@@ -306,43 +307,10 @@ def write_rows(url: str, source_star: Text, keep: npt.NDArray[np.bool_]) -> None
             yield () if kept else None
 
     with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
-        _copy(stream, text, particle_block(text), [], edit)
+        copy_edited(stream, text, particle_block(text), [], edit)
 
 
-def write_expanded(
-    url: str,
-    source_star: Text,
-    keep: npt.NDArray[np.bool_],
-    rotation: npt.NDArray[np.floating],
-    group: npt.NDArray[np.floating],
-) -> None:
-    """Write some rows of a source's table, each in all of its symmetry-related poses g R, all else as it was.
-
-    The copies of a row follow each other, and rlnParticleId numbers all of them.
-
-    Args:
-        url: where to.
-        source_star: the source's STAR file.
-        keep: (N,) whether each row stays.
-        rotation: (N, 3, 3), image frame to volume frame.
-        group: (g, 3, 3), rotations of the volume.
-    """
-    text, count = StarText(source_star, urls.redacted(url)), len(group)
-    before: npt.NDArray[np.int64] = np.cumsum(keep) - keep
-
-    def edit(rows: Rows) -> Iterator[Sequence[bytes] | None]:
-        some = slice(rows.first, rows.first + len(rows))
-        angles = matrix_to_euler((group @ rotation[some, None]).reshape(-1, 3, 3))
-        number = (count * before[some, None] + np.arange(1, count + 1)).reshape(-1)
-        columns = [_text(column) for column in (*angles.T, number)]
-        for kept, row in zip(keep[some].repeat(count).tolist(), zip(*columns, strict=True), strict=True):
-            yield row if kept else None
-
-    with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
-        _copy(stream, text, particle_block(text), [*ANGLES, PARTICLE_ID], edit, times=count)
-
-
-def _copy(
+def copy_edited(
     stream: BinaryIO,
     text: StarText,
     block: Block,
