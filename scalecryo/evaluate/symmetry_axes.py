@@ -20,10 +20,10 @@ from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.physics.symmetry import PointGroup
 
 _GRID, _SEARCH_RADIUS, _MARGIN_DEG, _APART_DEG = 4608, 6.0, 7.5, 15.0
-# Candidates of the search; radii of refinement (Fourier pixels), steps, and how many go on after each.
+# Candidates of the search; radii of refinement (Fourier pixels), rotations of the group that are compared, slices,
+# steps, and how many go on after each.
 _CANDIDATES = 12
-_RADII = ((8.0, 8, 4), (12.0, 12, 2), (math.inf, 20, 1))
-_MOST_ROTATIONS = 12  # of a group that are compared where one must wait for it
+_RADII = ((8.0, 3, 12, 8, 3), (12.0, 3, 24, 10, 1), (math.inf, 6, 72, 20, 1))
 _LEAST_SHELL = 2  # the first shell hardly tells rotations apart
 
 
@@ -50,8 +50,6 @@ def symmetry_axes(
     group: PointGroup,
     radius: float,
     centre_px: Float[Tensor, "3"],
-    *,
-    near: bool = False,
 ) -> SymmetryAxes:
     """The frame in which a map agrees best with itself under a group, and how well.
 
@@ -60,19 +58,16 @@ def symmetry_axes(
         group: a point group, not C1.
         radius: Fourier pixels that are compared: up to where the map shows signal.
         centre_px: where the axes are sought first, from the box's centre, (x, y, z): the centre of mass.
-        near: only near where the axes are RELION's already.
     """
     box = min(volume.shape[-1], 2 * math.ceil(radius + 2))
     scale = volume.shape[-1] / box
     compared = _Compared(fourier_resize_3d(volume, box).cpu(), group, min(radius, box / 2 - 1))
-    frames = [(torch.eye(3), torch.zeros(3)), *(() if near else compared.search(centre_px.cpu().float() / scale))]
-    for limit, steps, keep in _RADII:
+    frames = [(torch.eye(3), torch.zeros(3)), *compared.search(centre_px.cpu().float() / scale)]
+    for limit, count, slices, steps, keep in _RADII:
         reach = min(limit, compared.radius)
-        refined = [compared.refine(turn, centre, reach, steps) for turn, centre in frames]
+        refined = [compared.refine(turn, centre, reach, count, slices, steps) for turn, centre in frames]
         refined.sort(key=lambda found: -found[2])
         frames = [(turn, centre) for turn, centre, _ in refined[:keep]]
-        if limit >= compared.radius:
-            break
     turn, centre = frames[0]
     turn = _least_turn(turn, group)
     if group.name.startswith("C"):
@@ -112,9 +107,7 @@ class _Compared:
     def __init__(self, volume: Float[Tensor, "n n n"], group: PointGroup, radius: float) -> None:
         self._slices = SliceComparison(volume, volume)
         self.radius, self._box, self._group = radius, volume.shape[-1], group
-        others = group.others.cpu()
-        self._all = others
-        self._some = others[:: math.ceil(len(others) / _MOST_ROTATIONS)]
+        self._all = group.others.cpu()
 
     def search(self, centre_px: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The best frames of a grid about a centre, some degrees apart."""
@@ -123,9 +116,8 @@ class _Compared:
         weight = planes.pixels.weight * (planes.pixels.shell > 0)
         grid = so3_grid(_GRID)
         grid = grid[self._group.in_unit(grid, _MARGIN_DEG)]
-        some = self._some[:: math.ceil(len(self._some) / 4)]
         score = torch.zeros(len(grid))
-        for rotation in some:
+        for rotation in self._some(_RADII[0][1]):
             for at in torch.arange(len(grid)).split(512):
                 turned = grid[at].mT @ rotation @ grid[at]
                 shift = centre_px - turned @ centre_px
@@ -142,9 +134,16 @@ class _Compared:
             score[geodesic_angle(copies, best.expand_as(copies)) < _APART_DEG] = -math.inf
         return found
 
-    def refine(self, turn: Tensor, centre: Tensor, radius: float, steps: int) -> tuple[Tensor, Tensor, float]:
+    def _some(self, count: int) -> Tensor:
+        """About so many rotations, spread over the group."""
+        return self._all[:: math.ceil(len(self._all) / count)]
+
+    def refine(
+        self, turn: Tensor, centre: Tensor, radius: float, count: int, slices: int, steps: int
+    ) -> tuple[Tensor, Tensor, float]:
         """Local maximum of the mean shell correlation over some rotations, by L-BFGS on so(3) × R³."""
-        planes, unit = self._slices.planes(24, radius), self._box / (2 * math.pi * radius)
+        planes, unit = self._slices.planes(slices, radius), self._box / (2 * math.pi * radius)
+        some = self._some(count)
         step = torch.zeros(6, requires_grad=True)
         optimiser = torch.optim.LBFGS([step], max_iter=steps, tolerance_change=1e-5, line_search_fn="strong_wolfe")
 
@@ -153,7 +152,7 @@ class _Compared:
 
         def score() -> Tensor:
             found, moved = frame()
-            each = [self._curve(rotation, found, moved, planes)[1:].mean() for rotation in self._some]
+            each = [self._curve(rotation, found, moved, planes)[1:].mean() for rotation in some]
             return torch.stack(each).mean()
 
         def loss() -> Tensor:

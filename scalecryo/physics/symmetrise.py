@@ -1,7 +1,7 @@
 """Sums over images made symmetric: as if every image had been inserted at all of its symmetry-related poses."""
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from scalecryo.physics.fourier_slice import add_friedel_pairs, extract_slices, padded_box
@@ -9,6 +9,7 @@ from scalecryo.physics.kernels.backend import choose_backend
 from scalecryo.physics.kernels.cpu_symmetrise import add_copies_cpu
 
 _AT_ONCE = 1 << 20
+_WHOLE = 1e-5
 
 
 def with_copies(
@@ -28,17 +29,39 @@ def with_copies(
     """
     size = numerator.shape[1]
     radius = min(radius, size // 2 - 1)
+    exact, others = _split(rotations)
     # Hermitian: a copy reads both sides of the plane kx = 0.
     values, powers = (
         torch.stack([add_friedel_pairs(one.clone()) for one in sums]) for sums in (numerator, denominator)
     )
-    if choose_backend(numerator) == "cpu":
-        found = add_copies_cpu(values, powers, rotations, radius)
-    else:
-        found = _by_slices(values, powers, rotations, radius)
-    for sums in found:  # which `add_friedel_pairs` will double
+    for turns in (exact, others):
+        if len(turns) and choose_backend(values) == "cpu":
+            values, powers = add_copies_cpu(values, powers, turns, radius)
+        elif len(turns):
+            values, powers = _by_slices(values, powers, turns, radius)
+    for sums in (values, powers):  # which `add_friedel_pairs` will double
         sums[..., 0] *= 0.5
-    return found
+    return values, powers
+
+
+def _split(rotations: Float[Tensor, "e 3 3"]) -> tuple[Float[Tensor, "a 3 3"], Float[Tensor, "b 3 3"]]:
+    """A group as a product, g = e c: its turns e that take the grid to itself, and one c of each coset; no identities.
+
+    Copies under e are exact, and Σ_c of them costs |c| instead of |e| |c| copies (60 become 3 and 14).
+    """
+    whole = torch.eye(3).to(rotations)[None]
+    every = torch.cat([whole, rotations])
+    exact = every[_keeps_the_grid(every)].round()
+    cosets, known = whole, exact
+    for rotation in rotations:
+        if float((known - rotation).abs().amax((1, 2)).min()) > 100 * _WHOLE:
+            cosets, known = torch.cat([cosets, rotation[None]]), torch.cat([known, exact @ rotation])
+    return exact[1:], cosets[1:]
+
+
+def _keeps_the_grid(rotations: Float[Tensor, "e 3 3"]) -> Bool[Tensor, " e"]:
+    """Whether grid points go to grid points: along axes, or axis to axis."""
+    return ((rotations - rotations.round()).abs() < _WHOLE).all(2).all(1)
 
 
 def _by_slices(numerator: Tensor, denominator: Tensor, rotations: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -64,14 +87,16 @@ def _by_slices(numerator: Tensor, denominator: Tensor, rotations: Tensor, radius
 def copies_correction(box_size: int, padding: float, rotations: Float[Tensor, "e 3 3"]) -> Float[Tensor, "n n n"]:
     """`gridding_correction` of a map from sums with copies, which were interpolated twice.
 
-    Inserting multiplies the map by s(x) = sinc²(x/d) along each axis, and reading a copy at g k by s(g x) once more:
-    the identity's share keeps s(x), the others' s(g x)²; the mean of these is undone.
+    Inserting multiplies the map by s(x) = sinc²(x/d) along each axis, and reading a copy at g k between the grid's
+    points by s(g x) once more: its share has s(g x)², that of turns that take the grid to itself s(x). The mean of
+    these is undone.
     """
     size = padded_box(box_size, padding)
     line = (torch.arange(box_size, device=rotations.device) - box_size // 2).float() / size
     z, y, x = torch.meshgrid(line, line, line, indexing="ij")
     place = torch.stack([x, y, z], -1)
-    total = torch.sinc(place).square().prod(-1)
-    for rotation in rotations.float():
+    kept = _keeps_the_grid(rotations)
+    total = (1 + int(kept.sum())) * torch.sinc(place).square().prod(-1)  # host sync: once a map
+    for rotation in rotations[~kept].float():
         total += torch.sinc(place @ rotation.T).pow(4).prod(-1)
     return (1 + len(rotations)) / total

@@ -166,8 +166,8 @@ class PointGroup:
 def generated_group(rotations: Sequence[Float[Tensor, "3 3"]], apart_deg: float = 10.0) -> str | None:
     """The name of the point group that some rotations generate, about axes of any direction; None: of none.
 
-    Rotations may be wrong by a few degrees: products within `apart_deg` are one, so Cn and Dn are told up to n of about
-    360 / (2 apart_deg).
+    Rotations may be wrong by a few degrees: products within `apart_deg` are one, so Cn and Dn are told up to n = 360 /
+    (2 apart_deg).
     """
     found = torch.eye(3, dtype=torch.float64)[None]
     new = torch.stack([*rotations]).double() if len(rotations) else found[:0]
@@ -180,8 +180,12 @@ def generated_group(rotations: Sequence[Float[Tensor, "3 3"]], apart_deg: float 
         products = (found[:, None] @ found).flatten(0, 1)
         new = products[(products[:, None] - found).square().sum((2, 3)).amin(1) > _chord(apart_deg)][:64]
     size = len(found)
-    angle = geodesic_angle(found[1:], torch.eye(3, dtype=torch.float64).expand_as(found[1:]))
-    largest = 1 if size == 1 else round(360 / float(angle.min()))
+    if size == 1:
+        return "C1"
+    smallest = float(geodesic_angle(found[1:], torch.eye(3, dtype=torch.float64).expand_as(found[1:])).min())
+    if smallest < 2 * apart_deg:  # turns of any angle seem to close so
+        return None
+    largest = round(360 / smallest)
     if size == largest:
         return f"C{size}"
     if size == 2 * largest:
