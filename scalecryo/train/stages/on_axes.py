@@ -7,7 +7,6 @@ import logging
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align import Alignment
@@ -56,7 +55,11 @@ def put_on_axes(context: RunContext, learned: Learned) -> None:
         logger.warning("%s", note)
     else:
         logger.info("%s", told)
-    maps = torch.stack([torch.stack([_laid(half, axes.alignment, group) for half in own]) for own in references.maps])
+    maps = torch.zeros_like(references.maps)
+    if context.world.is_leader:
+        for old, new in zip(references.maps.flatten(0, 1), maps.flatten(0, 1), strict=True):
+            new.copy_(symmetrised_map(apply_alignment(old.cpu(), axes.alignment), group))
+    context.world.all_reduce_(maps)  # worker 0's, to all
     mask = references.mask
     if context.solvent is None:
         mask = torch.stack([mask_from_map(own.mean(0), references.pixel_size) for own in maps])
@@ -119,11 +122,6 @@ def _found(references: ReferenceSet, group: PointGroup, context: RunContext) -> 
     curve = references.curve()[2 : int(radius) + 1]
     alignment = Alignment(told[:9].view(3, 3), False, told[9:12], float(told[12]))
     return SymmetryAxes(alignment, float(told[12])), float(curve.mean())
-
-
-def _laid(volume: Tensor, alignment: Alignment, group: PointGroup) -> Tensor:
-    """A map on RELION's axes, symmetrised."""
-    return symmetrised_map(apply_alignment(volume.cpu(), alignment), group).to(volume)
 
 
 def _advice(references: ReferenceSet) -> str:
