@@ -1,22 +1,29 @@
 """Runs with a point group: from nothing and from poses that came with the particles, refused, resumed, expanded."""
 
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import starfile
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from scipy.spatial.transform import Rotation
 
 from scalecryo.commands import assign, convert, evaluate, export, select, simulate, train
+from scalecryo.config import Config, load_config
 from scalecryo.data.formats import cryosparc
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.relion import read_particles, read_poses, write_particles
+from scalecryo.distributed.world import World
 from scalecryo.errors import InputError, TrainingError
 from scalecryo.evaluate.symmetry_axes import symmetrised_map
 from scalecryo.physics.fsc import fsc
 from scalecryo.physics.symmetry import PointGroup, symmetry_rotations
+from scalecryo.runs.folder import RunFolder
+from scalecryo.train import loop
 
 BOX, PIXEL_SIZE, COUNT, GROUP = 32, 4.0, 900, "D3"
 QUICK = {"guided.iterations": "4", "guided.encoder_hidden": "64"}
@@ -138,6 +145,36 @@ def test_poses_of_one_asymmetric_unit_are_on_the_axes_already(
     assert "agrees with itself" not in said
     with pytest.raises(TrainingError, match="agrees with itself under C4"):
         _train(store, tmp_path / "other", **settings, train__symmetry="C4")
+
+
+def _gloo_worker(rank: int, port: int, config: Config) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        loop.train(config, World(rank, 2), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_workers_find_the_same(posed: str, tmp_path: Path) -> None:
+    settings = QUICK | {"guided.start": "poses", "train.symmetry": GROUP, "guided.iterations": "1"}
+    settings["guided.encoder_steps"] = "0"
+    for name, workers in (("one", "0"), ("two", "2")):
+        places = {"run.data": posed, "run.out": str(tmp_path / name), "run.workers": workers}
+        config = load_config(None, {**settings, **places})
+        RunFolder(config.run.out).create(config, resume=False)
+        if workers == "0":
+            loop.train(config, World(), torch.device("cpu"))
+            continue
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.spawn(_gloo_worker, args=(port, config), nprocs=2)
+    first, second = (torch.from_numpy(read_map(str(tmp_path / name / "map.mrc"))[0]) for name in ("one", "two"))
+    # Sums are added in another order, and each worker's noise is of its own images.
+    assert float(fsc(first, second)[1:13].min()) > 0.99
+    one, two = (read_poses(str(tmp_path / name / "particles.star")).rotation for name in ("one", "two"))
+    assert np.degrees(np.arccos(np.clip((np.median(np.einsum("nij,nij->n", one, two)) - 1) / 2, -1, 1))) < 0.5
 
 
 def test_without_a_group_the_run_says_what_it_sees(posed: str, tmp_path: Path) -> None:

