@@ -16,7 +16,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.physics.symmetry import PointGroup
-from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
 from scalecryo.pose.estimator import EStepPlan, PoseEstimator, map_weight
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.runs.pictures import EXAMPLES, Pairs, correlation, pictures_of
@@ -97,7 +97,7 @@ class ReferencePoses:
         if encoder is not None:
             source = encoder.source(references)
         else:
-            grid = so3_grid(HALF_GRID).to(context.device)
+            grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)
             shifts = context.shift_grid_px(level)
             source = SearchSource(grid, min(SEARCH_RADIUS, radius), shifts, MODES, self._generator, group=group)
         prepared = references.at(level, self.pixels)

@@ -24,7 +24,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
 from scalecryo.pose.estimator import SAME, PoseEstimator, map_weight
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainFit, StrainSteps, strained_poses
@@ -93,8 +93,9 @@ class Iteration:
         if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
             self._source = learned.encoder.source(references)
         else:
+            grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)
             self._source = SearchSource(
-                so3_grid(HALF_GRID).to(context.device), plan.search_radius, context.shift_grid_px(plan.level),
+                grid, plan.search_radius, context.shift_grid_px(plan.level),
                 plan.modes, torch.Generator().manual_seed(context.config.train.seed * 1000 + number),
                 None if related is None else related.similar, {}, group,
             )  # fmt: skip
