@@ -18,7 +18,7 @@ from scalecryo import __version__
 from scalecryo.commands.console import check_conversion
 from scalecryo.config import SECTIONS, refuse_renamed
 from scalecryo.errors import ConfigError, ScalecryoError, UsageError
-from scalecryo.settings import RECIPES
+from scalecryo.settings import POINT_GROUP, RECIPES
 
 app = App(
     name="scalecryo",
@@ -30,8 +30,8 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-# Also --data … --diameter-a, and first in the help.
-_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.mask", "train.diameter_a")
+# Also --data … --symmetry, and first in the help.
+_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.mask", "train.diameter_a", "train.symmetry")
 _GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
     ("convert", "assign"), "; the same command goes on where it stopped"
 )
@@ -132,6 +132,7 @@ def simulate(
             axes; a structure is first moved off the axes until the copies touch, or as far as the box allows; a map is
             not moved
     """
+    _check_group(symmetry)
     _run("simulate", structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db,
          defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed, colour=colour,
          scale_sd=scale_sd, gain_sd=gain_sd, junk=junk, neighbours=neighbours, prefer=prefer,
@@ -245,14 +246,18 @@ def assign(run: str, /, *, data: str | None = None, out: str | None = None) -> N
 
 
 @app.command
-def evaluate(path: str, /, *, truth: str) -> None:
+def evaluate(path: str, /, *, truth: str, symmetry: str | None = None) -> None:
     """Compare a run, a table or a map with a known truth: one JSON line and pictures.
 
     Args:
         path: a run's folder, a .star with poses, or a map .mrc
         truth: folder with truth.star and truth.mrc, as simulate writes them
+        symmetry: point group (C7, D2, T, O, I, I1 to I4) about axes of any direction in the true map, modulo which
+            poses are compared; a run's own when absent
     """
-    _run("evaluate", path, truth=truth)
+    if symmetry is not None:
+        _check_group(symmetry)
+    _run("evaluate", path, truth=truth, symmetry=symmetry)
 
 
 @app.command
@@ -282,6 +287,7 @@ def select(
     min_confidence: float | None = None,
     passthrough: tuple[str, ...] = (),
     data_dir: str | None = None,
+    expand: bool = False,
 ) -> None:
     """Write some particles of a table as a table: all its columns, in its own order; or turn .star into .cs and back.
 
@@ -295,11 +301,12 @@ def select(
         min_confidence: keep the particles at least this sure of their pose, 0 to 1
         passthrough: a cryoSPARC file of the same particles with more fields, joined by uid
         data_dir: folder of the stacks, asked for the box size where a .star does not say
+        expand: of a run with --symmetry: each particle in all of its symmetry-related poses, copies in one half
     """
     if not out.endswith((".star", ".cs")):
         raise UsageError(f"{out}: name a .star or .cs file to write")
     _run("select", source, out, index=index, query=query, half=half, min_confidence=min_confidence,
-         passthrough=passthrough, data_dir=data_dir)  # fmt: skip
+         passthrough=passthrough, data_dir=data_dir, expand=expand)  # fmt: skip
 
 
 @app.command
@@ -310,6 +317,16 @@ def demo(*, out: str = "demo") -> None:
         out: folder to write into
     """
     _run("demo", out=out)
+
+
+def _check_group(name: str) -> None:
+    """Refuse a point group that there is not.
+
+    Raises:
+        UsageError: names it.
+    """
+    if POINT_GROUP.fullmatch(name.strip().upper()) is None:
+        raise UsageError(f"--symmetry {name}: no such point group: use C1, C7, D7, T, O, I or I1 to I4")
 
 
 def words_of(tokens: Sequence[str]) -> tuple[list[str], bool]:

@@ -18,6 +18,8 @@ from scalecryo.settings import (
     EM,
     GRADIENT,
     GUIDED,
+    POINT_GROUP,
+    POSED,
     RECIPES,
     STEPS,
     AutoencoderConfig,
@@ -87,6 +89,9 @@ class TrainConfig(Section):
     query: str = option("", "train on rows for which this holds, such as `defocus_u < 20000 and optics_group != 3`")
     mask: str = option("", "soft mask (.mrc, values 0 to 1) of references, FSC and map; default: made from the map")
     diameter_a: float = option(0.0, "diameter of the particle, Å: references end in a soft sphere; 0: none", least=0)
+    symmetry: str = option(
+        "C1", "point group: C7, D7, T, O, I, I1 to I4, about RELION's axes, which are found in the first map", POSED
+    )
     seed: int = option(0, "seed of the start, the sample order and the noise", least=0)
     checkpoint_every: int = option(500, "steps between checkpoints", STEPS, least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
@@ -95,6 +100,8 @@ class TrainConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.box % 2 == 0, "train.box", self.box, "boxes are even: choose a level of the store")
+        known = POINT_GROUP.fullmatch(self.symmetry.strip().upper()) is not None
+        require(known, "train.symmetry", self.symmetry, "no such point group: use C1, C7, D7, T, O, I or I1 to I4")
 
 
 @dataclass(frozen=True, kw_only=True)

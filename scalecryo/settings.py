@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -25,12 +26,17 @@ RECIPES: dict[Recipe, str] = {
     "table": "pose.source = table",
 }
 GUIDED: tuple[Recipe, ...] = ("guided",)
+POSED: tuple[Recipe, ...] = ("guided", "poses")
 AUTOENCODER: tuple[Recipe, ...] = ("autoencoder",)
 PAPER: tuple[Recipe, ...] = ("paper",)
 EM: tuple[Recipe, ...] = ("guided", "poses", "autoencoder")
 GRADIENT: tuple[Recipe, ...] = ("paper", "known", "table")
 STEPS: tuple[Recipe, ...] = ("autoencoder", "paper", "known", "table")
 ENCODER: tuple[Recipe, ...] = ("autoencoder", "paper")
+
+
+#: Names of point groups, in capitals; axes as RELION's.
+POINT_GROUP = re.compile(r"[CD][1-9][0-9]{0,3}|T|O|I[1-4]?")
 
 
 def option(default: Any, help: str, recipes: tuple[Recipe, ...] = tuple(RECIPES), **limits: float) -> Any:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from numpy.typing import NDArray
 
-from scalecryo.commands.console import say
+from scalecryo.commands.console import note, say
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.relion import JUNK, OwnColumns, StarPoses, image_key, read_poses
 from scalecryo.data.io import urls
@@ -18,16 +18,23 @@ from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.compare import MapComparison, compare_maps, compare_poses, summary
 from scalecryo.evaluate.metrics import junk_auc
 from scalecryo.evaluate.report import fsc_figure, slices_figure
+from scalecryo.evaluate.symmetry_axes import symmetry_axes
+from scalecryo.physics.mask import centre_of_mass, mask_from_map
+from scalecryo.physics.symmetry import PointGroup
+from scalecryo.runs.folder import RunFolder
+
+_AXES_RADIUS, _AGREES = 24.0, 0.9  # Fourier pixels that the true map's axes are found with, and its least agreement
 
 
-def run(path: str, *, truth: str) -> dict[str, Any]:
+def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]:
     """Print one JSON line (null where a number does not apply), and return what it says.
 
     A map also gives evaluate_fsc.png, evaluate_fsc.csv and evaluate_slices.png beside it.
 
     Poses are aligned on the even rows and scored on the odd ones, maps over all rotations or from the poses, both in
     either hand. The FSC is taken without a mask. Images that truth.star calls junk have no pose to be compared: they
-    are left out, and `junk_auc` says how well the table's confidence tells them from particles.
+    are left out, and `junk_auc` says how well the table's confidence tells them from particles. With a point group
+    (`symmetry`, else the run's own) rotations are compared modulo its rotations about their axes in the true map.
     """
     is_table, is_map = path.lower().endswith(".star"), path.lower().endswith((".mrc", ".map"))
     table = path if is_table else None if is_map else urls.join(path, "particles.star")
@@ -43,23 +50,47 @@ def run(path: str, *, truth: str) -> dict[str, Any]:
     # What cannot be used is refused before anything that takes long.
     rows = _matched(table, urls.join(truth, "truth.star"), pixel_size) if table else None
     volume = _volume_of_extent(density, extent) if density else None
-    symmetry = rotational_symmetry(true_map) if rows else torch.eye(3)[None]
+    group = _group(path if not is_table and not is_map else None, symmetry)
+    related = torch.eye(3)[None]
+    if rows:
+        related = rotational_symmetry(true_map) if group is None else _rotations(true_map, pixel_size, group, truth)
     poses = None
     if rows:
-        poses = compare_poses(rows.rotation, rows.rotation_true, rows.shift_px, rows.shift_true_px, symmetry)
+        shifts = rows.shift_px, rows.shift_true_px
+        poses = compare_poses(rows.rotation, rows.rotation_true, *shifts, related, exact=group is not None)
     maps: MapComparison | None = None
     if density and volume is not None:
-        maps = compare_maps(volume, true_map, extent, poses.alignment if poses else None, symmetry)
+        maps = compare_maps(
+            volume, true_map, extent, poses.alignment if poses else None, related[:1] if group else related
+        )
         _draw(maps, urls.parent(density))
     images = len(rows.rotation) if rows else None
     line = summary(images, poses, maps) | {
         "junk_auc": rows.junk_auc if rows else None,
+        "symmetry": group.name if group else None,
         "box_size": true_map.shape[-1],
         "pixel_size": pixel_size,
     }
     line = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
     say(json.dumps(line))
     return line
+
+
+def _group(run: str | None, name: str | None) -> PointGroup | None:
+    """The point group that was asked for, else the run's; None: C1."""
+    if name is None and run is not None and urls.exists(urls.join(run, "config.toml")):
+        name = RunFolder(run).config().train.symmetry
+    group = PointGroup.of(name or "C1")
+    return group if len(group) > 1 else None
+
+
+def _rotations(volume: torch.Tensor, pixel_size: float, group: PointGroup, truth: str) -> torch.Tensor:
+    """A group's rotations about their axes in the true map, the identity first."""
+    mask = mask_from_map(volume, pixel_size)
+    axes = symmetry_axes(volume * mask, group, _AXES_RADIUS, centre_of_mass(volume, mask))
+    if axes.agreement < _AGREES:
+        note(f"{urls.redacted(truth)}: the true map agrees with itself under {group.name} at {axes.agreement:.2f} only")
+    return axes.rotations(group)
 
 
 @dataclass(frozen=True)

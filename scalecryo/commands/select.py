@@ -13,7 +13,9 @@ from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.selection.selection import Selection
 from scalecryo.errors import InputError, OutputExistsError, ScalecryoError
+from scalecryo.runs.folder import RunFolder
 
+_Rotations = npt.NDArray[np.float64]
 _Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
@@ -27,37 +29,70 @@ def run(
     min_confidence: float | None = None,
     passthrough: tuple[str, ...] = (),
     data_dir: str | None = None,
+    expand: bool = False,
 ) -> None:
-    """Write the rows that are asked for; a table of the source's own kind keeps every other byte or field."""
+    """Write the rows that are asked for; a table of the source's own kind keeps every other byte or field.
+
+    With `expand` every row of a run stands once for each rotation g of its point group, at the pose g R: in a .star
+    numbered by rlnParticleId, in a .cs each with a uid of its own.
+    """
     if urls.exists(out):
         raise OutputExistsError(f"{urls.redacted(out)}: exists already; name another file")
+    group = _group_of(source) if expand else None
     if urls.is_folder(source):
         source = urls.join(source, "particles.star")
     selection = Selection(index, query, half, min_confidence)
     if source.lower().endswith(".star"):
-        kept, count = _from_star(source, out, selection, data_dir)
+        kept, count = _from_star(source, out, selection, data_dir, group)
     elif source.lower().endswith((".cs", ".csg")):
         kept, count = _from_cs(source, out, selection, passthrough)
     else:
         raise InputError(f"{urls.redacted(source)}: give a .star, .cs or .csg table, or a run's folder")
-    say(f"{urls.redacted(out)}: {kept:,} of {count:,} particles")
+    copies = "" if group is None else f", each in {len(group)} poses"
+    say(f"{urls.redacted(out)}: {kept:,} of {count:,} particles{copies}")
 
 
-def _from_star(source: str, out: str, selection: Selection, data_dir: str | None) -> tuple[int, int]:
+def _group_of(run: str) -> _Rotations:
+    """The rotations of a run's point group.
+
+    Raises:
+        InputError: it is no run, or has none.
+    """
+    # torch takes seconds to import: only when it is needed.
+    from scalecryo.physics.symmetry import symmetry_rotations
+
+    name = RunFolder(run).config().train.symmetry if urls.exists(urls.join(run, "config.toml")) else "C1"
+    group = symmetry_rotations(name).numpy()
+    if len(group) == 1:
+        raise InputError(f"{urls.redacted(run)}: --expand needs a run that was trained with --symmetry, such as D7")
+    return group
+
+
+def _from_star(
+    source: str, out: str, selection: Selection, data_dir: str | None, group: _Rotations | None
+) -> tuple[int, int]:
     text = text_of(source)
     table = relion.read_particles(source, text)
     own = relion.OwnColumns(text, urls.redacted(source))
     confidence = own.numbers(relion.MAX_CONFIDENCE) if relion.MAX_CONFIDENCE in own.names else None
     keep = selection.mask(table, confidence, own.names, own.numbers)
+    if out.endswith(".star") and group is not None:
+        relion.write_expanded(out, text, keep, relion.read_poses(source).rotation, group)
+        return int(keep.sum()), len(keep)
     if out.endswith(".star"):
         relion.write_rows(out, text, keep)
         return int(keep.sum()), len(keep)
     rows = np.flatnonzero(keep)
+    kept = len(rows)
+    rows = rows if group is None else rows.repeat(len(group))
     pose: _Pose | None = None
     if table.has_pose:
         poses = relion.read_poses(source)
         shift = np.zeros((len(table), 2)) if poses.shift is None else poses.shift
-        pose = poses.rotation[rows], shift[rows]
+        rotation = poses.rotation[rows]
+        if group is not None:
+            rotation = np.tile(group, (kept, 1, 1)) @ rotation
+        pose = rotation, shift[rows]
     boxes = (
         np.array(table.stack_boxes)[table.columns["stack"]] if table.stack_boxes else _box_of(table, source, data_dir)
     )
@@ -71,7 +106,7 @@ def _from_star(source: str, out: str, selection: Selection, data_dir: str | None
     picked = None if confidence is None else confidence[rows]
     more = {name: values[rows] for name, values in extra.columns.items()}
     cryosparc.write_particles(out, part, boxes[rows], confidence=picked, pose=pose, more=more)
-    return len(rows), len(keep)
+    return kept, len(keep)
 
 
 def _box_of(table: ParticleTable, source: str, data_dir: str | None) -> npt.NDArray[np.integer]:

@@ -41,12 +41,17 @@ class Alignment:
         return self.rotation.to(own) @ own
 
 
-def align_poses(rotation_est: Float[Tensor, "n 3 3"], rotation_true: Float[Tensor, "m 3 3"]) -> Alignment:
+def align_poses(
+    rotation_est: Float[Tensor, "n 3 3"],
+    rotation_true: Float[Tensor, "m 3 3"],
+    symmetry: Float[Tensor, "g 3 3"] | None = None,
+) -> Alignment:
     """The rotation and hand that bring the most estimated rotations near the true ones.
 
     Every image proposes Q = R_true R'ᵀ; the proposal with the highest mean of max(0, 1 − θ / 30°) over the images
     wins, and is refined as the L1 mean (reweighted Procrustes) of the proposals within 30° of it. A result in which
-    only a part of the particles is right is therefore aligned on that part.
+    only a part of the particles is right is therefore aligned on that part. With a point group of the truth
+    (`symmetry`) an image's proposals are g Q, and its nearest one counts.
     """
     if len(rotation_est) != len(rotation_true) or len(rotation_est) == 0:
         raise InputError(f"cannot align {len(rotation_est)} rotations with {len(rotation_true)}: give equal numbers")
@@ -59,9 +64,13 @@ def align_poses(rotation_est: Float[Tensor, "n 3 3"], rotation_true: Float[Tenso
         judges = proposals[:: max(1, len(proposals) // 4000)]
         candidates = proposals[::every][:1000]
         trace = candidates.flatten(1) @ judges.flatten(1).mT
+        for operator in () if symmetry is None else symmetry[1:].double():
+            trace = torch.maximum(trace, candidates.flatten(1) @ (operator @ judges).flatten(1).mT)
         angle = torch.rad2deg(torch.arccos(((trace - 1) / 2).clamp(-1, 1)))
         rotation = candidates[_closeness(angle).argmax()]
         for _ in range(20):
+            if symmetry is not None:
+                proposals = _nearest_copies(proposals, rotation, symmetry.double())
             angle = geodesic_angle(proposals, rotation.expand_as(proposals))
             weight = (angle < _NEAR_DEG) / angle.clamp_min(1e-3)
             rotation = _nearest_rotation((weight[:, None, None] * proposals).sum(0))
@@ -71,6 +80,14 @@ def align_poses(rotation_est: Float[Tensor, "n 3 3"], rotation_true: Float[Tenso
             best = Alignment(rotation, mirrored, torch.zeros(3, dtype=rotation.dtype), score)
     assert best is not None
     return best
+
+
+def _nearest_copies(
+    proposals: Float[Tensor, "n 3 3"], rotation: Float[Tensor, "3 3"], symmetry: Float[Tensor, "g 3 3"]
+) -> Float[Tensor, "n 3 3"]:
+    """Of g Q for each proposal Q the nearest to a rotation."""
+    trace = (symmetry.mT @ rotation).flatten(1) @ proposals.flatten(1).mT
+    return symmetry[trace.argmax(0)] @ proposals
 
 
 def _closeness(angle_deg: Float[Tensor, "... n"]) -> Float[Tensor, "..."]:

@@ -99,10 +99,10 @@ def align_maps(
     if not search and not initial:
         raise InputError("an alignment needs a search or something to start from: give one of the two")
     candidates: list[Alignment] = []
-    comparisons: dict[bool, _Slices] = {}
+    comparisons: dict[bool, SliceComparison] = {}
     for mirrored in (False, True):
         own = mirror(volume_est) if mirrored else volume_est
-        comparison = comparisons[mirrored] = _Slices(own, volume_true)
+        comparison = comparisons[mirrored] = SliceComparison(own, volume_true)
         candidates += [start for start in initial if start.mirrored == mirrored]
         if search:
             candidates += [
@@ -117,31 +117,40 @@ def align_maps(
 
 
 def rotational_symmetry(
-    volume: Float[Tensor, "n n n"], threshold: float = 0.8, smallest_deg: float = 30.0
+    volume: Float[Tensor, "n n n"],
+    threshold: float = 0.8,
+    smallest_deg: float = 30.0,
+    known: Float[Tensor, "e 3 3"] | None = None,
 ) -> Float[Tensor, "g 3 3"]:
     """Rotations S of `symmetry_operations`, the identity first."""
-    return torch.stack([found.rotation.mT for found in symmetry_operations(volume, threshold, smallest_deg)])
+    return torch.stack([found.rotation.mT for found in symmetry_operations(volume, threshold, smallest_deg, known)])
 
 
 def symmetry_operations(
-    volume: Float[Tensor, "n n n"], threshold: float = 0.8, smallest_deg: float = 30.0
+    volume: Float[Tensor, "n n n"],
+    threshold: float = 0.8,
+    smallest_deg: float = 30.0,
+    others: Float[Tensor, "e 3 3"] | None = None,
 ) -> list[Alignment]:
     """How a map lies on itself, the identity first: with S = Qᵀ, V(S (x − u)) ≈ V(x), its symmetry or pseudo-symmetry.
 
     The shift u, px, is none where the axis goes through the box's centre. An operation counts when the mean shell
     correlation of the map with its moved self over shells 1 to 16 (or the box's last) exceeds the threshold and its
-    rotation is not within `smallest_deg` of the identity.
+    rotation is not within `smallest_deg` of the identity, or 10° of others that are known already.
     """
     # A box that holds the shells in question is enough, and quick.
     small = fourier_resize_3d(volume, min(volume.shape[-1], 3 * int(_SYMMETRY_RADIUS)))
-    comparison = _Slices(small, small)
+    comparison = SliceComparison(small, small)
     found = [Alignment(torch.eye(3), False, torch.zeros(3), 1.0)]
+    beside = torch.eye(3)[:0].view(0, 3, 3) if others is None else others.mT
     for rotation, shift, _ in comparison.search(40, away_deg=smallest_deg):
+        if len(beside) and float(geodesic_angle(beside, rotation.expand_as(beside)).min()) < 10:
+            continue
         start = Alignment(rotation, False, shift, 0.0)
         # A quick look first: most starts end at a rotation that is known already, or at none.
         for radius, steps, least in ((_RADII[0][0], 8, threshold - 0.2), (_SYMMETRY_RADIUS, 20, threshold)):
             start = comparison.refine(start, radius, steps)
-            known = torch.stack([other.rotation for other in found])
+            known = torch.cat([torch.stack([other.rotation for other in found]), beside])
             distance = geodesic_angle(known, start.rotation.expand_as(known))
             if start.score < least or float(distance[0]) < smallest_deg or float(distance.min()) < 10:
                 break
@@ -156,12 +165,12 @@ def compare_turned(
     """Mean shell correlation up to a radius (Fourier pixels) of a map with another one, at the best alignment near each
     start."""
     box = min(volume.shape[-1], 2 * math.ceil(radius + 2))
-    comparison = _Slices(fourier_resize_3d(volume, box), fourier_resize_3d(truth, box))
+    comparison = SliceComparison(fourier_resize_3d(volume, box), fourier_resize_3d(truth, box))
     return [comparison.refine(start, min(radius, box / 2 - 1), 12).score for start in starts]
 
 
 @dataclass(frozen=True)
-class _Planes:
+class Planes:
     """Central slices of the truth up to some radius, and where they lie."""
 
     pixels: FourierPixels
@@ -170,7 +179,7 @@ class _Planes:
     place: Float[Tensor, "c p 3"]
 
 
-class _Slices:
+class SliceComparison:
     """An estimate (already mirrored where it should be) and a truth, compared by shells on central slices."""
 
     def __init__(self, volume_est: Float[Tensor, "n n n"], volume_true: Float[Tensor, "n n n"]) -> None:
@@ -182,22 +191,23 @@ class _Slices:
         self._estimate = rfft3_centred(volume_est.float() * correction, padded)
         self._truth = rfft3_centred(volume_true.float() * correction, padded)
 
-    def _planes(self, count: int, radius: float) -> _Planes:
+    def planes(self, count: int, radius: float) -> Planes:
+        """So many slices of the truth up to a radius (Fourier pixels), in directions spread over all."""
         pixels = self._pixels.prefix(min(radius, self.box_size / 2 - 1))
         turn = so3_grid(count)
         truth = extract_slices(self._truth, turn, pixels.kx, pixels.ky, self._scale)
         place = torch.stack([pixels.kx, pixels.ky], dim=-1) @ turn[:, :, :2].mT
-        return _Planes(pixels, turn, truth, place)
+        return Planes(pixels, turn, truth, place)
 
-    def _slices(self, rotation: Float[Tensor, "b 3 3"], planes: _Planes) -> Complex[Tensor, "b c p"]:
+    def slices(self, rotation: Float[Tensor, "b 3 3"], planes: Planes) -> Complex[Tensor, "b c p"]:
         """The estimate at Qᵀ k for the places k of the planes."""
         turned = (rotation.mT[:, None] @ planes.turn).flatten(0, 1)
         values = extract_slices(self._estimate, turned, planes.pixels.kx, planes.pixels.ky, self._scale)
         return values.unflatten(0, (len(rotation), -1))
 
-    def curve(self, rotation: Float[Tensor, "3 3"], shift_px: Float[Tensor, "3"], planes: _Planes) -> Tensor:
+    def curve(self, rotation: Float[Tensor, "3 3"], shift_px: Float[Tensor, "3"], planes: Planes) -> Tensor:
         """Shell correlation, DC first, of the truth and the estimate turned by Q and moved by u."""
-        values = self._slices(rotation[None], planes)[0]
+        values = self.slices(rotation[None], planes)[0]
         phase = planes.place @ shift_px * (-2 * math.pi / self.box_size)
         moved = values * torch.polar(torch.ones_like(phase), phase)
         cross = _shell_sums(moved.real * planes.truth.real + moved.imag * planes.truth.imag, planes)
@@ -210,17 +220,17 @@ class _Slices:
         Shifts up to an eighth of the box along each axis, radius 6 in Fourier space; two matrix products. Rotations by
         less than `away_deg` are left out.
         """
-        planes = self._planes(12, _SEARCH_RADIUS)
+        planes = self.planes(12, _SEARCH_RADIUS)
         step = torch.arange(-2.0, 3.0) * self.box_size / 16
         shifts = torch.cartesian_prod(step, step, step)
         phase = (planes.place.flatten(0, 1) @ shifts.T) * (-2 * math.pi / self.box_size)
-        truth = _whitened(planes.truth[None], planes)[0].conj()
+        truth = whitened(planes.truth[None], planes)[0].conj()
         weight = planes.pixels.weight * (planes.pixels.shell > 0)
         ramps = torch.polar((weight / (weight.sum() * len(planes.turn))).repeat(len(planes.turn))[:, None], phase)
         rotations = so3_grid(_GRID)
         scores = []
         for some in rotations.split(512):
-            products = (_whitened(self._slices(some, planes), planes) * truth).flatten(1)
+            products = (whitened(self.slices(some, planes), planes) * truth).flatten(1)
             scores.append(products.real @ ramps.real - products.imag @ ramps.imag)
         score, best = torch.cat(scores).max(dim=1)
         angle = geodesic_angle(rotations, torch.eye(3).expand_as(rotations))
@@ -235,7 +245,7 @@ class _Slices:
 
     def refine(self, start: Alignment, radius: float, steps: int) -> Alignment:
         """Local maximum of the mean shell correlation up to a radius (cycles per box), by L-BFGS on so(3) × R³."""
-        planes = self._planes(24, radius)
+        planes = self.planes(24, radius)
         reach = planes.pixels.radius_limit
         first, origin = start.rotation.float(), start.shift_px.float()
         # Scaled so that a step of one moves the outermost pixels by about one cycle in either kind of parameter.
@@ -259,13 +269,13 @@ class _Slices:
         return Alignment(rotation, start.mirrored, shift, score)
 
 
-def _shell_sums(values: Float[Tensor, "c p"], planes: _Planes) -> Float[Tensor, " s"]:
+def _shell_sums(values: Float[Tensor, "c p"], planes: Planes) -> Float[Tensor, " s"]:
     """Sums over each shell of all planes."""
     weighted = (values * planes.pixels.weight).sum(0)
     return torch.zeros(int(planes.pixels.radius_limit + 0.5) + 1).index_add(0, planes.pixels.shell, weighted)
 
 
-def _whitened(values: Complex[Tensor, "b c p"], planes: _Planes) -> Complex[Tensor, "b c p"]:
+def whitened(values: Complex[Tensor, "b c p"], planes: Planes) -> Complex[Tensor, "b c p"]:
     """Values over the root mean square of their shell."""
     shell, weight = planes.pixels.shell, planes.pixels.weight
     size = int(planes.pixels.radius_limit + 0.5) + 1

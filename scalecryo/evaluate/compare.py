@@ -46,6 +46,8 @@ def compare_poses(
     shift_px: Float[Tensor, "n 2"] | None,
     shift_true_px: Float[Tensor, "n 2"] | None,
     symmetry: Float[Tensor, "g 3 3"],
+    *,
+    exact: bool = False,
 ) -> PoseComparison:
     """Errors of estimated poses, fitted on one half of the rows and scored on the other.
 
@@ -55,6 +57,8 @@ def compare_poses(
         shift_px: estimated, px, or None.
         shift_true_px: true, px, or None.
         symmetry: rotations of the true map (`rotational_symmetry`), the identity first.
+        exact: whether these are a point group, any of whose related poses may have been found for each particle: all
+            errors are modulo it.
 
     Raises:
         InputError: fewer than two particles.
@@ -62,7 +66,7 @@ def compare_poses(
     if len(rotation) < 2:
         raise InputError(f"{len(rotation)} particles cannot be both aligned and scored: give at least two")
     fit, score = slice(0, None, 2), slice(1, None, 2)
-    alignment = align_poses(rotation[fit], rotation_true[fit])
+    alignment = align_poses(rotation[fit], rotation_true[fit], symmetry if exact else None)
     aligned, judged = alignment.rotations(rotation[score]), rotation_true[score]
     shift_median = None
     if shift_px is not None and shift_true_px is not None:
@@ -71,7 +75,7 @@ def compare_poses(
         shift_median = float(shift_errors(shift_px[score], shift_true_px[score], related[score], origin).median())
     return PoseComparison(
         alignment,
-        rotation_errors(aligned, judged),
+        rotation_errors(aligned, judged, symmetry if exact else None),
         rotation_errors(aligned, judged, symmetry) if len(symmetry) > 1 else None,
         shift_median,
     )

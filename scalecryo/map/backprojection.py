@@ -13,8 +13,10 @@ from scalecryo.physics.image_formation import CtfWeightedImages, shift_ramp
 from scalecryo.physics.kernels.backend import choose_backend, cuda_kernels
 from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
 from scalecryo.physics.mask import soft_sphere
+from scalecryo.physics.symmetrise import copies_correction, with_copies
 
 PADDING = 2.0
+TOGETHER = 128  # padded box up to which all sums are made symmetric at once
 
 
 class Backprojection:
@@ -34,6 +36,7 @@ class Backprojection:
         self.padded_box = padded_box(box_size, padding)
         self.classes = classes
         shape = (classes, 2, self.padded_box, self.padded_box, self.padded_box // 2 + 1)
+        self._copies: Tensor | None = None  # rotations under which the sums were made symmetric
         self.numerator = torch.zeros(shape, dtype=torch.complex64, device=device)
         self.denominator = torch.zeros(shape, dtype=torch.float32, device=device)
 
@@ -109,7 +112,26 @@ class Backprojection:
             for number in wanted[1:]:
                 total += apart[:, number]
             setattr(whole, name, total)
+        whole._copies = self._copies
         return whole
+
+    def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float) -> None:
+        """Add the sums' copies under the rotations of a point group: as if every image were inserted at all g R.
+
+        Once all images are inserted and the workers' sums are added.
+
+        Args:
+            rotations: g, without the identity.
+            radius: Fourier pixels up to which images were inserted.
+        """
+        self._copies = rotations.to(self.denominator)
+        numerator, denominator = self.numerator.flatten(0, 1), self.denominator.flatten(0, 1)
+        # Small grids together: where a copy lies is found once. Of large ones only one is twice in memory.
+        together = len(numerator) if self.padded_box <= TOGETHER else 1
+        for some in torch.arange(len(numerator)).split(together):
+            part = slice(int(some[0]), int(some[-1]) + 1)
+            found = with_copies(numerator[part], denominator[part], self._copies, radius * self.scale + 2)
+            numerator[part], denominator[part] = found
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums."""
@@ -179,4 +201,6 @@ class Backprojection:
         density = irfft3_centred(solved, self.box_size)
         # The particle lies inside the sphere: what the solution puts into the corners is noise.
         density = density * soft_sphere(self.box_size, self.box_size / 2 - 2, edge_px=2, device=density.device)
+        if self._copies is not None:
+            return density * copies_correction(self.box_size, self.scale, self._copies)
         return density * gridding_correction(self.box_size, self.scale, density.device)

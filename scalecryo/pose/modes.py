@@ -8,11 +8,14 @@ from torch import Tensor
 
 from scalecryo.errors import InputError
 from scalecryo.physics.poses import PoseCandidates
+from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.search import largest
 
 
 @torch.no_grad()
-def separated_modes(candidates: PoseCandidates, count: int, min_angle_deg: float) -> PoseCandidates:
+def separated_modes(
+    candidates: PoseCandidates, count: int, min_angle_deg: float, group: PointGroup | None = None
+) -> PoseCandidates:
     """The best `count` candidates of each image that are at least `min_angle_deg` apart, with the mass around each.
 
     Greedy: the likeliest candidate left is a mode and absorbs all candidates left within the angle, whatever their
@@ -24,6 +27,7 @@ def separated_modes(candidates: PoseCandidates, count: int, min_angle_deg: float
             them cover the posterior: what was not kept weighs nothing. At least one of each image must be finite.
         count: modes wanted. Images with fewer are filled up with copies of their best one at log-weight -inf.
         min_angle_deg: below it two candidates are one mode; 1.5 to 2 times the grid's spacing.
+        group: whose related poses g R are one; None: C1.
 
     Raises:
         InputError: count < 1, or an angle outside 0..180.
@@ -36,7 +40,11 @@ def separated_modes(candidates: PoseCandidates, count: int, min_angle_deg: float
     picks, masses = [], []
     for _ in range(count):
         pick = left.argmax(1)
-        absorbed: Bool[Tensor, "b k"] = (flat @ flat[row, pick, :, None])[:, :, 0] >= threshold
+        if group is None:
+            absorbed: Bool[Tensor, "b k"] = (flat @ flat[row, pick, :, None])[:, :, 0] >= threshold
+        else:
+            copies = (group.rotations @ candidates.rotation[row, pick][:, None]).flatten(2)
+            absorbed = (flat @ copies.mT).amax(2) >= threshold
         # Rounding must not let a mode miss itself.
         absorbed[row, pick] = True
         masses.append(left.masked_fill(~absorbed, -math.inf).logsumexp(1))

@@ -10,6 +10,7 @@ from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import compare_turned, rotational_symmetry, symmetry_operations
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.rotation import geodesic_angle
+from scalecryo.physics.symmetry import PointGroup, generated_group, symmetry_rotations
 
 ALIKE = 0.97  # of the halves' own correlation: a turned half that agrees as well as this is the same map
 
@@ -21,22 +22,47 @@ class RelatedRotations:
     Attributes:
         similar: all that are found.
         equivalent: those under which the halves agree with each other as they do without: nothing tells S R from R.
+        agreement: of the halves under the equivalent rotation that they agree with least, as a share of their own.
     """
 
     similar: Float[Tensor, "s 3 3"]
     equivalent: Float[Tensor, "e 3 3"]
+    agreement: float = 1.0
 
     @classmethod
-    def of(cls, references: ReferenceSet, class_index: int = 0) -> "RelatedRotations":
-        """Of a class's map, to the shell that its halves agree to."""
+    def of(cls, references: ReferenceSet, class_index: int = 0, group: PointGroup | None = None) -> "RelatedRotations":
+        """Of a class's map, to the shell that its halves agree to.
+
+        Under a point group all of its rotations are equivalent, and one of each coset g S beyond it is similar.
+        """
         mean, device = references.mean(class_index) * references.mask[class_index], references.maps.device
-        similar = rotational_symmetry(mean.cpu())[1:]
+        known = None if group is None else group.others.cpu()
+        similar = rotational_symmetry(mean.cpu(), known=known)[1:]
+        similar = similar if group is None else _on_cpu(group).beyond(similar)
         radius = references.resolution(0.143)[0]
         first, second = (half.cpu() * references.mask[class_index].cpu() for half in references.maps[class_index])
         starts = [Alignment(s.mT, False, torch.zeros(3), 0.0) for s in (torch.eye(3), *similar)]
         scores = compare_turned(first, second, starts, radius) if len(similar) else [1.0]
         alike = torch.tensor([score >= ALIKE * scores[0] for score in scores[1:]], dtype=torch.bool)
-        return cls(similar.to(device), similar[alike].to(device))
+        agreement = min([score / scores[0] for score in scores[1:] if score >= ALIKE * scores[0]], default=1.0)
+        equivalent = similar[alike].to(device)
+        if group is not None:
+            equivalent = torch.cat([group.others, *(group.rotations @ one for one in equivalent)])
+        return cls(similar.to(device), equivalent, agreement)
+
+    def told(self, group: PointGroup | None) -> str:
+        """What the map's symmetry seems to be, where that is more than the run's point group; else nothing."""
+        seen = generated_group(self.equivalent.cpu().unbind())
+        if seen is None or len(symmetry_rotations(seen)) <= (1 if group is None else len(group)):
+            return ""
+        return (
+            f"the map agrees with itself under {seen} at {self.agreement:.2f} of what its halves agree: try "
+            f"--symmetry {seen}"
+        )
+
+
+def _on_cpu(group: PointGroup) -> PointGroup:
+    return PointGroup(group.name, group.rotations.cpu())
 
 
 @dataclass(frozen=True, eq=False)

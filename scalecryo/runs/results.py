@@ -32,9 +32,12 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.aberrations import recorded_shift
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.symmetry import PointGroup
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Pairs
+from scalecryo.settings import POSED
 
+MOST_VIEWS = 200_000  # related poses that the picture of orientations counts
 PANELS = {
     "halves/resolution_angstrom": "half-maps agree to (Å)",
     "iteration/radius": "refined to (Fourier px)",
@@ -172,6 +175,7 @@ def _sections(
             if config.recipe == "autoencoder"
             else "Both halves were posed by one model, so this curve is optimistic: it measures noise, not wrong poses."
         )
+        + _symmetry_told(config)
         + "".join(f"\n{note[0].upper()}{note[1:]}." for note in particles.notes)
     )
     examples = [_numpy(images) for images in particles.pairs or (torch.zeros(0, 1, 1), torch.zeros(0, 1, 1))]
@@ -183,13 +187,31 @@ def _sections(
         (Section("Fourier shell correlation", png=fsc_figure(curves, box, pixel_size)), "fsc"),
         (Section("Map", png=slices_figure(planes, pixel_size)), "slices"),
         (Section("Particles and predictions", png=projections_figure(examples[0], examples[1])), "projections"),
-        (Section("Orientations", png=orientation_figure(_numpy(particles.poses.rotation))), "orientations"),
+        (Section("Orientations", png=orientation_figure(_views(config, particles.poses))), "orientations"),
         (Section("Resolution by direction", cones.text, cones_figure(cones, _numpy(final.fsc_corrected))), "fsc_cones"),
         (Section("Confidence", png=confidence_figure(_numpy(particles.confidence))), "confidence"),
     ]
     if panels:
         parts.append((Section("Training", png=training_figure(steps, panels, x_label=label)), "training"))
     return parts
+
+
+def _symmetry_told(config: Config) -> str:
+    group = config.train.symmetry.strip().upper()
+    if config.recipe not in POSED or group == "C1":
+        return ""
+    return (
+        f"\nSymmetry {group}, axes as RELION's: sums are symmetrised, so the curves are of symmetric half-maps; poses "
+        "are known modulo the group."
+    )
+
+
+def _views(config: Config, poses: PoseEstimates) -> NDArray:
+    """Rotations in all related poses, of a point group's; of as many particles as that figure needs."""
+    if config.recipe not in POSED or len(group := PointGroup.of(config.train.symmetry)) == 1:
+        return _numpy(poses.rotation)
+    some = poses.rotation[:: max(1, len(poses) * len(group) // MOST_VIEWS)].cpu()
+    return _numpy((group.rotations[:, None] @ some).flatten(0, 1))
 
 
 def _training_curves(run: RunFolder) -> tuple[NDArray[np.int64], dict[str, NDArray[np.float64]]]:

@@ -24,6 +24,7 @@ from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, Poses
 from scalecryo.physics.rotation import random_rotations
+from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.candidate_sources import CandidateSource, EncoderSource
 from scalecryo.pose.modes import soft_labels
 from scalecryo.pose.search import templates
@@ -103,8 +104,9 @@ class EncoderTrainer:
         world: World,
         reduce_dtype: ReduceDtype,
         seed: int,
+        group: PointGroup | None = None,
     ) -> None:
-        self.encoder = encoder
+        self.encoder, self._group = encoder, group
         self.pixels = pixels
         self.pixel_size = pixel_size
         self._shift_sigma = shift_sigma_px
@@ -128,6 +130,8 @@ class EncoderTrainer:
         ctf = None if real.ctf is None or simulated.ctf is None else torch.cat([real.ctf, simulated.ctf])
         rotation = torch.cat([real.poses.rotation, simulated.poses.rotation])
         shift = torch.cat([part.poses.shift_px(self.pixel_size) for part in (real, simulated)])
+        if self._group is not None:  # one label for all poses that show the same
+            rotation = self._group.folded(rotation)
         prediction: GridPrediction = self._replica(encoder_features(images, ctf, weight))
         truth = PoseCandidates(rotation[:, None], shift[:, None], torch.zeros_like(shift[:, :1]))
         index, share = soft_labels(truth, self.encoder.grid, width_deg=LABEL_WIDTH_DEG, nearest=LABEL_NEAREST)
@@ -143,7 +147,7 @@ class EncoderTrainer:
     def source(self, references: ReferenceSet) -> EncoderSource:
         """Separated modes of its distribution."""
         noise = references.level_noise(self.pixels.box_size, self.pixels)
-        return EncoderSource(self.encoder, self.pixels, self.pixel_size, noise, MODES)
+        return EncoderSource(self.encoder, self.pixels, self.pixel_size, noise, MODES, self._group)
 
     def own_poses(self, images: ParticleImages, references: ReferenceSet) -> Poses:
         """The mean of its distribution around the likeliest point."""

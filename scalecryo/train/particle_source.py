@@ -25,6 +25,7 @@ from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.fft import FourierPixels, fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import Poses
+from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.search import shift_grid
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.solvent_mask import load_solvent_mask
@@ -113,6 +114,12 @@ class RunContext:
             ConfigError, InputError, MissingInputError: see `load_solvent_mask`.
         """
         return load_solvent_mask(self.config.train, self.store)
+
+    @cached_property
+    def point_group(self) -> PointGroup | None:
+        """train.symmetry; None: C1."""
+        group = PointGroup.of(self.config.train.symmetry, self.device)
+        return group if len(group) > 1 else None
 
     @property
     def levels(self) -> tuple[int, ...]:

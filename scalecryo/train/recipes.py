@@ -61,5 +61,5 @@ def _encoder_trainer(context: RunContext) -> EncoderTrainer | None:
         encoder = GridEncoder(grid, len(pixels), settings.encoder_hidden, max(sigma, 0.1)).to(context.device)
     return EncoderTrainer(
         encoder, pixels, pixel_size, rate=settings.encoder_rate, shift_sigma_px=sigma, world=world,
-        reduce_dtype=context.config.optim.reduce_dtype, seed=seed + world.rank,
+        reduce_dtype=context.config.optim.reduce_dtype, seed=seed + world.rank, group=context.point_group,
     )  # fmt: skip

@@ -33,7 +33,8 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "tokens",
     [("simulat",), ("simulate", "a"), ("convert", "a", "b", "--dtype", "int8"), ("train",), ("verify", "a", "--fill"),
-     ("export", "run", "--format", "relion"), ("simulate", "a", "b", "--n", "many")],
+     ("export", "run", "--format", "relion"), ("simulate", "a", "b", "--n", "many"),
+     ("simulate", "a", "b", "--symmetry", "C0"), ("evaluate", "a", "--truth", "b", "--symmetry", "I5")],
 )  # fmt: skip
 def test_wrong_usage_is_2_in_one_line(tokens: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*tokens) == 2
@@ -55,6 +56,8 @@ def test_wrong_usage_is_2_in_one_line(tokens: tuple[str, ...], capsys: pytest.Ca
         (["--guided.rungs", "3"], ["guided.rungs was renamed to guided.iterations"]),
         (["nowhere.toml"], ["nowhere.toml", "does not exist"]),
         (["--run.workers", "2:1"], ["run.workers", "MIN <= MAX"]),
+        (["--symmetry", "Q3"], ["train.symmetry", "Q3", "C1, C7, D7"]),
+        (["--symmetry", "C2", "--pose.source=encoder"], ["train.symmetry", "recipe autoencoder", "choose guided"]),
     ],
 )
 def test_wrong_setting_is_2_in_one_line(

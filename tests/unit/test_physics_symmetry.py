@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 from scalecryo.errors import InputError
-from scalecryo.physics.symmetry import symmetry_rotations
+from scalecryo.physics.rotation import random_rotations, rotation_from_vector
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.physics.symmetry import PointGroup, generated_group, symmetry_rotations
 
 ORDERS = {"C1": 1, "C2": 2, "C7": 7, "C12": 12, "D1": 2, "D2": 4, "D7": 14, "T": 12, "O": 24, "I": 60, "I1": 60,
           "I2": 60, "I3": 60, "I4": 60}  # fmt: skip
@@ -75,3 +78,46 @@ def test_small_letters_will_do_and_others_are_refused() -> None:
     for name in ("", "C", "C0", "D0", "C-2", "I5", "X", "C2.5", "Td"):
         with pytest.raises(InputError, match="point group"):
             symmetry_rotations(name)
+
+
+@pytest.mark.parametrize("name", ["C2", "C7", "D2", "D7", "T", "O", "I1"])
+def test_an_asymmetric_unit_holds_one_view_of_each_orbit(name: str) -> None:
+    """Of the |G| related views exactly one lies inside; a grid's share is 1 / |G|, to its own unevenness."""
+    group, grid = PointGroup.of(name), so3_grid(2304)
+    inside = torch.stack([group.in_unit(rotation @ grid) for rotation in group.rotations]).sum(0)
+    assert float((inside == 1).float().mean()) > 0.995  # but for views within rounding of the border
+    assert float(group.in_unit(grid).float().mean()) * len(group) == pytest.approx(1, abs=0.1)
+    wider = group.in_unit(grid, 7.5)
+    assert bool((wider | ~group.in_unit(grid)).all())
+    assert bool(group.in_unit(group.folded(grid), 0.01).all())
+
+
+def test_the_nearest_copy_and_what_a_group_leaves_of_a_tensor() -> None:
+    group, generator = PointGroup.of("D7"), torch.Generator().manual_seed(0)
+    pose = random_rotations(50, generator)
+    moved = group.rotations[torch.arange(50) % 14] @ rotation_from_vector(torch.full((50, 3), 0.01)) @ pose
+    # D7 lets through what is the same along x and y, and nothing off the diagonal.
+    tensor = group.invariant(torch.tensor([[1.0, 5.0, 6.0], [5.0, 3.0, 7.0], [6.0, 7.0, -4.0]]))
+    assert torch.allclose(tensor, torch.diag(torch.tensor([2.0, 2.0, -4.0])), atol=1e-5)
+    near = group.nearest(moved, pose)
+    # 0.01 rad about each axis: 0.99° in all.
+    assert float(torch.rad2deg(torch.arccos(((near * pose).sum((1, 2)) - 1).clamp(-2, 2) / 2)).max()) < 1.1
+    # D14's turns are those of D7 and one more coset.
+    rest = group.beyond(PointGroup.of("D14").rotations)
+    assert len(rest) == 1
+
+
+@pytest.mark.parametrize("name", ["C1", "C2", "C5", "C12", "D2", "D3", "D7", "T", "O", "I"])
+def test_a_group_is_recognised_about_any_axes(name: str) -> None:
+    """From a few of its rotations, wrong by half a degree, about axes of any direction."""
+    generator = torch.Generator().manual_seed(len(name))
+    frame = random_rotations(1, generator)[0].double()
+    rotations = frame @ symmetry_rotations(name)[1:] @ frame.T
+    wrong = rotation_from_vector(0.005 * torch.randn(len(rotations), 3, generator=generator).double())
+    assert generated_group(list((wrong @ rotations)[:20])) == name
+
+
+def test_turns_that_never_close_are_no_group() -> None:
+    two_fold = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
+    askew = torch.from_numpy(Rotation.from_euler("x", 65, degrees=True).as_matrix()).float()
+    assert generated_group([two_fold, askew @ two_fold @ askew.T]) is None

@@ -1,17 +1,25 @@
 """Grids, ranking, bad input and modes of the pose search, against numpy, scipy and geometry."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
 from scalecryo.errors import InputError
+from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.map.reference import Reference, reference_transform
 from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates
+from scalecryo.physics.rotation import geodesic_angle, random_rotations, rotation_from_vector
 from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose import search
+from scalecryo.pose.candidate_sources import GRID, GridSearch, finer_grid
 from scalecryo.pose.modes import separated_modes, soft_labels
-from scalecryo.pose.search import Posterior, grid_posterior, largest, shift_grid, turned_grid, with_flips
+from scalecryo.pose.search import Posterior, grid_posterior, largest, shift_grid, templates, turned_grid, with_flips
 
 
 def angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -220,3 +228,47 @@ def test_tf32_is_on_for_the_products_of_the_search_alone(monkeypatch: pytest.Mon
     assert seen
     assert all(seen)
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_modes_are_counted_modulo_a_group():
+    """Closed form: a pose, two of its copies under C4 ten degrees off, and one 45° about the axis: two modes."""
+    group, pose = PointGroup.of("C4"), random_rotations(1, torch.Generator().manual_seed(8))[0]
+    about = [rotation_from_vector(torch.tensor([0.0, 0.0, math.radians(angle)])) for angle in (0, 100, 180, 45)]
+    rotation = torch.stack([turn @ pose for turn in about])[None]
+    candidates = PoseCandidates(rotation, torch.zeros(1, 4, 2), torch.tensor([[0.0, -1.0, -2.0, -3.0]]))
+    found = separated_modes(candidates, 3, 25.0, group)
+    assert torch.equal(found.rotation[0, :2], rotation[0, [0, 3]])
+    assert found.log_weight[0, 2] == -math.inf
+    mass = torch.tensor([0.0, -1.0, -2.0]).exp().sum()
+    expected = torch.log(torch.stack([mass, torch.tensor(-3.0).exp()]) / (mass + math.exp(-3)))
+    assert found.log_weight[0, :2] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["C2", "D7", "I"])
+def test_a_search_of_one_unit_finds_what_a_whole_one_does(name):
+    """Noise-free slices of a symmetric map, by the part of the grid that lies in one asymmetric unit."""
+    group, generator, pixels = PointGroup.of(name), torch.Generator().manual_seed(9), fourier_pixels(32, 8.0)
+    place = 10 * (2 * torch.rand(6, 3, generator=generator) - 1)
+    line = torch.arange(32) - 16
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    copies = (place @ group.rotations.mT).flatten(0, 1)
+    density = sum((-(torch.stack([x, y, z], -1) - at).square().sum(-1) / 4).exp() for at in copies)
+    noise = NoiseSpectrum(int(pixels.shell.max()) + 1, "cpu")
+    noise.power[:], noise.count[:] = 1.0, 1.0
+    reference = Reference(reference_transform(density, 2.0), 2.0, noise)
+    true = random_rotations(60, generator)
+    images = templates(reference.transform, true, pixels, 2.0)
+    grid = so3_grid(GRID * finer_grid(group))
+    made = GridSearch(reference, grid, pixels, generator, group=group)
+    # All but the share on the unit's rim.
+    assert len(made.rotations) < 2 * len(grid) * (2.5 / len(group) + 0.03)
+    batch = ParticleImages(
+        rows=torch.arange(60), half=torch.ones(60, dtype=torch.long), weight=torch.ones(60),
+        optics_group=torch.zeros(60, dtype=torch.long), pixels=pixels, pixel_size=1.0,
+    ).with_transforms(images)  # fmt: skip
+    found = made.modes(batch, torch.zeros(1, 2), 1).rotation[:, 0]
+    error = geodesic_angle(group.nearest(found, true), true)
+    # No pose is lost at the unit's rim: as near, on average and at worst, as the whole grid's nearest point is to it.
+    step = torch.stack([geodesic_angle(with_flips(grid), one.expand(2 * len(grid), 3, 3)).min() for one in true])
+    assert float(error.mean()) < 1.15 * float(step.mean())
+    assert float(error.max()) < 1.3 * float(step.max())

@@ -41,6 +41,7 @@ from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_contrast, check_count, check_images
+from scalecryo.train.stages.on_axes import put_on_axes
 
 logger = logging.getLogger(__name__)
 RADIUS = 12.0  # Fourier pixels that are compared
@@ -138,6 +139,7 @@ class Bootstrap:
                     self._learned.notes += (note,)
                     logger.warning("%s", note)
                 self._learned.references = first_references("start", self._centred(pair), self._context, common=True)
+                put_on_axes(self._context, self._learned)
             else:
                 message += f"; the halves' maps correlate by {agreement:.2f}: on"
             self._judged = 0

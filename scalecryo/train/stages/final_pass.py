@@ -94,6 +94,8 @@ class FinalPass:
         assert sums is not None, "request() comes first"
         if world.size > 1:
             sums.all_reduce_(world.all_reduce_, sums.box_size / 2 - 1)
+        if context.point_group is not None:
+            sums.symmetrise(context.point_group.others, sums.box_size / 2 - 1)
         self._found.commit(world)
         message, figures = f"final pass: {context.store.count:,} particles posed", {}
         if world.is_leader:
@@ -154,8 +156,10 @@ class FinalPass:
         maps = ReferenceSet.of_maps(
             sums.solve(), context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
         )
+        assert self._poses is not None, "request() comes first"
         found, half = self._found.all()
-        particles = FinalParticles(found, half, self._pairs, context.partition.notes + self._learned.notes + notes)
+        notes = context.partition.notes + self._learned.notes + self._poses.notes + notes
+        particles = FinalParticles(found, half, self._pairs, notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 

@@ -1,6 +1,5 @@
 """Who poses the particles in the final pass: references, or the auto-encoder itself."""
 
-from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -9,13 +8,15 @@ from torch import Tensor
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import align_maps
+from scalecryo.evaluate.symmetry_axes import on_the_axes
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
+from scalecryo.physics.symmetry import PointGroup
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
 from scalecryo.pose.estimator import EStepPlan, PoseEstimator, map_weight
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.runs.pictures import EXAMPLES, Pairs, correlation, pictures_of
@@ -23,6 +24,7 @@ from scalecryo.train.encoder_training import MODES, PoseLearner
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stages.bootstrap import HALF_GRID
+from scalecryo.train.stages.on_axes import moved_poses
 from scalecryo.train.stages.schedule import FIRST_PASSES, PASSES, PROBABILITY_RADIUS, SEARCH_RADIUS
 
 # Radius and passes of the local refinement of a particle never seen, and the passes at the last radius. Measured on G
@@ -36,6 +38,8 @@ class FinalPoses(Protocol):
 
     pixels: FourierPixels
     """Of the level that it wants to see."""
+    notes: tuple[str, ...]
+    """What a person should know of the map that poses are found with."""
 
     def estimate(self, images: ParticleImages) -> PoseEstimates:
         """Poses of a batch at that level."""
@@ -72,7 +76,10 @@ class ReferencePoses:
         self._remembered, self._seed = remembered, context.config.train.seed
         self._generator = torch.Generator()
         radius = min(references.radius, level / 2 - 1)
-        related = [RelatedRotations.of(references, number) for number in range(references.classes)]
+        group = context.point_group
+        related = [RelatedRotations.of(references, number, group) for number in range(references.classes)]
+        told = related[0].told(group)
+        self.notes: tuple[str, ...] = (told,) if told else ()
         steps = tuple((at, passes) for at, passes in FIRST_STEPS if at < radius)
         plan = EStepPlan(
             radius=radius,
@@ -90,14 +97,15 @@ class ReferencePoses:
         if encoder is not None:
             source = encoder.source(references)
         else:
-            grid = so3_grid(HALF_GRID).to(context.device)
+            grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)
             shifts = context.shift_grid_px(level)
-            source = SearchSource(grid, min(SEARCH_RADIUS, radius), shifts, MODES, self._generator)
+            source = SearchSource(grid, min(SEARCH_RADIUS, radius), shifts, MODES, self._generator, group=group)
         prepared = references.at(level, self.pixels)
         self._estimator = PoseEstimator(prepared, plan, source, context.world.timer)
         self._pixel_size = references.pixel_size
         self._onto_first = [
-            _lay_onto(second, first, own.similar) for (first, second), own in zip(references.maps, related, strict=True)
+            _lay_onto(second, first, own.similar, group)
+            for (first, second), own in zip(references.maps, related, strict=True)
         ]
 
     def estimate(self, images: ParticleImages) -> PoseEstimates:
@@ -113,7 +121,7 @@ class ReferencePoses:
         for number, alignment in enumerate(self._onto_first):
             at = ((images.half == 2) & (found.class_index == number)).nonzero()[:, 0]  # host sync
             if len(at):
-                found = found.put(at, _moved(found.select(at), alignment, self._pixel_size))
+                found = found.put(at, moved_poses(found.select(at), alignment, self._pixel_size))
         return found
 
     def weight(self, found: PoseEstimates) -> Tensor:
@@ -136,18 +144,15 @@ class ReferencePoses:
         return self._encoder.own_poses(images, self._references).rotation
 
 
-def _moved(found: PoseEstimates, alignment: Alignment, pixel_size: float) -> PoseEstimates:
-    """Poses of the second half in the first one's frame."""
-    rotation = alignment.rotation.to(found.rotation) @ found.rotation
-    moved = (rotation.mT @ alignment.shift_px.to(rotation))[:, :2] * pixel_size
-    return replace(found, rotation=rotation, shift=found.shift - moved)
+def _lay_onto(moving: Tensor, fixed: Tensor, similar: Tensor, group: PointGroup | None) -> Alignment:
+    """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well.
 
-
-def _lay_onto(moving: Tensor, fixed: Tensor, similar: Tensor) -> Alignment:
-    """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well."""
+    Both have the axes of the point group: of what turns and moves little, only what keeps them is left.
+    """
     turns = (torch.eye(3), *similar.cpu())
     starts = [Alignment(turn, False, torch.zeros(3), 0.0) for turn in turns]
-    return align_maps(moving.cpu(), fixed.cpu(), starts, search=False)
+    found = align_maps(moving.cpu(), fixed.cpu(), starts, search=False)
+    return found if group is None else on_the_axes(found, group)
 
 
 class ModelPoses:
@@ -160,6 +165,7 @@ class ModelPoses:
             model: trained.
         """
         self.pixels = context.pixels(model.volume.box_size)
+        self.notes: tuple[str, ...] = ()
         self._model = model
         # A pose table knows only the rows that it was trained on.
         limited = context.config.pose.source == "table" and context.config.train.rows

@@ -12,6 +12,7 @@ from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.bootstrap import first_references
 from scalecryo.train.stages.checks import check_contrast
+from scalecryo.train.stages.on_axes import put_on_axes, symmetric_where_on_axes
 
 LEVEL = 64  # smallest box at which imported poses are put together, where the store has it
 BATCH = 1024
@@ -59,6 +60,11 @@ class ImportedPoses:
         maps = self._sums.solve()[0]
         check_contrast(maps.mean(0), self._context.store.url)
         self._learned.references = first_references("imported poses", maps, self._context)
+        symmetric = symmetric_where_on_axes(self._sums, self._context, self._learned.references)
+        if symmetric is None:
+            put_on_axes(self._context, self._learned)
+        else:
+            self._learned.references = first_references("imported poses", symmetric.solve()[0], self._context)
         return PassReport("imported poses: first maps", self._images, checkpoint=False)
 
     def done(self) -> bool:

@@ -5,6 +5,7 @@ Each half has its own reference, made from its own particles only. An iteration 
 are summed over the workers, compared, filtered by their correlation, and the next radius follows from where it falls.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.candidate_sources import CandidateSource, SearchSource
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
 from scalecryo.pose.estimator import SAME, PoseEstimator, map_weight
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainFit, StrainSteps, strained_poses
@@ -35,6 +36,7 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.schedule import FIRST_RADIUS, IterationPlan, Schedule
 
+logger = logging.getLogger(__name__)
 SIGNAL = 0.143  # correlation of the halves that shows signal (Rosenthal & Henderson 2003)
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0
@@ -83,15 +85,19 @@ class Iteration:
         self.images = 0
         self._shown: tuple[Tensor, Tensor] | None = None
         self.encoder_loss: Tensor | None = None
-        self._equivalent = None if related is None else related.equivalent
+        self._group = group = context.point_group
+        self._equivalent = None if group is None else group.others
+        if related is not None:
+            self._equivalent = related.equivalent
         self._source: CandidateSource
         if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
             self._source = learned.encoder.source(references)
         else:
+            grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)
             self._source = SearchSource(
-                so3_grid(HALF_GRID).to(context.device), plan.search_radius, context.shift_grid_px(plan.level),
+                grid, plan.search_radius, context.shift_grid_px(plan.level),
                 plan.modes, torch.Generator().manual_seed(context.config.train.seed * 1000 + number),
-                None if related is None else related.similar, {},
+                None if related is None else related.similar, {}, group,
             )  # fmt: skip
         self._whole = self._estimator(references, left_out=plan.searched and parts is None)
         self._parts = None if parts is None else [self._estimator(others, left_out=True) for others in parts]
@@ -120,6 +126,9 @@ class Iteration:
             known, seen = self._learned.particles.read(batch.rows)
             known = self._strained(known, batch.half)
             found = self._estimate(batch, known, seen)
+            if self._group is not None:  # of the poses that show the same, the one that is remembered
+                near = self._group.nearest(found.rotation, known.rotation)
+                found = replace(found, rotation=torch.where(seen[:, None, None], near, found.rotation))
             with timer.part("insert"):
                 self._insert(batch, found)
             self._measure(batch, found, known, seen)
@@ -197,6 +206,9 @@ class Iteration:
         if world.size > 1:
             self._sums.all_reduce_(world.all_reduce_, self.pixels.radius_limit)
         world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts)
+        if self._group is not None:
+            with world.timer.part("symmetrise"):
+                self._sums.symmetrise(self._group.others, self.pixels.radius_limit)
         return self._compared(self._sums.merged(PARTS) if self.plan.searched else self._sums)
 
     def parts_left_out(self) -> Parts:
@@ -242,7 +254,9 @@ class Refinement:
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
         if plan.searched and schedule.number == RELATED_ITERATION:
-            self._related = RelatedRotations.of(references)
+            self._related = RelatedRotations.of(references, group=context.point_group)
+            if told := self._related.told(context.point_group):
+                logger.info("%s", told)
         if self._strain is not None:
             references = _strained_maps(references, self._strain)
         self._iteration = Iteration(
@@ -283,7 +297,8 @@ class Refinement:
         if iteration.plan.searched:
             self._creep = StrainSteps()
             return 0.0
-        velocity = iteration.creep.strain()
+        velocity, group = iteration.creep.strain(), self._context.point_group
+        velocity = velocity if group is None else group.invariant(velocity)
         steps = self._creep.follow(velocity)
         if bool(steps.any()):
             self._strain = steps.to(velocity.device, torch.float32)

@@ -5,11 +5,17 @@ and do not write it again as it was. Here a table is read in pieces of 8 MiB, in
 byte but for the values that change.
 """
 
+from scalecryo.data.formats.relion.expand import write_expanded
 from scalecryo.data.formats.relion.table import OwnColumns, StarPoses, image_key, read_particles, read_poses
 from scalecryo.data.formats.relion.values import JUNK, MAX_CONFIDENCE
-from scalecryo.data.formats.relion.write import own_table, write_particles, write_rows, write_with_poses
+from scalecryo.data.formats.relion.write import (
+    own_table,
+    write_particles,
+    write_rows,
+    write_with_poses,
+)
 
 __all__ = [
     "JUNK", "MAX_CONFIDENCE", "OwnColumns", "StarPoses", "image_key", "own_table", "read_particles", "read_poses",
-    "write_particles", "write_rows", "write_with_poses",
+    "write_expanded", "write_particles", "write_rows", "write_with_poses",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ OPTICS = {
 MAX_CONFIDENCE = "rlnMaxValueProbDistribution"
 HALF = "rlnRandomSubset"
 GROUP = "rlnOpticsGroup"
+PARTICLE_ID = "rlnParticleId"
 #: What simulation says of an image: 0 a particle, 1 nothing, 2 another object. RELION keeps columns it does not know.
 JUNK = "scalecryoJunk"
 IMAGE_NAME = "rlnImageName"

@@ -6,6 +6,7 @@ comes out as it was.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import BinaryIO
 
@@ -59,7 +60,7 @@ def quoted(value: bytes) -> bytes:
     return b"'" + value + b"'" if b'"' in value else b'"' + value + b'"'
 
 
-def _text(values: npt.NDArray) -> list[bytes]:
+def text_of_column(values: npt.NDArray) -> list[bytes]:
     """A column as RELION writes it."""
     if values.dtype.kind == "S":
         return [quoted(value) for value in values.tolist()]
@@ -172,7 +173,7 @@ def own_table(
     yield _optics_text(optics) + b"\n" + VERSION + header(b"particles", [IMAGE_NAME, *frame])
     for start in range(0, len(names), _PIECE):
         some = [quoted(with_format(name).encode()) for name in names[start : start + _PIECE]]
-        texts = [_text(values[start : start + _PIECE]) for values in frame.values()]
+        texts = [text_of_column(values[start : start + _PIECE]) for values in frame.values()]
         yield from (b" ".join(row) + b"\n" for row in zip(some, *texts, strict=True))
 
 
@@ -247,21 +248,23 @@ def _write_edited(
         known = place[rows.first : rows.first + len(rows)]
         known = np.append(known, np.full(len(rows) - len(known), -1))
         picked = {name: array[known] for name, array in new.items()}
-        columns = [_text(array) for array in picked.values()]
+        columns = [text_of_column(array) for array in picked.values()]
         if in_pixels:
             sizes = values.pixel_sizes()
             sizes = np.where(sizes > 0, sizes, pixel_size or 1.0)
             # Where the file also has origins in pixels, the two must agree.
-            columns += [_text(picked[angstrom] / sizes) for _, angstrom in in_pixels]
+            columns += [text_of_column(picked[angstrom] / sizes) for _, angstrom in in_pixels]
         if len(names) > len(columns):
-            columns.append(_text(values.groups() if groups is None else groups[rows.first : rows.first + len(rows)]))
+            columns.append(
+                text_of_column(values.groups() if groups is None else groups[rows.first : rows.first + len(rows)])
+            )
         for number, row in enumerate(zip(*columns, strict=True)):
             yield row if known[number] >= 0 else None
 
     with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
         if made:
             stream.write(_optics_text(made) + b"\n")
-        _copy(stream, text, block, names, edit, new_name=b"" if has_optics else b"particles")
+        copy_edited(stream, text, block, names, edit, new_name=b"" if has_optics else b"particles")
 
 
 def make_optics(
@@ -304,11 +307,17 @@ def write_rows(url: str, source_star: Text, keep: npt.NDArray[np.bool_]) -> None
             yield () if kept else None
 
     with urls.atomic_path(url) as temporary, open(temporary, "wb") as stream:
-        _copy(stream, text, particle_block(text), [], edit)
+        copy_edited(stream, text, particle_block(text), [], edit)
 
 
-def _copy(
-    stream: BinaryIO, text: StarText, block: Block, names: Sequence[str], edit: Edit, new_name: bytes = b""
+def copy_edited(
+    stream: BinaryIO,
+    text: StarText,
+    block: Block,
+    names: Sequence[str],
+    edit: Edit,
+    new_name: bytes = b"",
+    times: int = 1,
 ) -> None:
     """Copy a STAR file, its particle rows edited.
 
@@ -319,6 +328,7 @@ def _copy(
         names: columns of the values that `edit` gives; those the block lacks are added at its end.
         edit: for some rows, what becomes of each.
         new_name: another name for the block, before which a version line is put.
+        times: how many lines `edit` gives in place of each row's one.
     """
     stream.write(text.text[: block.start].removeprefix(MARK))
     added = [name for name in names if name not in block.columns]
@@ -326,12 +336,13 @@ def _copy(
     inside = sorted((block.columns.index(name), names.index(name)) for name in names if name in block.columns)
     outside = [names.index(name) for name in added]
     for rows in text.rows(block):
-        done = 0
-        for row, ((start, stop), values) in enumerate(zip(rows.line_spans(), edit(rows), strict=True)):
+        done, edited = 0, edit(rows)
+        for row, (start, stop) in enumerate(rows.line_spans()):
             stream.write(rows.text[done:start])
             done = stop
-            if values is not None:
-                stream.write(edited_line(rows, row, (start, stop), values, inside, outside))
+            for values in islice(edited, times):
+                if values is not None:
+                    stream.write(edited_line(rows, row, (start, stop), values, inside, outside))
         stream.write(rows.text[done:])
     stream.write(text.text[block.stop :])
 
