@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from scalecryo.errors import ConfigError
 from scalecryo.settings import (
+    CLASSES,
     EM,
     GRADIENT,
     GUIDED,
@@ -87,6 +88,11 @@ class TrainConfig(Section):
     query: str = option("", "train on rows for which this holds, such as `defocus_u < 20000 and optics_group != 3`")
     mask: str = option("", "soft mask (.mrc, values 0 to 1) of references, FSC and map; default: made from the map")
     diameter_a: float = option(0.0, "diameter of the particle, Å: references end in a soft sphere; 0: none", least=0)
+    classes: int = option(1, "structures that the particles are sorted into", CLASSES, least=1, most=64)
+    class_mode: Literal["independent", "docked"] = option(
+        "independent", "independent: unrelated structures, each from random poses; docked: one assembly in several "
+        "compositions or conformations, told apart at the poses of one common map", GUIDED,
+    )  # fmt: skip
     seed: int = option(0, "seed of the start, the sample order and the noise", least=0)
     checkpoint_every: int = option(500, "steps between checkpoints", STEPS, least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)

@@ -25,6 +25,7 @@ RECIPES: dict[Recipe, str] = {
     "table": "pose.source = table",
 }
 GUIDED: tuple[Recipe, ...] = ("guided",)
+CLASSES: tuple[Recipe, ...] = ("guided", "poses")
 AUTOENCODER: tuple[Recipe, ...] = ("autoencoder",)
 PAPER: tuple[Recipe, ...] = ("paper",)
 EM: tuple[Recipe, ...] = ("guided", "poses", "autoencoder")
