@@ -31,7 +31,7 @@ app = App(
 )
 
 # Also --data … --diameter-a, and first in the help.
-_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.mask", "train.diameter_a")
+_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.classes", "train.mask", "train.diameter_a")
 _GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
     ("convert", "assign"), "; the same command goes on where it stopped"
 )

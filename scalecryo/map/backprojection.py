@@ -111,6 +111,13 @@ class Backprojection:
             setattr(whole, name, total)
         return whole
 
+    def joined(self) -> "Backprojection":
+        """The sums of both halves together, in either half."""
+        whole = Backprojection(self.box_size, self.scale, "meta", classes=self.classes)
+        for name, grid in zip(("numerator", "denominator"), self.tensors(), strict=True):
+            setattr(whole, name, grid.sum(1, keepdim=True).expand_as(grid))
+        return whole
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums."""
         return self.numerator, self.denominator

@@ -49,7 +49,7 @@ def particles(known: ReferenceSet, pixels: FourierPixels) -> tuple[ParticleImage
         slices[own] = templates(prepared[number, 1].transform, rotation[own], pixels, prepared[number, 1].scale)
     images = form_images(slices, None, shift_px, pixels.kx, pixels.ky, BOX)
     images += torch.randn(images.shape, dtype=torch.complex64, generator=generator) * BOX * SIGMA
-    truth = PoseEstimates(rotation, shift_px * PIXEL_SIZE, class_index, one, one, one)
+    truth = PoseEstimates(rotation, shift_px * PIXEL_SIZE, class_index, one, one, one, one)
     return ParticleImages(rows, half, one, rows * 0, pixels, PIXEL_SIZE).with_transforms(images), truth
 
 
@@ -81,7 +81,7 @@ def test_a_known_pose_is_refined_and_kept_in_its_half() -> None:
     images, truth = particles(known, pixels)
     angle = torch.tensor(3.0).deg2rad()
     turn = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0], [0.0, 0.0, 1.0]])
-    start = PoseEstimates(truth.rotation @ turn, truth.shift, truth.class_index, *3 * [torch.ones(COUNT)])
+    start = PoseEstimates(truth.rotation @ turn, truth.shift, truth.class_index, *4 * [torch.ones(COUNT)])
     seen = torch.ones(COUNT, dtype=torch.bool)
     alone, beside = (
         estimator(known, pixels, search_known=search).estimate(images, start, seen) for search in (False, True)

@@ -175,6 +175,7 @@ class ModelPoses:
             rotation=output.poses.rotation,
             shift=output.poses.shift,
             class_index=torch.zeros(len(images), dtype=torch.long, device=images.rows.device),
+            class_probability=torch.ones_like(fit),
             confidence=fit,
             particle_probability=usable,
             log_likelihood=-output.loss,

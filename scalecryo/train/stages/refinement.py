@@ -78,6 +78,7 @@ class Iteration:
         self._residuals = NoiseSpectrum(int(self.pixels.shell.max()) + 1, context.device)
         self.counts = torch.zeros(5, dtype=torch.float64, device=context.device)
         """Particles that changed their mode, that turned visibly, seen before; summed likelihood gain, of how many."""
+        self.class_counts = torch.zeros(references.classes, dtype=torch.float64, device=context.device)
         self.creep = StrainFit(context.device)
         self._strain = strain
         self.images = 0
@@ -100,7 +101,7 @@ class Iteration:
             self._encoder.begin(number)
             if number >= FIRST_ENCODER_ITERATION:
                 self._encoder_reference = references.mean_at(self._encoder.pixels.box_size, self._encoder.pixels)
-        learned.particles.begin(f"iteration_{number + 1:04d}")
+        learned.particles.begin(f"iteration_{learned.steps + number + 1:04d}")
 
     def _estimator(self, references: ReferenceSet, *, left_out: bool) -> PoseEstimator:
         context, plan = self._context, self.plan
@@ -170,7 +171,9 @@ class Iteration:
         gain = self._whole.likelihood_gain(batch, found)
         restless = (turned > SAME / self.plan.radius) & seen
         jumped = (turned > MOVED_DEG) & seen
-        self.creep.add(known.rotation, found.rotation, seen, batch.half)
+        if len(self.class_counts) == 1:  # classes share no frame
+            self.creep.add(known.rotation, found.rotation, seen, batch.half)
+        self.class_counts += torch.bincount(found.class_index, minlength=len(self.class_counts))
         counts = jumped.sum(), restless.sum(), seen.sum(), gain.sum(), gain.new_tensor(float(len(batch)))
         self.counts += torch.stack([value.double() for value in counts])
         for half in (1, 2):
@@ -196,7 +199,7 @@ class Iteration:
         """Sum over the workers, solve, compare the halves. Collective."""
         if world.size > 1:
             self._sums.all_reduce_(world.all_reduce_, self.pixels.radius_limit)
-        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts)
+        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts, self.class_counts)
         return self._compared(self._sums.merged(PARTS) if self.plan.searched else self._sums)
 
     def parts_left_out(self) -> Parts:
@@ -225,6 +228,8 @@ class Refinement:
         settings = context.config.guided
         self._context, self._learned = context, learned
         searches = settings.search_iterations if settings.start == "nothing" else 0
+        docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
+        self._posed = settings.start == "poses" or docked  # well from the first iteration on
         self._schedule = Schedule(searches, settings.settled_iterations)
         self._creep = StrainSteps()
         self._strain: Tensor | None = None  # to be applied to maps and poses of each half
@@ -237,11 +242,11 @@ class Refinement:
         context, settings = self._context, self._context.config.guided
         schedule, references = self._schedule, self._learned.references
         assert references is not None, "a start comes before the refinement"
-        if not schedule.radius and settings.start == "poses":
+        if not schedule.radius and self._posed:
             schedule.radius = max(FIRST_RADIUS, references.resolution(SIGNAL)[0])
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
-        if plan.searched and schedule.number == RELATED_ITERATION:
+        if plan.searched and schedule.number == RELATED_ITERATION and references.classes == 1:
             self._related = RelatedRotations.of(references)
         if self._strain is not None:
             references = _strained_maps(references, self._strain)
@@ -266,7 +271,7 @@ class Refinement:
         assert before is not None, "a start comes before the refinement"
         after = iteration.finish(world)
         counts = iteration.counts.tolist()  # host sync
-        gain = float(after.curve().mean() / before.curve().mean()) if before.level == after.level else None
+        gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
         creep = self._creep_on(iteration)
         self._schedule.update(
             iteration.plan, creep=creep, reach=after.resolution(SIGNAL)[0], gain=gain,
@@ -299,6 +304,7 @@ class Refinement:
         assert references is not None, "a start comes before the refinement"
         return {
             "references": references.state_dict(),
+            "steps": self._learned.steps,
             "notes": list(self._learned.notes),
             "half_parts": None if self._parts is None else [part.state_dict() for part in self._parts],
             "encoder": None if encoder is None else encoder.state_dict(),
@@ -317,6 +323,7 @@ class Refinement:
         """
         learned, device = self._learned, self._context.device
         learned.references = ReferenceSet.from_state_dict(state["references"], device)
+        learned.steps = state["steps"]
         learned.notes = tuple(state["notes"])
         if state["half_parts"] is not None:
             self._parts = [ReferenceSet.from_state_dict(part, device) for part in state["half_parts"]]
@@ -340,7 +347,7 @@ class Refinement:
             "iteration/radius": plan.radius, "iteration/level": plan.level,
             "iteration/modes": plan.modes * plan.searched,
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
-            "halves/fsc_mean": float(after.curve().mean()),
+            "halves/fsc_mean": float(after.fsc_mean()),
             "likelihood_gain_per_image": counts[3] / max(counts[4], 1),
         }  # fmt: skip
         message = (
@@ -351,6 +358,10 @@ class Refinement:
             message += f", {100 * moved:.0f} % of the particles found another mode"
             scalars["iteration/restless_share"] = restless
             message += f", {100 * restless:.0f} % still turn"
+        if after.classes > 1:
+            shares = (iteration.class_counts / iteration.class_counts.sum()).tolist()  # host sync
+            scalars |= {f"classes/share_{number}": share for number, share in enumerate(shares, 1)}
+            message += f", classes hold {' '.join(f'{100 * share:.0f}' for share in shares)} %"
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(
