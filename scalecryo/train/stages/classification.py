@@ -180,8 +180,7 @@ class Classification:
         self._maps, self._references = {}, {}
         common = self._common
         mean, curve = common.mean(), common.curve()
-        mask = mask_from_map(mean, 1.0) if common.reference_mask is None else common.reference_mask
-        mask = fourier_resize_3d(mask, self._sums.box_size) if common.level != self._sums.box_size else mask
+        mask = mask_from_map(fourier_resize_3d(mean, self._sums.box_size), 1.0)
         for own in range(PARTS):
             others = self._sums.merged(PARTS, without=own).joined()
             for place, start in enumerate(self._going):
