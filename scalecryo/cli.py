@@ -289,8 +289,8 @@ def select(
         source: .star, .cs or .csg, or a run's folder
         out: where to write, .star or .cs
         index: rows to keep, from 0: a text file with one on each line, or a .npy
-        query: a condition on columns, such as "defocus_u < 20000 and confidence > 0.5"; in a .star also its own
-            columns, such as rlnClassNumber
+        query: a condition on columns, such as "defocus_u < 20000 and confidence > 0.5" or "class == 2" (from 1); in a
+            .star also its own columns, such as rlnGroupNumber
         half: keep the particles of this half
         min_confidence: keep the particles at least this sure of their pose, 0 to 1
         passthrough: a cryoSPARC file of the same particles with more fields, joined by uid

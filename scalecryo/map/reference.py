@@ -1,12 +1,12 @@
 """The maps that poses are sought against: two independent half-maps for every class, and what they share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.map.backprojection import PADDING
@@ -94,6 +94,11 @@ class ReferenceSet:
             mask = mask * sphere
         masked = torch.stack([fsc(pair[0] * own, pair[1] * own) for pair, own in zip(maps, mask, strict=True)])
         return cls(maps, pixel_size, mask, curves, masked, noise, radius, sphere if own_mask is None else own_mask)
+
+    def select(self, order: Int[Tensor, " k"]) -> "ReferenceSet":
+        """Some classes, in this order."""
+        parts = {name: getattr(self, name)[order] for name in ("maps", "mask", "fsc", "fsc_masked")}
+        return replace(self, **parts)
 
     @property
     def level(self) -> int:

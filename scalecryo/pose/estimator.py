@@ -295,9 +295,7 @@ def particle_probability(
     return torch.sigmoid(particle - torch.logaddexp(torch.zeros_like(other), other)).float()
 
 
-def pose_gain(
-    images: ParticleImages, found: Poses, reference: Reference, radius: float
-) -> Float[Tensor, " b"]:
+def pose_gain(images: ParticleImages, found: Poses, reference: Reference, radius: float) -> Float[Tensor, " b"]:
     """Log-likelihood ratio of poses over an empty map, at a radius, Fourier pixels."""
     return _gain(images, found, reference, radius)[-1]
 

@@ -72,7 +72,7 @@ class ReferencePoses:
         self._remembered, self._seed = remembered, context.config.train.seed
         self._generator = torch.Generator()
         radius = min(references.radius, level / 2 - 1)
-        related = [RelatedRotations.of(references, number) for number in range(references.classes)]
+        related = [_related(references, number) for number in range(references.classes)]
         steps = tuple((at, passes) for at, passes in FIRST_STEPS if at < radius)
         plan = EStepPlan(
             radius=radius,
@@ -83,7 +83,7 @@ class ReferencePoses:
             fit_shift=context.fit_shift,
             probability_radius=min(PROBABILITY_RADIUS, radius),
             shift_radius=context.shift_radius,
-            equivalent=related[0].equivalent,
+            equivalent=related[0].equivalent if references.classes == 1 else None,  # each class has its own
         )
         self._encoder, self._references = encoder, references
         source: CandidateSource
@@ -136,6 +136,14 @@ class ReferencePoses:
         return self._encoder.own_poses(images, self._references).rotation
 
 
+def _related(references: ReferenceSet, number: int) -> RelatedRotations:
+    """Poses that a class's map relates; none of a class that holds nothing."""
+    if references.classes > 1 and float(references.mean(number).amax()) <= 0:  # host sync
+        none = torch.zeros(0, 3, 3, device=references.maps.device)
+        return RelatedRotations(none, none)
+    return RelatedRotations.of(references, number)
+
+
 def _moved(found: PoseEstimates, alignment: Alignment, pixel_size: float) -> PoseEstimates:
     """Poses of the second half in the first one's frame."""
     rotation = alignment.rotation.to(found.rotation) @ found.rotation
@@ -145,6 +153,8 @@ def _moved(found: PoseEstimates, alignment: Alignment, pixel_size: float) -> Pos
 
 def _lay_onto(moving: Tensor, fixed: Tensor, similar: Tensor) -> Alignment:
     """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well."""
+    if not bool(moving.any()) or not bool(fixed.any()):  # a class that holds nothing
+        return Alignment(torch.eye(3), False, torch.zeros(3), 0.0)
     turns = (torch.eye(3), *similar.cpu())
     starts = [Alignment(turn, False, torch.zeros(3), 0.0) for turn in turns]
     return align_maps(moving.cpu(), fixed.cpu(), starts, search=False)

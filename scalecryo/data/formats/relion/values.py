@@ -25,6 +25,8 @@ OPTICS = {
     "amplitude_contrast": "rlnAmplitudeContrast",
 }
 MAX_CONFIDENCE = "rlnMaxValueProbDistribution"
+CLASS = "rlnClassNumber"
+CLASS_PROBABILITY = "scalecryoClassProbability"
 HALF = "rlnRandomSubset"
 GROUP = "rlnOpticsGroup"
 #: What simulation says of an image: 0 a particle, 1 nothing, 2 another object. RELION keeps columns it does not know.
