@@ -35,8 +35,8 @@ from scalecryo.train.stages.class_shares import floored
 logger = logging.getLogger(__name__)
 STARTS = 3  # random labels that are tried
 RADII = (12.0, 24.0)  # Fourier pixels: of the first passes, and at most of the last ones
-MOST_PASSES = (30, 8)  # at each radius
-LEAST_PASSES, SETTLED = 6, 2e-3  # passes at a radius, and gain in log-likelihood per image that is progress
+MOST_PASSES, LEAST_PASSES = (30, 8), (8, 3)  # at each radius
+SETTLED, OVER = 2e-3, 3  # gain in log-likelihood per image and pass that is progress, over so many passes
 BATCH, MOST_PARTICLES = 1024, 20_000
 SIGNAL = 0.143
 REGULARISATION = 0.05
@@ -126,8 +126,8 @@ class Classification:
             gain = (self._gain[:, 0] / self._gain[:, 1]).tolist()  # host sync
             self._gains.append(max(gain))
             report += f", held-out log-likelihood gain per image {max(gain):.2f}, {self._told()}"
-            before = self._gains[-LEAST_PASSES:][0]
-            stalled = len(self._gains) >= LEAST_PASSES and self._gains[-1] - before < LEAST_PASSES * SETTLED
+            stalled = len(self._gains) >= LEAST_PASSES[self._at_radius]
+            stalled = stalled and self._gains[-1] - self._gains[-OVER] < (OVER - 1) * SETTLED
             if stalled or len(self._gains) == MOST_PASSES[self._at_radius]:
                 self._go_on(gain.index(max(gain)))
         return PassReport(report, self._images, checkpoint=False)
