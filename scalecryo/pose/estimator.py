@@ -74,13 +74,16 @@ class PoseEstimator:
         self._references, self._plan, self._source, self._timer = references, plan, source, timer
         self._classes = 1 + max(number for number, _ in references)
 
-    def estimate(self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"]) -> PoseEstimates:
+    def estimate(
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], *, all_classes: bool = False
+    ) -> PoseEstimates:
         """The likeliest pose of every particle, over all classes.
 
         Args:
             images: a batch.
             known: what is remembered of them.
             seen: of which of them anything is.
+            all_classes: whether to look at the other classes of those too that are sure of theirs.
         """
         found = PoseEstimates.unknown(len(images), images.transforms.device)
         for half in (1, 2):
@@ -90,18 +93,18 @@ class PoseEstimator:
                 if self._classes == 1:
                     found = found.put(at, self._estimate(*own, self._references[0, half]))
                 else:
-                    found = found.put(at, self._over_classes(*own, half))
+                    found = found.put(at, self._over_classes(*own, half, all_classes))
         return found
 
     def _over_classes(
-        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], half: int
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], half: int, all_classes: bool
     ) -> PoseEstimates:
         """The likeliest pose over all classes. A class that all but excludes the others is the only one looked at.
 
         Classes need not share a frame: a known pose is one in its own class, and the others are searched.
         """
         plan, device = self._plan, images.transforms.device
-        sure = seen & (known.class_probability > SURE) & (not plan.search_known)
+        sure = seen & (known.class_probability > SURE) & (not all_classes)
         radius = plan.radius if plan.search_known else min(plan.radius, plan.class_radius)
         score = torch.full((len(images), self._classes), -torch.inf, dtype=torch.float64, device=device)
         by_class = []

@@ -1,11 +1,35 @@
-"""How much of the particles each class holds, and what is expected of a class before an image is seen."""
+"""How much of the particles each class holds, what is expected of a class, and which classes are the same."""
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.physics.fsc import fsc
+
 LEAST_SHARE = 0.2  # of an even share, that a class counts at least with: a small one is still found
 RATE = 0.3  # of a class's distance from an even share, in nats, by which its prior follows in a step
+
+ALIKE, SHELLS = 0.85, slice(2, 9)  # mean correlation over these shells, aligned, of maps that are the same structure
+
+
+def alike(maps: Sequence[Float[Tensor, "n n n"]], shares: Sequence[float]) -> list[bool]:
+    """Which maps show, in any frame and of either hand, what a map with a larger share shows; not maps of nothing."""
+    kept: list[int] = []
+    found = [False] * len(maps)
+    for number in sorted(range(len(maps)), key=lambda n: -shares[n]):
+        if not bool(maps[number].any()):
+            continue
+        for other in kept:
+            laid = apply_alignment(maps[number], align_maps(maps[number], maps[other]))
+            if float(fsc(laid, maps[other])[SHELLS].mean()) >= ALIKE:
+                found[number] = True
+                break
+        else:
+            kept.append(number)
+    return found
 
 
 def floored(mass: Float[Tensor, "starts classes"]) -> Float[Tensor, "starts classes"]:

@@ -48,7 +48,7 @@ from scalecryo.train.stages.bootstrap import (
     SAVE_EVERY,
 )
 from scalecryo.train.stages.checks import check_contrast, check_count, check_images
-from scalecryo.train.stages.class_shares import Balance
+from scalecryo.train.stages.class_shares import Balance, alike
 
 logger = logging.getLogger(__name__)
 LEAST_ROUNDS, MOST_ROUNDS = 4, 12  # each of `guided.bootstrap_steps`
@@ -90,7 +90,7 @@ class ClassStart:
         """Of each start's held-out particles: sum of the likelihood gains, of their squares, number."""
         self._earlier: list[float] = []  # mean gain of the best start in each round
         self._round, self._step, self._judged, self._images = 1, 0, 0, 0
-        self._ended = False
+        self._ended = self._joined = False
 
     def request(self) -> BatchRequest:
         """Some steps until the next checkpoint, or all batches that judge."""
@@ -127,7 +127,10 @@ class ClassStart:
         judged = self._judged > 0
         if judged:
             message += f"; {self._choose(world)}"
-            self._ended = self._settled()
+            settled = self._joined or self._settled()
+            # A class that shows what another shows goes; the other has a round to take over its particles.
+            self._ended = settled and (self._joined or not self._join_alike(world))
+            self._joined = settled
             if self._ended:
                 self._learned.references = self._first_references()
             self._round += 1
@@ -140,7 +143,8 @@ class ClassStart:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums, noise and shares; the same on every worker."""
-        standing = {"step": self._step, "round": self._round, "going": self._going, "earlier": self._earlier}
+        standing = {"step": self._step, "round": self._round, "going": self._going, "earlier": self._earlier,
+                    "joined": self._joined}  # fmt: skip
         tensors = [tensor.cpu() for tensor in self._tensors()]
         return {"standing": standing, "settings": self._settings(), "tensors": tensors}
 
@@ -149,7 +153,7 @@ class ClassStart:
         if state["settings"] != self._settings():
             return
         standing = state["standing"]
-        self._step, self._round = standing["step"], standing["round"]
+        self._step, self._round, self._joined = standing["step"], standing["round"], standing["joined"]
         self._going, self._earlier = list(standing["going"]), list(standing["earlier"])
         for own, saved in zip(self._tensors(), state["tensors"], strict=True):
             own.copy_(saved)
@@ -285,6 +289,27 @@ class ClassStart:
         if self._round < LEAST_ROUNDS:
             return False
         return self._earlier[-1] < SETTLED * self._earlier[-3] or self._round == MOST_ROUNDS
+
+    def _join_alike(self, world: World) -> bool:
+        """Empty the classes whose map is another, larger class's, in whatever frame and hand. Collective."""
+        start, device = self._going[0], self._grid.device
+        gone = torch.zeros(self._classes, device=device)
+        if world.is_leader:
+            maps = [volume.cpu() for volume in self._solved(start)]
+            gone += torch.tensor(alike(maps, self._balance.share[start].tolist()), device=device)
+        world.all_reduce_(gone)
+        at = gone.nonzero()[:, 0]  # host sync
+        for tensor in self._sums.tensors():
+            tensor[start * self._classes + at] = 0
+        self._balance.mass[start, at] = 0
+        if len(at):
+            note = (
+                f"{len(at)} of {self._classes} classes showed the same structure as another one and were given up: "
+                "for compositions or conformations of one assembly choose train.class_mode = docked"
+            )
+            self._learned.notes += (note,)
+            logger.warning("%s", note)
+        return len(at) > 0
 
     def _first_references(self) -> ReferenceSet:
         """The classes' maps, the same for both halves, filtered by what the halves' own sums share."""

@@ -71,6 +71,7 @@ class Iteration:
                 halves.
         """
         self.plan, self._context, self._learned = plan, context, learned
+        self._number = number
         self.pixels = context.pixels(plan.level, plan.insertion_radius)
         self._sums = Backprojection(
             plan.level, device=context.device, classes=references.classes * (PARTS if plan.searched else 1)
@@ -144,7 +145,9 @@ class Iteration:
         for own, others in enumerate(self._parts):
             at = (part == own).nonzero()[:, 0]  # host sync
             if len(at):
-                found = found.put(at, others.estimate(batch.select(at), known.select(at), seen[at]))
+                again = own == self._number % PARTS  # each part's turn to look at all classes
+                posed = others.estimate(batch.select(at), known.select(at), seen[at], all_classes=again)
+                found = found.put(at, posed)
         return found
 
     def _insert(self, batch: ParticleImages, found: PoseEstimates) -> None:
