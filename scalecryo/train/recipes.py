@@ -14,6 +14,7 @@ from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned, Stage
 from scalecryo.train.stages.autoencoder import AutoEncoding
 from scalecryo.train.stages.bootstrap import HALF_GRID, Bootstrap
+from scalecryo.train.stages.class_maps import ClassMaps
 from scalecryo.train.stages.class_start import ClassStart
 from scalecryo.train.stages.classification import Classification
 from scalecryo.train.stages.common_map import CommonMap
@@ -38,7 +39,7 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
 CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     {
         "independent": (ClassStart, Refinement, FinalPass),
-        "docked": (Bootstrap, CommonMap, Classification, Refinement, FinalPass),
+        "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, FinalPass),
         "poses": (ImportedPoses, Classification, Refinement, FinalPass),
     }
 )

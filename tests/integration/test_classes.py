@@ -26,8 +26,14 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_start import ClassStart
 from tests.support.blobs import blobs
 
-COUNT, BOX, PIXEL_SIZE = 600, 32, 4.0
-START = {"train.classes": "2", "guided.starts": "1", "guided.bootstrap_steps": "20", "pose.centred": "true"}
+COUNT, BOX, PIXEL_SIZE = 500, 32, 4.0
+START = {
+    "train.classes": "2",
+    "guided.starts": "1",
+    "guided.bootstrap_steps": "20",
+    "guided.bootstrap_batch": "60",
+    "pose.centred": "true",
+}
 
 
 def simulated(folder: Path, maps: list[Tensor], table: str) -> str:
@@ -38,7 +44,7 @@ def simulated(folder: Path, maps: list[Tensor], table: str) -> str:
         with mrcfile.new(names[-1], volume.numpy()) as handle:
             handle.voxel_size = PIXEL_SIZE
     simulate.run(str(names[0]), str(folder / "data"), mix=[str(name) for name in names[1:]], n=COUNT, box=BOX,
-                 pixel_size=PIXEL_SIZE, snr_db=0.0, defocus_um=(0.8, 1.6), astigmatism_um=0.05, shift_a=0.0,
+                 pixel_size=PIXEL_SIZE, snr_db=5.0, defocus_um=(0.8, 1.6), astigmatism_um=0.05, shift_a=0.0,
                  seed=2)  # fmt: skip
     convert.run(str(folder / "data" / f"{table}.star"), str(folder / "store.zarr"), data_dir=None, box=None,
                 dtype="float16", workers=2, overwrite=False, invert=False, uninvert=True)  # fmt: skip

@@ -51,8 +51,6 @@ from scalecryo.train.stages.checks import check_contrast, check_count, check_ima
 from scalecryo.train.stages.class_shares import Balance, alike
 
 logger = logging.getLogger(__name__)
-LEAST_ROUNDS, MOST_ROUNDS = 4, 12  # each of `guided.bootstrap_steps`
-BALANCED_ROUNDS = 2  # in which every class gets the same share
 SETTLED = 1.02  # factor in likelihood gain over the last two rounds below which the start ends
 
 
@@ -60,12 +58,16 @@ class ClassStart:
     """K maps from each of several random starts; the held-out likelihood of the mixtures tells which goes on."""
 
     name = "start"
+    rounds = 4, 12  # at least and at most, each of `guided.bootstrap_steps`
+    _begins_with_maps = False
+    balanced_rounds = 2  # in which every class gets the same share
 
-    def __init__(self, context: RunContext, learned: Learned) -> None:
+    def __init__(self, context: RunContext, learned: Learned, *, starts: int = 0) -> None:
         """
         Args:
             context: of the run.
             learned: gets the best start's references.
+            starts: random starts; 0: as many as the settings say.
 
         Raises:
             TrainingError: too few particles take part.
@@ -73,6 +75,7 @@ class ClassStart:
         check_count(context.count, context.config.run.data)
         self._context, self._learned = context, learned
         settings, level = context.config.guided, min(context.store.levels)
+        starts = starts or settings.starts
         self._classes, self._steps = context.config.train.classes, settings.bootstrap_steps
         # Both halves serve one map: half as many particles for each class as where each half has its own.
         self._batch = max(settings.bootstrap_batch, settings.bootstrap_batch * self._classes // 2)
@@ -82,11 +85,11 @@ class ClassStart:
         self._shifts = context.shift_grid_px(level)
         self._grid = so3_grid(HALF_GRID).to(context.device)
         self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
-        self._sums = Backprojection(level, device=context.device, classes=settings.starts * self._classes)
-        self._balance = Balance(settings.starts, self._classes, context.device)
-        self._going = list(range(settings.starts))
+        self._sums = Backprojection(level, device=context.device, classes=starts * self._classes)
+        self._balance = Balance(starts, self._classes, context.device)
+        self._going = list(range(starts))
         self._banks: dict[int, Complex[Tensor, "h p"]] = {}
-        self._gains = torch.zeros(settings.starts, 3, dtype=torch.float64, device=context.device)
+        self._gains = torch.zeros(starts, 3, dtype=torch.float64, device=context.device)
         """Of each start's held-out particles: sum of the likelihood gains, of their squares, number."""
         self._earlier: list[float] = []  # mean gain of the best start in each round
         self._round, self._step, self._judged, self._images = 1, 0, 0, 0
@@ -170,8 +173,7 @@ class ClassStart:
         """One step of every start, and of the noise that they share; one reduction over the workers."""
         noise, near = self._noise, self._near
         if self._step == 0:
-            noise.add(batch.transforms, None, self._pixels)
-            world.all_reduce_(*noise.tensors())
+            self._begin(batch, world)
         noise.decay(DECAY)
         residuals = NoiseSpectrum(len(noise.power), near.kx.device)
         fresh = Backprojection(near.box_size, device=near.kx.device, classes=self._sums.classes)
@@ -186,7 +188,12 @@ class ClassStart:
         self._sums.decay(DECAY)
         self._sums.numerator += fresh.numerator
         self._sums.denominator += fresh.denominator
-        self._balance.add(mass, DECAY, even=self._round <= BALANCED_ROUNDS)
+        self._balance.add(mass, DECAY, even=self._round <= self.balanced_rounds)
+
+    def _begin(self, batch: ParticleImages, world: World) -> None:
+        """The noise before the first step: the power of the images. Collective."""
+        self._noise.add(batch.transforms, None, self._pixels)
+        world.all_reduce_(*self._noise.tensors())
 
     def _insert(
         self, batch: ParticleImages, start: int, fresh: Backprojection, residuals: NoiseSpectrum
@@ -194,7 +201,7 @@ class ClassStart:
         """One step of one start on this worker: all images at all poses of all classes; the classes' posterior mass."""
         near, first = self._near, start * self._classes
         mass = self._gains.new_zeros(self._classes)
-        if self._step == 0:
+        if self._step == 0 and not self._begins_with_maps:
             self._insert_at_random(batch.within(RADIUS), start, fresh)
             return mass + len(batch) / self._classes
         grid = turned_grid(self._grid, self._generator(start))
@@ -286,9 +293,10 @@ class ClassStart:
 
     def _settled(self) -> bool:
         """Whether two more rounds brought next to nothing."""
-        if self._round < LEAST_ROUNDS:
+        least, most = self.rounds
+        if self._round < least:
             return False
-        return self._earlier[-1] < SETTLED * self._earlier[-3] or self._round == MOST_ROUNDS
+        return self._earlier[-1] < SETTLED * self._earlier[-3:][0] or self._round == most
 
     def _join_alike(self, world: World) -> bool:
         """Empty the classes whose map is another, larger class's, in whatever frame and hand. Collective."""

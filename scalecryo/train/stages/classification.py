@@ -202,11 +202,17 @@ class Classification:
 
     def _end(self, world: World) -> None:
         """Half-maps of every class, and the labels."""
-        common, maps = self._common, self._sums.merged(PARTS).solve()
+        common, sums = self._common, self._sums.merged(PARTS)
+        maps, joint = sums.solve(), sums.joined().solve()
+        # What a class is, both halves begin with: apart they could lay an unfinished one into different frames.
+        low = (torch.arange(maps.shape[-1] // 2 + 1, device=maps.device) <= RADII[0]).float()
+        for own, both in zip(maps.flatten(0, 1), joint.flatten(0, 1), strict=True):
+            own += weight_shells(both - own, low)
         pixel_size = self._context.store.level_pixel_size(self._sums.box_size)
-        self._learned.references = ReferenceSet.of_maps(
+        found = ReferenceSet.of_maps(
             maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent
         )
+        self._learned.references = found
         self._learned.particles.commit(world)
 
     def _told(self) -> str:

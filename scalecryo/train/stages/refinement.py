@@ -140,7 +140,7 @@ class Iteration:
     def _estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
         """Against whole halves, or each against the other parts of its half."""
         if self._parts is None:
-            return self._whole.estimate(batch, known, seen)
+            return self._whole.estimate(batch, known, seen, all_classes=self.plan.searched and self._number == 0)
         found, part = known, self._context.partition.part(batch.rows)
         for own, others in enumerate(self._parts):
             at = (part == own).nonzero()[:, 0]  # host sync
@@ -233,7 +233,7 @@ class Refinement:
         searches = settings.search_iterations if settings.start == "nothing" else 0
         docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
         self._posed = settings.start == "poses" or docked  # well from the first iteration on
-        self._schedule = Schedule(searches, settings.settled_iterations)
+        self._schedule = Schedule(searches, settings.settled_iterations, patient=context.config.train.classes > 1)
         self._creep = StrainSteps()
         self._strain: Tensor | None = None  # to be applied to maps and poses of each half
         self._parts: Parts | None = None
