@@ -1,5 +1,6 @@
 """Several structures at once, from simulated mixtures to the tables of other packages."""
 
+import copy
 import json
 import threading
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(species: tuple[
     whole, batches = start_of(species[1], tmp_path / "one")
     for images in batches[:4]:
         whole.step(images)
-    state = whole.state_dict()
+    state = copy.deepcopy(whole.state_dict())
     # What was saved goes on to the same bits.
     whole.step(batches[4])
     resumed, _ = start_of(species[1], tmp_path / "two")
