@@ -31,7 +31,8 @@ app = App(
 )
 
 # Also --data … --symmetry, and first in the help.
-_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.mask", "train.diameter_a", "train.symmetry")
+_FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.symmetry", "train.classes", "train.mask",
+          "train.diameter_a")  # fmt: skip
 _GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
     ("convert", "assign"), "; the same command goes on where it stopped"
 )
@@ -295,8 +296,8 @@ def select(
         source: .star, .cs or .csg, or a run's folder
         out: where to write, .star or .cs
         index: rows to keep, from 0: a text file with one on each line, or a .npy
-        query: a condition on columns, such as "defocus_u < 20000 and confidence > 0.5"; in a .star also its own
-            columns, such as rlnClassNumber
+        query: a condition on columns, such as "defocus_u < 20000 and confidence > 0.5" or "class == 2" (from 1); in a
+            .star also its own columns, such as rlnGroupNumber
         half: keep the particles of this half
         min_confidence: keep the particles at least this sure of their pose, 0 to 1
         passthrough: a cryoSPARC file of the same particles with more fields, joined by uid

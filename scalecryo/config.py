@@ -92,6 +92,11 @@ class TrainConfig(Section):
     symmetry: str = option(
         "C1", "point group: C7, D7, T, O, I, I1 to I4, about RELION's axes, which are found in the first map", POSED
     )
+    classes: int = option(1, "structures that the particles are sorted into", POSED, least=1, most=64)
+    class_mode: Literal["independent", "docked"] = option(
+        "independent", "independent: unrelated structures, each from random poses; docked: one assembly in several "
+        "compositions or conformations, told apart at the poses of one common map", GUIDED,
+    )  # fmt: skip
     seed: int = option(0, "seed of the start, the sample order and the noise", least=0)
     checkpoint_every: int = option(500, "steps between checkpoints", STEPS, least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)

@@ -1,7 +1,8 @@
 """`scalecryo evaluate`: a run, a table or a map against a known truth, as one line of JSON and two pictures."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 
 from scalecryo.commands.console import note, say
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.relion import JUNK, OwnColumns, StarPoses, image_key, read_poses
+from scalecryo.data.formats.relion import CLASS, CLASS_PROBABILITY, JUNK, OwnColumns, StarPoses, image_key, read_poses
 from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.evaluate.align_maps import rotational_symmetry
-from scalecryo.evaluate.compare import MapComparison, compare_maps, compare_poses, summary
+from scalecryo.evaluate.classes import ClassComparison, compare_classes
+from scalecryo.evaluate.compare import MapComparison, PoseComparison, compare_maps, compare_poses, summary
 from scalecryo.evaluate.metrics import junk_auc
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 from scalecryo.evaluate.symmetry_axes import symmetry_axes
@@ -24,6 +26,8 @@ from scalecryo.physics.symmetry import PointGroup
 from scalecryo.runs.folder import RunFolder
 
 _AXES_RADIUS, _AGREES = 24.0, 0.9  # Fourier pixels that the true map's axes are found with, and its least agreement
+
+LEAST_OF_CLASS = 20  # particles of a class whose poses are compared
 
 
 def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]:
@@ -50,14 +54,16 @@ def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]
     # What cannot be used is refused before anything that takes long.
     rows = _matched(table, urls.join(truth, "truth.star"), pixel_size) if table else None
     volume = _volume_of_extent(density, extent) if density else None
+    if rows and rows.classes and rows.class_index is not None and rows.class_true is not None:
+        # The top level is class 1: it is compared with what most of its particles show.
+        shown = int(rows.classes.confusion[:, 0].argmax())
+        true_map = _true_map(truth, shown)
+        rows = replace(rows, of_first=(rows.class_index == 1) & (rows.class_true == shown + 1))
     group = _group(path if not is_table and not is_map else None, symmetry)
     related = torch.eye(3)[None]
     if rows:
         related = rotational_symmetry(true_map) if group is None else _rotations(true_map, pixel_size, group, truth)
-    poses = None
-    if rows:
-        shifts = rows.shift_px, rows.shift_true_px
-        poses = compare_poses(rows.rotation, rows.rotation_true, *shifts, related, exact=group is not None)
+    poses = _compare(rows, rows.of_first, related, exact=group is not None) if rows else None
     maps: MapComparison | None = None
     if density and volume is not None:
         maps = compare_maps(
@@ -68,6 +74,7 @@ def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]
     line = summary(images, poses, maps) | {
         "junk_auc": rows.junk_auc if rows else None,
         "symmetry": group.name if group else None,
+        **(_classes(rows, truth, urls.parent(density) if density else None) if rows else {}),
         "box_size": true_map.shape[-1],
         "pixel_size": pixel_size,
     }
@@ -102,6 +109,62 @@ class _Matched:
     shift_px: torch.Tensor | None
     shift_true_px: torch.Tensor | None
     junk_auc: float | None
+    class_index: NDArray[np.int64] | None = None
+    class_true: NDArray[np.int64] | None = None
+    of_first: Bool[NDArray, " n"] | None = None
+
+    @cached_property
+    def classes(self) -> ClassComparison | None:
+        """Of the labels, from 1; None where a table has none, or the truth knows one structure."""
+        if self.class_index is None or self.class_true is None:
+            return None
+        return compare_classes(self.class_index, self.class_true)
+
+
+def _compare(
+    rows: _Matched, keep: Bool[NDArray, " n"] | None, related: torch.Tensor, *, exact: bool = False
+) -> PoseComparison | None:
+    """Errors of the poses of all rows, or of some; None of too few. See `compare_poses`."""
+    at = torch.ones(len(rows.rotation), dtype=torch.bool) if keep is None else torch.from_numpy(keep)
+    if keep is not None and int(at.sum()) < LEAST_OF_CLASS:
+        return None
+    shifts = [None if shift is None else shift[at] for shift in (rows.shift_px, rows.shift_true_px)]
+    return compare_poses(rows.rotation[at], rows.rotation_true[at], shifts[0], shifts[1], related, exact=exact)
+
+
+def _true_map(truth: str, number: int) -> torch.Tensor:
+    """truth.mrc, truth_2.mrc, …: the structure of a class, from 0."""
+    density, _, _ = read_map(urls.join(truth, f"truth_{number + 1}.mrc" if number else "truth.mrc"))
+    return torch.from_numpy(density)
+
+
+def _classes(rows: _Matched, truth: str, folder: str | None) -> dict[str, Any]:
+    """Labels, and by true class the errors of its particles and of the map of the class that most of them are in."""
+    found = rows.classes
+    if found is None or rows.class_index is None:
+        return {"class_accuracy": None}
+    pose: list[float | None] = []
+    reached: list[float | None] = []
+    for number, partner in enumerate(found.partner.tolist()):
+        keep = (rows.class_index == partner + 1) & (rows.class_true == number + 1)
+        true_map = _true_map(truth, number)
+        symmetry = rotational_symmetry(true_map)
+        poses = _compare(rows, keep, symmetry)
+        errors = None if poses is None else poses.modulo or poses.errors
+        pose.append(None if errors is None else round(errors.median_deg, 5))
+        path = urls.join(folder, f"class{partner + 1}", "map.mrc") if folder and partner >= 0 else None
+        if path is None or poses is None or not urls.exists(path):
+            reached.append(None)
+            continue
+        volume, pixel_size, _ = read_map(path)
+        extent = volume.shape[-1] * pixel_size
+        maps = compare_maps(torch.from_numpy(volume), true_map, extent, poses.alignment, symmetry)
+        reached.append(round(maps.errors.angstrom_05, 5))
+    return {
+        "class_accuracy": found.accuracy, "class_purity": found.purity, "class_confusion": found.confusion.tolist(),
+        "class_partner": [partner + 1 for partner in found.partner.tolist()],
+        "class_rotation_error_median_deg": pose, "class_fsc_0.5_angstrom": reached,
+    }  # fmt: skip
 
 
 def _matched(table: str, truth: str, pixel_size: float) -> _Matched:
@@ -126,7 +189,19 @@ def _matched(table: str, truth: str, pixel_size: float) -> _Matched:
         rows, true_rows = np.array(pairs).T
         auc = junk_auc(estimate.confidence[rows], particle[true_rows])
     rotation, rotation_true = torch.from_numpy(estimate.rotation[mine]), torch.from_numpy(true.rotation[theirs])
-    return _Matched(rotation, rotation_true, shift_px(estimate, mine), shift_px(true, theirs), auc)
+    labels = [_labels(name, picked) for name, picked in ((table, mine), (truth, theirs))]
+    shifts = shift_px(estimate, mine), shift_px(true, theirs)
+    return _Matched(rotation, rotation_true, *shifts, auc, *(labels if labels[1] is not None else ()))
+
+
+def _labels(table: str, rows: list[int]) -> NDArray[np.int64] | None:
+    """Class of some rows, from 1; None where there is but one, or a run of one class kept those of its source."""
+    columns = OwnColumns(urls.read_bytes(table), urls.redacted(table))
+    own = CLASS_PROBABILITY in columns.names or JUNK in columns.names or not table.endswith("/particles.star")
+    if CLASS not in columns.names or not own:
+        return None
+    found = columns.numbers(CLASS)[rows].astype(np.int64)
+    return found if int(found.max()) > 1 and int(found.min()) > 0 else None
 
 
 def _is_particle(truth: str, count: int) -> Bool[NDArray, " n"]:

@@ -1,5 +1,6 @@
 """`scalecryo export`: a run's map and poses as another package reads them."""
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 from scalecryo.runs.folder import RunFolder
 
 _MAPS = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc")
+_CLASS_FOLDER = re.compile(r"class\d+$")
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,10 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     result = _read(run)
     # Refused before anything is written.
     origin = _origin(result, data) if format == "cryosparc" else None
-    for name in _MAPS:
-        if urls.exists(urls.join(run, name)):
-            density, size, origin_a = read_map(urls.join(run, name))
-            write_map(urls.join(out, name), density, size, origin_a)
+    for folder in ("", *filter(_CLASS_FOLDER.match, urls.list_folder(run))):
+        for name in _MAPS:
+            if urls.exists(urls.join(run, folder, name) if folder else urls.join(run, name)):
+                _copy_map(run, out, *filter(None, (folder, name)))
     if origin is not None:
         _cryosparc(result, out, origin)
     elif format == "cryodrgn":
@@ -86,6 +88,12 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     else:
         _relion(result, out)
     say(f"{urls.redacted(out)}: {len(result.table):,} particles and the maps for {format}")
+
+
+def _copy_map(run: str, out: str, *names: str) -> None:
+    density, size, origin_a = read_map(urls.join(run, *names))
+    urls.make_folder(urls.parent(urls.join(out, *names)))
+    write_map(urls.join(out, *names), density, size, origin_a)
 
 
 def _read(run: str) -> _Result:
@@ -118,7 +126,10 @@ def _cryosparc(result: _Result, out: str, origin: _Origin) -> None:
         pose = poses.rotation, shift
         cryosparc.write_particles(path, table, _boxes(result), origin.sign, poses.confidence, pose, extra.columns)
     else:
-        cryosparc.write_with_poses(path, *origin.rows, poses.rotation, shift, poses.confidence, poses.half)
+        own = relion.OwnColumns(text_of(urls.join(result.run, "particles.star")), result.run)
+        # The source's own class comes back as it was; those of a run with several stand beside their probability.
+        classes = own.numbers(relion.CLASS).astype(np.int64) if relion.CLASS_PROBABILITY in own.names else None
+        cryosparc.write_with_poses(path, *origin.rows, poses.rotation, shift, poses.confidence, poses.half, classes)
     cryosparc.write_group(urls.join(out, "particles.csg"), "particles.cs")
 
 

@@ -16,6 +16,7 @@ from scalecryo.errors import InputError, OutputExistsError, ScalecryoError
 from scalecryo.runs.folder import RunFolder
 
 _Rotations = npt.NDArray[np.float64]
+_CLASS_NAMES = {"class": relion.CLASS, "class_probability": relion.CLASS_PROBABILITY}  # in conditions
 _Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 
@@ -75,7 +76,8 @@ def _from_star(
     table = relion.read_particles(source, text)
     own = relion.OwnColumns(text, urls.redacted(source))
     confidence = own.numbers(relion.MAX_CONFIDENCE) if relion.MAX_CONFIDENCE in own.names else None
-    keep = selection.mask(table, confidence, own.names, own.numbers)
+    known = {ours: theirs for ours, theirs in _CLASS_NAMES.items() if theirs in own.names}
+    keep = selection.mask(table, confidence, [*own.names, *known], lambda name: own.numbers(known.get(name, name)))
     if out.endswith(".star") and group is not None:
         relion.write_expanded(out, text, keep, relion.read_poses(source).rotation, group)
         return int(keep.sum()), len(keep)
@@ -122,7 +124,8 @@ def _from_cs(source: str, out: str, selection: Selection, passthrough: tuple[str
     where = urls.redacted(source)
     rows = csrows.read(source, passthrough)
     table = cryosparc.table_of(rows, where)
-    keep = selection.mask(table, cryosparc.confidence_of(rows, where), (), lambda name: np.empty(0))
+    own = cryosparc.classes_of(rows)
+    keep = selection.mask(table, cryosparc.confidence_of(rows, where), own.keys(), own.__getitem__)
     chosen = rows[keep]
     if out.endswith(".cs"):
         urls.write_bytes_atomic(out, csrows.encode(chosen))

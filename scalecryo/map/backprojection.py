@@ -133,6 +133,14 @@ class Backprojection:
             found = with_copies(numerator[part], denominator[part], self._copies, radius * self.scale + 2)
             numerator[part], denominator[part] = found
 
+    def joined(self) -> "Backprojection":
+        """The sums of both halves together, in either half."""
+        whole = Backprojection(self.box_size, self.scale, "meta", classes=self.classes)
+        for name, grid in zip(("numerator", "denominator"), self.tensors(), strict=True):
+            setattr(whole, name, grid.sum(1, keepdim=True).expand_as(grid))
+        whole._copies = self._copies
+        return whole
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums."""
         return self.numerator, self.denominator

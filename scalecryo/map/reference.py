@@ -1,12 +1,12 @@
 """The maps that poses are sought against: two independent half-maps for every class, and what they share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.map.backprojection import PADDING
@@ -89,11 +89,16 @@ class ReferenceSet:
             mask = own_mask.expand(len(maps), -1, -1, -1)
         elif mask is None:
             means = [weight_shells(pair.mean(0), c_ref(curve)) for pair, curve in zip(maps, curves, strict=True)]
-            mask = torch.stack([mask_from_map(mean, pixel_size) for mean in means])
+            mask = torch.stack([_mask_of_class(mean, pixel_size, len(maps)) for mean in means])
         if own_mask is None and sphere is not None:
             mask = mask * sphere
         masked = torch.stack([fsc(pair[0] * own, pair[1] * own) for pair, own in zip(maps, mask, strict=True)])
         return cls(maps, pixel_size, mask, curves, masked, noise, radius, sphere if own_mask is None else own_mask)
+
+    def select(self, order: Int[Tensor, " k"]) -> "ReferenceSet":
+        """Some classes, in this order."""
+        parts = {name: getattr(self, name)[order] for name in ("maps", "mask", "fsc", "fsc_masked")}
+        return replace(self, **parts)
 
     @property
     def level(self) -> int:
@@ -112,6 +117,10 @@ class ReferenceSet:
     def curve(self, class_index: int = 0) -> Float[Tensor, " shells"]:
         """A class's masked FSC in single precision: what maps are filtered by."""
         return self.fsc_masked[class_index].float()
+
+    def fsc_mean(self) -> Float[Tensor, ""]:
+        """Mean of the masked FSC of all classes."""
+        return self.fsc_masked.float().mean()
 
     def resolution(self, threshold: float) -> tuple[float, float]:
         """Shell and Å at which the best class's masked FSC falls to a threshold."""
@@ -143,7 +152,7 @@ class ReferenceSet:
         return self._reference(mean, class_index, self._mask_of_references(mean), level, noise)
 
     def _mask_of_references(self, mean: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
-        return mask_from_map(mean, 1.0) if self.reference_mask is None else self.reference_mask
+        return _mask_of_class(mean, 1.0, self.classes) if self.reference_mask is None else self.reference_mask
 
     def _reference(
         self,
@@ -179,6 +188,13 @@ class ReferenceSet:
         """What `state_dict` gave."""
         tensors = {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
         return cls(**tensors, pixel_size=float(state["pixel_size"]), radius=float(state["radius"]))
+
+
+def _mask_of_class(mean: Float[Tensor, "n n n"], pixel_size: float, classes: int) -> Float[Tensor, "n n n"]:
+    """Around a map's density; of many classes one may hold nothing, and gets a sphere."""
+    if classes > 1 and float(mean.amax()) <= 0:  # host sync: once per map
+        return soft_sphere(mean.shape[-1], mean.shape[-1] / 2 - 2, edge_px=2, device=mean.device)
+    return mask_from_map(mean, pixel_size)
 
 
 def reference_transform(volume: Float[Tensor, "n n n"], padding: float) -> Complex[Tensor, "d d h"]:

@@ -66,6 +66,7 @@ class PoseEstimates(Poses):
 
     Attributes:
         class_index: of the map that explains the image best, from 0.
+        class_probability: of that class among all.
         confidence: probability of this pose among the candidates that were refined; of the auto-encoder: correlation
             of the image with its prediction.
         particle_probability: that the image shows a particle at all.
@@ -73,6 +74,7 @@ class PoseEstimates(Poses):
     """
 
     class_index: Int[Tensor, " b"]
+    class_probability: Float[Tensor, " b"]
     confidence: Float[Tensor, " b"]
     particle_probability: Float[Tensor, " b"]
     log_likelihood: Float[Tensor, " b"]
@@ -82,7 +84,7 @@ class PoseEstimates(Poses):
         """Room for so many estimates: zeros."""
         zero, index = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.long, device=device)
         return cls(
-            torch.zeros(count, 3, 3, device=device), torch.zeros(count, 2, device=device), index, zero, zero, zero
+            torch.zeros(count, 3, 3, device=device), torch.zeros(count, 2, device=device), index, zero, zero, zero, zero
         )
 
 

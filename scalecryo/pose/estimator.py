@@ -16,7 +16,7 @@ from scalecryo.distributed.timer import Timer
 from scalecryo.map.reference import Reference, References
 from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseCandidates, PoseEstimates
+from scalecryo.physics.poses import PoseCandidates, PoseEstimates, Poses
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.candidate_sources import CandidateSource
 from scalecryo.pose.local_refinement import refine_poses
@@ -27,6 +27,7 @@ from scalecryo.pose.search import templates
 # an empty image, and than so many nats: one that starts at a grid's point has still some way to go.
 PRUNE_FRACTION, PRUNE_MARGIN_NATS = 0.1, 20.0
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to show the particle
+SURE = 1 - 1e-4  # probability of a class beyond which the others are not looked at again
 SAME = 15.0  # degrees times Fourier pixels: a quarter of the turn that moves the outermost pixel by one
 
 
@@ -44,6 +45,7 @@ class EStepPlan:
         probability_radius: Fourier pixels that tell whether an image shows a particle; 0: every image does.
         shift_radius: of the disc of possible shifts, Å.
         equivalent: rotations that nothing tells apart: related poses are no rivals; None: none.
+        class_radius: Fourier pixels at most by which a class is chosen, where an image has its share in a map.
     """
 
     radius: float
@@ -55,6 +57,7 @@ class EStepPlan:
     probability_radius: float = 0.0
     shift_radius: float = 0.0
     equivalent: Float[Tensor, "e 3 3"] | None = None
+    class_radius: float = 24.0
 
 
 class PoseEstimator:
@@ -71,29 +74,66 @@ class PoseEstimator:
         self._references, self._plan, self._source, self._timer = references, plan, source, timer
         self._classes = 1 + max(number for number, _ in references)
 
-    def estimate(self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"]) -> PoseEstimates:
+    def estimate(
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], *, all_classes: bool = False
+    ) -> PoseEstimates:
         """The likeliest pose of every particle, over all classes.
 
         Args:
             images: a batch.
             known: what is remembered of them.
             seen: of which of them anything is.
+            all_classes: whether to look at the other classes of those too that are sure of theirs.
         """
         found = PoseEstimates.unknown(len(images), images.transforms.device)
         for half in (1, 2):
             at = (images.half == half).nonzero()[:, 0]  # host sync
             if len(at):
                 own = images.select(at), known.select(at), seen[at]
-                by_class = [self._estimate(*own, self._references[number, half]) for number in range(self._classes)]
-                found = found.put(at, _best_class(by_class))
+                if self._classes == 1:
+                    found = found.put(at, self._estimate(*own, self._references[0, half]))
+                else:
+                    found = found.put(at, self._over_classes(*own, half, all_classes))
         return found
 
+    def _over_classes(
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], half: int, all_classes: bool
+    ) -> PoseEstimates:
+        """The likeliest pose over all classes. A class that all but excludes the others is the only one looked at.
+
+        Classes need not share a frame: a known pose is one in its own class, and the others are searched.
+        """
+        plan, device = self._plan, images.transforms.device
+        sure = seen & (known.class_probability > SURE) & (not all_classes)
+        radius = plan.radius if plan.search_known else min(plan.radius, plan.class_radius)
+        score = torch.full((len(images), self._classes), -torch.inf, dtype=torch.float64, device=device)
+        by_class = []
+        for number in range(self._classes):
+            reference, own = self._references[number, half], seen & (known.class_index == number)
+            found = PoseEstimates.unknown(len(images), device)
+            for at, here in ((own, True), (~own & ~sure, False)):
+                rows = at.nonzero()[:, 0]  # host sync
+                if len(rows):
+                    some, poses = images.select(rows), known.select(rows)
+                    # Of another class: as one never seen, but at the known shift, and its pose is a candidate.
+                    estimate = self._estimate(some, poses, seen[rows], reference, search=not here)
+                    found = found.put(rows, estimate)
+                    score[rows, number] = pose_gain(some, estimate, reference, radius)
+            by_class.append(found)
+        return _best_class(by_class, score)
+
     def _estimate(
-        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], reference: Reference
+        self,
+        images: ParticleImages,
+        known: PoseEstimates,
+        seen: Bool[Tensor, " b"],
+        reference: Reference,
+        *,
+        search: bool = False,
     ) -> PoseEstimates:
         """Poses against one reference."""
         plan, found = self._plan, known
-        wanted = (seen.logical_not() | plan.search_known).nonzero()[:, 0]  # host sync
+        wanted = (seen.logical_not() | plan.search_known | search).nonzero()[:, 0]  # host sync
         if len(wanted):
             found = known.put(
                 wanted, self._search(images.select(wanted), known.select(wanted), seen[wanted], reference)
@@ -153,17 +193,15 @@ class PoseEstimator:
         return empty_cost(near.transforms, weight) + found.log_likelihood
 
 
-def _best_class(by_class: Sequence[PoseEstimates]) -> PoseEstimates:
+def _best_class(by_class: Sequence[PoseEstimates], score: Float[Tensor, "b classes"]) -> PoseEstimates:
     """Of every particle the estimate in its likeliest class; its confidence shrinks by the other classes' share."""
-    if len(by_class) == 1:
-        return by_class[0]
-    log_likelihood = torch.stack([found.log_likelihood for found in by_class], 1)
-    share, best = log_likelihood.softmax(1).max(1)
+    share, best = score.softmax(1).max(1)
     chosen = by_class[0]
     for number, found in enumerate(by_class):
         at = (best == number).nonzero()[:, 0]  # host sync
         chosen = chosen.put(at, replace(found.select(at), class_index=best[at]))
-    return replace(chosen, confidence=chosen.confidence * share)
+    share = share.float()
+    return replace(chosen, class_probability=share, confidence=chosen.confidence * share)
 
 
 def refine_candidates(
@@ -211,6 +249,7 @@ def refine_candidates(
         rotation=rotation[best],
         shift=shift_px[best] * images.pixel_size,
         class_index=torch.zeros(count, dtype=torch.long, device=image.device),
+        class_probability=torch.ones(count, device=image.device),
         confidence=(1 / (1 + others)).float(),
         particle_probability=torch.ones(count, device=image.device),
         log_likelihood=-lead.float(),
@@ -250,18 +289,31 @@ def particle_probability(
         radius: Fourier pixels that are compared. A low one: an image's own share in the map would speak for it.
         shift_radius: of the disc of possible shifts, Å; 0 where particles are centred.
     """
-    near = images.within(radius)
-    weight = reference.noise.pixel_weight(near.pixels)
-    slices = templates(reference.transform, found.rotation, near.pixels, reference.scale)
-    shift_px, pixels = found.shift_px(images.pixel_size), near.pixels
-    predicted = form_images(slices, near.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
-    gain = empty_cost(near.transforms, weight) - empty_cost(near.transforms - predicted, weight)
-    limit = pixels.radius_limit
+    near, weight, slices, gain = _gain(images, found, reference, radius)
+    limit = near.pixels.radius_limit
     poses = 8 * math.pi**2 * limit**3
     if shift_radius > 0:
         poses *= max(1.0, math.pi * (shift_radius / images.pixel_size * 2 * math.pi * limit / images.box_size) ** 2)
     particle, other = gain - math.log(poses), _other_evidence(near, slices, weight)
     return torch.sigmoid(particle - torch.logaddexp(torch.zeros_like(other), other)).float()
+
+
+def pose_gain(images: ParticleImages, found: Poses, reference: Reference, radius: float) -> Float[Tensor, " b"]:
+    """Log-likelihood ratio of poses over an empty map, at a radius, Fourier pixels."""
+    return _gain(images, found, reference, radius)[-1]
+
+
+def _gain(
+    images: ParticleImages, found: Poses, reference: Reference, radius: float
+) -> tuple[ParticleImages, Float[Tensor, " p"], Complex[Tensor, "b p"], Float[Tensor, " b"]]:
+    """The images up to a radius, their pixels' weights, the slices at their poses, and `pose_gain`."""
+    near = images.within(radius)
+    weight, pixels = reference.noise.pixel_weight(near.pixels), near.pixels
+    slices = templates(reference.transform, found.rotation, pixels, reference.scale)
+    shift_px = found.shift_px(images.pixel_size)
+    predicted = form_images(slices, near.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
+    gain = empty_cost(near.transforms, weight) - empty_cost(near.transforms - predicted, weight)
+    return near, weight, slices, gain
 
 
 def _other_evidence(

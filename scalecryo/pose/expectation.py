@@ -26,11 +26,13 @@ class Expectation:
             each rotation, and of posterior mass times CTF².
         log_evidence: of each image, up to the image's constant: see `Posterior`.
         residual: expected power of the residuals of all images, by Fourier pixel.
+        mass: posterior mass of each image at each rotation and its flip together.
     """
 
     slices: CtfWeightedImages
     log_evidence: Float[Tensor, " b"]
     residual: Float[Tensor, " p"]
+    mass: Float[Tensor, "b h"]
 
 
 @torch.no_grad()
@@ -42,12 +44,14 @@ def expected_slices(
     shift_grid_px: Float[Tensor, "t 2"],
     pixels: FourierPixels,
     *,
+    log_prior: Float[Tensor, " h"] | None = None,
     chunk_elements: int = 2**21,
 ) -> Expectation:
     """Posterior-weighted sums of all images at h rotations; what belongs to a flip goes, conjugate, to its rotation.
 
     Args:
         observed, ctf, pixel_weight, templates, shift_grid_px, pixels: as in `grid_posterior`.
+        log_prior: logarithm of each rotation's prior probability, up to a constant; None: all are equally likely.
         chunk_elements: most scores that live at a time (but at least those of one image).
 
     Raises:
@@ -63,6 +67,7 @@ def expected_slices(
     bank = torch.stack([templates.real, templates.imag, 0.5 * power])
     sums = bank.new_zeros(2, half, len(pixels))
     weight, mass, evidence = bank.new_zeros(half, len(pixels)), bank.new_zeros(half), []
+    masses = []
     for start in range(0, len(observed), each):
         rows = slice(start, start + each)
         some, own = observed[rows], None if ctf is None else ctf[rows]
@@ -70,6 +75,8 @@ def expected_slices(
         moved = weighted[:, None] * back
         with tensor_cores():
             scores = pair_scores(torch.stack([moved.real, moved.imag]), energy, bank, work)
+        if log_prior is not None:
+            scores += log_prior
         share, found = _posterior_mass(scores)
         evidence.append(found)
         centred = (some if own is None else some * own)[:, None] * back
@@ -77,6 +84,7 @@ def expected_slices(
         sums[0].addmm_((share[:, 0] + share[:, 1]).flatten(0, 1).T, centred.real.flatten(0, 1))
         sums[1].addmm_((share[:, 0] - share[:, 1]).flatten(0, 1).T, centred.imag.flatten(0, 1))
         by_rotation = share.sum((1, 2))
+        masses.append(by_rotation)
         mass += by_rotation.sum(0)
         if own is not None:
             weight.addmm_(by_rotation.T, own.square())
@@ -84,7 +92,7 @@ def expected_slices(
         weight += mass[:, None]
     values = torch.complex(sums[0], sums[1])
     residual = squared_modulus(observed).sum(0) - 2 * (templates.conj() * values).real.sum(0) + (weight * power).sum(0)
-    return Expectation(CtfWeightedImages(values, weight), torch.cat(evidence), residual)
+    return Expectation(CtfWeightedImages(values, weight), torch.cat(evidence), residual, torch.cat(masses))
 
 
 def _posterior_mass(scores: Float[Tensor, "b 2 t h"]) -> tuple[Float[Tensor, "b 2 t h"], Float[Tensor, " b"]]:

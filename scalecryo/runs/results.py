@@ -1,7 +1,5 @@
 """What a finished run leaves behind: maps, curves, the particle table and the report. Worker 0 only."""
 
-import csv
-import io
 import json
 from dataclasses import dataclass
 
@@ -33,6 +31,7 @@ from scalecryo.physics.aberrations import recorded_shift
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.symmetry import PointGroup
+from scalecryo.runs.class_results import fsc_table, write_classes, write_maps
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Pairs
 from scalecryo.settings import POSED
@@ -72,6 +71,11 @@ class FinalParticles:
         """Probability that the image shows the particle, in this pose and not in another mode."""
         return self.poses.confidence * self.poses.particle_probability
 
+    @property
+    def classes(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Class of each, from 1, and its probability."""
+        return _numpy(self.poses.class_index) + 1, _numpy(self.poses.class_probability)
+
 
 def write_results(
     config: Config,
@@ -87,9 +91,7 @@ def write_results(
     """
     generator = torch.Generator().manual_seed(config.train.seed)
     final = postprocess(maps, generator)
-    volumes = {"map": final.map, "half1": maps.maps[0, 0], "half2": maps.maps[0, 1], "mask": maps.mask[0]}
-    for name, volume in volumes.items():
-        mrc.write_map(run.path(f"{name}.mrc"), _numpy(volume), store.pixel_size)
+    write_maps(run, "", maps, final)
     if learned is not None:
         mrc.write_map(run.path("volume.mrc"), _numpy(learned), store.level_pixel_size(learned.shape[-1]))
     table, shift = store.table(), particles.poses.shift.cpu()
@@ -109,14 +111,17 @@ def write_results(
         box_size=int(store.attrs["source_box_size"]),
         more=extra.columns,
         more_optics=extra.optics,
+        classes=particles.classes if maps.classes > 1 else None,
     )
     cones = _cones(maps, final)
-    run.write("fsc.csv", _fsc_table(maps, final, store).encode())
+    run.write("fsc.csv", fsc_table(maps, final).encode())
     run.write("fsc_cones.csv", cones.table().encode())
     sections = _sections(config, store, run, particles, maps, final, cones)
     for section, name in sections:
         if section.png is not None:
             run.write(f"{name}.png", section.png)
+    if maps.classes > 1:
+        sections[1:1] = write_classes(run, particles.poses, maps, final, generator)
     title = f"scalecryo: {store.count} particles, {store.box_size} px, {store.pixel_size:g} Å/px"
     run.write("report.html", report_html(title, [section for section, _ in sections]).encode())
     return cones
@@ -128,17 +133,6 @@ def _cones(maps: ReferenceSet, final: FinalMap) -> ConicalFsc:
     curves = freed_of_mask(cone_fsc(first, second, directions), final.fsc_random, final.random_from)
     _, angstrom = resolution(final.fsc_corrected, maps.level, maps.pixel_size, 0.143)
     return ConicalFsc(directions.to(curves), curves, maps.level, maps.pixel_size, angstrom)
-
-
-def _fsc_table(maps: ReferenceSet, final: FinalMap, store: ParticleStore) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["shell", "resolution_angstrom", "fsc_unmasked", "fsc_masked", "fsc_random", "fsc_corrected"])
-    curves = torch.stack([maps.fsc[0], maps.fsc_masked[0], final.fsc_random, final.fsc_corrected], 1)
-    for shell, values in enumerate(curves.tolist()):
-        angstrom = store.box_size * store.pixel_size / shell if shell else float("inf")
-        writer.writerow([shell, f"{angstrom:.4f}", *(f"{value:.5f}" for value in values)])
-    return text.getvalue()
 
 
 def _sections(

@@ -33,6 +33,7 @@ SCHEMA: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "rotation": (3, 3),  # image frame to volume frame
         "shift": (2,),  # Å, (x, y), where the content sits
         "class_index": (),
+        "class_probability": (),
         "confidence": (),
         "particle_probability": (),
         "half": (),  # 1 or 2
@@ -130,7 +131,8 @@ class ParticleState:
                 columns["shift"] = corrected_shift(shift, matrix).numpy()
             for name, values in columns.items():
                 self._columns[name][rows] = values
-            self._columns["confidence"][rows] = self._columns["particle_probability"][rows] = 1
+            for name in ("class_probability", "confidence", "particle_probability"):
+                self._columns[name][rows] = 1
             self._written[rows] = 1
 
     def remove_pass(self, name: str) -> None:
@@ -145,6 +147,7 @@ def _estimates(column: Mapping[str, Tensor]) -> PoseEstimates:
         rotation=column["rotation"],
         shift=column["shift"],
         class_index=column["class_index"].long(),
+        class_probability=column["class_probability"],
         confidence=column["confidence"],
         particle_probability=column["particle_probability"],
         log_likelihood=torch.zeros_like(column["confidence"]),

@@ -14,6 +14,10 @@ from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned, Stage
 from scalecryo.train.stages.autoencoder import AutoEncoding
 from scalecryo.train.stages.bootstrap import HALF_GRID, Bootstrap
+from scalecryo.train.stages.class_maps import ClassMaps
+from scalecryo.train.stages.class_start import ClassStart
+from scalecryo.train.stages.classification import Classification
+from scalecryo.train.stages.common_map import CommonMap
 from scalecryo.train.stages.final_pass import FinalPass
 from scalecryo.train.stages.gradient_descent import GradientDescent
 from scalecryo.train.stages.imported_poses import ImportedPoses
@@ -32,18 +36,30 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
         "table": (GradientDescent, FinalPass),
     }
 )
+CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
+    {
+        "independent": (ClassStart, Refinement, FinalPass),
+        "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, FinalPass),
+        "poses": (ImportedPoses, Classification, Refinement, FinalPass),
+    }
+)
+"""With several classes: by `train.class_mode`, or from imported poses."""
 
 
 def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
     """The stages of a run, and what they will learn; but for those that the settings leave out."""
     recipe = context.config.recipe
     learned = Learned(ParticleState(context.run, context.store.count))
-    if recipe in ("guided", "poses"):
+    many = context.config.train.classes > 1
+    if recipe in ("guided", "poses") and not many:  # the encoder knows one map
         learned.encoder = _encoder_trainer(context)
     config = context.config
     left_out: list[StageMaker] = [FinalPass] if not config.train.final_pass else []
     left_out += [Refinement] if recipe == "autoencoder" and not config.autoencoder.refine else []
-    makers = [maker for maker in RECIPES[recipe] if maker not in left_out]
+    chosen = RECIPES[recipe]
+    if many:
+        chosen = CLASS_RECIPES["poses" if recipe == "poses" else config.train.class_mode]
+    makers = [maker for maker in chosen if maker not in left_out]
     return [maker(context, learned) for maker in makers], learned
 
 

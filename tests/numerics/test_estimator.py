@@ -1,5 +1,7 @@
 """The E-step against the poses, halves and classes that images were made with."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def particles(known: ReferenceSet, pixels: FourierPixels) -> tuple[ParticleImage
         slices[own] = templates(prepared[number, 1].transform, rotation[own], pixels, prepared[number, 1].scale)
     images = form_images(slices, None, shift_px, pixels.kx, pixels.ky, BOX)
     images += torch.randn(images.shape, dtype=torch.complex64, generator=generator) * BOX * SIGMA
-    truth = PoseEstimates(rotation, shift_px * PIXEL_SIZE, class_index, one, one, one)
+    truth = PoseEstimates(rotation, shift_px * PIXEL_SIZE, class_index, one, one, one, one)
     return ParticleImages(rows, half, one, rows * 0, pixels, PIXEL_SIZE).with_transforms(images), truth
 
 
@@ -81,7 +83,7 @@ def test_a_known_pose_is_refined_and_kept_in_its_half() -> None:
     images, truth = particles(known, pixels)
     angle = torch.tensor(3.0).deg2rad()
     turn = torch.tensor([[angle.cos(), -angle.sin(), 0.0], [angle.sin(), angle.cos(), 0.0], [0.0, 0.0, 1.0]])
-    start = PoseEstimates(truth.rotation @ turn, truth.shift, truth.class_index, *3 * [torch.ones(COUNT)])
+    start = PoseEstimates(truth.rotation @ turn, truth.shift, truth.class_index, *4 * [torch.ones(COUNT)])
     seen = torch.ones(COUNT, dtype=torch.bool)
     alone, beside = (
         estimator(known, pixels, search_known=search).estimate(images, start, seen) for search in (False, True)
@@ -106,3 +108,21 @@ def test_noise_is_no_particle() -> None:
     nothing, seen = PoseEstimates.unknown(COUNT), torch.zeros(COUNT, dtype=torch.bool)
     found = estimator(known, pixels, search_known=False).estimate(images.with_transforms(noise), nothing, seen)
     assert found.particle_probability.median() < 0.01
+
+
+def test_a_wrong_class_is_left_unless_it_was_sure() -> None:
+    # Every particle comes with the pose of its own map but half of them with the other class: they go back, but for
+    # those whose class was certain, where the others are not looked at.
+    pixels, known = fourier_pixels(BOX, 13.0), references(2)
+    images, truth = particles(known, pixels)
+    seen, wrong = torch.ones(COUNT, dtype=torch.bool), torch.arange(COUNT) % 4 >= 2
+    mixed = torch.where(wrong, 1 - truth.class_index, truth.class_index)
+    posed = estimator(known, pixels, search_known=False)
+    unsure = replace(truth, class_index=mixed, class_probability=torch.full((COUNT,), 0.6))
+    found = posed.estimate(images, unsure, seen)
+    assert float((found.class_index == truth.class_index).float().mean()) > 0.95
+    assert float(found.class_probability[~wrong].median()) > 0.999
+    sure = posed.estimate(images, replace(unsure, class_probability=torch.ones(COUNT)), seen)
+    assert torch.equal(sure.class_index, mixed)
+    again = posed.estimate(images, replace(unsure, class_probability=torch.ones(COUNT)), seen, all_classes=True)
+    assert torch.equal(again.class_index, found.class_index)

@@ -21,7 +21,7 @@ def estimates_of(rows: list[int], seed: int = 0) -> tuple[torch.Tensor, PoseEsti
     found = PoseEstimates(
         random_rotations(count, generator), torch.randn(count, 2, generator=generator),
         torch.randint(3, (count,), generator=generator), torch.rand(count, generator=generator),
-        torch.rand(count, generator=generator), torch.zeros(count),
+        torch.rand(count, generator=generator), torch.rand(count, generator=generator), torch.zeros(count),
     )  # fmt: skip
     return torch.tensor(rows), found, 1 + torch.arange(count) % 2
 
@@ -31,7 +31,7 @@ def state_of(folder: Path, count: int = 50) -> ParticleState:
 
 
 def same(first: PoseEstimates, second: PoseEstimates) -> bool:
-    names = ("rotation", "shift", "class_index", "confidence", "particle_probability")
+    names = ("rotation", "shift", "class_index", "class_probability", "confidence", "particle_probability")
     return all(torch.equal(getattr(first, name), getattr(second, name)) for name in names)
 
 

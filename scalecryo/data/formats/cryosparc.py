@@ -33,6 +33,7 @@ _POSE, _SHIFT, _PIXEL, _SPLIT = (f"alignments3D/{name}" for name in ("pose", "sh
 _ABERRATIONS = {"shift_A": 2, "tilt_A": 2, "trefoil_A": 2, "tetra_A": 4, "anisomag": 4}  # and their sizes
 _SCALES = {"ctf/bfactor": 0.0, "ctf/scale": 1.0, "alignments3D/alpha": 1.0}  # and where they do nothing
 _CONFIDENCE = "alignments3D/class_posterior"
+_CLASS = "alignments3D/class"
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.void]
@@ -99,6 +100,11 @@ def _shift_pixel(rows: Rows, where: str) -> Floats:
         return own
     stated = _numbers(rows, _PIXEL, where)
     return np.where(stated > 0, stated, own)
+
+
+def classes_of(rows: Rows) -> dict[str, NDArray[np.float64]]:
+    """The column `class`, counted from 1 as RELION does; nothing where the rows have none."""
+    return {"class": rows[_CLASS].astype(np.float64) + 1} if _CLASS in (rows.dtype.names or ()) else {}
 
 
 def confidence_of(rows: Rows, where: str) -> Floats | None:
@@ -223,7 +229,7 @@ def _new_alignment(count: int, pixel_size: NDArray[np.floating]) -> dict[str, ND
     return {
         _PIXEL: np.asarray(pixel_size, dtype=np.float32),
         "alignments3D/alpha": _constant(count, 1.0),
-        "alignments3D/class": np.zeros(count, np.uint32),
+        _CLASS: np.zeros(count, np.uint32),
         _CONFIDENCE: _constant(count, 1.0),
         "alignments3D/class_ess": _constant(count, 1.0),
     }
@@ -297,6 +303,7 @@ def write_with_poses(
     shift: NDArray[np.floating],
     confidence: NDArray[np.floating] | None,
     half: NDArray[np.integer],
+    class_number: NDArray[np.integer] | None = None,
 ) -> None:
     """Write a source's own .cs rows with new poses: every uid, field and dtype else as it was.
 
@@ -310,6 +317,7 @@ def write_with_poses(
         shift: (N, 2) Å, where the content sits, (x, y).
         confidence: (N,) 0 to 1; None to leave cryoSPARC's.
         half: (N,) 1 or 2.
+        class_number: (N,) from 1, written as alignments3D/class, from 0; None leaves the source's.
 
     Raises:
         InputError: a row is not in the source, or twice.
@@ -325,6 +333,8 @@ def write_with_poses(
     new = _alignment(rotation[order], -shift[order] / pixel[:, None], np.asarray(half)[order])
     if confidence is not None:
         new[_CONFIDENCE] = np.asarray(confidence)[order].astype(np.float32)
+    if class_number is not None:
+        new[_CLASS] = (class_number[order] - 1).astype(np.uint32)
     fields = {name: rows[name] for name in names}
     for name, values in {**_new_alignment(len(rows), pixel), **new}.items():
         if name not in names:

@@ -19,7 +19,8 @@ from scalecryo.errors import MissingInputError
 _INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 PARTS = 4
-_HALF, _PART, _HELD_OUT = 1, 2, 3  # keys of the three hashes
+_HALF, _PART, _HELD_OUT, _LABEL = 1, 2, 3, 0  # keys of the hashes
+_LABEL_STRIDE = 1 << 40  # rows between two draws of labels
 _LEAST_SHARE = 1 / 3  # of the particles in the smaller half
 _CHANCE = 4.0  # standard deviations of a fair draw, within which halves of few particles differ
 
@@ -113,6 +114,10 @@ class Partition:
     def part(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """0 to 3: parts of each half, each of which is searched against a map of the others."""
         return _hash(self._image(rows), _PART) % PARTS
+
+    def label(self, rows: Int[Tensor, " b"], number: int, count: int) -> Int[Tensor, " b"]:
+        """One of `count` random labels, each as likely; another draw for every number from 0."""
+        return _hash(self._image(rows), _LABEL + 4 * (number + 1) * _LABEL_STRIDE) % count
 
     def held_out(self, rows: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
         """A tenth of the particles, which the start never learns from."""

@@ -1,10 +1,11 @@
-"""A condition on particle columns, as text: `defocus_u < 20000 and 300 <= voltage`.
+"""A condition on particle columns, as text: `defocus_u < 20000 and class == 2`.
 
 The text is parsed, never evaluated as Python: numbers, column names, + - * /, comparisons, and, or, not.
 """
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +18,7 @@ from scalecryo.data.particles import Columns
 from scalecryo.errors import ConfigError
 
 _LONGEST = 2000
+_KEYWORDS = {"class_": "class"}  # columns whose name Python would not let stand
 _NUMBERS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
 }  # fmt: skip
@@ -55,7 +57,7 @@ class Query:
         if len(text) > _LONGEST:
             raise ConfigError(f"{where} {text[:40]!r}…: {len(text)} characters long, and {_LONGEST} are read")
         try:
-            tree = ast.parse(text.strip(), mode="eval").body
+            tree = ast.parse(re.sub(r"\bclass\b", "class_", text.strip()), mode="eval").body
             needed: set[str] = set()
             kind = _check(tree, needed)
         except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
@@ -95,7 +97,7 @@ def _check(node: ast.expr, needed: set[str]) -> type:
         case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARISONS for op in ops):
             return _all(float, [left, *others], bool, needed)
         case ast.Name(id=name):
-            needed.add(name)
+            needed.add(_KEYWORDS.get(name, name))
             return float
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             float(value)  # too large a number fails here
@@ -128,7 +130,7 @@ def _value(node: ast.expr, columns: Columns) -> Any:
             found = [_COMPARISONS[type(op)](a, b) for a, op, b in zip(values, ops, values[1:], strict=False)]
             return reduce(np.logical_and, found)
         case ast.Name(id=name):
-            return columns[name].astype(np.float64)
+            return columns[_KEYWORDS.get(name, name)].astype(np.float64)
         case ast.Constant(value=int() | float() as value):
             return np.float64(value)
     raise AssertionError(ast.dump(node))

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, ctf_weighted_on_padded_box
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import newest_step
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
@@ -158,10 +160,19 @@ class FinalPass:
         )
         assert self._poses is not None, "request() comes first"
         found, half = self._found.all()
+        maps, found = _largest_first(maps, found)
         notes = context.partition.notes + self._learned.notes + self._poses.notes + notes
         particles = FinalParticles(found, half, self._pairs, notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
+
+
+def _largest_first(maps: ReferenceSet, found: PoseEstimates) -> tuple[ReferenceSet, PoseEstimates]:
+    """Classes in the order of how many particles they hold."""
+    if maps.classes == 1:
+        return maps, found
+    order = torch.bincount(found.class_index, minlength=maps.classes).argsort(descending=True, stable=True)
+    return maps.select(order.to(maps.maps.device)), replace(found, class_index=order.argsort()[found.class_index])
 
 
 def _weighted(images: ParticleImages) -> CtfWeightedImages:

@@ -77,8 +77,8 @@ class ReferencePoses:
         self._generator = torch.Generator()
         radius = min(references.radius, level / 2 - 1)
         group = context.point_group
-        related = [RelatedRotations.of(references, number, group) for number in range(references.classes)]
-        told = related[0].told(group)
+        related = [_related(references, number, group) for number in range(references.classes)]
+        told = related[0].told(group) if references.classes == 1 else ""
         self.notes: tuple[str, ...] = (told,) if told else ()
         steps = tuple((at, passes) for at, passes in FIRST_STEPS if at < radius)
         plan = EStepPlan(
@@ -90,7 +90,7 @@ class ReferencePoses:
             fit_shift=context.fit_shift,
             probability_radius=min(PROBABILITY_RADIUS, radius),
             shift_radius=context.shift_radius,
-            equivalent=related[0].equivalent,
+            equivalent=related[0].equivalent if references.classes == 1 else None,  # each class has its own
         )
         self._encoder, self._references = encoder, references
         source: CandidateSource
@@ -144,11 +144,21 @@ class ReferencePoses:
         return self._encoder.own_poses(images, self._references).rotation
 
 
+def _related(references: ReferenceSet, number: int, group: PointGroup | None) -> RelatedRotations:
+    """Poses that a class's map relates; none of a class that holds nothing."""
+    if references.classes > 1 and float(references.mean(number).amax()) <= 0:  # host sync
+        none = torch.zeros(0, 3, 3, device=references.maps.device)
+        return RelatedRotations(none, none)
+    return RelatedRotations.of(references, number, group)
+
+
 def _lay_onto(moving: Tensor, fixed: Tensor, similar: Tensor, group: PointGroup | None) -> Alignment:
     """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well.
 
     Both have the axes of the point group: of what turns and moves little, only what keeps them is left.
     """
+    if not bool(moving.any()) or not bool(fixed.any()):  # a class that holds nothing
+        return Alignment(torch.eye(3), False, torch.zeros(3), 0.0)
     turns = (torch.eye(3), *similar.cpu())
     starts = [Alignment(turn, False, torch.zeros(3), 0.0) for turn in turns]
     found = align_maps(moving.cpu(), fixed.cpu(), starts, search=False)
@@ -181,6 +191,7 @@ class ModelPoses:
             rotation=output.poses.rotation,
             shift=output.poses.shift,
             class_index=torch.zeros(len(images), dtype=torch.long, device=images.rows.device),
+            class_probability=torch.ones_like(fit),
             confidence=fit,
             particle_probability=usable,
             log_likelihood=-output.loss,

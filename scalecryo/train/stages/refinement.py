@@ -73,6 +73,7 @@ class Iteration:
                 halves.
         """
         self.plan, self._context, self._learned = plan, context, learned
+        self._number = number
         self.pixels = context.pixels(plan.level, plan.insertion_radius)
         self._sums = Backprojection(
             plan.level, device=context.device, classes=references.classes * (PARTS if plan.searched else 1)
@@ -80,6 +81,7 @@ class Iteration:
         self._residuals = NoiseSpectrum(int(self.pixels.shell.max()) + 1, context.device)
         self.counts = torch.zeros(5, dtype=torch.float64, device=context.device)
         """Particles that changed their mode, that turned visibly, seen before; summed likelihood gain, of how many."""
+        self.class_counts = torch.zeros(references.classes, dtype=torch.float64, device=context.device)
         self.creep = StrainFit(context.device)
         self._strain = strain
         self.images = 0
@@ -106,7 +108,7 @@ class Iteration:
             self._encoder.begin(number)
             if number >= FIRST_ENCODER_ITERATION:
                 self._encoder_reference = references.mean_at(self._encoder.pixels.box_size, self._encoder.pixels)
-        learned.particles.begin(f"iteration_{number + 1:04d}")
+        learned.particles.begin(f"iteration_{learned.steps + number + 1:04d}")
 
     def _estimator(self, references: ReferenceSet, *, left_out: bool) -> PoseEstimator:
         context, plan = self._context, self.plan
@@ -147,12 +149,14 @@ class Iteration:
     def _estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
         """Against whole halves, or each against the other parts of its half."""
         if self._parts is None:
-            return self._whole.estimate(batch, known, seen)
+            return self._whole.estimate(batch, known, seen, all_classes=self.plan.searched and self._number == 0)
         found, part = known, self._context.partition.part(batch.rows)
         for own, others in enumerate(self._parts):
             at = (part == own).nonzero()[:, 0]  # host sync
             if len(at):
-                found = found.put(at, others.estimate(batch.select(at), known.select(at), seen[at]))
+                again = own == self._number % PARTS  # each part's turn to look at all classes
+                posed = others.estimate(batch.select(at), known.select(at), seen[at], all_classes=again)
+                found = found.put(at, posed)
         return found
 
     def _insert(self, batch: ParticleImages, found: PoseEstimates) -> None:
@@ -179,7 +183,9 @@ class Iteration:
         gain = self._whole.likelihood_gain(batch, found)
         restless = (turned > SAME / self.plan.radius) & seen
         jumped = (turned > MOVED_DEG) & seen
-        self.creep.add(known.rotation, found.rotation, seen, batch.half)
+        if len(self.class_counts) == 1:  # classes share no frame
+            self.creep.add(known.rotation, found.rotation, seen, batch.half)
+        self.class_counts += torch.bincount(found.class_index, minlength=len(self.class_counts))
         counts = jumped.sum(), restless.sum(), seen.sum(), gain.sum(), gain.new_tensor(float(len(batch)))
         self.counts += torch.stack([value.double() for value in counts])
         for half in (1, 2):
@@ -205,7 +211,7 @@ class Iteration:
         """Sum over the workers, solve, compare the halves. Collective."""
         if world.size > 1:
             self._sums.all_reduce_(world.all_reduce_, self.pixels.radius_limit)
-        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts)
+        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts, self.class_counts)
         if self._group is not None:
             with world.timer.part("symmetrise"):
                 self._sums.symmetrise(self._group.others, self.pixels.radius_limit)
@@ -237,7 +243,9 @@ class Refinement:
         settings = context.config.guided
         self._context, self._learned = context, learned
         searches = settings.search_iterations if settings.start == "nothing" else 0
-        self._schedule = Schedule(searches, settings.settled_iterations)
+        docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
+        self._posed = settings.start == "poses" or docked  # well from the first iteration on
+        self._schedule = Schedule(searches, settings.settled_iterations, patient=context.config.train.classes > 1)
         self._creep = StrainSteps()
         self._strain: Tensor | None = None  # to be applied to maps and poses of each half
         self._parts: Parts | None = None
@@ -249,11 +257,11 @@ class Refinement:
         context, settings = self._context, self._context.config.guided
         schedule, references = self._schedule, self._learned.references
         assert references is not None, "a start comes before the refinement"
-        if not schedule.radius and settings.start == "poses":
+        if not schedule.radius and self._posed:
             schedule.radius = max(FIRST_RADIUS, references.resolution(SIGNAL)[0])
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
-        if plan.searched and schedule.number == RELATED_ITERATION:
+        if plan.searched and schedule.number == RELATED_ITERATION and references.classes == 1:
             self._related = RelatedRotations.of(references, group=context.point_group)
             if told := self._related.told(context.point_group):
                 logger.info("%s", told)
@@ -280,7 +288,7 @@ class Refinement:
         assert before is not None, "a start comes before the refinement"
         after = iteration.finish(world)
         counts = iteration.counts.tolist()  # host sync
-        gain = float(after.curve().mean() / before.curve().mean()) if before.level == after.level else None
+        gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
         creep = self._creep_on(iteration)
         self._schedule.update(
             iteration.plan, creep=creep, reach=after.resolution(SIGNAL)[0], gain=gain,
@@ -314,6 +322,7 @@ class Refinement:
         assert references is not None, "a start comes before the refinement"
         return {
             "references": references.state_dict(),
+            "steps": self._learned.steps,
             "notes": list(self._learned.notes),
             "half_parts": None if self._parts is None else [part.state_dict() for part in self._parts],
             "encoder": None if encoder is None else encoder.state_dict(),
@@ -332,6 +341,7 @@ class Refinement:
         """
         learned, device = self._learned, self._context.device
         learned.references = ReferenceSet.from_state_dict(state["references"], device)
+        learned.steps = state["steps"]
         learned.notes = tuple(state["notes"])
         if state["half_parts"] is not None:
             self._parts = [ReferenceSet.from_state_dict(part, device) for part in state["half_parts"]]
@@ -355,7 +365,7 @@ class Refinement:
             "iteration/radius": plan.radius, "iteration/level": plan.level,
             "iteration/modes": plan.modes * plan.searched,
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
-            "halves/fsc_mean": float(after.curve().mean()),
+            "halves/fsc_mean": float(after.fsc_mean()),
             "likelihood_gain_per_image": counts[3] / max(counts[4], 1),
         }  # fmt: skip
         message = (
@@ -366,6 +376,10 @@ class Refinement:
             message += f", {100 * moved:.0f} % of the particles found another mode"
             scalars["iteration/restless_share"] = restless
             message += f", {100 * restless:.0f} % still turn"
+        if after.classes > 1:
+            shares = (iteration.class_counts / iteration.class_counts.sum()).tolist()  # host sync
+            scalars |= {f"classes/share_{number}": share for number, share in enumerate(shares, 1)}
+            message += f", classes hold {' '.join(f'{100 * share:.0f}' for share in shares)} %"
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(

@@ -107,6 +107,8 @@ class Schedule:
     Attributes:
         most_searches: iterations that search all particles at most; 0: none is searched that has a pose.
         most_settled: iterations in a row without progress that end the local refinement.
+        patient: whether the search goes on while particles jump, even where the maps gain nothing: with several
+            classes, one of them may still be finding itself while the others are done.
         number: finished iterations.
         radius: of the next one; 0: the first.
         searched: whether the next one searches all particles.
@@ -119,6 +121,7 @@ class Schedule:
 
     most_searches: int
     most_settled: int
+    patient: bool = False
     number: int = 0
     radius: float = 0.0
     searched: bool = True
@@ -179,7 +182,8 @@ class Schedule:
         elif moved is not None:
             earlier = self.moved[0] if len(self.moved) > 1 else None
             better = gain is None or gain > PROGRESS
-            if moved < JUMPING or (earlier is not None and moved > CALMER * earlier and not better):
+            idle = earlier is not None and moved > CALMER * earlier and not better
+            if moved < JUMPING or (idle and not self.patient):
                 self.searched = False
         elif len(self.moved) > 1:
             self.searched = False  # more than an iteration reads: new ones are searched in any case

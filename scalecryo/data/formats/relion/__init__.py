@@ -7,15 +7,10 @@ byte but for the values that change.
 
 from scalecryo.data.formats.relion.expand import write_expanded
 from scalecryo.data.formats.relion.table import OwnColumns, StarPoses, image_key, read_particles, read_poses
-from scalecryo.data.formats.relion.values import JUNK, MAX_CONFIDENCE
-from scalecryo.data.formats.relion.write import (
-    own_table,
-    write_particles,
-    write_rows,
-    write_with_poses,
-)
+from scalecryo.data.formats.relion.values import CLASS, CLASS_PROBABILITY, JUNK, MAX_CONFIDENCE
+from scalecryo.data.formats.relion.write import own_table, write_particles, write_rows, write_with_poses
 
 __all__ = [
-    "JUNK", "MAX_CONFIDENCE", "OwnColumns", "StarPoses", "image_key", "own_table", "read_particles", "read_poses",
-    "write_expanded", "write_particles", "write_rows", "write_with_poses",
+    "CLASS", "CLASS_PROBABILITY", "JUNK", "MAX_CONFIDENCE", "OwnColumns", "StarPoses", "image_key", "own_table",
+    "read_particles", "read_poses", "write_expanded", "write_particles", "write_rows", "write_with_poses",
 ]  # fmt: skip

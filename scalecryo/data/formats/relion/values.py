@@ -25,6 +25,8 @@ OPTICS = {
     "amplitude_contrast": "rlnAmplitudeContrast",
 }
 MAX_CONFIDENCE = "rlnMaxValueProbDistribution"
+CLASS = "rlnClassNumber"
+CLASS_PROBABILITY = "scalecryoClassProbability"
 HALF = "rlnRandomSubset"
 GROUP = "rlnOpticsGroup"
 PARTICLE_ID = "rlnParticleId"

@@ -17,6 +17,8 @@ from scalecryo.data.formats.relion.aberrations import as_numbers, optics_columns
 from scalecryo.data.formats.relion.syntax import MARK, Block, Rows, StarText, Text
 from scalecryo.data.formats.relion.values import (
     ANGLES,
+    CLASS,
+    CLASS_PROBABILITY,
     DEFOCUS,
     GROUP,
     HALF,
@@ -188,6 +190,7 @@ def write_with_poses(
     box_size: int | None = None,
     more: Mapping[str, npt.NDArray] = _NONE,
     more_optics: Mapping[str, npt.NDArray] = _NONE,
+    classes: tuple[npt.NDArray[np.integer], npt.NDArray[np.floating]] | None = None,
 ) -> None:
     """Write the source's own table with new poses: all its columns, every other value as it was.
 
@@ -204,12 +207,17 @@ def write_with_poses(
         half: (N,) 1 or 2.
         box_size: of the images, px, for an optics table that is made.
         more, more_optics: further columns where `table` itself is written (`write_particles`).
+        classes: (N,) from 1, and the probability of each, written as rlnClassNumber and scalecryoClassProbability; None
+            leaves the source's.
 
     Raises:
         InputError: the table has rows that the source does not have, or one twice.
     """
-    half = np.asarray(half)
+    half, found = np.asarray(half), {}
+    if classes is not None:
+        found = {CLASS: classes[0].astype(np.int64), CLASS_PROBABILITY: classes[1].astype(np.float64)}
     if source_star is None:
+        more = {**more, **found}
         _write_lines(url, own_table(table, (rotation, shift), half, confidence, box_size, more, more_optics))
         return
     text = StarText(source_star, urls.redacted(url))
@@ -221,6 +229,7 @@ def write_with_poses(
         raise InputError(f"{text.where}: the source table has {count} rows, the poses are for {len(table)} others")
     new: dict[str, npt.NDArray] = dict(_pose_columns(rotation, shift))
     new |= {HALF: half.astype(np.int64), MAX_CONFIDENCE: np.asarray(confidence, dtype=np.float64)}
+    new |= found
     _write_edited(url, text, place, new, table.pixel_size, box_size)
 
 

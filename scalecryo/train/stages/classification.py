@@ -1,0 +1,220 @@
+"""Classes of one assembly, told apart at the poses of its one common map (`class_mode = docked`, imported poses).
+
+Expectation maximisation over the class alone: every particle stays at its pose, and its posterior over K maps says how
+much of it enters each. It begins with random labels, several times over. A particle is compared with maps of the other
+three parts of the particles: its own noise in a map would hold it there. So the likelihood is that of data never seen,
+and tells which labels led furthest. First at low frequencies, where few unknowns face many images, then as far as the
+common map is resolved.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from scalecryo.data.selection.partition import PARTS
+from scalecryo.distributed.world import World
+from scalecryo.map.backprojection import PADDING, Backprojection
+from scalecryo.map.reference import Reference, ReferenceSet, reference_transform, weight_shells
+from scalecryo.physics.fft import fourier_resize_3d
+from scalecryo.physics.image_formation import ctf_weighted, form_images
+from scalecryo.physics.mask import mask_from_map
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseEstimates
+from scalecryo.pose.estimator import empty_cost, map_weight
+from scalecryo.pose.search import templates
+from scalecryo.runs.monitor import PassReport
+from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.stage import Learned
+from scalecryo.train.stages.class_shares import floored
+
+logger = logging.getLogger(__name__)
+STARTS = 3  # random labels that are tried
+RADII = (12.0, 24.0)  # Fourier pixels: of the first passes, and at most of the last ones
+MOST_PASSES, LEAST_PASSES = (30, 8), (8, 3)  # at each radius
+SETTLED, OVER = 2e-3, 3  # gain in log-likelihood per image and pass that is progress, over so many passes
+BATCH, MOST_PARTICLES = 1024, 20_000
+SIGNAL = 0.143
+REGULARISATION = 0.05
+Labelling = tuple[int, int, int]  # start, class, part that is left out
+
+
+class Classification:
+    """Passes at a low radius from several random labels, then at a higher one with the best; the last one labels."""
+
+    name = "classes"
+
+    def __init__(self, context: RunContext, learned: Learned) -> None:
+        """
+        Args:
+            context: of the run.
+            learned: the common map, and a pose of every particle; gets the maps of the classes and the labels.
+        """
+        self._context, self._learned = context, learned
+        self._classes = context.config.train.classes
+        self._going = list(range(STARTS))
+        self._share = torch.full((STARTS, self._classes), 1 / self._classes, device=context.device)
+        self._maps: dict[Labelling, Float[Tensor, "n n n"]] = {}
+        self._references: dict[Labelling, Reference] = {}
+        self._gains: list[float] = []  # in log-likelihood over an empty map, of the best labels, at this radius
+        self._at_radius, self._pass, self._images = 0, 0, 0
+        self._last = False
+
+    def request(self) -> BatchRequest:
+        """The same particles in every pass."""
+        context, common = self._context, self._common
+        radius = min(RADII[self._at_radius], max(common.resolution(SIGNAL)[0], RADII[0]))
+        fits = [level for level in context.levels if level / 2 - 1 >= radius]
+        level = min(fits) if fits else max(context.levels)
+        self._pixels = context.pixels(level, min(radius, level / 2 - 1))
+        noise = common.level_noise(level, self._pixels)
+        self._pixel_weight = noise.pixel_weight(self._pixels)
+        for which, volume in self._maps.items():
+            resized = volume if volume.shape[-1] == level else fourier_resize_3d(volume, level)
+            self._references[which] = Reference(reference_transform(resized, PADDING), PADDING, noise)
+        sums = len(self._going) * self._classes * PARTS
+        self._sums = Backprojection(level, device=context.device, classes=sums)
+        self._counts = torch.zeros(len(self._going), self._classes, dtype=torch.float64, device=context.device)
+        self._gain = torch.zeros(len(self._going), 2, dtype=torch.float64, device=context.device)
+        """Of each start: summed log-likelihood gain, of how many images."""
+        self._images = 0
+        self._pass += 1
+        if self._last:
+            self._learned.particles.begin(f"classes_{self._learned.steps:04d}")
+        epoch = context.order(level, BATCH).steps_per_epoch
+        return BatchRequest((self._pixels,), BATCH, start=0, batches=min(epoch, -(-MOST_PARTICLES // BATCH)))
+
+    @torch.no_grad()
+    def step(self, *images: ParticleImages) -> None:
+        """Share a batch out among the classes, and add it to their sums."""
+        (batch,) = images
+        known, seen = self._learned.particles.read(batch.rows)
+        batch, known = batch.select(seen), known.select(seen)
+        if not len(batch):
+            return
+        self._images += len(batch)
+        part = self._context.partition.part(batch.rows)
+        weighted, shift_px = ctf_weighted(batch.transforms, batch.ctf), known.shift_px(batch.pixel_size)
+        for place in range(len(self._going)):
+            share = self._shares(batch, known, part, place)
+            self._counts[place] += share.sum(0)
+            for number in range(self._classes):
+                weight = (map_weight(known) * share[:, number]).float()
+                index = (place * self._classes + number) * PARTS + part
+                self._sums.add(weighted, known.rotation, shift_px, weight, batch.half, self._pixels, index)
+            if self._last:
+                probability, best = share.max(1)
+                labelled = replace(known, class_index=best, class_probability=probability.float())
+                self._learned.particles.note(batch.rows, labelled, batch.half)
+
+    def finish_pass(self, world: World) -> PassReport:
+        """Solve the maps; choose among the labels and go on to the next radius when nothing gets better. Collective."""
+        if world.size > 1:
+            self._sums.all_reduce_(world.all_reduce_, self._pixels.radius_limit)
+        world.all_reduce_(self._counts, self._gain)
+        self._share[self._going] = floored(self._counts).float()
+        report = f"classes: pass {self._pass}"
+        if self._last:
+            self._end(world)
+            return PassReport(f"{report}, {self._told()}", self._images, checkpoint=False)
+        self._solve()
+        if self._pass > 1:  # the first one only spread random labels
+            gain = (self._gain[:, 0] / self._gain[:, 1]).tolist()  # host sync
+            self._gains.append(max(gain))
+            report += f", held-out log-likelihood gain per image {max(gain):.2f}, {self._told()}"
+            stalled = len(self._gains) >= LEAST_PASSES[self._at_radius]
+            stalled = stalled and self._gains[-1] - self._gains[-OVER] < (OVER - 1) * SETTLED
+            if stalled or len(self._gains) == MOST_PASSES[self._at_radius]:
+                self._go_on(gain.index(max(gain)))
+        return PassReport(report, self._images, checkpoint=False)
+
+    def done(self) -> bool:
+        """Whether there are maps of the classes."""
+        return self._common.classes == self._classes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: it takes less time than an iteration, and is made anew."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
+
+    @property
+    def _common(self) -> ReferenceSet:
+        assert self._learned.references is not None, "a common map comes first"
+        return self._learned.references
+
+    def _shares(
+        self, batch: ParticleImages, known: PoseEstimates, part: Int[Tensor, " b"], place: int
+    ) -> Float[Tensor, "b classes"]:
+        """Posterior of each image over the classes, from one start; random labels in the first pass."""
+        start = self._going[place]
+        if not self._references:
+            label = self._context.partition.label(batch.rows, start, self._classes)
+            return torch.nn.functional.one_hot(label, self._classes).double()
+        cost = torch.zeros(len(batch), self._classes, dtype=torch.float64, device=batch.rows.device)
+        for own in range(PARTS):
+            at = (part == own).nonzero()[:, 0]  # host sync
+            if len(at):
+                some, poses = batch.select(at), known.select(at)
+                each = [self._cost(some, poses, self._references[start, k, own]) for k in range(self._classes)]
+                cost[at] = torch.stack(each, 1)
+        logits = self._share[start].double().log() - cost
+        gain = logits.logsumexp(1) + empty_cost(batch.transforms, self._pixel_weight)
+        self._gain[place] += torch.stack([gain.sum(), gain.new_tensor(float(len(batch)))])
+        return logits.softmax(1)
+
+    def _cost(self, images: ParticleImages, poses: PoseEstimates, reference: Reference) -> Float[Tensor, " b"]:
+        pixels = self._pixels
+        slices = templates(reference.transform, poses.rotation, pixels, reference.scale)
+        shift_px = poses.shift_px(images.pixel_size)
+        predicted = form_images(slices, images.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
+        return empty_cost(images.transforms - predicted, self._pixel_weight)
+
+    def _solve(self) -> None:
+        """Maps of every start and class without each part: of both halves, within the common map's density."""
+        self._maps, self._references = {}, {}
+        common = self._common
+        mean, curve = common.mean(), common.curve()
+        mask = mask_from_map(fourier_resize_3d(mean, self._sums.box_size), 1.0)
+        for own in range(PARTS):
+            others = self._sums.merged(PARTS, without=own).joined()
+            for place, start in enumerate(self._going):
+                for number in range(self._classes):
+                    solved = others.solve_one(place * self._classes + number, 1, REGULARISATION)
+                    filtered = weight_shells(solved, curve[: solved.shape[-1] // 2].clamp(0, 1))
+                    self._maps[start, number, own] = filtered * mask
+
+    def _go_on(self, best: int) -> None:
+        """The best labels go on, alone; at the next radius, or to the last pass."""
+        start = self._going[best]
+        self._going = [start]
+        self._maps = {which: volume for which, volume in self._maps.items() if which[0] == start}
+        self._references, self._gains = {}, []
+        self._at_radius += 1
+        further = self._at_radius < len(RADII) and self._common.resolution(SIGNAL)[0] > RADII[self._at_radius - 1] + 2
+        if not further:
+            self._at_radius, self._last = self._at_radius - 1, True
+
+    def _end(self, world: World) -> None:
+        """Half-maps of every class, and the labels."""
+        common, sums = self._common, self._sums.merged(PARTS)
+        maps, joint = sums.solve(), sums.joined().solve()
+        # What a class is, both halves begin with: apart they could lay an unfinished one into different frames.
+        low = (torch.arange(maps.shape[-1] // 2 + 1, device=maps.device) <= RADII[0]).float()
+        for own, both in zip(maps.flatten(0, 1), joint.flatten(0, 1), strict=True):
+            own += weight_shells(both - own, low)
+        pixel_size = self._context.store.level_pixel_size(self._sums.box_size)
+        found = ReferenceSet.of_maps(
+            maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent
+        )
+        self._learned.references = found
+        self._learned.particles.commit(world)
+
+    def _told(self) -> str:
+        share = self._share[self._going[0]].tolist()
+        return "shares " + ", ".join(f"{100 * value:.0f} %" for value in share)

@@ -1,0 +1,209 @@
+"""Several structures at once, from simulated mixtures to the tables of other packages."""
+
+import copy
+import json
+import shutil
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import pytest
+import starfile
+import torch
+from torch import Tensor
+
+from scalecryo.commands import convert, evaluate, export, select, simulate, train
+from scalecryo.config import load_config
+from scalecryo.data.formats import csrows
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.distributed.world import World
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.runs.folder import RunFolder
+from scalecryo.train.particle_source import ParticleReader, RunContext
+from scalecryo.train.particle_state import ParticleState
+from scalecryo.train.stage import Learned
+from scalecryo.train.stages.class_start import ClassStart
+from tests.support.blobs import blobs
+
+COUNT, BOX, PIXEL_SIZE = 500, 32, 4.0
+START = {
+    "train.classes": "2",
+    "guided.starts": "1",
+    "guided.bootstrap_steps": "20",
+    "guided.bootstrap_batch": "60",
+    "pose.centred": "true",
+}
+
+
+def simulated(folder: Path, maps: list[Tensor], table: str) -> str:
+    """A mixture of maps, and a store of its particles, with poses (`truth`) or without."""
+    names = []
+    for number, volume in enumerate(maps):
+        names.append(folder / f"map{number}.mrc")
+        with mrcfile.new(names[-1], volume.numpy()) as handle:
+            handle.voxel_size = PIXEL_SIZE
+    simulate.run(str(names[0]), str(folder / "data"), mix=[str(name) for name in names[1:]], n=COUNT, box=BOX,
+                 pixel_size=PIXEL_SIZE, snr_db=5.0, defocus_um=(0.8, 1.6), astigmatism_um=0.05, shift_a=0.0,
+                 seed=2)  # fmt: skip
+    convert.run(str(folder / "data" / f"{table}.star"), str(folder / "store.zarr"), data_dir=None, box=None,
+                dtype="float16", workers=2, overwrite=False, invert=False, uninvert=True)  # fmt: skip
+    return str(folder / "store.zarr")
+
+
+@pytest.fixture(scope="module")
+def species(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two unrelated structures."""
+    folder = tmp_path_factory.mktemp("species")
+    return folder / "data", simulated(folder, [blobs(BOX, 1), blobs(BOX, 2)], "particles")
+
+
+def run_train(data: str, out: Path, *, resume: bool = False, **settings: str) -> None:
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
+    train.run(None, data=data, out=str(out), workers="0", device="cpu", resume=resume, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(species: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("classes") / "run"
+    run_train(species[1], run, guided__iterations="3", **{key.replace(".", "__"): v for key, v in START.items()})
+    return run
+
+
+def scores(run: Path, truth: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    evaluate.run(str(run), truth=str(truth))
+    return json.loads(capsys.readouterr().out)
+
+
+def test_two_structures_are_told_apart_from_nothing(
+    finished: Path, species: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Reference: the simulated labels and poses. At 32 px a voxel at the particle's edge is 5°.
+    found = scores(finished, species[0], capsys)
+    assert found["class_accuracy"] > 0.98
+    assert max(found["class_rotation_error_median_deg"]) < 2.5
+    assert sorted(found["class_partner"]) == [1, 2]
+    # Blobs of 1.5 px have 2 % of their amplitude left at 13 Å, shell 10 of 16.
+    assert max(found["class_fsc_0.5_angstrom"]) < 16
+
+
+def test_each_class_has_its_maps_and_the_first_is_the_largest(finished: Path) -> None:
+    table = starfile.read(finished / "particles.star")["particles"]
+    counts = table.rlnClassNumber.value_counts()
+    assert counts[1] >= counts[2]
+    assert table.scalecryoClassProbability.between(0.5, 1).all()
+    for name in ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc"):
+        first, second, top = (mrcfile.read(finished / path / name) for path in ("class1", "class2", "."))
+        assert np.array_equal(first, top)
+        assert not np.array_equal(second, top)
+    assert (finished / "class1" / "fsc.csv").read_text() == (finished / "fsc.csv").read_text()
+    report = (finished / "report.html").read_text()
+    assert "class 2: " in report
+    assert "effective number of classes" in report
+
+
+def test_classes_reach_other_packages(finished: Path, tmp_path: Path) -> None:
+    table = starfile.read(finished / "particles.star")["particles"]
+    select.run(str(finished), str(tmp_path / "two.star"), query="class == 2 and class_probability > 0.5")
+    two = starfile.read(tmp_path / "two.star")["particles"]
+    assert len(two) == (table.rlnClassNumber == 2).sum()
+    export.run(str(finished), format="relion", out=str(tmp_path / "relion"))
+    written = starfile.read(tmp_path / "relion" / "particles.star")["particles"]
+    assert (written.rlnClassNumber == table.rlnClassNumber).all()
+    assert (tmp_path / "relion" / "class2" / "map.mrc").exists()
+    export.run(str(finished), format="cryosparc", out=str(tmp_path / "cs"))
+    rows = csrows.read(str(tmp_path / "cs" / "particles.cs"), ())
+    assert (rows["alignments3D/class"] == table.rlnClassNumber - 1).all()  # cryoSPARC counts from 0
+    select.run(str(tmp_path / "cs" / "particles.cs"), str(tmp_path / "two.cs"), query="class == 2")
+    assert len(csrows.read(str(tmp_path / "two.cs"), ())) == len(two)
+
+
+def test_a_killed_run_of_several_classes_goes_on(finished: Path, species: tuple[Path, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for step in (2, 3):
+        (run / "checkpoints" / f"step_{step:010d}.pt").unlink()
+    for name in ("map.mrc", "class2/half1.mrc", "particles.star", "checkpoints/finished.json"):
+        (run / name).unlink()
+    run_train(species[1], run, resume=True)
+    for name in ("class1/map.mrc", "class2/half1.mrc"):
+        whole, resumed = ((path / name).read_bytes()[1024:] for path in (finished, run))
+        assert whole == resumed  # past the header's date
+    assert (finished / "particles.star").read_bytes() == (run / "particles.star").read_bytes()
+
+
+def test_compositions_are_told_apart_at_imported_poses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A fifth of the blobs is missing in one of two compositions; reference: the simulated labels.
+    whole = blobs(BOX, 1)
+    line = torch.arange(BOX) - BOX // 2
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    cut = whole * (1 - torch.exp(-((x - 3) ** 2 + (y + 3) ** 2 + z**2) / (2 * 3.0**2)))
+    data = simulated(tmp_path, [whole, cut], "truth")
+    run_train(data, tmp_path / "run", train__classes="2", guided__start="poses", guided__iterations="2",
+              pose__centred="true")  # fmt: skip
+    found = scores(tmp_path / "run", tmp_path / "data", capsys)
+    assert found["class_accuracy"] > 0.95
+    assert max(found["class_rotation_error_median_deg"]) < 2.5
+
+
+@dataclass(frozen=True)
+class Together(World):
+    """Workers that are threads of one process: tensors are added when all have come."""
+
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
+    given: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def all_reduce_(self, *tensors: Tensor) -> None:
+        self.given[self.rank] = tuple(tensor.clone() for tensor in tensors)
+        self.barrier.wait()
+        for number, tensor in enumerate(tensors):
+            tensor.copy_(sum(self.given[rank][number] for rank in range(self.size)))
+        self.barrier.wait()
+
+
+def start_of(data: str, folder: Path) -> tuple[ClassStart, list[ParticleImages]]:
+    """A start, and the batches of its first pass."""
+    config = load_config(None, START | {"run.data": data, "run.out": str(folder)})
+    store, run = ParticleStore.open(data), RunFolder(str(folder))
+    context = RunContext.of(config, store, run, World(), torch.device("cpu"))
+    start = ClassStart(context, Learned(ParticleState(run, store.count)))
+    reader = ParticleReader(context)
+    batches = [images for (images,) in reader.batches(start.request())]
+    reader.close()
+    return start, batches
+
+
+def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(species: tuple[Path, str], tmp_path: Path) -> None:
+    whole, batches = start_of(species[1], tmp_path / "one")
+    for images in batches[:4]:
+        whole.step(images)
+    state = copy.deepcopy(whole.state_dict())
+    # What was saved goes on to the same bits.
+    whole.step(batches[4])
+    resumed, _ = start_of(species[1], tmp_path / "two")
+    resumed.load_state_dict(state)
+    resumed.step(batches[4])
+    assert all(torch.equal(a, b) for a, b in zip(whole._tensors(), resumed._tensors(), strict=True))
+
+    # Two workers with half of the batch each: the same sums but for their order (single precision).
+    first, barrier, given = Together(0, 2), threading.Barrier(2), {}
+    worlds = [Together(rank, 2, first.timer, barrier, given) for rank in (0, 1)]
+    workers = []
+    for world in worlds:
+        worker, _ = start_of(species[1], tmp_path / f"worker{world.rank}")
+        worker.load_state_dict(state)
+        object.__setattr__(worker._context, "world", world)
+        workers.append(worker)
+    parts = [batches[4].select(torch.arange(len(batches[4])) % 2 == rank) for rank in (0, 1)]
+    threads = [threading.Thread(target=w.step, args=(part,)) for w, part in zip(workers, parts, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for one, *two in zip(whole._tensors(), *(worker._tensors() for worker in workers), strict=True):
+        for other in two:
+            scale = float(one.abs().max())
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * scale)
