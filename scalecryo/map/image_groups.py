@@ -17,8 +17,8 @@ from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.particle_images import ParticleImages
 
 OPTICS_GROUPS, MICROGRAPHS = 1024, 1 << 17  # that are told apart; numbers beyond share with others
-# Of the common spectrum in that of every optics group: one image of sixteen is looked at, so these stand for the 50 that
-# RELION takes for small groups.
+# Of the common spectrum in that of every optics group: one image of sixteen is looked at, so these stand for the 50
+# that RELION takes for small groups.
 PRIOR_IMAGES = 3.0
 WIDEST_SCALE = 5.0  # times the median, and down to its inverse, as in RELION
 CHANCE = 3.0  # standard errors of the scatter of the scales that noise alone gives: what is within is no spread
@@ -172,9 +172,7 @@ def _relative_noise(
     return ratio
 
 
-def relative_scales(
-    product: Float[Tensor, " m"], predicted: Float[Tensor, " m"]
-) -> Float[Tensor, " m"] | None:
+def relative_scales(product: Float[Tensor, " m"], predicted: Float[Tensor, " m"]) -> Float[Tensor, " m"] | None:
     """Scale of each micrograph over the median; None where they differ by no more than noise.
 
     A micrograph's own estimate is Σ Re(Y conj(P)) / Σ |P|², as in RELION, with the variance 1 / Σ |P|² in units of the
