@@ -249,7 +249,9 @@ class Refinement:
         schedule, references = self._schedule, self._learned.references
         assert references is not None, "a start comes before the refinement"
         if not schedule.radius and settings.start == "poses":
-            schedule.radius = max(FIRST_RADIUS, references.resolution(SIGNAL)[0])
+            # No farther than images are inserted: a radius that is never reached would never be the last.
+            reach = min(references.resolution(SIGNAL)[0], max(context.levels) / 2 - 1)
+            schedule.radius = max(FIRST_RADIUS, reach)
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
         if plan.searched and schedule.number == RELATED_ITERATION:
