@@ -11,6 +11,7 @@ from typing import Any
 
 import gemmi
 import mrcfile
+import numpy as np
 
 from scalecryo.commands import simulate
 
@@ -37,6 +38,7 @@ class StressSet:
         defocus_um, shift_a: µm; Å, standard deviation.
         added: further settings of `simulate`.
         dark: the particles are dark.
+        second: what a second optics group of as many particles has otherwise; None: there is one.
         quick: what a short form changes.
     """
 
@@ -50,6 +52,7 @@ class StressSet:
     shift_a: float = 4.0
     added: dict[str, Any] = field(default_factory=dict)
     dark: bool = False
+    second: dict[str, Any] | None = None
     quick: dict[str, Any] = field(default_factory=dict)
 
     def short(self) -> "StressSet":
@@ -58,6 +61,12 @@ class StressSet:
 
     def write(self, folder: Path, structures: Path, seed: int) -> None:
         """Simulate it."""
+        if self.second is not None:
+            halves = replace(self, n=self.n // 2, second=None), replace(self, n=self.n // 2, **self.second, second=None)
+            halves[0].write(folder, structures, seed)
+            halves[1].write(folder / "second", structures, seed + 1000)
+            _append(folder, folder / "second", self.n // 2)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         paths = [_structure(parts, structures, folder / f"specimen{i + 1}") for i, parts in enumerate(self.specimens)]
         simulate.run(paths[0], str(folder), mix=paths[1:], n=self.n, box=self.box, pixel_size=self.pixel_size,
@@ -66,6 +75,27 @@ class StressSet:
         if self.dark:
             with mrcfile.mmap(folder / "particles.mrcs", "r+") as stack:
                 stack.data[:] *= -1
+
+
+def _append(folder: Path, second: Path, count: int) -> None:
+    """Add a set of as many particles to another, as its second optics group."""
+    stacks = [mrcfile.read(part / "particles.mrcs") for part in (folder, second)]
+    with mrcfile.open(folder / "particles.mrcs", "r+") as stack:
+        voxel_size = stack.voxel_size
+        stack.set_data(np.concatenate(stacks))
+        stack.voxel_size = voxel_size
+    for name in ("particles.star", "truth.star"):
+        lines = (folder / name).read_text().splitlines()
+        optics = next(number for number, line in enumerate(lines) if line.startswith("1 opticsGroup1"))
+        lines.insert(optics + 1, lines[optics].replace("1 opticsGroup1", "2 opticsGroup2", 1))
+        more = (second / name).read_text().splitlines()
+        column = next(int(line.split("#")[1]) - 1 for line in more[optics + 1 :] if line.startswith("_rlnOpticsGroup "))
+        for line in more:
+            if "@particles.mrcs" in line:
+                words = line.replace("micrograph", "second").split()
+                words[0], words[column] = f"{int(words[0].split('@')[0]) + count:06d}@particles.mrcs", "2"
+                lines.append(" ".join(words))
+        (folder / name).write_text("\n".join(lines) + "\n")
 
 
 def _structure(parts: tuple[Structure, ...], structures: Path, stem: Path) -> str:
@@ -135,6 +165,11 @@ SETS: dict[str, StressSet] = {
     "mixture": StressSet(
         "two chains of 6VXX, half of them without a domain", ((DIMER,), CUT_DIMER), 6000, 64, 4.0, -10.0, (0.8, 2.5),
         4.0, HALF, quick={"n": 1500},
+    ),
+    "two_groups": StressSet(
+        "two chains of 6VXX, white; half of the images 6 dB worse and coloured; scale of each micrograph", ((DIMER,),),
+        6000, 64, 4.0, -8.0, (0.8, 2.5), 4.0, {"scale_sd": 0.3},
+        second={"snr_db": -14.0, "added": {"scale_sd": 0.3, "colour": 0.8}}, quick={"n": 1500},
     ),
     "c4": StressSet(
         "four copies of 4AKE about z", ((ADK,),), 4000, 64, 3.0, -8.0, (0.8, 2.0), 4.0, HALF | {"symmetry": "C4"},

@@ -18,6 +18,7 @@ COLUMNS: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "stack_index": ("i8", ()),  # image in the stack, from 0
     "source_row": ("i8", ()),  # row in the table that was read
     "optics_group": ("i2", ()),
+    "micrograph": ("i4", ()),  # counted from 0 as they come; -1 = not known
     "half": ("i1", ()),  # 1 or 2; 0 = not assigned
     "defocus_u": ("f4", ()),  # Å, positive underfocus, U ≥ V
     "defocus_v": ("f4", ()),

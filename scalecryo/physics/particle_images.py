@@ -26,6 +26,7 @@ class ParticleImages:
         poses: that came with the particles, or None.
         real: images in real space, protein bright, background at zero mean and unit standard deviation; None once some
             of the particles were selected.
+        recorded_on: the micrograph's number; None: not known.
     """
 
     rows: Int[Tensor, " b"]
@@ -37,6 +38,7 @@ class ParticleImages:
     optics: CtfParameters | None = None
     poses: Poses | None = None
     real: Float[Tensor, "b n n"] | None = None
+    recorded_on: Int[Tensor, " b"] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,6 +47,11 @@ class ParticleImages:
     def box_size(self) -> int:
         """Of the level, px."""
         return self.pixels.box_size
+
+    @property
+    def micrograph(self) -> Int[Tensor, " b"]:
+        """Whose images have one scale: the micrograph's number, or where it is not known the optics group's."""
+        return self.optics_group if self.recorded_on is None else self.recorded_on
 
     @cached_property
     def transforms(self) -> Complex[Tensor, "b p"]:
@@ -77,6 +84,7 @@ class ParticleImages:
             optics=None if self.optics is None else self.optics.select(keep),
             poses=None if self.poses is None else self.poses.select(keep),
             real=None,
+            recorded_on=None if self.recorded_on is None else self.recorded_on[keep],
         )
         return self._with(made, self.transforms[keep], None if self.ctf is None else self.ctf[keep])
 

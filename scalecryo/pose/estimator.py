@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scalecryo.distributed.timer import Timer
 from scalecryo.map.reference import Reference, References
+from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, PoseEstimates, Poses
@@ -186,10 +187,14 @@ class PoseEstimator:
                 )  # fmt: skip
         return few, predicted
 
+    def pixel_weight(self, pixels: FourierPixels) -> Float[Tensor, " p"]:
+        """Hermitian weight of Fourier pixels over the noise that all references share."""
+        return self._references[0, 1].noise.pixel_weight(pixels)
+
     def likelihood_gain(self, images: ParticleImages, found: PoseEstimates) -> Float[Tensor, " b"]:
         """Log-likelihood ratio of the poses found over an empty map, at the radius of the last refinement."""
         near = images.within(self._plan.radius)
-        weight = self._references[0, 1].noise.pixel_weight(near.pixels)  # one noise for all
+        weight = self.pixel_weight(near.pixels)
         return empty_cost(near.transforms, weight) + found.log_likelihood
 
 

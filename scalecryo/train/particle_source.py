@@ -210,6 +210,7 @@ class RunContext:
             optics=_optics(columns) if self.store.has_ctf else None,
             poses=poses,
             real=real,
+            recorded_on=columns.get("micrograph"),
         )
 
     def chosen(self, rows: Tensor) -> Float[Tensor, " b"]:
@@ -241,7 +242,8 @@ def check_particles(config: Config, store: ParticleStore) -> None:
 def stream_columns(store: ParticleStore) -> tuple[str, ...]:
     """The particle columns that images are made with."""
     ctf, pose = CTF_COLUMNS if store.has_ctf else (), ("rotation", "shift") if store.has_pose else ()
-    return ("half", "optics_group", *ctf, *pose, *(ABERRATION_COLUMNS if store.has_aberrations else ()))
+    micrograph = ("micrograph",) if "micrograph" in store.columns else ()
+    return ("half", "optics_group", *micrograph, *ctf, *pose, *(ABERRATION_COLUMNS if store.has_aberrations else ()))
 
 
 def _optics(columns: Mapping[str, Tensor]) -> CtfParameters:

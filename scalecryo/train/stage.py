@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from scalecryo.distributed.world import World
+from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.model.autoencoder import AutoEncoder
 from scalecryo.physics.particle_images import ParticleImages
@@ -21,6 +22,7 @@ class Learned:
     Attributes:
         particles: last pose of every particle.
         references: half-maps of every class.
+        groups: noise of each optics group and scale of each micrograph; None: not sought.
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
         steps: that curves and checkpoints count before the refinement's first iteration.
@@ -29,6 +31,7 @@ class Learned:
 
     particles: ParticleState
     references: ReferenceSet | None = None
+    groups: ImageGroups | None = None
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
     steps: int = 0

@@ -220,3 +220,12 @@ def test_rows_of_cryodrgns_files_that_are_no_numbers(tmp_path: Path) -> None:
     (tmp_path / "poses.pkl").write_bytes(pickle.dumps(rotation))
     with pytest.raises(InputError, match=r"poses\.pkl: the matrix of row 4 is not a rotation"):
         plan(str(plain), options=poses)
+
+
+def test_micrographs_are_numbered_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "particles.star"
+    rows = "\n".join(f"00000{i + 1}@a.mrcs {name}" for i, name in enumerate(("b.mrc", "a.mrc", "b.mrc")))
+    path.write_text(f"data_particles\n\nloop_\n_rlnImageName #1\n_rlnMicrographName #2\n{rows}\n")
+    assert relion.read_particles(str(path)).columns["micrograph"].tolist() == [0, 1, 0]
+    path.write_text("data_particles\n\nloop_\n_rlnImageName #1\n000001@a.mrcs\n")
+    assert "micrograph" not in relion.read_particles(str(path)).columns

@@ -74,6 +74,7 @@ def _refuse_other_kind(store: ParticleStore, particles: Source, source: str) -> 
             f"{shown}: has aberrations of the optics ({', '.join(more)}), the store has none; make another store of it"
         )
     missing = [name for name in store.columns if name in COLUMNS and name not in particles.table.columns]
+    missing = [name for name in missing if name != "micrograph"]
     if missing:
         raise InputError(f"{shown}: has no {', '.join(missing)}, which the store has; make another store of it")
 
@@ -137,6 +138,9 @@ def _in_store(
         opened[number] = stack
     columns = {name: values for name, values in particles.table.columns.items() if name in store.columns}
     columns["stack"] = np.array(numbers)[columns["stack"]]
+    if "micrograph" in store.columns:  # a micrograph that is in both counts as two
+        own = columns.get("micrograph", np.full(len(columns["stack"]), -1))
+        columns["micrograph"] = np.where(own < 0, -1, own + old.columns["micrograph"].max(initial=-1) + 1)
     columns["source_row"] = columns["source_row"] + int(store.attrs.get("source_rows", store.count))
     there = _pairs(old.columns)
     again = np.isin(_pairs(columns), there)

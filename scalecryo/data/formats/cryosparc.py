@@ -32,6 +32,7 @@ _CTF: Mapping[str, tuple[str, float]] = {
 _POSE, _SHIFT, _PIXEL, _SPLIT = (f"alignments3D/{name}" for name in ("pose", "shift", "psize_A", "split"))
 _ABERRATIONS = {"shift_A": 2, "tilt_A": 2, "trefoil_A": 2, "tetra_A": 4, "anisomag": 4}  # and their sizes
 _SCALES = {"ctf/bfactor": 0.0, "ctf/scale": 1.0, "alignments3D/alpha": 1.0}  # and where they do nothing
+_MICROGRAPH = "location/micrograph_uid"
 _CONFIDENCE = "alignments3D/class_posterior"
 _CLASS = "alignments3D/class"
 
@@ -177,6 +178,8 @@ def table_of(rows: Rows, where: str) -> ParticleTable:
         "optics_group": dense_groups(groups),
         "half": _whole(rows, _SPLIT, where) + 1 if _SPLIT in names else np.zeros(len(rows)),
     }
+    if _MICROGRAPH in names:
+        columns["micrograph"] = np.unique(rows[_MICROGRAPH], return_inverse=True)[1].reshape(-1)
     if "ctf/df1_A" in names:
         without = [field for ours, (field, _) in _CTF.items() if field not in names and ours != "phase_shift"]
         if without:

@@ -78,6 +78,11 @@ class FinalPass:
         assert self._poses is not None, "request() comes first"
         assert self._sums is not None, "request() comes first"
         small, full = images[0], images[-1]
+        # Groups of another store are others.
+        groups = self._learned.groups if self._remember else None
+        weighted = _weighted(full)
+        if groups is not None:
+            small, weighted = groups.corrected(small), groups.weighted(weighted, full)
         found, seen = self._found.read(small.rows)
         # The first batch is posed in any case: its pictures are wanted.
         if self._pairs is None or not bool(seen.all()):  # host sync
@@ -87,7 +92,7 @@ class FinalPass:
             self._found.note(small.rows, found, small.half)
         weight = self._poses.weight(found) * self._context.chosen(full.rows)
         pose = found.rotation, found.shift_px(full.pixel_size), weight
-        self._sums.add(_weighted(full), *pose, full.half, full.pixels, found.class_index)
+        self._sums.add(weighted, *pose, full.half, full.pixels, found.class_index)
         self._images += len(small)
 
     def finish_pass(self, world: World) -> PassReport:

@@ -17,6 +17,7 @@ from scalecryo.data.selection.partition import PARTS
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.align_maps import linear_map
 from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference, ReferenceSet
 from scalecryo.physics.image_formation import ctf_weighted
@@ -42,6 +43,7 @@ FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coar
 MOVED_DEG = 10.0
 RELATED_ITERATION = 2  # before which it is seen which poses the map's symmetry relates
 NOISE_IMAGES = 32  # of each half and batch, whose residuals give the noise spectrum
+SCALE_RADIUS = 24.0  # Fourier pixels that tell the scale of a micrograph's signal
 SAMPLE = 4000  # particles whose poses are looked at after each iteration
 Parts = list[ReferenceSet]  # maps of each half without one of its parts
 
@@ -124,6 +126,8 @@ class Iteration:
         """E-step, sums, and what is learnt from the batch."""
         self.images += len(batch)
         timer = self._context.world.timer
+        assert self._learned.groups is not None, "the refinement brings them"
+        batch = self._learned.groups.corrected(batch)
         if len(batch):
             known, seen = self._learned.particles.read(batch.rows)
             known = self._strained(known, batch.half)
@@ -188,10 +192,16 @@ class Iteration:
         self.class_counts += torch.bincount(found.class_index, minlength=len(self.class_counts))
         counts = jumped.sum(), restless.sum(), seen.sum(), gain.sum(), gain.new_tensor(float(len(batch)))
         self.counts += torch.stack([value.double() for value in counts])
+        groups = self._learned.groups
+        assert groups is not None, "the refinement brings them"
+        near = batch.within(min(self.plan.radius, SCALE_RADIUS))
         for half in (1, 2):
             few, predicted = self._whole.predictions(batch, found, NOISE_IMAGES, half)
             if len(few):
                 self._residuals.add(few.transforms - predicted, None, self.pixels)
+                groups.add_residuals(few.transforms - predicted, few)
+                every, seen_by = self._whole.predictions(near, found, len(near), half)
+                groups.add_products(seen_by, every, self._whole.pixel_weight(near.pixels))
                 self._shown = few.transforms[:EXAMPLES], predicted[:EXAMPLES]
 
     def pairs(self) -> Pairs | None:
@@ -242,6 +252,7 @@ class Refinement:
         """
         settings = context.config.guided
         self._context, self._learned = context, learned
+        learned.groups = ImageGroups(context.store.box_size, context.device)
         searches = settings.search_iterations if settings.start == "nothing" else 0
         docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
         self._posed = settings.start == "poses" or docked  # well from the first iteration on
@@ -258,7 +269,9 @@ class Refinement:
         schedule, references = self._schedule, self._learned.references
         assert references is not None, "a start comes before the refinement"
         if not schedule.radius and self._posed:
-            schedule.radius = max(FIRST_RADIUS, references.resolution(SIGNAL)[0])
+            # No farther than images are inserted: a radius that is never reached would never be the last.
+            reach = min(references.resolution(SIGNAL)[0], max(context.levels) / 2 - 1)
+            schedule.radius = max(FIRST_RADIUS, reach)
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
         if plan.searched and schedule.number == RELATED_ITERATION and references.classes == 1:
@@ -295,6 +308,9 @@ class Refinement:
             moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
         )  # fmt: skip
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
+        assert self._learned.groups is not None, "the refinement brings them"
+        world.all_reduce_(*self._learned.groups.tensors())
+        self._learned.groups.update()
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
         return self._report(iteration, after, counts)
@@ -318,9 +334,10 @@ class Refinement:
 
     def state_dict(self) -> dict[str, Any]:
         """References, the encoder, which parts hold the poses, and where the schedule stands."""
-        references, encoder = self._learned.references, self._learned.encoder
+        references, encoder, groups = self._learned.references, self._learned.encoder, self._learned.groups
         assert references is not None, "a start comes before the refinement"
         return {
+            "groups": None if groups is None else groups.state_dict(),
             "references": references.state_dict(),
             "steps": self._learned.steps,
             "notes": list(self._learned.notes),
@@ -348,6 +365,8 @@ class Refinement:
         if learned.encoder is not None and state["encoder"] is not None:
             learned.encoder.load_state_dict(state["encoder"])
         learned.particles.load(state["parts"])
+        if learned.groups is not None and state.get("groups") is not None:  # older checkpoints have none
+            learned.groups.load_state_dict(state["groups"])
         self._creep.load_state_dict(state["creep"])
         self._strain = None if state["strain"] is None else state["strain"].to(device)
         if state["related"] is not None:

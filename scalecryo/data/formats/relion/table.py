@@ -38,6 +38,7 @@ _REFUSED = {
     "rlnImageDimensionality": (3, "the images are volumes; give 2D particles"),
 }
 _BOX = "rlnImageSize"
+_MICROGRAPH = "rlnMicrographName"
 
 
 class StarPoses(NamedTuple):
@@ -117,7 +118,9 @@ def _refuse(values: Values) -> None:
             raise InputError(f"{values.where}: {name} is {refused}: {why}")
 
 
-def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) -> tuple[Columns, Floats]:
+def _piece_columns(
+    values: Values, stacks: dict[bytes, int], micrographs: dict[bytes, int], pixel_size: float
+) -> tuple[Columns, Floats]:
     """Our columns of some rows, in the dtypes of the table, and their pixel sizes."""
     _refuse(values)
     sizes = values.pixel_sizes()
@@ -132,6 +135,9 @@ def _piece_columns(values: Values, stacks: dict[bytes, int], pixel_size: float) 
         **ctf,
         **aberration_columns(values, ctf),
     }
+    if _MICROGRAPH in values:
+        own = [micrographs.setdefault(name, len(micrographs)) for name in values.strings(_MICROGRAPH)]
+        columns["micrograph"] = np.array(own, dtype=np.int32)
     if _has_angles(values):
         shift = _shift(values, np.where(sizes > 0, sizes, pixel_size))
         columns["rotation"] = _rotation(values)
@@ -162,11 +168,12 @@ def read_particles(
     """
     star = StarText.open(url) if text is None else StarText(text, urls.redacted(url))
     stacks: dict[bytes, int] = {}
+    micrographs: dict[bytes, int] = {}
     pixels = StackPixels()
     growing = SpillColumns()
     tilted = False
     for values in pieces(star, bad):
-        columns, sizes = _piece_columns(values, stacks, pixel_size)
+        columns, sizes = _piece_columns(values, stacks, micrographs, pixel_size)
         tilted = tilted or is_tilted(values)
         boxes = values.numbers(_BOX) if _BOX in values else None
         if bad:
