@@ -195,9 +195,16 @@ def convert(
 
 
 @app.command
-def info(path: str, /) -> None:
-    """Describe a store, a run, a table (.star) or a stack or map (.mrc, .mrcs)."""
-    _run("info", path)
+def info(path: str, /, *, plan: bool = False, gpus: int = 8, gpu: Literal["H100", "A100"] = "H100") -> None:
+    """Describe a store, a run, a table (.star) or a stack or map (.mrc, .mrcs).
+
+    Args:
+        path: what to describe
+        plan: of a store, also predict memory, time and cost of a run on GPUs
+        gpus: how many of them
+        gpu: their kind
+    """
+    _run("info", path, plan=plan, gpus=gpus, gpu=gpu)
 
 
 @app.command
