@@ -15,10 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from scalecryo.config import Config, load_config
+from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
-from scalecryo.train.stages import bootstrap
+from scalecryo.train.loop import run_stages
+from scalecryo.train.particle_source import ParticleReader, RunContext
+from scalecryo.train.recipes import stages_of
 from tests.conftest import SimulatedParticles
 from tests.support.emulated_device import DEVICE, EmulatedDevice, HostTensorRefusedError
 
@@ -28,11 +31,12 @@ RECIPES = {
     "paper": {"pose.source": "encoder", "encoder.network": "cnn", "encoder.channels": "4,8", "encoder.hidden": "8",
               "train.steps": "3", "monitor.every": "1", "train.final_pass": "false"},
     "poses": {"guided.start": "poses", "guided.iterations": "3", "guided.settled_iterations": "3",
-              "guided.encoder_hidden": "16", "guided.shift_radius_a": "6", "train.final_pass": "false"},
+              "guided.encoder_hidden": "16", "guided.shift_radius_a": "6", "guided.batch_size": "100",
+              "train.final_pass": "false"},
 }  # fmt: skip
 # No step of the encoder: DDP looks at the device's name by itself.
 GUIDED = {"guided.iterations": "1", "guided.bootstrap_steps": "8", "guided.starts": "1", "guided.encoder_steps": "0",
-          "guided.shift_radius_a": "4", "guided.batch_size": "100"}  # fmt: skip
+          "guided.bootstrap_rounds": "1", "guided.shift_radius_a": "4", "guided.batch_size": "100"}  # fmt: skip
 
 
 def made(settings: dict[str, str], data: str, out: Path, workers: int) -> Config:
@@ -41,6 +45,29 @@ def made(settings: dict[str, str], data: str, out: Path, workers: int) -> Config
     config = dataclasses.replace(config, run=run)
     RunFolder(run.out).create(config, resume=False)
     return config
+
+
+def test_a_batch_of_local_refinement_waits_five_times(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    """Nothing else than these is read by the host, which would leave the device idle.
+
+    Rows of each half, once, and of each map; of each half those without a remembered pose (whose number decides what is
+    computed); and rows, since what is remembered lies on the host. Before they were counted there were 22.
+    """
+    config = made(RECIPES["poses"] | {"guided.encoder_steps": "0"}, simulated.posed_store, tmp_path / "run", 0)
+    store, run = ParticleStore.open(config.run.data), RunFolder(config.run.out)
+    with EmulatedDevice() as device:
+        context = RunContext.of(config, store, run, World(), DEVICE)
+        (imported, refinement, *_), _ = stages_of(context)
+        run_stages([imported], context)
+        reader = ParticleReader(context)
+        counts = []
+        for images in reader.batches(refinement.request()):
+            device.waits.clear()
+            refinement.step(*images)
+            counts.append(dict(device.waits))
+        reader.close()
+    # Both reads of grouped rows and that of rows are copies to the host.
+    assert counts == [{"_to_copy": 3, "nonzero": 2}] * 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -56,7 +83,6 @@ def test_every_recipe_keeps_its_tensors_on_the_device(
 
 def worker(rank: int, port: int, config: Config, counts: str) -> None:
     torch.set_num_threads(1)
-    bootstrap.MOST_ROUNDS = 1  # type: ignore[misc]
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         with EmulatedDevice() as device:
