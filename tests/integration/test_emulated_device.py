@@ -6,6 +6,7 @@ collective ends the run.
 
 import dataclasses
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tests.support.emulated_device import DEVICE, EmulatedDevice, HostTensorRefu
 
 RECIPES = {
     "autoencoder": {"pose.source": "encoder", "autoencoder.starts": "1", "autoencoder.start_steps": "2",
-                    "autoencoder.steps": "4", "autoencoder.level_steps": "1"},
+                    "autoencoder.steps": "4", "autoencoder.level_steps": "1", "train.final_pass": "false"},
     "paper": {"pose.source": "encoder", "encoder.network": "cnn", "encoder.channels": "4,8", "encoder.hidden": "8",
               "train.steps": "3", "monitor.every": "1", "train.final_pass": "false"},
     "poses": {"guided.start": "poses", "guided.iterations": "3", "guided.settled_iterations": "3",
@@ -74,11 +75,15 @@ def test_a_batch_of_local_refinement_waits_five_times(simulated: SimulatedPartic
 def test_every_recipe_keeps_its_tensors_on_the_device(
     recipe: str, simulated: SimulatedParticles, tmp_path: Path
 ) -> None:
-    config = made(RECIPES[recipe], simulated.posed_store, tmp_path / "run", 0)
+    exported = tmp_path / "run.prom"
+    settings = RECIPES[recipe] | {"monitor.prometheus": str(exported)}
     with EmulatedDevice() as device:
-        loop.train(config, World(), DEVICE)
+        loop.train(made(settings, simulated.posed_store, tmp_path / "run", 0), World(), DEVICE)
     assert (tmp_path / "run" / "metrics.jsonl").read_text()
     assert device.waits
+    text = exported.read_text()
+    assert re.search(r"^scalecryo_images_per_second\{run=", text, flags=re.MULTILINE)
+    assert re.search(r"^scalecryo_step\{run=\S+\} [1-9]", text, flags=re.MULTILINE)
 
 
 def worker(rank: int, port: int, config: Config, counts: str) -> None:
