@@ -4,12 +4,14 @@ Exit codes: 0 done; 1 failed, with one line that says what, where and what to do
 Nothing here imports torch: a verb's module is imported only when it runs.
 """
 
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from importlib import import_module
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Annotated, Any, Literal, NoReturn, TypedDict
 
 from cyclopts import App, CycloptsError, Group, Parameter
@@ -197,9 +199,16 @@ def convert(
 
 
 @app.command
-def info(path: str, /) -> None:
-    """Describe a store, a run, a table (.star) or a stack or map (.mrc, .mrcs)."""
-    _run("info", path)
+def info(path: str, /, *, plan: bool = False, gpus: int = 8, gpu: Literal["H100", "A100"] = "H100") -> None:
+    """Describe a store, a run, a table (.star) or a stack or map (.mrc, .mrcs).
+
+    Args:
+        path: what to describe
+        plan: of a store, also predict memory, time and cost of a run on GPUs
+        gpus: how many of them
+        gpu: their kind
+    """
+    _run("info", path, plan=plan, gpus=gpus, gpu=gpu)
 
 
 @app.command
@@ -352,8 +361,18 @@ def _one_line(kind: type[BaseException], error: BaseException, _trace: Traceback
     sys.stderr.write(f"scalecryo: {kind.__name__}: {text} (--debug shows where)\n")
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: a spot node's notice, a time limit, a pod that is moved."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
 def main(tokens: Sequence[str] | None = None) -> None:
     """Entry point of the `scalecryo` command: runs a verb and exits with its code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     words, debug = words_of(sys.argv[1:] if tokens is None else tokens)
     if not debug:
         sys.excepthook = _one_line
@@ -367,8 +386,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         _fail(str(error), 2 if isinstance(error, UsageError | ConfigError) else 1)
-    except KeyboardInterrupt:
-        _fail(f"stopped by the keyboard{_GO_ON.get(words[0], '')}", 1)
+    except KeyboardInterrupt as stop:
+        by = "SIGTERM" if isinstance(stop, _Terminated) else "the keyboard"
+        _fail(f"stopped by {by}{_GO_ON.get(words[0], '')}", 1)
 
 
 def _fail(text: str, code: int) -> NoReturn:

@@ -156,6 +156,7 @@ class MonitorConfig(Section):
     every: int = option(20, "steps between scalars", STEPS, least=1)
     pictures_every: int = option(200, "steps between pictures, FSC and pose errors", STEPS, least=1)
     truth: str = option("", "folder with truth.star and truth.mrc, to follow errors of a simulation")
+    prometheus: str = option("", "local file, *.prom, that gets the run's figures for node_exporter; Ray has its own")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,10 @@
 
     python tools/aot_kernels.py [--targets 80 90 100] [--kernels slice_forward ...] [--no-check]
 
-Prints a table: registers a thread, bytes of spills, and memory instructions as PTX counts them (the 8 neighbours of a
-sample are 8 loads of a real and an imaginary part together: ld v2). Unless told not to, exits with 1 where a kernel
-spills, takes more than 64 registers (128 for local refinement), loads the volume in single numbers, or adds to it
-without atomics.
+Prints a table: registers a thread, bytes of local memory (spills, and the sine's array), and memory instructions as PTX
+counts them (the 8 neighbours of a sample are 8 loads of a real and an imaginary part together: ld v2). Unless told not
+to, exits with 1 where a kernel spills, takes more than 64 registers (128 for local refinement), loads the volume in
+single numbers, or adds to it without atomics.
 """
 
 import argparse
@@ -24,6 +24,9 @@ from scalecryo.physics.kernels import triton_refine, triton_slice
 from scalecryo.physics.kernels.cuda import BLOCK, OPTIONS
 
 _FLOATS = ("scale", "per_px", "radius")
+# Seven words in which the sine of CUDA's library reduces large angles. Triton 3.7 compiles that path in, 3.9 does not;
+# the kernels' angles are below one turn and never take it. The same kernel without a shift holds nothing.
+SINE_ARRAY = 32
 _CONSTANTS = {"BLOCK": BLOCK, "BLOCKS": 8}
 
 
@@ -38,6 +41,11 @@ class Variant(NamedTuple):
     pair_loads: int
     additions: int
     registers: int = 64
+
+    @property
+    def array_bytes(self) -> int:
+        """Local memory that is no spill: the sine's own array, of kernels that shift images."""
+        return 0 if self.kernel is triton_slice.insert else SINE_ARRAY
 
 
 VARIANTS = {
@@ -60,7 +68,7 @@ class Code(NamedTuple):
     """What the machine code of a kernel holds."""
 
     registers: int
-    spilled_bytes: int
+    local_bytes: int
     pair_loads: int
     single_loads: int
     pair_additions: int
@@ -100,8 +108,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 def faults(variant: Variant, code: Code) -> list[str]:
     """What is wrong with the code, in words."""
     found = []
-    if code.spilled_bytes:
-        found.append(f"spills {code.spilled_bytes} bytes")
+    if code.local_bytes not in (0, variant.array_bytes):
+        found.append(f"spills {code.local_bytes - variant.array_bytes} bytes")
     if code.registers > variant.registers:
         found.append(f"takes {code.registers} registers, more than {variant.registers}")
     if code.pair_loads != variant.pair_loads:
@@ -118,7 +126,7 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}, {BLOCK} threads a program")
-    print("| kernel | sm | registers | spills, B | ld v2 | ld | red/atom v2 | red/atom |")
+    print("| kernel | sm | registers | local memory, B | ld v2 | ld | red/atom v2 | red/atom |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     wrong = []
     for name in arguments.kernels:

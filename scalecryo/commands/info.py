@@ -9,13 +9,21 @@ from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.storage.store import REPORT, ParticleStore, read_attributes
-from scalecryo.errors import InputError, MissingInputError
+from scalecryo.errors import InputError, MissingInputError, UsageError
 
 _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "report.html")
 
 
-def run(path: str) -> None:
-    """Describe what is there in a few lines."""
+def run(path: str, *, plan: bool = False, gpus: int = 8, gpu: str = "H100") -> None:
+    """Describe what is there in a few lines; of a store also what a run on so many GPUs is predicted to take.
+
+    Raises:
+        UsageError: a plan of what is no store, or for no GPU.
+        InputError, MissingInputError: nothing that can be described.
+    """
+    if plan:
+        _plan(path, gpus, gpu)
+        return
     if path.lower().endswith(".star"):
         _table(path, relion.read_particles(path))
     elif path.lower().endswith((".cs", ".csg")):
@@ -31,6 +39,27 @@ def run(path: str) -> None:
         raise MissingInputError(f"{urls.redacted(path)}: no such file or folder")
     else:
         _images(path)
+
+
+def _plan(path: str, gpus: int, gpu: str) -> None:
+    if gpus < 1:
+        raise UsageError(f"--gpus {gpus}: give at least 1")
+    if not read_attributes(path):
+        raise UsageError(f"{urls.redacted(path)}: --plan needs a particle store: `scalecryo convert` makes one")
+    # torch takes seconds to import.
+    from scalecryo.config import GuidedConfig
+    from scalecryo.train.cost_model import A100, H100
+    from scalecryo.train.sizing import plan, plan_lines
+
+    _store(path)
+    store, settings = ParticleStore.open(path, require_complete=False), GuidedConfig()
+    made = plan(
+        store.count, store.box_size, gpus, {"H100": H100, "A100": A100}[gpu],
+        iteration_particles=settings.iteration_particles, batch_size=max(settings.batch_size, gpus),
+    )  # fmt: skip
+    say("  a guided run, predicted by a model that was never measured on a GPU:")
+    for line in plan_lines([made]):
+        say(f"  {line}")
 
 
 def _table(path: str, table: ParticleTable) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from scalecryo.physics.fft import FourierPixels, irfft3_centred
 from scalecryo.physics.fourier_slice import add_friedel_pairs, gridding_correction, insert_slices, padded_box
 from scalecryo.physics.fsc import shell_index_3d
+from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.image_formation import CtfWeightedImages, shift_ramp
 from scalecryo.physics.kernels.backend import choose_backend, cuda_kernels
 from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
@@ -51,13 +52,11 @@ class Backprojection:
         class_index: Int[Tensor, " b"] | None = None,
     ) -> None:
         """Insert images into the map of the half, 1 or 2, and the class (None: the only one) that each belongs to."""
-        for number in range(self.classes):
-            in_class = weight > 0 if class_index is None else (weight > 0) & (class_index == number)
-            for which in (1, 2):
-                own = (in_class & (half == which)).nonzero()[:, 0]  # host sync
-                if len(own):
-                    pose = rotation[own], shift_px[own], weight[own]
-                    self.insert(images.select(own), *pose, pixels, class_index=number, half=which)
+        map_ = half - 1 if class_index is None else 2 * class_index + half - 1
+        for number, own in enumerate(rows_by_group(torch.where(weight > 0, map_, -1), 2 * self.classes)):
+            if len(own):
+                pose = rotation[own], shift_px[own], weight[own]
+                self.insert(images.select(own), *pose, pixels, class_index=number // 2, half=number % 2 + 1)
 
     def insert(
         self,

@@ -88,7 +88,7 @@ def guinier_b_factor(volume: Float[Tensor, "n n n"], curve: Float[Tensor, " shel
     first = math.ceil(box_size * pixel_size / FIT_FROM_ANGSTROM)
     if int(last) - first < 4:  # a line needs a few points
         return 0.0
-    shells = torch.arange(first, int(last) + 1)
+    shells = torch.arange(first, int(last) + 1, device=curve.device)
     known = curve[shells].clamp(1e-3, 1)
     # The mean power of signal and noise, less the noise's share.
     signal = power_spectrum(volume).to(known)[shells] * (2 * known / (1 + known))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from scalecryo.physics.ctf import CtfParameters, contrast_transfer
 from scalecryo.physics.fft import FourierPixels, rfft2_centred
+from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.poses import Poses
 
 
@@ -66,6 +67,11 @@ class ParticleImages:
             return None
         pixels = self.pixels
         return contrast_transfer(self.optics, pixels.kx, pixels.ky, pixels.box_size, self.pixel_size)
+
+    @cached_property
+    def rows_by_half(self) -> tuple[Int[Tensor, " _"], ...]:
+        """Places in the batch of the particles of the first half, and of the second."""
+        return rows_by_group(self.half - 1, 2)
 
     def with_transforms(
         self, transforms: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 from scalecryo.distributed.timer import Timer
 from scalecryo.map.reference import Reference, References
 from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, PoseEstimates, Poses
@@ -88,7 +89,7 @@ class PoseEstimator:
         """
         found = PoseEstimates.unknown(len(images), images.transforms.device)
         for half in (1, 2):
-            at = (images.half == half).nonzero()[:, 0]  # host sync
+            at = images.rows_by_half[half - 1]
             if len(at):
                 own = images.select(at), known.select(at), seen[at]
                 if self._classes == 1:
@@ -173,11 +174,12 @@ class PoseEstimator:
         self, images: ParticleImages, found: PoseEstimates, count: int, half: int
     ) -> tuple[ParticleImages, Tensor]:
         """The first so many particles of a half, and what their references predict for them at the poses found."""
-        at = (images.half == half).nonzero()[:count, 0]  # host sync
+        at = images.rows_by_half[half - 1][:count]
         few, poses, pixels = images.select(at), found.select(at), images.pixels
         predicted = torch.zeros_like(few.transforms)
-        for number in range(self._classes):
-            own = (poses.class_index == number).nonzero()[:, 0]  # host sync
+        everyone = torch.arange(len(at), device=at.device)
+        classes = rows_by_group(poses.class_index, self._classes) if self._classes > 1 else (everyone,)
+        for number, own in enumerate(classes):
             if len(own):
                 reference = self._references[number, half]
                 slices = templates(reference.transform, poses.rotation[own], pixels, reference.scale)
@@ -262,9 +264,10 @@ def refine_candidates(
 
 
 def _leaders(cost: Float[Tensor, " c"], lead: Float[Tensor, " b"], image: Int[Tensor, " c"]) -> Int[Tensor, " b"]:
-    """Which candidate is each image's best; of equals, which are the same pose twice, any."""
-    leading = (cost == lead[image]).nonzero()[:, 0]  # host sync
-    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_(0, image[leading], leading)
+    """Which candidate is each image's best; of equals, which are the same pose twice, the last."""
+    number = torch.arange(len(cost), device=image.device)
+    leading = torch.where(cost == lead[image], number, 0)
+    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_reduce_(0, image, leading, "amax")
 
 
 def map_weight(found: PoseEstimates) -> Float[Tensor, " b"]:
@@ -330,7 +333,7 @@ def _other_evidence(
     """
     pixels = images.pixels
     power = slices.abs().square().double().mean(0) * pixels.weight
-    shells = int(pixels.shell.max()) + 1  # host sync
+    shells = pixels.box_size  # more than there are: the largest of them is known to the device alone
     total = torch.zeros(shells, dtype=power.dtype, device=power.device).index_add_(0, pixels.shell, power)
     count = torch.zeros_like(total).index_add_(0, pixels.shell, pixels.weight.double())
     ratio = (total / count)[pixels.shell] * (weight / pixels.weight).double()

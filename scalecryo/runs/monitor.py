@@ -2,15 +2,18 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.config import Config
+from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
+from scalecryo.runs.exported import exported_values, write_text_file
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Pairs
 from scalecryo.runs.recorder import Recorder
@@ -56,18 +59,29 @@ class PassReport:
 class RunMonitor:
     """Writes what passes report. Worker 0 only."""
 
-    def __init__(self, config: Config, store: ParticleStore, run: RunFolder, *, start_step: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        store: ParticleStore,
+        run: RunFolder,
+        *,
+        start_step: int,
+        publish: Callable[[Mapping[str, float]], None] = lambda figures: None,
+    ) -> None:
         """
         Args:
             config: of the run.
             store: that it reads.
             run: where curves go.
             start_step: that the run was taken up at; later curves are forgotten.
+            publish: gets the figures of each pass, by their names in `runs.exported`.
 
         Raises:
             InputError, MissingInputError: see `Truth.load`.
         """
         self._store, self._folder = store, config.monitor.truth
+        self._run, self._publish, self._text_file = config.run.out, publish, config.monitor.prometheus
+        self._figures: dict[str, float] = {}
         self._truth: Truth | None = None
         if self._folder:  # before anything is opened that would have to be closed
             self._truth = Truth.load(self._folder, store, min(store.levels))
@@ -87,6 +101,7 @@ class RunMonitor:
             logger.info("%s, %.0f images/s%s", report.message, rates["images_per_second"], left)
         if report.figures:
             self._recorder.conclude(dict(report.figures))
+        self._export({**rates, **report.scalars, **report.figures}, report.step)
         if not report.step:
             return
         values: dict[str, float | list[float]] = dict(report.scalars)
@@ -106,6 +121,13 @@ class RunMonitor:
             self._recorder.pairs(report.step, *report.pairs)
         if values:
             self._recorder.scalars(report.step, values)
+
+    def _export(self, curves: Mapping[str, float], step: int) -> None:
+        """The last figures of every kind: those of the iterations stay while the final pass goes on."""
+        self._figures |= exported_values({**curves, "step": step} if step else curves)
+        self._publish(self._figures)
+        if self._text_file:
+            write_text_file(Path(self._text_file), self._figures, urls.redacted(self._run))
 
     def close(self) -> None:
         """Flush the event file."""

@@ -1,7 +1,7 @@
 """The training loop, the only one: the stages of a recipe, one after the other, for one process and for many."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -18,12 +18,18 @@ from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned, Stage
 
 AtCheckpoint = Callable[[int], None]
+Publish = Callable[[Mapping[str, float]], None]
 logger = logging.getLogger(__name__)
 BATCH_SETTING = {"guided": "guided.batch_size", "poses": "guided.batch_size", "autoencoder": "autoencoder.batch_size"}
 
 
 def train(
-    config: Config, world: World, device: torch.device, *, at_checkpoint: AtCheckpoint = lambda step: None
+    config: Config,
+    world: World,
+    device: torch.device,
+    *,
+    at_checkpoint: AtCheckpoint = lambda step: None,
+    publish: Publish = lambda figures: None,
 ) -> None:
     """Train a run from its newest checkpoint, or from its start where it has none; then pose every particle.
 
@@ -32,6 +38,7 @@ def train(
         world: this worker's place; with more than one, a process group is already up.
         device: where the tensors live.
         at_checkpoint: called by every worker with the step, after each checkpoint past the start.
+        publish: called by worker 0 with the figures of each pass, by their names in `runs.exported`.
 
     Raises:
         TrainingError: the particles lack what the configuration needs, or the loss stops being a number.
@@ -50,7 +57,7 @@ def train(
             note_start(run)
             for note in context.partition.notes:
                 logger.warning("%s", note)
-            monitor = RunMonitor(config, store, run, start_step=step)
+            monitor = RunMonitor(config, store, run, start_step=step, publish=publish)
         run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint)
         logger.info("time on worker %d: %s", world.rank, world.timer.summary())
         if world.is_leader:

@@ -53,7 +53,7 @@ class ParticleState:
         self._run = run
         self._columns = {name: _scratch((count, *shape), "f4") for name, shape in SCHEMA.items()}
         self._written = _scratch((count,), "u1")
-        self._noted: list[dict[str, NDArray]] = []
+        self._noted: list[dict[str, Tensor]] = []
         self._new: list[str] = []
         self._pass = ""
         self.parts: list[str] = []
@@ -77,16 +77,17 @@ class ParticleState:
 
     def note(self, rows: Int[Tensor, " b"], found: PoseEstimates, half: Int[Tensor, " b"]) -> None:
         """Keep what a pass found; `read` does not see it before the pass is committed."""
+        # On their device until a part is whole: no batch waits for its own to come over.
         columns = {name: getattr(found, name) for name in SCHEMA if name != "half"} | {"half": half}
-        noted = {name: values.cpu().numpy().astype(np.float32) for name, values in columns.items()}
-        self._noted.append({"rows": rows.cpu().numpy(), **noted})
+        self._noted.append({"rows": rows, **columns})
         if sum(len(part["rows"]) for part in self._noted) >= PART_ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Write what was noted since the last time as a part."""
         if sum(len(part["rows"]) for part in self._noted):
-            whole = {name: np.concatenate([part[name] for part in self._noted]) for name in ("rows", *SCHEMA)}
+            whole = {name: torch.cat([part[name] for part in self._noted]).cpu().numpy() for name in ("rows", *SCHEMA)}
+            whole = {name: values if name == "rows" else values.astype(np.float32) for name, values in whole.items()}
             # No two workers note the same row, so no two parts have the same name.
             name = f"{FOLDER}/{self._pass}/from_{whole['rows'][0]:010d}.npz"
             urls.make_folder(self._run.path(FOLDER, self._pass))

@@ -7,12 +7,15 @@ newest checkpoint in the run's folder. What a worker raised on purpose ends the 
 import dataclasses
 import logging
 import os
+import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 import ray.autoscaler.sdk
 import ray.train
+import ray.util.metrics
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -25,15 +28,24 @@ from scalecryo.data.io.filesystem import filesystem
 from scalecryo.distributed.world import World, process_group_backend
 from scalecryo.errors import ScalecryoError, TrainingError
 from scalecryo.runs.checkpoint import newest_step
+from scalecryo.runs.exported import GAUGES, LOST_WORKERS, LOST_WORKERS_HELP, PREFIX
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.recorder import log_to_stderr
-from scalecryo.train.loop import train
+from scalecryo.train.loop import Publish, train
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20  # the particles never pass through it
 LEAST_WAIT_MINUTES = 2.0  # for a lost node to come back, or its loss to be noticed
 START_FAILURES = 3  # of Ray's own attempts to start the workers
 SETTLE_SECONDS = 10.0  # for what a lost attempt held to become free
+# What Ray says of a lost worker, and what that is called here; the first that fits.
+_CAUSES = (
+    (r"out.?of.?memory|memory usage threshold|\boom\b", "killed for memory: give workers more, or lower the batch"),
+    (r"preempt", "its node was taken back (spot)"),
+    (r"node (?:has )?died|node .{0,80}(?:dead|terminated|was removed)|missed too many heartbeats", "its node is gone"),
+    (r"SIGKILL|exit(?:ed)? with signal 9|connection error code 2|SYSTEM_ERROR|unexpectedly",
+     "its process was killed (by the kernel for memory, by someone, or with its node)"),
+)  # fmt: skip
 
 
 class _MoreWorkers(Exception):
@@ -58,6 +70,7 @@ def train_on_ray(config: Config) -> None:
     if not ray.is_initialized():
         _join_or_start()
     run, failures, wait = RunFolder(config.run.out), 0, config.run.wait_minutes
+    losses = ray.util.metrics.Counter(f"{PREFIX}{LOST_WORKERS}", LOST_WORKERS_HELP, tag_keys=("run",))
     while True:
         workers = _await_workers(config, wait)
         before = newest_step(run)
@@ -73,6 +86,7 @@ def train_on_ray(config: Config) -> None:
                 logger.info("there is room for more workers: starting again from checkpoint %d", reached)
                 continue
             failures = 1 if reached > before else failures + 1
+            losses.inc(max(1, len(_lost(error))), tags={"run": urls.redacted(config.run.out)})
             if failures > config.run.max_failures:
                 raise TrainingError(
                     f"the Ray Train workers failed {failures} times without a new checkpoint: {_reason(error)} "
@@ -182,7 +196,21 @@ def _worker(settings: dict[str, Any]) -> None:
         if world.is_leader and any(group.wait(timeout_seconds=0.01) for group in settings["room"]):
             raise _MoreWorkers
 
-    train(config, world, torch.device(device), at_checkpoint=at_checkpoint)
+    publish = _gauges(urls.redacted(config.run.out))
+    train(config, world, torch.device(device), at_checkpoint=at_checkpoint, publish=publish)
+
+
+def _gauges(run: str) -> Publish:
+    """Ray's exporter on worker 0's node serves the run's figures, as `ray_scalecryo_…`."""
+    made: dict[str, ray.util.metrics.Gauge] = {}
+
+    def publish(figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            if name not in made:
+                made[name] = ray.util.metrics.Gauge(f"{PREFIX}{name}", GAUGES[name].help, tag_keys=("run",))
+            made[name].set(value, tags={"run": run})
+
+    return publish
 
 
 def _failures(error: BaseException) -> dict[int, BaseException]:
@@ -196,13 +224,29 @@ def _purpose(error: BaseException) -> ScalecryoError | None:
     return next((failure for failure in _failures(error).values() if isinstance(failure, ScalecryoError)), None)
 
 
+def _lost(error: BaseException) -> dict[int, ray.exceptions.RayError]:
+    """Workers that ended without an error of their own."""
+    return {rank: one for rank, one in _failures(error).items() if isinstance(one, ray.exceptions.RayError)}
+
+
+def _loss(failure: ray.exceptions.RayError) -> str:
+    """Where a worker was lost, and why, as far as Ray tells."""
+    said = str(failure)
+    found = re.search(r"\bip: *([0-9A-Fa-f.:]+[0-9A-Fa-f])", said) or re.search(r"\b(\d+(?:\.\d+){3})\b", said)
+    where = f"on node {found[1]}" if found else "on an unknown node"
+    causes = [cause for pattern, cause in _CAUSES if re.search(pattern, said, re.IGNORECASE)]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    cause = (causes or lines[-1:] or [type(failure).__name__])[0]
+    if getattr(failure, "preempted", False):
+        cause = "its node was taken back (spot)"
+    return f"{where} was lost: {cause}"
+
+
 def _reason(error: BaseException) -> str:
     """In one line, what went wrong where."""
-    failures = _failures(error)
-    lost = [rank for rank, failure in failures.items() if isinstance(failure, ray.exceptions.RayError)]
+    failures, lost = _failures(error), _lost(error)
     if lost:
-        ranks = ", ".join(str(rank) for rank in sorted(lost))
-        return f"worker {ranks} of {len(failures)} failed ones was lost (killed, out of memory, or its node is gone)"
+        return "; ".join(f"worker {rank} {_loss(failure)}" for rank, failure in sorted(lost.items()))
     text = str(next(iter(failures.values()), error))
     if "gloo" in text.lower() and ("address" in text or "interface" in text):
         return "gloo found no network interface to reach the other workers by: set GLOO_SOCKET_IFNAME on every node"

@@ -120,8 +120,12 @@ def test_help_of_train_lists_every_setting(capsys: pytest.CaptureFixture[str]) -
     assert text.index("--data") < text.index("--device") < text.index("--resume  ") < text.index("--train.steps")
 
 
-@pytest.mark.parametrize(("verb", "advice"), [("train", "--resume"), ("convert", "the same command"), ("info", "")])
-def test_a_stop_by_the_keyboard_is_one_line(verb: str, advice: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "advice", "number"),
+    [("train", "--resume", signal.SIGINT), ("convert", "the same command", signal.SIGINT), ("info", "", signal.SIGINT),
+     ("train", "--resume", signal.SIGTERM)],
+)  # fmt: skip
+def test_a_stop_from_outside_is_one_line(verb: str, advice: str, number: signal.Signals) -> None:
     code = (
         "import signal, sys, time, types\nfrom scalecryo.cli import main\n"
         # Where the tests run in the background they ignore Ctrl-C, and so would this one.
@@ -134,10 +138,10 @@ def test_a_stop_by_the_keyboard_is_one_line(verb: str, advice: str) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert error.startswith("scalecryo: stopped by the keyboard")
+    assert error.startswith(f"scalecryo: stopped by {'SIGTERM' if number == signal.SIGTERM else 'the keyboard'}")
     assert advice in error
     assert error.count("\n") == 1
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.stream import Batch, ParticleStream, sequential
+from scalecryo.data.streaming.stream import Batch, ParticleStream, _HostBatch, _Uploads, sequential
 from scalecryo.errors import ConfigError, StoreError
 
 COUNT = 403
@@ -161,3 +162,35 @@ def test_damage_reaches_the_consumer(store: ParticleStore, tmp_path: Path) -> No
         pytest.raises(StoreError, match=r"images/32/c/1/0/0: the object is missing"),
     ):
         _take(stream, 9)
+
+
+def test_uploads_run_in_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA's streams: copies are queued in the own one, and the computing one waits for it."""
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def stream(own: Stream) -> Iterator[None]:
+        said.append(f"into {own.name}")
+        yield
+        said.append(f"out of {own.name}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("uploads"))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("compute"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda values, using: said.append(f"kept for {using.name}"))
+    host = _HostBatch(np.arange(3), torch.zeros(3, 2, 2, dtype=torch.float16), {"half": np.ones(3, np.int64)})
+    moved = host.to(torch.device("cpu"))
+    monkeypatch.setattr(_HostBatch, "to", lambda batch, device: said.append(f"to {device}") or moved)
+    uploads = _Uploads(torch.device("cuda"))
+    assert uploads.finish(uploads.begin(host)) is moved
+    assert said[:4] == ["into uploads", "to cuda", "out of uploads", "compute waits for uploads"]
+    assert said[4:] == ["kept for compute"] * 4  # rows, images, weight, one column
+    assert moved.images.dtype == torch.float32
+    assert moved.weight.tolist() == [1, 1, 1]

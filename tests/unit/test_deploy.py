@@ -32,25 +32,26 @@ MANIFESTS = ("kubernetes/rayjob.yaml", "kubernetes/raycluster.yaml")
 LAUNCHERS = ("ray/aws.yaml", "ray/gcp.yaml")
 COMPOSE = ("compose.yaml", "compose.gpu.yaml")
 SBATCH = DEPLOY / "slurm" / "scalecryo.sbatch"
+CPU_PINS = ROOT / "tools" / "constraints-cpu.txt"
 
 
-def _load(name: str) -> list[dict[str, Any]]:
+def load(name: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
-def _one(name: str, kind: str) -> dict[str, Any]:
-    return next(document for document in _load(name) if document["kind"] == kind)
+def one_of(name: str, kind: str) -> dict[str, Any]:
+    return next(document for document in load(name) if document["kind"] == kind)
 
 
-def _cluster(name: str) -> dict[str, Any]:
+def cluster(name: str) -> dict[str, Any]:
     """The RayCluster's spec, also that inside a RayJob."""
     if name.endswith("rayjob.yaml"):
-        return _one(name, "RayJob")["spec"]["rayClusterSpec"]
-    return _one(name, "RayCluster")["spec"]
+        return one_of(name, "RayJob")["spec"]["rayClusterSpec"]
+    return one_of(name, "RayCluster")["spec"]
 
 
-def _groups(name: str) -> list[dict[str, Any]]:
-    spec = _cluster(name)
+def groups(name: str) -> list[dict[str, Any]]:
+    spec = cluster(name)
     return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
 
 
@@ -66,7 +67,7 @@ def _walk(node: Any, key: str) -> Iterator[Any]:
             yield from _walk(value, key)
 
 
-def _kuberay(kind: str) -> jsonschema.Draft202012Validator:
+def kuberay(kind: str) -> jsonschema.Draft202012Validator:
     schema = json.loads((SCHEMAS / "kuberay.json").read_text())
     return jsonschema.Draft202012Validator({**schema, "$ref": f"#/$defs/{kind[0].lower()}{kind[1:]}Spec"})
 
@@ -80,12 +81,14 @@ def _readme_commands() -> list[str]:
 def _scalecryo_commands() -> list[str]:
     """Every `scalecryo …` of deploy/ as it is typed, cut at a comment, a pipe or the shell's next command."""
     texts = _readme_commands()
-    texts.append(_one("kubernetes/rayjob.yaml", "RayJob")["spec"]["entrypoint"])
+    texts.append(one_of("kubernetes/rayjob.yaml", "RayJob")["spec"]["entrypoint"])
     script = SBATCH.read_text().replace("\\\n", " ")
     texts += [line.split(" -- ")[1] for line in script.splitlines() if line.startswith("srun")]
+    job = one_of("kubernetes/convert.yaml", "Job")["spec"]["template"]["spec"]["containers"][0]
+    texts.append(shlex.join([*job["command"], *job["args"]]))
     pattern = r"(?:^|[\s/])scalecryo ((?:convert|train|export|info|assign|verify|simulate)\b.*)"
     found = [match[1] for match in (re.search(pattern, text) for text in texts) if match]
-    commands = [re.split(r"\s#|\s[|;]|\s&&", command)[0].strip() for command in found]
+    commands = [re.split(r"\s#|\s[|;]|\s&", command)[0].strip() for command in found]
     return [command.replace('"$@"', "").replace('"$device"', "cuda") for command in commands]
 
 
@@ -109,12 +112,12 @@ def test_yaml_is_clean(path: Path) -> None:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_manifests_fit_kuberay(name: str) -> None:
-    for document in _load(name):
+    for document in load(name):
         if document["apiVersion"] != "ray.io/v1":
             assert (document["apiVersion"], document["kind"]) == ("v1", "ServiceAccount")
             continue
         assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
-        assert not [error.message for error in _kuberay(document["kind"]).iter_errors(document["spec"])]
+        assert not [error.message for error in kuberay(document["kind"]).iter_errors(document["spec"])]
 
 
 @pytest.mark.parametrize(
@@ -129,17 +132,17 @@ def test_manifests_fit_kuberay(name: str) -> None:
 )
 def test_the_schema_refuses_mistakes(path: list[str | int], value: object) -> None:
     """A misspelt field, wrong types, a mode and a quantity that there are not."""
-    spec = _cluster("kubernetes/raycluster.yaml")
+    spec = cluster("kubernetes/raycluster.yaml")
     node: Any = spec
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value
-    assert not _kuberay("RayCluster").is_valid(spec)
+    assert not kuberay("RayCluster").is_valid(spec)
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_pods_are_what_ray_and_nccl_need(name: str) -> None:
-    for group in _groups(name):
+    for group in groups(name):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         memory = {volume["name"]: volume.get("emptyDir", {}).get("medium") for volume in pod["volumes"]}
@@ -147,7 +150,7 @@ def test_pods_are_what_ray_and_nccl_need(name: str) -> None:
         assert memory[shm] == "Memory"
         assert pod["securityContext"]["runAsNonRoot"]
         assert "limits" in container["resources"]
-    head, *workers = _groups(name)
+    head, *workers = groups(name)
     assert head["rayStartParams"]["num-cpus"] == "0", "no training on the head"
     for group in workers:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
@@ -156,15 +159,15 @@ def test_pods_are_what_ray_and_nccl_need(name: str) -> None:
 
 
 def test_job_and_cluster_are_the_same_cluster() -> None:
-    assert _cluster("kubernetes/rayjob.yaml") == _cluster("kubernetes/raycluster.yaml")
-    accounts = [_one(name, "ServiceAccount")["metadata"]["name"] for name in MANIFESTS]
-    used = {name for path in MANIFESTS for name in _walk(_cluster(path), "serviceAccountName")}
+    assert cluster("kubernetes/rayjob.yaml") == cluster("kubernetes/raycluster.yaml")
+    accounts = [one_of(name, "ServiceAccount")["metadata"]["name"] for name in MANIFESTS]
+    used = {name for path in MANIFESTS for name in _walk(cluster(path), "serviceAccountName")}
     assert used == set(accounts)
 
 
 def test_the_job_asks_for_workers_that_are_there_when_it_starts() -> None:
     """`train` counts GPUs once, at its start: MIN must be the groups' minimum, MAX must not exceed their maximum."""
-    job = _one("kubernetes/rayjob.yaml", "RayJob")["spec"]
+    job = one_of("kubernetes/rayjob.yaml", "RayJob")["spec"]
     low, high = map(int, re.search(r"--workers (\d+):(\d+)", job["entrypoint"]).groups())  # type: ignore[union-attr]
     groups = job["rayClusterSpec"]["workerGroupSpecs"]
     assert low == sum(group["minReplicas"] for group in groups)
@@ -176,7 +179,7 @@ def test_the_job_asks_for_workers_that_are_there_when_it_starts() -> None:
 def test_launcher_files_pass_rays_own_check(name: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = prepare_config(_load(name)[0])
+    config = prepare_config(load(name)[0])
     validate_config(config)
     workers = {key: node for key, node in config["available_node_types"].items() if key != config["head_node_type"]}
     assert workers
@@ -192,7 +195,7 @@ def test_launcher_files_pass_rays_own_check(name: str) -> None:
 def test_rays_check_refuses_a_misspelt_key() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
-    config = prepare_config({**_load("ray/aws.yaml")[0], "idle_timeout": 5})
+    config = prepare_config({**load("ray/aws.yaml")[0], "idle_timeout": 5})
     with pytest.raises(jsonschema.ValidationError):
         validate_config(config)
 
@@ -201,13 +204,13 @@ def test_rays_check_refuses_a_misspelt_key() -> None:
 def test_compose_files_fit_the_specification(name: str) -> None:
     schema = json.loads((SCHEMAS / "compose.json").read_text())
     # The schema names draft 7 by an address that jsonschema does not know.
-    errors = jsonschema.Draft7Validator(schema).iter_errors(_load(name)[0])
+    errors = jsonschema.Draft7Validator(schema).iter_errors(load(name)[0])
     assert not [error.message for error in errors]
 
 
 def test_compose_services_reach_each_other() -> None:
-    services = _load("compose.yaml")[0]["services"]
-    assert set(_load("compose.gpu.yaml")[0]["services"]) <= set(services)
+    services = load("compose.yaml")[0]["services"]
+    assert set(load("compose.gpu.yaml")[0]["services"]) <= set(services)
     assert set(services) == {"seaweedfs", "ray-head", "ray-worker", "tensorboard"}
     for name, service in services.items():
         assert set(service.get("depends_on", {})) <= set(services), name
@@ -224,14 +227,14 @@ def test_compose_services_reach_each_other() -> None:
 
 
 def test_one_image_and_one_ray_everywhere() -> None:
-    images = {value for path in YAML_FILES for document in _load(str(path.relative_to(DEPLOY)))
+    images = {value for path in YAML_FILES for document in load(str(path.relative_to(DEPLOY)))
               for value in _walk(document, "image")}  # fmt: skip
     assert images == {IMAGE, "chrislusf/seaweedfs:4.48"}
     assert IMAGE in README
     assert IMAGE in (DEPLOY / "Dockerfile").read_text()
     assert IMAGE.endswith(f":{__version__}")
     ray = _constraints()["ray"]
-    assert {_cluster(name)["rayVersion"] for name in MANIFESTS} == {ray}
+    assert {cluster(name)["rayVersion"] for name in MANIFESTS} == {ray}
     assert f"ray[default]=={ray}" in README
 
 
@@ -239,16 +242,16 @@ def test_tokens_are_on_everywhere() -> None:
     """Ray 2.60 starts open where it finds neither a token nor RAY_AUTH_MODE: nothing is left to that."""
     for path in [*YAML_FILES, SBATCH, DEPLOY / "Dockerfile"]:
         assert not re.search(r"AUTH_MODE[=: ]+disabled|mode: disabled", path.read_text()), path
-    secrets = {_cluster(name)["authOptions"]["secretName"] for name in MANIFESTS}
-    assert {_cluster(name)["authOptions"]["mode"] for name in MANIFESTS} == {"token"}
+    secrets = {cluster(name)["authOptions"]["secretName"] for name in MANIFESTS}
+    assert {cluster(name)["authOptions"]["mode"] for name in MANIFESTS} == {"token"}
     assert len(secrets) == 1
     assert f"create secret generic {secrets.pop()} --from-literal=auth_token=" in README
     for name in LAUNCHERS:
-        config = _load(name)[0]
+        config = load(name)[0]
         assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
         assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
     for service in ("ray-head", "ray-worker"):
-        environment = _load("compose.yaml")[0]["services"][service]["environment"]
+        environment = load("compose.yaml")[0]["services"][service]["environment"]
         assert environment["RAY_AUTH_MODE"] == "token"
         assert environment["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?")
     assert "RAY_AUTH_MODE=token" in SBATCH.read_text()
@@ -258,14 +261,14 @@ def test_tokens_are_on_everywhere() -> None:
 
 
 def _secret_names(manifest: str) -> set[str]:
-    return {reference["name"] for reference in _walk(_cluster(manifest), "secretRef")}
+    return {reference["name"] for reference in _walk(cluster(manifest), "secretRef")}
 
 
 def test_metrics_are_scraped_where_they_are_served() -> None:
-    monitor = _load("kubernetes/podmonitor.yaml")[0]
+    monitor = load("kubernetes/podmonitor.yaml")[0]
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     for name in MANIFESTS:
-        for group in _groups(name):
+        for group in groups(name):
             ports = {
                 port["name"]: port["containerPort"] for port in group["template"]["spec"]["containers"][0]["ports"]
             }
@@ -315,10 +318,10 @@ def test_sbatch_options_are_those_of_symmetric_run_and_ray_start() -> None:
 
 
 def _ray_start_lines() -> list[str]:
-    services = _load("compose.yaml")[0]["services"]
+    services = load("compose.yaml")[0]["services"]
     lines = [services[name]["command"] for name in ("ray-head", "ray-worker")]
     for name in LAUNCHERS:
-        config = _load(name)[0]
+        config = load(name)[0]
         lines += [line for key in ("head_start_ray_commands", "worker_start_ray_commands") for line in config[key]]
     return [line for line in lines if line.startswith("ray start")]
 
@@ -338,7 +341,7 @@ def test_what_a_submission_uploads_is_small(tmp_path: Path) -> None:
     for name in ("particles.mrcs", "store.zarr/images/32/c/0/0/0", ".venv/lib/torch.so", ".git/objects/pack"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(os.urandom(2**20))
-    excludes = _load("ray/runtime-env.yaml")[0]["excludes"]
+    excludes = load("ray/runtime-env.yaml")[0]["excludes"]
     package = tmp_path / "package.zip"
     create_package(str(folder), package, include_gitignore=True, excludes=excludes)
     names = set(zipfile.ZipFile(package).namelist())
@@ -355,7 +358,7 @@ def test_ray_start_lines_parse() -> None:
     for line in lines:
         start.make_context("start", shlex.split(line.removeprefix("ray start")))
     for name in MANIFESTS:
-        for group in _groups(name):
+        for group in groups(name):
             words = [f"--{key}={value}" for key, value in group["rayStartParams"].items()]
             start.make_context("start", words)
 
@@ -399,18 +402,24 @@ def test_the_image_pins_everything_that_it_installs() -> None:
     """Each requirement of the package and of the image's extras has one version, and one that the package takes."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     dockerfile = (DEPLOY / "Dockerfile").read_text()
-    extras = re.search(r"/tmp/scalecryo\[([\w,]+)\]", dockerfile)
+    extras = re.search(r"^ARG EXTRAS=([\w,]+)$", dockerfile, flags=re.MULTILINE)
     assert extras
-    wanted = [*project["dependencies"]]
-    for extra in extras[1].split(","):
-        wanted += project["optional-dependencies"][extra]
+    command = [sys.executable, str(DEPLOY / "requirements.py"), str(ROOT / "pyproject.toml"), extras[1]]
+    wanted = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert set(project["dependencies"]) < set(wanted)
     pins = _constraints()
     for text in wanted:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[requirement.name.lower()]), text
-    tags = re.findall(r"^FROM \S+:(\S+)$", dockerfile, flags=re.MULTILINE)
-    assert tags
+    tags = re.findall(r"BASE=\S+:(\S+)", dockerfile)
+    assert len(tags) == 3
     assert "latest" not in dockerfile
+    # The kernels are tested with the image's Triton, and the code comes after what it needs.
+    tested = dict(line.split("==") for line in CPU_PINS.read_text().splitlines() if "==" in line)
+    assert tested == {name: pins[name] for name in ("torch", "triton")}
+    copied = [match.start() for match in re.finditer(r"^COPY .*(?:requirements\.py|scalecryo /tmp)", dockerfile, re.M)]
+    assert len(copied) == 2
+    assert copied[0] < dockerfile.index("--requirement") < copied[1]
 
 
 def test_the_image_runs_as_a_user_and_its_context_is_small() -> None:

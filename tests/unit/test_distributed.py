@@ -1,10 +1,14 @@
 """Collectives: every device that a run reduces on has a backend, and one worker needs no process group."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from scalecryo.config import config_from_dict
 from scalecryo.distributed.world import World, process_group_backend
+from scalecryo.train import ray_workers
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -24,3 +28,24 @@ def test_one_worker_reduces_nothing() -> None:
     assert world.all_gather_names(["b", "a"]) == ["a", "b"]
     assert values.tolist() == [0, 1, 2]
     assert world.timer.reduced_bytes == 0
+
+
+def test_eight_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray Train is asked for, by its own reckoning of the resources of a worker; nothing is started."""
+    asked: dict[str, Any] = {}
+
+    class Trainer:
+        def __init__(self, _loop: Any, **settings: Any) -> None:
+            asked.update(settings)
+
+        def fit(self) -> None:
+            pass
+
+    monkeypatch.setattr(ray_workers, "TorchTrainer", Trainer)
+    config = config_from_dict({"run": {"workers": "8", "device": "cuda", "out": "/tmp/never"}})
+    ray_workers._fit(config, 8)
+    scaling = asked["scaling_config"]
+    assert scaling.num_workers == 8
+    assert scaling.total_resources["GPU"] == 8
+    assert asked["torch_config"].backend == "cpu:gloo,cuda:nccl"
+    assert ray_workers._resource(config) == "GPU"

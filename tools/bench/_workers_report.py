@@ -3,14 +3,16 @@
 import statistics
 from typing import Any
 
-from tools.scaling_model import (
+from scalecryo.train.cost_model import (
     ENCODER_STEPS,
     accumulator_bytes,
-    encoder_parameters,
     grid_encoder_parameters,
     ring_seconds,
+)
+from tools.scaling_model import (
+    encoder_parameters,
     volume_bytes,
-)  # fmt: skip
+)
 
 ITERATION_BATCH = 1024  # of one worker
 LINK_BYTES = {"small": 2**14, "large": 2**24}  # of a bare all-reduce

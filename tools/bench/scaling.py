@@ -6,12 +6,9 @@ python -m tools.bench scaling [--plot scaling.png]
 import argparse
 from pathlib import Path
 
-from tools.scaling_model import (
+from scalecryo.train.cost_model import (
     A100,
-    BATCH,
-    BOXES,
     ENCODER_STEPS,
-    GPUS,
     H100,
     ITERATION_BATCH,
     PARTICLES,
@@ -19,14 +16,19 @@ from tools.scaling_model import (
     Hardware,
     accumulator_ball_bytes,
     accumulator_bytes,
-    ball_bytes,
-    encoder_parameters,
     grid_encoder_parameters,
     iteration_reach,
     predict_iteration,
+)
+from tools.scaling_model import (
+    BATCH,
+    BOXES,
+    GPUS,
+    ball_bytes,
+    encoder_parameters,
     predict_steps,
     volume_bytes,
-)  # fmt: skip
+)
 
 METHODS = {"auto-encoder": predict_steps, "iteration": predict_iteration}
 PARTS = {"compute": "compute", "sum": "all-reduce", "data": "waiting for data", "checkpoints": "checkpoints",

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch_fourier_slice import extract_central_slices_rfft_3d
 
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice
@@ -55,6 +54,9 @@ def slicing(box: int, batch: int) -> dict[str, Callable[[], object]]:
         return both(images, (transform, rotation, shift), weight)
 
     def fourier_slice_package() -> object:
+        # Of this contender alone: others import this module where it is not installed.
+        from torch_fourier_slice import extract_central_slices_rfft_3d
+
         centred = torch.fft.fftshift(transform, dim=(0, 1))
         slices = extract_central_slices_rfft_3d(centred, rotation, rot_tolerance=None)
         return both(torch.fft.ifftshift(slices, dim=-2), (transform, rotation), whole)

@@ -90,9 +90,43 @@ class _HostBatch:
 
     def to(self, device: torch.device) -> Batch:
         weight = torch.from_numpy((self.rows >= 0).astype(np.float32))
-        columns = {name: torch.from_numpy(values).to(device) for name, values in self.columns.items()}
+        columns = {name: _moved(torch.from_numpy(values), device) for name, values in self.columns.items()}
         images = self.images.to(device, non_blocking=True).to(torch.float32)
-        return Batch(torch.from_numpy(self.rows).to(device), images, weight.to(device), columns)
+        return Batch(_moved(torch.from_numpy(self.rows), device), images, _moved(weight, device), columns)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; through page-locked memory where that is a GPU, so that nobody waits for the copy."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+class _Uploads:
+    """Batches on their way to a GPU, in a stream of their own: copies run beside what the GPU computes.
+
+    Elsewhere a batch is moved when it is asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self, batch: _HostBatch) -> "_HostBatch | Batch":
+        """Start the copies; on the thread that put the batch together."""
+        if self._stream is None:
+            return batch
+        with torch.cuda.stream(self._stream):
+            return batch.to(self._device)
+
+    def finish(self, batch: "_HostBatch | Batch") -> Batch:
+        """The batch, for the stream that computes: that stream waits for the copies, the host does not."""
+        if isinstance(batch, _HostBatch):
+            return batch.to(self._device)
+        assert self._stream is not None, "only an own stream has copies under way"
+        using = torch.cuda.current_stream(self._device)
+        using.wait_stream(self._stream)
+        for values in (batch.rows, batch.images, batch.weight, *batch.columns.values()):
+            values.record_stream(using)  # its memory is not given away before the work on it has ended
+        return batch
 
 
 def _host_images(shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
@@ -161,7 +195,8 @@ class ParticleStream:
             limit=prefetch_bytes, start_step=start_step,
         )  # fmt: skip
         self._assembler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="particle-batch")
-        self._coming: Future[_HostBatch] = self._assembler.submit(self._assemble, start_step)
+        self._uploads = _Uploads(self._device)
+        self._coming: Future[_HostBatch | Batch] = self._assembler.submit(self._prepare, start_step)
 
     @property
     def metrics(self) -> StreamMetrics:
@@ -180,8 +215,12 @@ class ParticleStream:
         batch = self._coming.result()
         self.wait_seconds += time.perf_counter() - begun
         self.step += 1
-        self._coming = self._assembler.submit(self._assemble, self.step)
-        return batch.to(self._device)
+        ready = self._uploads.finish(batch)  # before the next copies are queued behind its own
+        self._coming = self._assembler.submit(self._prepare, self.step)
+        return ready
+
+    def _prepare(self, global_step: int) -> _HostBatch | Batch:
+        return self._uploads.begin(self._assemble(global_step))
 
     def _room(self, global_step: int, shape: tuple[int, ...]) -> Tensor:
         """Room for a batch: that of the batch before last, where it has become another tensor on the way out."""

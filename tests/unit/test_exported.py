@@ -1,0 +1,75 @@
+"""What a run tells Prometheus: names, values, the text format."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.exceptions
+
+from scalecryo.runs.exported import GAUGES, LOST_WORKERS, PREFIX, exported_values, write_text_file
+from scalecryo.train.ray_workers import _reason
+
+# Prometheus' data model: https://prometheus.io/docs/concepts/data_model/, and its text format's sample line.
+NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+SAMPLE = re.compile(rf"{NAME.pattern}\{{run=\"(?:[^\"\\\n]|\\\\|\\\"|\\n)*\"\}} [-+0-9.e]+")
+
+
+def test_names_are_prometheus_own() -> None:
+    for name in (*GAUGES, LOST_WORKERS):
+        assert NAME.fullmatch(f"{PREFIX}{name}")
+    assert all("\n" not in gauge.help for gauge in GAUGES.values())
+
+
+def test_only_finite_numbers_are_exported() -> None:
+    curves = {"images_per_second": 12.5, "loss": math.nan, "halves/resolution_angstrom": 4, "truth/fsc": [1.0]}
+    assert exported_values(curves) == {"images_per_second": 12.5, "resolution_angstrom": 4.0}
+
+
+def test_the_text_file_is_in_prometheus_format(tmp_path: Path) -> None:
+    path = tmp_path / "scalecryo.prom"
+    write_text_file(path, {"loss": 0.5, "workers": 2.0}, 's3://bucket/a "run"')
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"# HELP {PREFIX}loss {GAUGES['loss'].help}"
+    assert lines[1] == f"# TYPE {PREFIX}loss gauge"
+    samples = [line for line in lines if not line.startswith("#")]
+    assert len(samples) == 2
+    assert all(SAMPLE.fullmatch(line) for line in samples)
+    assert list(tmp_path.iterdir()) == [path]  # nothing half-written beside it
+
+
+class Failed(Exception):
+    def __init__(self, failures: dict[int, Any]) -> None:
+        super().__init__("failed")
+        self.worker_failures = failures
+
+
+# As Ray 2.60 words them (ray.exceptions.ActorDiedError, its memory monitor and its node manager).
+DIED = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\n\tactor_id: 0a\n\tpid: 7\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (DIED + "\tip: 10.0.0.7\nThe actor is dead because its node has died. Node Id: 5f",
+         "10.0.0.7 was lost: its node is gone"),
+        (DIED + "\tip: 10.0.0.8\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
+         "Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file.",
+         "10.0.0.8 was lost: its process was killed"),
+        (DIED + "\tip: 10.0.0.9\nTask was killed due to the node running low on memory: memory usage threshold 0.95",
+         "10.0.0.9 was lost: killed for memory"),
+        ("The node was preempted.", "on an unknown node was lost: its node was taken back"),
+    ],
+)  # fmt: skip
+def test_a_lost_worker_is_named_with_its_node_and_the_cause(said: str, line: str) -> None:
+    reason = _reason(Failed({3: ray.exceptions.RayActorError(None, said)}))
+    assert reason.startswith("worker 3 on")
+    assert line in reason
+    assert "\n" not in reason
+
+
+def test_an_error_of_a_workers_own_is_not_a_loss() -> None:
+    assert _reason(Failed({0: ValueError("first\nthe last line")})) == "the last line"
