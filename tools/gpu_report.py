@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell, in one command that can be cut and called again.
 
     python tools/gpu_report.py OUT [--minutes 8] [--device cuda|cpu] [--wheels DIR] [--work DIR] [--structure FILE]
-                                   [--only PART …] [--rehearse]
+                                   [--only PART …] [--rehearse] [--start fork|spawn]
 
 Needs torch ≥ 2.11 with CUDA, numpy, scipy, numba and matplotlib, and what tools/gpu_wheels.txt names, as wheels in a
 folder that `--wheels` installs from (nothing is fetched); no Ray. Parts run one after the other, the most telling
@@ -150,8 +150,8 @@ def run_part(part: Part, session: Any, limit: float) -> tuple[str, float, list[d
     rows, log = folder / f"{part.name}.jsonl", folder / f"{part.name}.txt"
     for path in (rows, log):
         path.unlink(missing_ok=True)
-    # Forked: torch is imported once. This process never touches CUDA.
-    process = multiprocessing.get_context("fork").Process(target=child, args=(part.function, session, rows, log))
+    # Forked, as a rule: torch is imported once. This process never touches CUDA.
+    process = multiprocessing.get_context(session.start).Process(target=child, args=(part.function, session, rows, log))
     start = time.monotonic()
     process.start()
     process.join(limit)
@@ -182,8 +182,6 @@ def identity(session: Any) -> dict[str, Any]:
 
 def run_all(parts: Sequence[Part], session: Any, report: Report, deadline: float) -> None:
     """Every part that is not done: those that never ran first."""
-    # Imported once, before the forks.
-    from tools.gpu import device, kernels, rates, runs  # noqa: F401
     from tools.gpu.document import write
 
     waiting = [part for part in parts if report.status(part) != "done"]
@@ -209,6 +207,7 @@ def main() -> int:
     parser.add_argument("--structure", type=Path, default=ROOT.parent / "shared/data/structures/6zu5.cif.gz")
     parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS])
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--start", choices=["fork", "spawn"], default="fork", help="of a part; spawn: seconds slower")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
     work = (arguments.work or arguments.out / "work").resolve()
@@ -217,11 +216,15 @@ def main() -> int:
     if arguments.wheels:
         install(arguments.wheels, work / "site")
     sys.path.insert(0, str(ROOT))
+    # Whoever asks while it is imported whether there is a GPU asks the driver, not CUDA, which does not survive a fork.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # Imported once, before the forks: also that of `identity`, which would tell at once if CUDA did not survive them.
+    from tools.gpu import device, kernels, rates, runs  # noqa: F401
     from tools.gpu.session import session_of
 
     rehearsal = arguments.rehearse or arguments.device == "cpu"
     structure = arguments.structure if arguments.structure.exists() else None
-    session = session_of(arguments.device, work, structure, rehearsal=rehearsal)
+    session = session_of(arguments.device, work, structure, rehearsal=rehearsal, start=arguments.start)
     report = Report(arguments.out, work)
     report.begin(identity(session))
     parts = [part for part in PARTS if not arguments.only or part.name in arguments.only]

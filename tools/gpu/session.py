@@ -68,6 +68,7 @@ class Session:
         work: folder of data and runs; parts may use what earlier ones left there.
         structure: PDB or mmCIF file of the 256 px set, or None.
         rehearsal: whether sizes are those of a rehearsal.
+        start: of each part's process: fork or spawn.
     """
 
     device: torch.device
@@ -75,6 +76,7 @@ class Session:
     work: Path
     structure: Path | None
     rehearsal: bool
+    start: str
 
     @property
     def on_gpu(self) -> bool:
@@ -110,10 +112,10 @@ class Session:
         return torch.cuda.max_memory_allocated(self.device)
 
 
-def session_of(device: str, work: Path, structure: Path | None, *, rehearsal: bool) -> Session:
+def session_of(device: str, work: Path, structure: Path | None, *, rehearsal: bool, start: str) -> Session:
     """Of a device by its name; does not touch it."""
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    return Session(where, REHEARSAL if rehearsal else FULL, work, structure, rehearsal)
+    return Session(where, REHEARSAL if rehearsal else FULL, work, structure, rehearsal, start)
 
 
 @dataclass(frozen=True)
