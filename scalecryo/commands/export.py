@@ -73,12 +73,17 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     if urls.list_folder(out):
         raise OutputExistsError(f"{urls.redacted(out)} is not empty: remove it, or name another folder with --out")
     result = _read(run)
+    group = point_group(run) if format == "cryosparc" else "C1"
+    turn = cryosparc.turn_of_axes(group)
+    if turn is not None:
+        note(f"{group}: a two-fold lies on y in cryoSPARC, on x in RELION: poses and maps are turned by 90° about z")
+        result = replace(result, poses=result.poses._replace(rotation=turn @ result.poses.rotation))
     # Refused before anything is written.
     origin = _origin(result, data) if format == "cryosparc" else None
     for name in _MAPS:
         if urls.exists(urls.join(run, name)):
             density, size, origin_a = read_map(urls.join(run, name))
-            write_map(urls.join(out, name), density, size, origin_a)
+            write_map(urls.join(out, name), cryosparc.turned_map(density, group), size, origin_a)
     if origin is not None:
         _cryosparc(result, out, origin)
     elif format == "cryodrgn":
@@ -86,6 +91,12 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     else:
         _relion(result, out)
     say(f"{urls.redacted(out)}: {len(result.table):,} particles and the maps for {format}")
+
+
+def point_group(run: str) -> str:
+    """What a run was trained with, about RELION's axes; C1 where nothing is known."""
+    known = urls.exists(urls.join(run, "config.toml"))
+    return RunFolder(run).config().train.symmetry.strip().upper() if known else "C1"
 
 
 def _read(run: str) -> _Result:
