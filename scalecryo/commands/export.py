@@ -75,12 +75,17 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     if urls.list_folder(out):
         raise OutputExistsError(f"{urls.redacted(out)} is not empty: remove it, or name another folder with --out")
     result = _read(run)
+    group = point_group(run) if format == "cryosparc" else "C1"
+    turn = cryosparc.turn_of_axes(group)
+    if turn is not None:
+        note(f"{group}: a two-fold lies on y in cryoSPARC, on x in RELION: poses and maps are turned by 90° about z")
+        result = replace(result, poses=result.poses._replace(rotation=turn @ result.poses.rotation))
     # Refused before anything is written.
     origin = _origin(result, data) if format == "cryosparc" else None
     for folder in ("", *filter(_CLASS_FOLDER.match, urls.list_folder(run))):
         for name in _MAPS:
             if urls.exists(urls.join(run, folder, name) if folder else urls.join(run, name)):
-                _copy_map(run, out, *filter(None, (folder, name)))
+                _copy_map(run, out, group, *filter(None, (folder, name)))
     if origin is not None:
         _cryosparc(result, out, origin)
     elif format == "cryodrgn":
@@ -90,10 +95,16 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     say(f"{urls.redacted(out)}: {len(result.table):,} particles and the maps for {format}")
 
 
-def _copy_map(run: str, out: str, *names: str) -> None:
+def _copy_map(run: str, out: str, group: str, *names: str) -> None:
     density, size, origin_a = read_map(urls.join(run, *names))
     urls.make_folder(urls.parent(urls.join(out, *names)))
-    write_map(urls.join(out, *names), density, size, origin_a)
+    write_map(urls.join(out, *names), cryosparc.turned_map(density, group), size, origin_a)
+
+
+def point_group(run: str) -> str:
+    """What a run was trained with, about RELION's axes; C1 where nothing is known."""
+    known = urls.exists(urls.join(run, "config.toml"))
+    return RunFolder(run).config().train.symmetry.strip().upper() if known else "C1"
 
 
 def _read(run: str) -> _Result:

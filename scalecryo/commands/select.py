@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
+from scalecryo.commands.export import point_group
 from scalecryo.data.conversion.stacks import find_stack, micrograph_shape
 from scalecryo.data.formats import cryosparc, csrows, relion
 from scalecryo.data.formats.mrc import Stack
@@ -13,7 +14,6 @@ from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.selection.selection import Selection
 from scalecryo.errors import InputError, OutputExistsError, ScalecryoError
-from scalecryo.runs.folder import RunFolder
 
 _Rotations = npt.NDArray[np.float64]
 _CLASS_NAMES = {"class": relion.CLASS, "class_probability": relion.CLASS_PROBABILITY}  # in conditions
@@ -39,12 +39,14 @@ def run(
     """
     if urls.exists(out):
         raise OutputExistsError(f"{urls.redacted(out)}: exists already; name another file")
-    group = _group_of(source) if expand else None
+    name = point_group(source)
+    group = _group_of(source, name) if expand else None
+    turn = cryosparc.turn_of_axes(name)
     if urls.is_folder(source):
         source = urls.join(source, "particles.star")
     selection = Selection(index, query, half, min_confidence)
     if source.lower().endswith(".star"):
-        kept, count = _from_star(source, out, selection, data_dir, group)
+        kept, count = _from_star(source, out, selection, data_dir, group, turn)
     elif source.lower().endswith((".cs", ".csg")):
         kept, count = _from_cs(source, out, selection, passthrough)
     else:
@@ -53,7 +55,7 @@ def run(
     say(f"{urls.redacted(out)}: {kept:,} of {count:,} particles{copies}")
 
 
-def _group_of(run: str) -> _Rotations:
+def _group_of(run: str, name: str) -> _Rotations:
     """The rotations of a run's point group.
 
     Raises:
@@ -62,7 +64,6 @@ def _group_of(run: str) -> _Rotations:
     # torch takes seconds to import: only when it is needed.
     from scalecryo.physics.symmetry import symmetry_rotations
 
-    name = RunFolder(run).config().train.symmetry if urls.exists(urls.join(run, "config.toml")) else "C1"
     group = symmetry_rotations(name).numpy()
     if len(group) == 1:
         raise InputError(f"{urls.redacted(run)}: --expand needs a run that was trained with --symmetry, such as D7")
@@ -70,8 +71,9 @@ def _group_of(run: str) -> _Rotations:
 
 
 def _from_star(
-    source: str, out: str, selection: Selection, data_dir: str | None, group: _Rotations | None
+    source: str, out: str, selection: Selection, data_dir: str | None, group: _Rotations | None, turn: _Rotations | None
 ) -> tuple[int, int]:
+    """Rows of a .star: as they are, each in all poses of a group, or for cryoSPARC, turned onto its axes."""
     text = text_of(source)
     table = relion.read_particles(source, text)
     own = relion.OwnColumns(text, urls.redacted(source))
@@ -94,6 +96,9 @@ def _from_star(
         rotation = poses.rotation[rows]
         if group is not None:
             rotation = np.tile(group, (kept, 1, 1)) @ rotation
+        if turn is not None:
+            note("poses are turned by 90° about z, as cryoSPARC has this group's axes")
+            rotation = turn @ rotation
         pose = rotation, shift[rows]
     boxes = (
         np.array(table.stack_boxes)[table.columns["stack"]] if table.stack_boxes else _box_of(table, source, data_dir)

@@ -21,11 +21,11 @@ from scalecryo.train.cost_model import (
     predict_iteration,
 )
 
-ITERATIONS = 8  # of a run; measured on a CPU: 6 to 12 on the sets of README
+ITERATIONS = 8  # of a run; assumption
 START_SECONDS = 30.0  # of the start on one GPU, which more GPUs hardly shorten; assumption (a core takes 16 to 64 s)
 FINAL_BATCH = 256  # of each worker; the package's own
 # Cones, post-processing, pictures and the alignment of the halves, by worker 0's processor, at 128 px; grows with the
-# box's cube. Measured on one core.
+# box's cube. Assumption.
 HOST_SECONDS, HOST_BOX = 15.0, 128
 PREFETCH_BYTES = 256 << 20  # stream.prefetch_mib
 PROCESS_BYTES = 4 << 30  # Python, torch, CUDA's own and the pinned buffers; assumption

@@ -19,6 +19,8 @@ from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.relion import read_particles, read_poses, write_particles
 from scalecryo.distributed.world import World
 from scalecryo.errors import InputError, TrainingError
+from scalecryo.evaluate.align import Alignment
+from scalecryo.evaluate.align_maps import apply_alignment
 from scalecryo.evaluate.symmetry_axes import symmetrised_map
 from scalecryo.physics.fsc import fsc
 from scalecryo.physics.symmetry import PointGroup, symmetry_rotations
@@ -26,6 +28,8 @@ from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
 
 BOX, PIXEL_SIZE, COUNT, GROUP = 32, 4.0, 900, "D3"
+# From RELION's axes to cryoSPARC's, whose Dn has a two-fold on y (Scipion's plugin calls it SYM_DIHEDRAL_Y).
+QUARTER = Rotation.from_euler("z", 90, degrees=True).as_matrix()
 QUICK = {"guided.iterations": "4", "guided.encoder_hidden": "64"}
 
 
@@ -210,7 +214,8 @@ def test_a_table_is_expanded(run: Path, tmp_path: Path) -> None:
     rows = cryosparc.read(str(tmp_path / "all.cs"))
     assert len(np.unique(rows["uid"])) == len(rows) == 6 * len(kept)
     back = cryosparc.read_particles(str(tmp_path / "all.cs"))
-    np.testing.assert_allclose(back.columns["rotation"], expected, atol=1e-5)  # rotation vectors in single precision
+    # On cryoSPARC's axes; rotation vectors in single precision.
+    np.testing.assert_allclose(back.columns["rotation"], QUARTER @ expected, atol=1e-5)
 
 
 def test_only_a_run_with_a_group_is_expanded(posed: str, run: Path, tmp_path: Path) -> None:
@@ -218,9 +223,29 @@ def test_only_a_run_with_a_group_is_expanded(posed: str, run: Path, tmp_path: Pa
         select.run(str(run / "particles.star"), str(tmp_path / "out.star"), expand=True)
 
 
-def test_exports_hold_the_poses_on_the_axes(run: Path, tmp_path: Path) -> None:
-    """RELION's and cryoSPARC's tables: the same rotations to their precision."""
-    own = read_poses(str(run / "particles.star")).rotation
+def test_exports_stand_on_each_programs_axes(run: Path, tmp_path: Path) -> None:
+    """RELION's table as it is; cryoSPARC's poses and maps turned alike, so that its own D3 fits them."""
+    own, volume = read_poses(str(run / "particles.star")).rotation, read_map(str(run / "map.mrc"))[0]
+    export.run(str(run), format="relion", out=str(tmp_path / "relion"))
+    assert np.array_equal(read_poses(str(tmp_path / "relion" / "particles.star")).rotation, own)
+    assert np.array_equal(read_map(str(tmp_path / "relion" / "map.mrc"))[0], volume)
     export.run(str(run), format="cryosparc", out=str(tmp_path / "cs"))
     back = cryosparc.read_particles(str(tmp_path / "cs" / "particles.cs"))
-    np.testing.assert_allclose(back.columns["rotation"], own, atol=1e-5)
+    np.testing.assert_allclose(back.columns["rotation"], QUARTER @ own, atol=1e-5)
+    turned = torch.from_numpy(read_map(str(tmp_path / "cs" / "map.mrc"))[0])
+    turn = Alignment(torch.from_numpy(QUARTER), False, torch.zeros(3), 1.0)
+    same = apply_alignment(torch.from_numpy(volume), turn)
+    assert float(fsc(turned, same)[1:14].min()) > 0.999
+    about_y = PointGroup("D3", torch.from_numpy(QUARTER @ symmetry_rotations(GROUP).numpy() @ QUARTER.T).float())
+    for group, symmetric in ((about_y, True), (PointGroup.of(GROUP), False)):
+        curve = fsc(turned, symmetrised_map(turned, group))
+        assert (float(curve[1:13].min()) > 0.99) == symmetric
+
+
+@pytest.mark.parametrize(("group", "turned"), [("D7", True), ("D3", True), ("D2", False), ("C7", False), ("T", False)])
+def test_which_groups_cryosparc_has_elsewhere(group: str, turned: bool) -> None:
+    assert (cryosparc.turn_of_axes(group) is not None) == turned
+    quarter, rotations = torch.from_numpy(QUARTER), symmetry_rotations(group)
+    if group.startswith(("C", "D")):  # closed form: whether the turn takes the group to itself
+        kept = all(float((rotations - quarter @ one @ quarter.T).abs().amax((1, 2)).min()) < 1e-9 for one in rotations)
+        assert kept != turned
