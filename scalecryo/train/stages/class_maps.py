@@ -4,6 +4,8 @@ A conformation that is far from the common map had wrong poses there: its own fi
 from it stays so. Rounds of the start, in which all poses of all classes are looked at, begin with the classes' maps.
 """
 
+from dataclasses import replace
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from scalecryo.distributed.world import World
 from scalecryo.map.reference import c_ref, weight_shells
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_start import ClassStart
@@ -31,6 +34,10 @@ class ClassMaps(ClassStart):
             learned: the classes' maps; gets better ones.
         """
         super().__init__(context, learned, starts=1)
+
+    def finish_pass(self, world: World) -> PassReport:
+        """See `ClassStart`. Nothing is saved: a run that was killed begins again after the common map. Collective."""
+        return replace(super().finish_pass(world), checkpoint=False)
 
     def _begin(self, batch: ParticleImages, world: World) -> None:
         """The noise of the refinement before."""
