@@ -9,6 +9,7 @@ import numpy.typing as npt
 from scalecryo.commands.console import note, say
 from scalecryo.data.conversion.stacks import micrograph_shape
 from scalecryo.data.formats import cryodrgn, cryosparc, csrows, relion
+from scalecryo.data.formats.cryosparc_axes import turn_of_axes, turned_map
 from scalecryo.data.formats.mrc import read_map, write_map
 from scalecryo.data.formats.relion.syntax import text_of
 from scalecryo.data.formats.translate import cryosparc_extra, left_behind
@@ -76,7 +77,7 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
         raise OutputExistsError(f"{urls.redacted(out)} is not empty: remove it, or name another folder with --out")
     result = _read(run)
     group = point_group(run) if format == "cryosparc" else "C1"
-    turn = cryosparc.turn_of_axes(group)
+    turn = turn_of_axes(group)
     if turn is not None:
         note(f"{group}: a two-fold lies on y in cryoSPARC, on x in RELION: poses and maps are turned by 90° about z")
         result = replace(result, poses=result.poses._replace(rotation=turn @ result.poses.rotation))
@@ -98,7 +99,7 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
 def _copy_map(run: str, out: str, group: str, *names: str) -> None:
     density, size, origin_a = read_map(urls.join(run, *names))
     urls.make_folder(urls.parent(urls.join(out, *names)))
-    write_map(urls.join(out, *names), cryosparc.turned_map(density, group), size, origin_a)
+    write_map(urls.join(out, *names), turned_map(density, group), size, origin_a)
 
 
 def point_group(run: str) -> str:

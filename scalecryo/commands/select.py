@@ -7,6 +7,7 @@ from scalecryo.commands.console import note, say
 from scalecryo.commands.export import point_group
 from scalecryo.data.conversion.stacks import find_stack, micrograph_shape
 from scalecryo.data.formats import cryosparc, csrows, relion
+from scalecryo.data.formats.cryosparc_axes import turn_of_axes
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.relion.syntax import text_of
 from scalecryo.data.formats.translate import cryosparc_extra, left_behind, relion_extra
@@ -41,7 +42,7 @@ def run(
         raise OutputExistsError(f"{urls.redacted(out)}: exists already; name another file")
     name = point_group(source)
     group = _group_of(source, name) if expand else None
-    turn = cryosparc.turn_of_axes(name)
+    turn = turn_of_axes(name)
     if urls.is_folder(source):
         source = urls.join(source, "particles.star")
     selection = Selection(index, query, half, min_confidence)

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 from scalecryo.commands import assign, convert, evaluate, export, select, simulate, train
 from scalecryo.config import Config, load_config
 from scalecryo.data.formats import cryosparc
+from scalecryo.data.formats.cryosparc_axes import turn_of_axes
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.relion import read_particles, read_poses, write_particles
 from scalecryo.distributed.world import World
@@ -244,7 +245,7 @@ def test_exports_stand_on_each_programs_axes(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("group", "turned"), [("D7", True), ("D3", True), ("D2", False), ("C7", False), ("T", False)])
 def test_which_groups_cryosparc_has_elsewhere(group: str, turned: bool) -> None:
-    assert (cryosparc.turn_of_axes(group) is not None) == turned
+    assert (turn_of_axes(group) is not None) == turned
     quarter, rotations = torch.from_numpy(QUARTER), symmetry_rotations(group)
     if group.startswith(("C", "D")):  # closed form: whether the turn takes the group to itself
         kept = all(float((rotations - quarter @ one @ quarter.T).abs().amax((1, 2)).min()) < 1e-9 for one in rotations)

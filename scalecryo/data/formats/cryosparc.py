@@ -6,7 +6,6 @@ refinement: A = Rᵀ). `alignments3D/shift` is in pixels with RELION's sign, min
 """
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -380,26 +379,6 @@ def _identifiers(table: ParticleTable) -> NDArray[np.uint64]:
             names[row] = f"{name}#{seen[name]}"
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     return np.frombuffer(b"".join(digests), dtype="<u8")
-
-
-def turn_of_axes(group: str) -> NDArray[np.float64] | None:
-    """The rotation from RELION's axes of a point group to cryoSPARC's: Dn has a two-fold on y there, not on x.
-
-    None where both programs' groups hold the same rotations: all but Dn of odd n.
-    """
-    found = re.fullmatch(r"D(\d+)", group.strip().upper())
-    if found is None or int(found.group(1)) % 2 == 0:
-        return None
-    return np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-
-
-def turned_map(density: NDArray[np.floating], group: str) -> NDArray[np.floating]:
-    """A map (z, y, x), even boxes centred at index N//2, laid from RELION's axes onto cryoSPARC's: voxels move."""
-    if turn_of_axes(group) is None:
-        return density
-    # V'(x, y) = V(y, -x): the turn by 90° about z takes x to y.
-    opposite = np.roll(density[:, ::-1], 1, axis=1)
-    return np.ascontiguousarray(opposite.transpose(0, 2, 1))
 
 
 def _constant(count: int, value: float) -> NDArray[np.float32]:
