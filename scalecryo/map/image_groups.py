@@ -151,7 +151,7 @@ def _micrograph(micrograph: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
 
 def _relative_noise(
     power: Float[Tensor, "groups shells"], count: Float[Tensor, "groups shells"], images: Float[Tensor, " groups"]
-) -> Float[Tensor, "groups shells"] | None:
+) -> Float[Tensor, "known shells"] | None:
     """Noise of every optics group over that of all, drawn to 1 by the prior's images; None for a single group.
 
     Shells that were not seen are as the last one that was.
@@ -172,7 +172,7 @@ def _relative_noise(
     return ratio
 
 
-def relative_scales(product: Float[Tensor, " m"], predicted: Float[Tensor, " m"]) -> Float[Tensor, " m"] | None:
+def relative_scales(product: Float[Tensor, " m"], predicted: Float[Tensor, " m"]) -> Float[Tensor, " known"] | None:
     """Scale of each micrograph over the median; None where they differ by no more than noise.
 
     A micrograph's own estimate is Σ Re(Y conj(P)) / Σ |P|², as in RELION, with the variance 1 / Σ |P|² in units of the

@@ -107,8 +107,8 @@ def grid_encoder_parameters(pixels: int = ENCODER_PIXELS, hidden: int = GRID_HID
 
 
 def poses_bytes(particles: int) -> int:
-    """What an iteration found of so many particles: row, rotation, shift, class, confidence, probability and half."""
-    return (8 + 36 + 8 + 4 * 4) * particles
+    """What an iteration found of so many particles: row, rotation, shift, class, its probability, confidence, half …"""
+    return (8 + 36 + 8 + 5 * 4) * particles
 
 
 def image_bytes(box: int) -> int:
