@@ -4,6 +4,7 @@ The start knows of no symmetry: imposed on noise it would lock in whatever axes 
 """
 
 import logging
+import math
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from scalecryo.evaluate.align_maps import apply_alignment, symmetry_operations
 from scalecryo.evaluate.symmetry_axes import SymmetryAxes, symmetrised_map, symmetry_axes
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.fsc import shell_index_3d
 from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.poses import PoseEstimates
@@ -126,7 +128,8 @@ def _found(references: ReferenceSet, group: PointGroup, context: RunContext) -> 
 
 def _advice(references: ReferenceSet) -> str:
     """What the map does show."""
-    volume = (references.mean() * references.mask[0]).cpu()
+    box = min(references.level, 2 * math.ceil(references.resolution(SHOWN)[0] + 1))  # noise beyond agrees with nothing
+    volume = fourier_resize_3d((references.mean() * references.mask[0]).cpu(), box)
     seen = generated_group([one.rotation for one in symmetry_operations(volume)])
     return "leave --symmetry out" if seen in (None, "C1") else f"try --symmetry {seen}, or leave it out"
 
