@@ -18,7 +18,7 @@ from torch import Tensor
 from scalecryo.physics.rotation import geodesic_angle, vector_from_rotation
 
 MOST_TURN_DEG = 10.0  # particles that turned further changed their mode, and tell nothing of a strain
-STILL = 3e-4  # strain of an iteration that is none
+STILL = 1e-3  # strain of an iteration that is none
 LASTING = 0.7  # share of it that the next one must bring as well: what dies away by itself is no creep
 SIGNIFICANT = 9.0  # squared strain, in units of what chance gives
 FIRST_STEP = 8.0  # times the first iteration's strain: less than what a creep of 10 % an iteration needs

@@ -24,8 +24,7 @@ MARGIN = 2.0  # Fourier pixels that the next iteration reaches for beyond the la
 JUMPING = 0.02  # the search goes on while more particles than this change their mode in an iteration
 PROGRESS = 1.02  # or while the mean FSC grows by this factor
 CALMER = 0.8  # and while their number falls below this share of what it was
-CREEPING = 1e-2  # strain of an iteration above which the radius waits
-CREPT = 5e-4  # and above which the refinement goes on: at full radius the images say most of what is left of it
+CREEPING = 2e-3  # strain of an iteration above which the radius waits
 SETTLED = 1.005  # gain in mean FSC below which an iteration brought no progress
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
 
@@ -171,7 +170,7 @@ class Schedule:
         if plan.searched:
             self._after_search(moved, gain)
         else:
-            still = creep < CREPT and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
+            still = creep < CREEPING and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
             self.settled = self.settled + 1 if still and (restless is None or restless < RESTLESS) else 0
             self.ended = self.settled >= self.most_settled
 
