@@ -33,7 +33,7 @@ START = {
     "train.classes": "2",
     "guided.starts": "1",
     "guided.bootstrap_steps": "20",
-    "guided.bootstrap_batch": "60",
+    "guided.bootstrap_batch": "80",
     "pose.centred": "true",
 }
 
@@ -57,7 +57,7 @@ def simulated(folder: Path, maps: list[Tensor], table: str) -> str:
 def species(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Two unrelated structures."""
     folder = tmp_path_factory.mktemp("species")
-    return folder / "data", simulated(folder, [blobs(BOX, 1), blobs(BOX, 2)], "particles")
+    return folder / "data", simulated(folder, [blobs(BOX, 1), blobs(BOX, 3)], "particles")
 
 
 def run_train(data: str, out: Path, *, resume: bool = False, **settings: str) -> None:
