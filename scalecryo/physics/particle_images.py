@@ -98,7 +98,10 @@ class ParticleImages:
         """The same particles up to a lower frequency, Fourier pixels."""
         pixels = self.pixels.prefix(radius)
         ctf = None if self.ctf is None else self.ctf[:, : len(pixels)]
-        return self._with(replace(self, pixels=pixels, real=None), self.transforms[:, : len(pixels)], ctf)
+        made = self._with(replace(self, pixels=pixels, real=None), self.transforms[:, : len(pixels)], ctf)
+        if "rows_by_half" in self.__dict__:  # the same particles: the device need not be waited for again
+            made.__dict__["rows_by_half"] = self.rows_by_half
+        return made
 
     @staticmethod
     def _with(made: "ParticleImages", transforms: Tensor, ctf: Tensor | None) -> "ParticleImages":
