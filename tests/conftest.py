@@ -2,6 +2,7 @@
 
 import base64
 import json
+import multiprocessing
 import os
 import shutil
 import socket
@@ -26,8 +27,9 @@ if not torch.cuda.is_available():
 # Ray lowers its workers' priority (nice 15): on a busy machine the tests beside them leave them a thirtieth of a core.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-# Before the package is imported. .ci/run sets it; CONTRIBUTING.md says what it costs.
-if os.environ.get("SCALECRYO_CHECK_SHAPES") == "1":
+# Before the package is imported. .ci/run sets it; CONTRIBUTING.md says what it costs. Workers that a test spawns are
+# left out: wrapping every function takes longer than what most of them do.
+if os.environ.get("SCALECRYO_CHECK_SHAPES") == "1" and multiprocessing.parent_process() is None:
     from tests.support.shapes import check_shapes
 
     check_shapes()
