@@ -35,6 +35,7 @@ app = App(
 # Also --data … --symmetry, and first in the help.
 _FIRST = ("run.data", "run.out", "run.workers", "run.device", "train.symmetry", "train.classes", "train.mask",
           "train.diameter_a")  # fmt: skip
+_CHECKED = ("simulate", "convert", "verify", "assign", "evaluate", "demo")  # the other verbs import little themselves
 _GO_ON = {"train": "; the same command with --resume goes on"} | dict.fromkeys(
     ("convert", "assign"), "; the same command goes on where it stopped"
 )
@@ -70,6 +71,9 @@ def _settings() -> Any:
 
 
 def _run(verb: str, *args: Any, **kwargs: Any) -> None:
+    """Refuse wrong arguments, then import the verb, which may take seconds, and run it."""
+    if verb in _CHECKED:
+        getattr(import_module("scalecryo.commands.arguments"), f"check_{verb}")(*args, **kwargs)
     import_module(f"scalecryo.commands.{verb}").run(*args, **kwargs)
 
 

@@ -3,7 +3,7 @@
 import json
 
 from scalecryo.commands.console import say
-from scalecryo.data.conversion.quality import report_lines
+from scalecryo.data.conversion.report import report_lines
 from scalecryo.data.formats import cryosparc, relion
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls

@@ -1,14 +1,19 @@
 """`scalecryo train`: from a store, from nothing, to a map and poses."""
 
 import dataclasses
+import glob
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from scalecryo.commands.console import say
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data.io import urls
-from scalecryo.errors import ConfigError, UsageError
+from scalecryo.errors import ConfigError, MissingInputError, UsageError
 from scalecryo.runs.folder import RunFolder
+
+# One of them is there wherever torch finds a GPU: NVIDIA's drivers, Jetson, WSL, ROCm.
+GPU_NODES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **places: str) -> None:
@@ -20,6 +25,7 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     if not settings.run.data or not settings.run.out:
         raise UsageError("train needs --data STORE and --out RUN (with --resume, --out alone)")
     settings = _absolute(settings)
+    _foresee(settings, resume)
     # torch takes seconds to import: by now the command line and the settings are in order.
     import torch
 
@@ -29,7 +35,7 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     from scalecryo.train.loop import train
 
     if settings.run.device == "cuda" and not torch.cuda.is_available() and settings.run.workers == "0":
-        raise ConfigError("config: run.device = 'cuda': no CUDA device is visible here: use --device cpu")
+        raise _no_device()
     log_to_stderr()
     data_hash, run_folder = _check(settings), RunFolder(settings.run.out)
     if resume and is_finished(run_folder, settings, data_hash):
@@ -46,6 +52,34 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     say(f"run finished: {settings.run.out}")
 
 
+def _no_device() -> ConfigError:
+    """The error that no GPU is seen."""
+    return ConfigError("config: run.device = 'cuda': no CUDA device is visible here: use --device cpu")
+
+
+def _foresee(config: Config, resume: bool) -> None:
+    """Refuse what names and attributes tell, before torch is imported.
+
+    Raises:
+        MissingInputError, StoreError: no store, mask or truth there.
+        ConfigError, TrainingError: the store cannot give what the recipe needs.
+        OutputExistsError: the folder holds a run.
+    """
+    from scalecryo.data.storage.store import ParticleStore
+    from scalecryo.train.requirements import check_particles, training_level
+
+    alone = config.run.worker_range == (0, 0)
+    if config.run.device == "cuda" and alone and sys.platform == "linux" and not any(map(glob.glob, GPU_NODES)):
+        raise _no_device()
+    RunFolder(config.run.out).refuse_another(resume=resume)
+    store = ParticleStore.open(config.run.data)
+    check_particles(config, store)
+    training_level(config, store)
+    for name in (config.train.mask, config.train.index, *_truth_files(config.monitor.truth)):
+        if name and not urls.exists(name):
+            raise MissingInputError(urls.dangling(name) or f"{urls.redacted(name)}: no such file")
+
+
 def _check(config: Config) -> str:
     """Refuse what the store or the truth cannot give. Every worker would, but only after the run's folder is there.
 
@@ -58,10 +92,9 @@ def _check(config: Config) -> str:
     from scalecryo.distributed.world import World
     from scalecryo.model.autoencoder import encoder_box
     from scalecryo.runs.truth import Truth
-    from scalecryo.train.particle_source import RunContext, check_particles
+    from scalecryo.train.particle_source import RunContext
 
     store = ParticleStore.open(config.run.data)
-    check_particles(config, store)
     context = RunContext.of(config, store, RunFolder(config.run.out), World(), torch.device("cpu"))
     level = context.training_level
     _ = context.solvent  # which reads the mask and checks it
@@ -70,6 +103,10 @@ def _check(config: Config) -> str:
     if config.monitor.truth:
         Truth.load(config.monitor.truth, store, level)
     return context.data_hash
+
+
+def _truth_files(folder: str) -> list[str]:
+    return [urls.join(folder, name) for name in ("truth.star", "truth.mrc")] if folder else []
 
 
 def _resolve(path: str | None, overrides: Mapping[str, Any], resume: bool) -> Config:

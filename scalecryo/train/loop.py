@@ -13,8 +13,9 @@ from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, note_end, note_start, save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport, RunMonitor
-from scalecryo.train.particle_source import ParticleReader, RunContext, check_particles
+from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.recipes import stages_of
+from scalecryo.train.requirements import check_particles
 from scalecryo.train.stage import Learned, Stage
 
 AtCheckpoint = Callable[[int], None]

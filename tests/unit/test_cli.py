@@ -1,13 +1,16 @@
 """The command line's contract: verbs, exit codes, one-line errors, and no torch behind a help text."""
 
+import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from scalecryo.cli import main, words_of
 from scalecryo.config import SETTINGS
+from tests.conftest import SimulatedParticles
 
 VERBS = ("simulate", "convert", "info", "verify", "train", "assign", "evaluate", "export", "demo")
 
@@ -131,7 +134,9 @@ def test_a_stop_from_outside_is_one_line(verb: str, advice: str, number: signal.
         # Where the tests run in the background they ignore Ctrl-C, and so would this one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def run(*args, **kwargs):\n    print('running', flush=True)\n    time.sleep(60)\n"
-        "sys.modules['scalecryo.commands.' + sys.argv[1]] = types.SimpleNamespace(run=run)\nmain()\n"
+        "sys.modules['scalecryo.commands.' + sys.argv[1]] = types.SimpleNamespace(run=run)\n"
+        "sys.modules['scalecryo.commands.arguments'] = types.SimpleNamespace(check_convert=lambda *_, **__: None)\n"
+        "main()\n"
     )
     words = [verb, "a"] + ["b"] * (verb == "convert")
     command = [sys.executable, "-c", code, *words]
@@ -158,5 +163,33 @@ def test_help_and_wrong_usage_import_neither_torch_nor_ray(tokens: list[str]) ->
         "import sys\nfrom scalecryo.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'ray', 'zarr', 'numpy', 'matplotlib', 'dask'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, *tokens], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code, *tokens], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_missing_inputs_are_refused_before_torch_is_imported(simulated: SimulatedParticles, tmp_path: Path) -> None:
+    there, store, run = str(simulated.folder), simulated.store, str(tmp_path / "run")
+    wrong = [
+        ["simulate", "nowhere.pdb", "out"], ["simulate", there, "out", "--box", "65"],
+        ["convert", "nowhere.star", "out"], ["convert", f"{there}/particles.star", store], ["info", "nowhere"],
+        ["info", store, "--plan", "--gpus", "0"], ["verify", "nowhere"], ["train", "--data", "nowhere", "--out", run],
+        ["train", "--data", store, "--out", run, "--train.box", "30"],
+        ["train", "--data", store, "--out", run, "--mask", "nowhere.mrc"], ["assign", "nowhere"],
+        ["evaluate", "nowhere", "--truth", there], ["evaluate", f"{there}/particles.star", "--truth", "nowhere"],
+        ["export", "nowhere", "--format", "relion", "--out", "out"], ["select", "nowhere.star", "out.star"],
+        ["demo", "--out", there],
+    ]  # fmt: skip
+    code = (
+        "import json, sys\nfrom scalecryo.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try:\n        main(words)\n"
+        "    except SystemExit as stop:\n        assert stop.code in (1, 2), words\n"
+        "    else:\n        raise AssertionError(words)\n"
+        "    heavy = {'torch', 'ray', 'zarr', 'roma', 'numba', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    command = [sys.executable, "-c", code, json.dumps(wrong)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == len(wrong)
+    assert "--debug shows where" not in result.stderr, "every error is one that was foreseen"
