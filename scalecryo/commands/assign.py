@@ -8,7 +8,7 @@ from scalecryo.commands.console import say
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.recorder import log_to_stderr
+from scalecryo.runs.log import log_to_stderr
 from scalecryo.train.loop import load_trained, run_stages
 from scalecryo.train.particle_state import FOLDER as PARTS
 from scalecryo.train.stages.final_pass import FinalPass

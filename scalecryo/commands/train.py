@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,9 @@ from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data.io import urls
 from scalecryo.errors import ConfigError, MissingInputError, UsageError
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.log import log_to_stderr
 
+logger = logging.getLogger(__name__)
 # One of them is there wherever torch finds a GPU: NVIDIA's drivers, Jetson, WSL, ROCm.
 GPU_NODES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
@@ -25,25 +28,24 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     if not settings.run.data or not settings.run.out:
         raise UsageError("train needs --data STORE and --out RUN (with --resume, --out alone)")
     settings = _absolute(settings)
+    line = log_to_stderr()
     _foresee(settings, resume)
     # torch takes seconds to import: by now the command line and the settings are in order.
     import torch
 
     from scalecryo.distributed.world import World
     from scalecryo.runs.checkpoint import is_finished
-    from scalecryo.runs.recorder import log_to_stderr
     from scalecryo.train.loop import train
 
     if settings.run.device == "cuda" and not torch.cuda.is_available() and settings.run.workers == "0":
         raise _no_device()
-    log_to_stderr()
     data_hash, run_folder = _check(settings), RunFolder(settings.run.out)
     if resume and is_finished(run_folder, settings, data_hash):
         say(f"run finished already: {settings.run.out}; its results are as they were")
         return
     run_folder.create(settings, resume=resume)
     if settings.run.worker_range == (0, 0):
-        train(settings, World(), torch.device(settings.run.device))
+        train(settings, World(), torch.device(settings.run.device), line=line)
     else:
         # Ray takes seconds to import: only when it is asked for.
         from scalecryo.train.ray_workers import train_on_ray
@@ -66,6 +68,7 @@ def _foresee(config: Config, resume: bool) -> None:
         OutputExistsError: the folder holds a run.
     """
     from scalecryo.data.storage.store import ParticleStore
+    from scalecryo.train.forecast import Forecast, parts_of
     from scalecryo.train.requirements import check_particles, training_level
 
     alone = config.run.worker_range == (0, 0)
@@ -74,10 +77,14 @@ def _foresee(config: Config, resume: bool) -> None:
     RunFolder(config.run.out).refuse_another(resume=resume)
     store = ParticleStore.open(config.run.data)
     check_particles(config, store)
-    training_level(config, store)
+    level = training_level(config, store)
     for name in (config.train.mask, config.train.index, *_truth_files(config.monitor.truth)):
         if name and not urls.exists(name):
             raise MissingInputError(urls.dangling(name) or f"{urls.redacted(name)}: no such file")
+    count, (_, workers) = min(config.train.rows or store.count, store.count), config.run.worker_range
+    where = f"{workers} workers" if workers else "this process"
+    forecast = Forecast(parts_of(config, count, store.levels))
+    logger.info("%s particles, %d px, recipe %s, %s: %s", f"{count:,}", level, config.recipe, where, forecast)
 
 
 def _check(config: Config) -> str:

@@ -256,6 +256,16 @@ class ParticleReader:
             for batches in zip(*read, strict=True):
                 yield tuple(self._context.images(batch, p) for batch, p in zip(batches, request.pixels, strict=True))
 
+    def count(self, request: BatchRequest) -> int:
+        """How many batches a pass has for this worker."""
+        context = self._context
+        if request.batches is not None:
+            return request.batches
+        if request.shuffled:
+            return context.order(request.pixels[0].box_size, request.batch_size).steps_per_epoch
+        rows = context.rows if request.training_rows else context.store.count
+        return -(-rows // (context.world.size * request.batch_size))
+
     @property
     def metrics(self) -> StreamMetrics:
         """What shuffled streams have done so far."""
