@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from scalecryo.commands.closing import say_results
 from scalecryo.commands.console import say
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
@@ -32,3 +33,5 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     target.sync()
     target.close()
     say(f"assigned {store.count} particles: {target.path('particles.star')}")
+    if out is None:
+        say_results(target)

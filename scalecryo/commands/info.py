@@ -113,6 +113,8 @@ def _store(path: str) -> None:
 def _run(path: str) -> None:
     present = [name for name in _RUN_FILES if urls.exists(urls.join(path, name))]
     say(f"{urls.redacted(path)}: run, {'finished' if len(present) == len(_RUN_FILES) else 'not finished'}")
+    if urls.exists(urls.join(path, "map_unsharpened.mrc")):  # older runs have none
+        present.insert(1, "map_unsharpened.mrc")
     if present:
         say(f"  holds {', '.join(present)}")
     metrics = urls.join(path, "metrics.jsonl")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from scalecryo.commands.closing import say_results
 from scalecryo.commands.console import say
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data.io import urls
@@ -52,6 +53,7 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
 
         train_on_ray(settings)
     say(f"run finished: {settings.run.out}")
+    say_results(run_folder)
 
 
 def _no_device() -> ConfigError:
