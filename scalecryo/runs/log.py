@@ -55,7 +55,7 @@ class _Above(logging.Handler):
         """Write one record; what goes wrong there is logging's own affair, as in every handler."""
         try:
             self._line.write_above(self.format(record))
-        except OSError:
+        except (OSError, ValueError):  # a stream that is closed by now
             self.handleError(record)
 
 
