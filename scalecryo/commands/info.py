@@ -102,12 +102,24 @@ def _store(path: str) -> None:
     say(f"  from {attrs['source']}")
     for added in attrs.get("appended", []):
         say(f"  and {added['count']:,} particles from {added['source']}")
+    if store.levels:
+        _memory(store)
     try:
         report = json.loads(urls.read_bytes(urls.join(path, REPORT)))
     except MissingInputError:
         return
     for line in report_lines(report):
         say(f"  {line}")
+
+
+def _memory(store: ParticleStore) -> None:
+    """What a run with the default settings takes, and what this machine has."""
+    from scalecryo.config import Config
+    from scalecryo.train.memory import machine_bytes, need_of
+
+    need, machine = need_of(Config(), store.levels).peak, machine_bytes()
+    here = f"; this machine has {machine / 2**30:.1f}" if machine else ""
+    say(f"  `train` on a CPU takes about {need / 2**30:.1f} GiB of memory, recipe guided{here}")
 
 
 def _run(path: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -66,11 +67,12 @@ def _foresee(config: Config, resume: bool) -> None:
 
     Raises:
         MissingInputError, StoreError: no store, mask or truth there.
-        ConfigError, TrainingError: the store cannot give what the recipe needs.
+        ConfigError, TrainingError: the store cannot give what the recipe needs, or the machine not the memory.
         OutputExistsError: the folder holds a run.
     """
     from scalecryo.data.storage.store import ParticleStore
     from scalecryo.train.forecast import Forecast, parts_of
+    from scalecryo.train.memory import check_memory, machine_bytes
     from scalecryo.train.requirements import check_particles, training_level
 
     alone = config.run.worker_range == (0, 0)
@@ -83,10 +85,13 @@ def _foresee(config: Config, resume: bool) -> None:
     for name in (config.train.mask, config.train.index, *_truth_files(config.monitor.truth)):
         if name and not urls.exists(name):
             raise MissingInputError(urls.dangling(name) or f"{urls.redacted(name)}: no such file")
+    machine = None if os.environ.get("RAY_ADDRESS") else machine_bytes()  # a cluster's nodes are other machines
+    need = check_memory(config, store.levels, machine)
     count, (_, workers) = min(config.train.rows or store.count, store.count), config.run.worker_range
     where = f"{workers} workers" if workers else "this process"
     forecast = Forecast(parts_of(config, count, store.levels))
-    logger.info("%s particles, %d px, recipe %s, %s: %s", f"{count:,}", level, config.recipe, where, forecast)
+    memory = "" if config.run.device == "cuda" else f"; {need.peak / 2**30:.1f} GiB of memory{' each' * (workers > 1)}"
+    logger.info("%s particles, %d px, recipe %s, %s: %s%s", f"{count:,}", level, config.recipe, where, forecast, memory)
 
 
 def _check(config: Config) -> str:

@@ -140,6 +140,10 @@ class Backprojection:
         whole._copies = self._copies
         return whole
 
+    def release(self) -> None:
+        """Let go of the sums: once maps are solved, they are the largest thing in memory."""
+        self.numerator, self.denominator = self.numerator.new_zeros(0), self.denominator.new_zeros(0)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums."""
         return self.numerator, self.denominator

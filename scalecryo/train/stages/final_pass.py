@@ -160,13 +160,17 @@ class FinalPass:
         context, model = self._context, self._learned.model
         level, radius = sums.box_size, sums.box_size / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
-        maps = ReferenceSet.of_maps(
-            sums.solve(), context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
-        )
+        solved = sums.solve()
+        # What poses were found with is not needed any more, nor are the sums: both are large.
+        sums.release()
         assert self._poses is not None, "request() comes first"
+        told, self._poses, self._sums = self._poses.notes, None, None
+        maps = ReferenceSet.of_maps(
+            solved, context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
+        )
         found, half = self._found.all()
         maps, found = _largest_first(maps, found)
-        notes = context.partition.notes + self._learned.notes + self._poses.notes + notes
+        notes = context.partition.notes + self._learned.notes + told + notes
         particles = FinalParticles(found, half, self._pairs, notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)

@@ -203,7 +203,8 @@ class Iteration:
         return int(count) == world.size  # host sync
 
     def finish(self, world: World) -> ReferenceSet:
-        """Sum over the workers, solve, compare the halves. Collective."""
+        """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
+        del self._whole, self._parts  # their transforms take more memory than the sums
         if world.size > 1:
             self._sums.all_reduce_(world.all_reduce_, self.pixels.radius_limit)
         world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts, self.class_counts)
@@ -218,7 +219,10 @@ class Iteration:
 
     def _compared(self, sums: Backprojection) -> ReferenceSet:
         noise = self._residuals.variance() / self.plan.level**2
+        solved = sums.solve()
+        if not self.plan.searched:  # which sums parts apart, for `parts_left_out`
+            sums.release()
         pixel_size = self._context.store.level_pixel_size(self.plan.level)
         return ReferenceSet.of_maps(
-            sums.solve(), pixel_size, noise=noise, radius=self.plan.radius, solvent=self._context.solvent
+            solved, pixel_size, noise=noise, radius=self.plan.radius, solvent=self._context.solvent
         )
