@@ -1,6 +1,7 @@
 """The command line's contract: verbs, exit codes, one-line errors, and no torch behind a help text."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from scalecryo.cli import main, words_of
+from scalecryo.cli import app, main, words_of
+from scalecryo.commands.examples import EXAMPLES
+from scalecryo.commands.glossary import TERMS
+from scalecryo.commands.setting_options import COMMON
 from scalecryo.config import SETTINGS
 from tests.conftest import SimulatedParticles
 
-VERBS = ("simulate", "convert", "info", "verify", "train", "assign", "evaluate", "export", "demo")
+VERBS = ("simulate", "convert", "info", "verify", "train", "assign", "evaluate", "export", "demo", "select", "help")
 
 
 def run(*tokens: str) -> int:
@@ -105,7 +109,9 @@ def test_settings_take_their_values() -> None:
 
 def test_what_was_given_reaches_the_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    monkeypatch.setattr("scalecryo.cli._run", lambda verb, *args, **kwargs: seen.update(kwargs, verb=verb, args=args))
+    monkeypatch.setattr(
+        "scalecryo.commands.verbs._run", lambda verb, *args, **kwargs: seen.update(kwargs, verb=verb, args=args)
+    )
     main(["train", "c.toml", "--data", "s", "--run.out", "r", "--pose.centred", "--volume.gridding-correction", "false",
           "--encoder.channels", "8,16", "--optim.clip_norm", "-1"])  # fmt: skip
     assert seen["verb"] == "train"
@@ -121,6 +127,41 @@ def test_help_of_train_lists_every_setting(capsys: pytest.CaptureFixture[str]) -
     text = capsys.readouterr().out
     assert not [name for name in SETTINGS if f"--{name}" not in text]
     assert text.index("--data") < text.index("--device") < text.index("--resume  ") < text.index("--train.steps")
+
+
+@pytest.mark.parametrize("verb", EXAMPLES)
+def test_every_example_is_a_command(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert len(EXAMPLES[verb]) == 3
+    for _, example in EXAMPLES[verb]:
+        assert f"scalecryo {example}" in text
+        words, _ = words_of(shlex.split(example))
+        app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_help_explains_words_groups_and_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    for topic, said in (("terms", "half-maps"), ("guided", "--guided.start nothing|poses"), ("train", "--symmetry str"),
+                        ("export", "--format cryodrgn")):  # fmt: skip
+        main(["help", topic])
+        text = capsys.readouterr().out
+        assert said in text
+        assert max(map(len, text.splitlines())) <= 120
+    assert all(f"--{name.partition('.')[2].replace('_', '-')}" in _explained("train", capsys) for name in COMMON)
+    assert run("help", "nothing") == 2
+    assert "terms" in capsys.readouterr().err
+    main(["help"])
+    assert "simulate" in capsys.readouterr().out
+
+
+def _explained(topic: str, capsys: pytest.CaptureFixture[str]) -> str:
+    main(["help", topic])
+    return capsys.readouterr().out
+
+
+def test_words_of_the_glossary_are_sorted() -> None:
+    words = [word.lower() for word in TERMS]
+    assert words == sorted(words)
 
 
 @pytest.mark.parametrize(
