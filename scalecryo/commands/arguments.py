@@ -83,9 +83,12 @@ def check_assign(run: str, *, data: str | None, **_: Any) -> None:
 
 def check_evaluate(path: str, *, truth: str, **_: Any) -> None:
     """Refuse a result or a truth that is not there."""
-    _check_there(path)
-    for name in ("truth.mrc", *(() if path.lower().endswith((".mrc", ".map")) else ("truth.star",))):
-        _check_there(urls.join(truth, name))
+    for name in (path, truth):
+        _check_there(name)
+    if urls.is_folder(truth):
+        _check_there(urls.join(truth, "truth.mrc"))
+        if not path.lower().endswith((".mrc", ".map")):
+            _check_there(urls.join(truth, "truth.star"))
 
 
 def check_demo(*, out: str) -> None:

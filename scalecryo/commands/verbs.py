@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from scalecryo import __version__
-from scalecryo.commands.console import check_conversion
+from scalecryo.commands.console import check_conversion, check_group
 from scalecryo.commands.examples import epilogue
 from scalecryo.commands.setting_options import FIRST, settings_options
 from scalecryo.errors import UsageError
-from scalecryo.settings import POINT_GROUP, RECIPES
+from scalecryo.settings import RECIPES
 
 app = App(
     name="scalecryo",
@@ -102,7 +102,7 @@ def simulate(
             axes; a structure is first moved off the axes until the copies touch, or as far as the box allows; a map is
             not moved
     """
-    _check_group(symmetry)
+    check_group(symmetry)
     _run("simulate", structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db,
          defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed, colour=colour,
          scale_sd=scale_sd, gain_sd=gain_sd, junk=junk, neighbours=neighbours, prefer=prefer,
@@ -235,7 +235,7 @@ def evaluate(path: str, /, *, truth: str, symmetry: str | None = None) -> None:
             poses are compared; a run's own when absent
     """
     if symmetry is not None:
-        _check_group(symmetry)
+        check_group(symmetry)
     _run("evaluate", path, truth=truth, symmetry=symmetry)
 
 
@@ -309,13 +309,3 @@ def explain(topic: str = "", /) -> None:
         _run("help", topic)
     else:
         app.help_print([])
-
-
-def _check_group(name: str) -> None:
-    """Refuse a point group that there is not.
-
-    Raises:
-        UsageError: names it.
-    """
-    if POINT_GROUP.fullmatch(name.strip().upper()) is None:
-        raise UsageError(f"--symmetry {name}: no such point group: use C1, C7, D7, T, O, I or I1 to I4")

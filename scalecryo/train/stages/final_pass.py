@@ -107,7 +107,8 @@ class FinalPass:
         message, figures = f"final pass: {context.store.count:,} particles posed", {}
         if world.is_leader:
             notes = self._uncertain()
-            cones = self._write(sums, notes)
+            with world.timer.part("results"):
+                cones = self._write(sums, notes)
             self._found.remove_pass(self._pass)
             for warning in (*notes, cones.warning):
                 if warning:
@@ -160,7 +161,8 @@ class FinalPass:
         context, model = self._context, self._learned.model
         level, radius = sums.box_size, sums.box_size / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
-        solved = sums.solve()
+        with context.world.timer.part("solve"):
+            solved = sums.solve()
         # What poses were found with is not needed any more, nor are the sums: both are large.
         sums.release()
         assert self._poses is not None, "request() comes first"

@@ -105,7 +105,9 @@ class Iteration:
             shift_radius=context.shift_radius,
             equivalent=self._equivalent,
         )
-        return PoseEstimator(references.at(plan.level, self.pixels), e_step, self._source, context.world.timer)
+        with context.world.timer.part("references"):
+            prepared = references.at(plan.level, self.pixels)
+        return PoseEstimator(prepared, e_step, self._source, context.world.timer)
 
     def step(self, batch: ParticleImages) -> None:
         """E-step, sums, and what is learnt from the batch."""
@@ -219,7 +221,8 @@ class Iteration:
 
     def _compared(self, sums: Backprojection) -> ReferenceSet:
         noise = self._residuals.variance() / self.plan.level**2
-        solved = sums.solve()
+        with self._context.world.timer.part("solve"):
+            solved = sums.solve()
         if not self.plan.searched:  # which sums parts apart, for `parts_left_out`
             sums.release()
         pixel_size = self._context.store.level_pixel_size(self.plan.level)
