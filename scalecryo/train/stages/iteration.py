@@ -106,7 +106,9 @@ class Iteration:
             shift_radius=context.shift_radius,
             equivalent=self._equivalent,
         )
-        return PoseEstimator(references.at(plan.level, self.pixels), e_step, self._source, context.world.timer)
+        with context.world.timer.part("references"):
+            prepared = references.at(plan.level, self.pixels)
+        return PoseEstimator(prepared, e_step, self._source, context.world.timer)
 
     def step(self, batch: ParticleImages) -> None:
         """E-step, sums, and what is learnt from the batch."""
@@ -204,7 +206,8 @@ class Iteration:
         return int(count) == world.size  # host sync
 
     def finish(self, world: World) -> ReferenceSet:
-        """Sum over the workers, solve, compare the halves. Collective."""
+        """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
+        del self._whole, self._parts  # their transforms take more memory than the sums
         together = PARTS if self.plan.searched else 1
         mine = reduce_to_owners_(self._sums, world, self.pixels.radius_limit, together=together)
         world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts, self.class_counts)
@@ -219,8 +222,11 @@ class Iteration:
 
     def _compared(self, sums: Backprojection) -> ReferenceSet:
         noise = self._residuals.variance() / self.plan.level**2
+        with self._context.world.timer.part("solve"):
+            solved = solve_by_owners(sums, self._context.world)
+        if not self.plan.searched:  # which sums parts apart, for `parts_left_out`
+            sums.release()
         pixel_size = self._context.store.level_pixel_size(self.plan.level)
         return ReferenceSet.of_maps(
-            solve_by_owners(sums, self._context.world), pixel_size,
-            noise=noise, radius=self.plan.radius, solvent=self._context.solvent,
-        )  # fmt: skip
+            solved, pixel_size, noise=noise, radius=self.plan.radius, solvent=self._context.solvent
+        )
