@@ -16,7 +16,8 @@ from scalecryo.errors import TrainingError
 
 COUNT, BOX, PIXEL_SIZE = 1200, 32, 3.2
 QUICK = {"guided.bootstrap_steps": "40", "guided.starts": "1", "guided.shift_radius_a": "4"}
-BRIEF = {"guided__bootstrap_rounds": "2", "guided__iterations": "1", "guided__encoder_steps": "0"}
+BRIEF = {"guided__bootstrap_steps": "12", "guided__bootstrap_rounds": "1", "guided__iterations": "1",
+         "guided__encoder_steps": "0"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_too_few_particles_are_refused(good: Path, tmp_path: Path) -> None:
 
 def test_inverted_contrast_that_convert_was_told_to_keep_is_noticed(good: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="contrast seems inverted"):
-        run_on(changed(good, tmp_path / "data", images=-pixels_of(good)), tmp_path)
+        run_on(changed(good, tmp_path / "data", images=-pixels_of(good)), tmp_path, **BRIEF)
     assert not (tmp_path / "run" / "map.mrc").exists()
 
 
@@ -109,7 +110,7 @@ def test_junk_gets_low_confidence_and_does_not_ruin_the_map(
     junk = np.arange(COUNT) % 5 == 2
     sigma = images[:, 0].std()
     images[junk] = np.random.default_rng(0).normal(0, sigma, (junk.sum(), BOX, BOX))
-    run = run_on(changed(good, tmp_path / "data", images=images), tmp_path)
+    run = run_on(changed(good, tmp_path / "data", images=images), tmp_path, guided__bootstrap_rounds="4")
     confidence = read_poses(str(run / "particles.star")).confidence
     assert confidence is not None
     assert (confidence[junk] < 0.1).mean() > 0.95

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,12 @@ def start_of(data: str, folder: Path) -> tuple[ClassStart, list[ParticleImages]]
     return start, batches
 
 
-def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(species: tuple[Path, str], tmp_path: Path) -> None:
+def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(
+    species: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A switch of the whole process: each of two threads would put back what the other had set.
+    monkeypatch.setattr("scalecryo.pose.search.tensor_cores", nullcontext)
+    monkeypatch.setattr("scalecryo.pose.expectation.tensor_cores", nullcontext)
     whole, batches = start_of(species[1], tmp_path / "one")
     for images in batches[:4]:
         whole.step(images)
@@ -202,7 +208,7 @@ def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(species: tuple[
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     for one, *two in zip(whole._tensors(), *(worker._tensors() for worker in workers), strict=True):
         for other in two:
             scale = float(one.abs().max())

@@ -51,16 +51,19 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.iterations": "8",
-            "guided.bootstrap_steps": "60", "guided.starts": "1"}  # fmt: skip
+            "guided.bootstrap_steps": "60", "guided.bootstrap_rounds": "3", "guided.starts": "1"}  # fmt: skip
 # On 300 images: nothing that needs a structure.
-SHORT = {"train__rows": "300", "guided__bootstrap_steps": "20", "guided__bootstrap_rounds": "1",
+SHORT = {"train__rows": "300", "guided__bootstrap_steps": "8", "guided__bootstrap_rounds": "1",
          "guided__iterations": "4"}  # fmt: skip
 
 
 def start(data: str, out: Path, *, resume: bool = False, **extra: str) -> None:
     overrides = SETTINGS | {key.replace("__", "."): value for key, value in extra.items()}
     if overrides.get("guided.start") == "poses":  # no bootstrap
-        overrides = {key: overrides[key] for key in overrides.keys() - {"guided.bootstrap_steps", "guided.starts"}}
+        overrides = {
+            key: overrides[key]
+            for key in overrides.keys() - {"guided.bootstrap_steps", "guided.bootstrap_rounds", "guided.starts"}
+        }
     train.run(None, data=data, out=str(out), workers="0", device="cpu", resume=resume, overrides=overrides)
 
 
@@ -143,10 +146,10 @@ def test_a_start_that_was_killed_goes_on(
 ) -> None:
     """Killed in its second round, it is taken up at its last save and ends in the same maps bit for bit.
 
-    The first round has 20 steps; it is judged again, and chooses the same two maps.
+    The first round has 8 steps; it is judged again, and chooses the same two maps.
     """
     options = {"guided__iterations": "1", "guided__encoder_steps": "0", "train__final_pass": "false",
-               "guided__bootstrap_steps": "20", "guided__bootstrap_rounds": "2"}  # fmt: skip
+               "guided__bootstrap_steps": "8", "guided__bootstrap_rounds": "2"}  # fmt: skip
     seen: list[int] = []
     learn = Bootstrap._learn
 
@@ -162,15 +165,15 @@ def test_a_start_that_was_killed_goes_on(
     until(1_000_000)
     start(particles[1], tmp_path / "whole", **options)
     whole = len(seen)
-    assert whole == 40
+    assert whole == 16
     assert seen == list(range(1, whole + 1))
     seen.clear()
-    until(25)
+    until(10)
     with pytest.raises(KeyboardInterrupt):
         start(particles[1], tmp_path / "cut", **options)
     until(1_000_000)
     start(particles[1], tmp_path / "cut", resume=True, **options)
-    assert seen == [*range(1, 26), *range(21, whole + 1)]
+    assert seen == [*range(1, 11), *range(9, whole + 1)]
     first, second = (
         load_checkpoint(RunFolder(str(tmp_path / name)), store_hash=None, recipe="guided") for name in ("whole", "cut")
     )

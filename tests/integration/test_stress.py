@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["guided.starts=1", "guided.bootstrap_steps=20", "guided.bootstrap_rounds=2", "guided.iterations=2",
+SHORT = ["guided.starts=1", "guided.bootstrap_steps=10", "guided.bootstrap_rounds=1", "guided.iterations=2",
          "guided.encoder_steps=0"]  # fmt: skip
 
 
