@@ -14,6 +14,7 @@ from scalecryo.config import Config
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.runs.exported import exported_values, write_text_file
+from scalecryo.runs.failure_report import Seen, write_failure_report
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Pairs
 from scalecryo.runs.recorder import Recorder
@@ -80,8 +81,12 @@ class RunMonitor:
             InputError, MissingInputError: see `Truth.load`.
         """
         self._store, self._folder = store, config.monitor.truth
+        self._folder_of_run = run
         self._run, self._publish, self._text_file = config.run.out, publish, config.monitor.prometheus
         self._figures: dict[str, float] = {}
+        self._config, self._seen = config, Seen()
+        self._ear = _Ear(self._seen.messages)
+        logging.getLogger("scalecryo").addHandler(self._ear)
         self._truth: Truth | None = None
         if self._folder:  # before anything is opened that would have to be closed
             self._truth = Truth.load(self._folder, store, min(store.levels))
@@ -99,6 +104,7 @@ class RunMonitor:
         if report.message:
             left = self._left(report.progress)
             logger.info("%s, %.0f images/s%s", report.message, rates["images_per_second"], left)
+        self._look(report)
         if report.figures:
             self._recorder.conclude(dict(report.figures))
         self._export({**rates, **report.scalars, **report.figures}, report.step)
@@ -129,8 +135,23 @@ class RunMonitor:
         if self._text_file:
             write_text_file(Path(self._text_file), self._figures, urls.redacted(self._run))
 
+    def failed(self, error: Exception) -> None:
+        """Leave a report that says why the run stopped, with what was seen until then."""
+        write_failure_report(self._config, self._store, self._folder_of_run, error, self._seen)
+
+    def _look(self, report: PassReport) -> None:
+        """Remember what `failed` would show."""
+        if report.message:
+            self._seen.messages.append(report.message)
+        if report.density is not None:
+            self._seen.density = report.density.detach().cpu()
+            extent = self._store.box_size * self._store.pixel_size
+            self._seen.pixel_size = extent / report.density.shape[-1]
+        self._seen.pairs = report.pairs or self._seen.pairs
+
     def close(self) -> None:
         """Flush the event file."""
+        logging.getLogger("scalecryo").removeHandler(self._ear)
         self._recorder.close()
 
     def _errors(self, rows: Tensor, rotation: Tensor, density: Tensor) -> dict[str, float | list[float]]:
@@ -152,3 +173,15 @@ class RunMonitor:
             return ""
         share, then = self._begun
         return f", {(now - then) * (1 - progress) / (progress - share):.0f} s left"
+
+
+class _Ear(logging.Handler):
+    """Keeps warnings for the report of a run that fails."""
+
+    def __init__(self, heard: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._heard = heard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self._heard.append(f"warning: {record.getMessage()}")

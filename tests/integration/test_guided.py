@@ -270,6 +270,11 @@ def test_pure_noise_is_not_sold_as_a_structure(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no structure"):
         start(store, tmp_path / "run", train__rows="1000")
     assert not (tmp_path / "run" / "map.mrc").exists()
+    # Its page says why, and shows the images.
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "No result" in report
+    assert "the start found no structure" in report
+    assert "What the images look like" in report
 
 
 def gloo_worker(rank: int, port: int, config: Config) -> None:
