@@ -256,12 +256,15 @@ def assign(run: str, /, *, data: str | None = None, out: str | None = None) -> N
 
 
 @app.command
-def evaluate(path: str, /, *, truth: str, symmetry: str | None = None) -> None:
-    """Compare a run, a table or a map with a known truth: one JSON line and pictures.
+def evaluate(
+    path: str, /, *, truth: Annotated[str, Parameter(name=("--truth", "--reference"))], symmetry: str | None = None
+) -> None:
+    """Compare a run, a table or a map with a known truth: one JSON line, pictures, and a sentence.
 
     Args:
         path: a run's folder, a .star with poses, or a map .mrc
-        truth: folder with truth.star and truth.mrc, as simulate writes them
+        truth: folder with truth.star and truth.mrc, as simulate writes them; or one map (.mrc, .map) or structure
+            (.pdb, .cif, also .gz) of any box, pixel size and orientation, with which the map is compared
         symmetry: point group (C7, D2, T, O, I, I1 to I4) about axes of any direction in the true map, modulo which
             poses are compared; a run's own when absent
     """

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,8 @@ def _plain_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if request.node.get_closest_marker("pictures") is None:
         for name in ("_drawn", "_written"):
             monkeypatch.setattr(f"scalecryo.evaluate.report.figure.{name}", lambda _: PLAIN_PNG)
+        blank = np.zeros((1, 3, 3), np.uint8)
+        monkeypatch.setattr("scalecryo.evaluate.report.surface.Surface.picture", lambda _, size=1: blank)
 
 
 @pytest.fixture

@@ -34,6 +34,8 @@ class PassReport:
         scalars: curves.
         histograms: values whose spread is recorded.
         density: the map as it stands, or None.
+        mask: around it, or None.
+        curves: correlations of the half-maps by shell, by name; the last one tells the resolution.
         rows, rotation: of some particles with their poses, or None.
         pairs: pictures, or None.
         checkpoint: whether the stage can be taken up here.
@@ -48,6 +50,8 @@ class PassReport:
     scalars: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
     density: Float[Tensor, "n n n"] | None = None
+    mask: Float[Tensor, "n n n"] | None = None
+    curves: Mapping[str, Float[Tensor, " s"]] = field(default_factory=dict)
     rows: Int[Tensor, " k"] | None = None
     rotation: Float[Tensor, "k 3 3"] | None = None
     pairs: Pairs | None = None
@@ -119,8 +123,11 @@ class RunMonitor:
         if report.rotation is not None:
             tilt = torch.rad2deg(torch.arccos(report.rotation[:, 2, 2].clamp(-1, 1)))
             self._recorder.histogram(report.step, "poses/tilt_deg", tilt)
+            self._recorder.views(report.step, report.rotation)
         if report.density is not None:
             self._recorder.volume(report.step, report.density)
+            pixel_size = self._pixel_size(report.density)
+            self._recorder.surface(report.step, report.density, pixel_size, report.mask, report.curves)
             if report.rows is not None and report.rotation is not None and len(report.rows):
                 values |= self._errors(report.rows, report.rotation, report.density)
         if report.pairs is not None:
@@ -145,9 +152,12 @@ class RunMonitor:
             self._seen.messages.append(report.message)
         if report.density is not None:
             self._seen.density = report.density.detach().cpu()
-            extent = self._store.box_size * self._store.pixel_size
-            self._seen.pixel_size = extent / report.density.shape[-1]
+            self._seen.pixel_size = self._pixel_size(report.density)
         self._seen.pairs = report.pairs or self._seen.pairs
+
+    def _pixel_size(self, density: Tensor) -> float:
+        """Of a map that spans the store's box, Å."""
+        return self._store.box_size * self._store.pixel_size / density.shape[-1]
 
     def close(self) -> None:
         """Flush the event file."""

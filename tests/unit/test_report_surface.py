@@ -12,6 +12,7 @@ from scalecryo.evaluate.report.surface import DALTON_PER_A3, Surface, otsu_level
 from scalecryo.evaluate.report.views import view_picture
 from scalecryo.physics.mask import soft_sphere
 
+pytestmark = pytest.mark.pictures
 BOX, PIXEL_SIZE, RADIUS = 48, 2.0, 10.0
 
 

@@ -105,9 +105,9 @@ class Surface:
         return max(step * power for step in (1, 2, 5) if step * power <= wanted)
 
 
-def surface_picture(surface: Surface) -> bytes:
-    """The surface from three sides as PNG bytes."""
-    return png_of_pixels(surface.picture())
+def surface_picture(surface: Surface, size: int = PICTURE) -> bytes:
+    """The surface from three sides, each so many pixels across, as PNG bytes."""
+    return png_of_pixels(surface.picture(size))
 
 
 def otsu_level(masked: Float[Tensor, "n n n"], mask: Float[Tensor, "n n n"]) -> float:
