@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, NoReturn, TypedDict
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from scalecryo import __version__
-from scalecryo.commands.console import check_conversion
+from scalecryo.commands.console import check_conversion, check_group
 from scalecryo.config import SECTIONS, refuse_renamed
 from scalecryo.errors import ConfigError, ScalecryoError, UsageError
-from scalecryo.settings import POINT_GROUP, RECIPES
+from scalecryo.settings import RECIPES
 
 app = App(
     name="scalecryo",
@@ -135,7 +135,7 @@ def simulate(
             axes; a structure is first moved off the axes until the copies touch, or as far as the box allows; a map is
             not moved
     """
-    _check_group(symmetry)
+    check_group(symmetry)
     _run("simulate", structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db,
          defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed, colour=colour,
          scale_sd=scale_sd, gain_sd=gain_sd, junk=junk, neighbours=neighbours, prefer=prefer,
@@ -269,23 +269,25 @@ def evaluate(
             poses are compared; a run's own when absent
     """
     if symmetry is not None:
-        _check_group(symmetry)
+        check_group(symmetry)
     _run("evaluate", path, truth=truth, symmetry=symmetry)
 
 
 @app.command
 def export(
-    run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], out: str, data: str | None = None
-) -> None:
-    """Write a run's map and poses as another package reads them.
+    run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], out: str, data: str | None = None,
+    data_dir: str | None = None,
+) -> None:  # fmt: skip
+    """Write a run's map, poses and links to its stacks as a folder that another package starts from.
 
     Args:
         run: folder of a finished run
         format: the package to write for
         out: folder to write into
         data: the run's store, where it was moved since: cryoSPARC's uids, fields and contrast are kept there
+        data_dir: folder that the stacks' paths are relative to, where it is not convert's any more
     """
-    _run("export", run, format=format, out=out, data=data)
+    _run("export", run, format=format, out=out, data=data, data_dir=data_dir)
 
 
 @app.command
@@ -330,16 +332,6 @@ def demo(*, out: str = "demo") -> None:
         out: folder to write into
     """
     _run("demo", out=out)
-
-
-def _check_group(name: str) -> None:
-    """Refuse a point group that there is not.
-
-    Raises:
-        UsageError: names it.
-    """
-    if POINT_GROUP.fullmatch(name.strip().upper()) is None:
-        raise UsageError(f"--symmetry {name}: no such point group: use C1, C7, D7, T, O, I or I1 to I4")
 
 
 def words_of(tokens: Sequence[str]) -> tuple[list[str], bool]:

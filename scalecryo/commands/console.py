@@ -4,6 +4,7 @@ import sys
 import time
 
 from scalecryo.errors import UsageError
+from scalecryo.settings import POINT_GROUP
 
 
 def say(text: str) -> None:
@@ -28,6 +29,16 @@ def check_conversion(*, invert: bool, uninvert: bool, append: bool, overwrite: b
         raise UsageError("convert takes --invert or --uninvert, not both")
     if append and (overwrite or box):
         raise UsageError("convert --append keeps the store's box and particles: leave out --box and --overwrite")
+
+
+def check_group(name: str) -> None:
+    """Refuse a point group that there is not.
+
+    Raises:
+        UsageError: names it.
+    """
+    if POINT_GROUP.fullmatch(name.strip().upper()) is None:
+        raise UsageError(f"--symmetry {name}: no such point group: use C1, C7, D7, T, O, I or I1 to I4")
 
 
 class Progress:

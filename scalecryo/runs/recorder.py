@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import (
+    DATA_CLASS_BLOB_SEQUENCE,
+    DATA_CLASS_SCALAR,
+    Summary,
+    SummaryMetadata,
+)
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -147,13 +152,17 @@ class Recorder:
         self._writer.close()
 
     def _scalar(self, step: int, tag: Tag, value: float) -> None:
-        self._add(step, Summary.Value(tag=tag.name, simple_value=value, metadata=_metadata(tag)))
+        self._add(
+            step, Summary.Value(tag=tag.name, simple_value=value, metadata=_metadata(tag, "scalars", DATA_CLASS_SCALAR))
+        )
 
     def _png(self, step: int, tag: Tag, png: bytes) -> None:
         """A PNG as it is; its size stands in its header."""
         width, height = struct.unpack(">II", png[16:24])
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
-        self._add(step, Summary.Value(tag=tag.name, image=image, metadata=_metadata(tag)))
+        self._add(
+            step, Summary.Value(tag=tag.name, image=image, metadata=_metadata(tag, "images", DATA_CLASS_BLOB_SEQUENCE))
+        )
 
     def _add(self, step: int, value: Summary.Value) -> None:
         events = self._writer.file_writer
@@ -161,14 +170,22 @@ class Recorder:
             events.add_summary(Summary(value=[value]), step)
 
 
-def _metadata(tag: Tag) -> SummaryMetadata:
-    return SummaryMetadata(display_name=tag.title, summary_description=tag.help)
+def _metadata(tag: Tag, plugin: str, data_class: int) -> SummaryMetadata:
+    """TensorBoard shows title and help only of what names its plugin and class of data."""
+    return SummaryMetadata(
+        display_name=tag.title, summary_description=tag.help, data_class=data_class,
+        plugin_data=SummaryMetadata.PluginData(plugin_name=plugin),
+    )  # fmt: skip
 
 
 def _compared_settings(config: Config) -> dict[str, bool | int | float | str]:
-    """What runs differ by: settings but for places, and the version."""
+    """What runs differ by: settings but for places, the version, and first of all what is not as by default."""
+    plain = flat_settings(Config())
     settings = {name: value for name, value in flat_settings(config).items() if not name.startswith("run.")}
-    return {"run.data": urls.redacted(config.run.data), "recipe": config.recipe, "version": __version__, **settings}
+    changed = " ".join(f"{name}={value}" for name, value in settings.items() if value != plain.get(name))
+    # TensorBoard sorts by name and shows the first few.
+    return {"changed": changed, "data": urls.redacted(config.run.data), "recipe": config.recipe,
+            "version": __version__, **settings}  # fmt: skip
 
 
 def _grey(image: Float[Tensor, "y x"]) -> Float[Tensor, "1 y x"]:
