@@ -18,6 +18,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 
 from scalecryo import __version__
 from scalecryo.commands.console import check_conversion, check_group
+from scalecryo.commands.recipe_files import recipe_file
 from scalecryo.config import SECTIONS, refuse_renamed
 from scalecryo.errors import ConfigError, ScalecryoError, UsageError
 from scalecryo.settings import RECIPES
@@ -229,6 +230,7 @@ def train(
     *,
     settings: _settings() = None,  # type: ignore[valid-type]
     resume: bool = False,
+    recipe: str | None = None,
 ) -> None:
     """Train on a store, from nothing to a map and a pose for every particle.
 
@@ -237,7 +239,9 @@ def train(
     Args:
         config: TOML file of settings
         resume: go on from the newest checkpoint in the run's folder
+        recipe: name of a TOML file that comes with the package, such as paper-known
     """
+    config = recipe_file(recipe, config)
     tables: dict[str, dict[str, Any]] = settings or {}
     overrides = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     _run("train", config, resume=resume, overrides=overrides)
