@@ -34,7 +34,9 @@ class Table(dict[str, NDArray]):
         try:
             import pandas
         except ImportError as error:
-            raise InputError("pandas is not installed: pip install pandas, or use the columns as they are") from error
+            raise InputError(
+                "pandas is not installed: install scalecryo[pandas], or use the columns as they are"
+            ) from error
         return pandas.DataFrame({name: list(values) if values.ndim > 1 else values for name, values in self.items()})
 
 

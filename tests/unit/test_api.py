@@ -1,11 +1,14 @@
 """The public Python API, on the simulated set; and the examples of its documentation, which are run as they stand."""
 
+import json
 import re
 import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -138,3 +141,17 @@ def test_recipes_come_by_name() -> None:
         recipe_file("paper-unknown", None)
     with pytest.raises(UsageError, match="not both"):
         recipe_file("guided", "a.toml")
+
+
+@pytest.mark.parametrize("name", ["look_into_a_store", "poses_to_map"])
+def test_notebooks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their cells one after the other, without Jupyter."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((files("scalecryo") / "docs" / f"{name}.ipynb").read_text())["cells"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), name, "exec"), names)
+    assert plt.get_fignums()
+    plt.close("all")

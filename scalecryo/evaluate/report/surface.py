@@ -20,6 +20,7 @@ from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.mask import gaussian_low_pass
 
 GRID = 80  # voxels across the viewer's grid; 64 and 96 take half and twice the file
+SAMPLED = 128  # voxels along each axis that the solvent is judged by
 PICTURE = 240  # pixels across one side's picture
 SOLVENT_SD = 7.0  # standard deviations of the solvent that a contour lies above it, where the density is that strong
 ENVELOPE_A = 12.0  # low-pass that the particle's mass is read at: 43 to 46 kDa of adenylate kinase's 44 in four maps
@@ -57,14 +58,16 @@ class Surface:
             pixel_size: Å.
             size: even.
         """
-        volume, inside = volume.detach().cpu().float(), mask.cpu().float()
-        outside = volume[inside < 0.01]
-        otsu = otsu_level(volume * inside, inside)
+        thin = (slice(None, None, -(-volume.shape[-1] // SAMPLED)),) * 3
+        outside = volume[thin][mask[thin] < 0.01].cpu()
+        start, width = _cube_around(mask)
+        place = tuple(slice(at, at + width) for at in start)
+        whole, inside = volume[place].detach().cpu().float(), mask[place].cpu().float()
+        cut = whole * inside
+        otsu = otsu_level(cut, inside)
         solvent = SOLVENT_SD * float(outside.std()) if len(outside) > 1 else otsu
         level = min(max(solvent, otsu / 2), otsu)
-        start, width = _cube_around(inside)
-        cut = (volume * inside)[tuple(slice(at, at + width) for at in start)]
-        smooth = gaussian_low_pass(volume, pixel_size, ENVELOPE_A) * inside
+        smooth = gaussian_low_pass(whole, pixel_size, ENVELOPE_A) * inside
         envelope = float((smooth >= otsu_level(smooth, inside)).sum()) * pixel_size**3
         return cls(_sampled(cut, size), pixel_size * width / size, level, envelope * DALTON_PER_A3 / 1000)
 
