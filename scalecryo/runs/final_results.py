@@ -103,7 +103,7 @@ class FinalResults:
 
     def class_surface(self, number: int, size: int) -> Surface:
         """A class's map within its mask, so many voxels across."""
-        return Surface.of_map(self.finals[number].map, self.maps.mask[number], self.pixel_size, size)
+        return Surface.of_map(self.finals[number].map, self.maps.mask[number], self.pixel_size, size, self.angstrom())
 
     @cached_property
     def kept(self) -> int:

@@ -30,7 +30,7 @@ from scalecryo.evaluate.report import Surface, fsc_figure, surface_picture
 from scalecryo.evaluate.report.figure import png_of_pixels
 from scalecryo.evaluate.report.views import view_picture
 from scalecryo.physics.fsc import resolution
-from scalecryo.physics.mask import gaussian_low_pass, soft_sphere
+from scalecryo.physics.mask import soft_sphere
 from scalecryo.runs.folder import RunFolder, trim_metrics
 from scalecryo.runs.tags import COMPARED, FINAL_FSC, PICTURES, Tag, tag_of
 
@@ -132,14 +132,13 @@ class Recorder:
             mask: around it; None: the sphere that fits the box.
             curves: correlations by shell, by name; the map is low-passed to where the last one falls to 0.143.
         """
-        box_size, density = density.shape[-1], density.detach().cpu().float()
+        finest, box_size, density = 0.0, density.shape[-1], density.detach().cpu().float()
         own = soft_sphere(box_size, box_size / 2 - 4) if mask is None else mask.cpu()
         if curves:
-            _, angstrom = resolution(list(curves.values())[-1], box_size, pixel_size, 0.143)
-            density = gaussian_low_pass(density, pixel_size, angstrom)
+            _, finest = resolution(list(curves.values())[-1], box_size, pixel_size, 0.143)
             named = {name: curve.detach().cpu().numpy() for name, curve in curves.items()}
             self._png(step, PICTURES["fsc"], fsc_figure(named, box_size, pixel_size))
-        surface = Surface.of_map(density, own, pixel_size, SURFACE_GRID)
+        surface = Surface.of_map(density, own, pixel_size, SURFACE_GRID, finest)
         self._png(step, PICTURES["surface"], surface_picture(surface, SURFACE_PICTURE))
 
     def views(self, step: int, rotation: Float[Tensor, "n 3 3"]) -> None:

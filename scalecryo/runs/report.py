@@ -160,7 +160,8 @@ def verdict_of(results: FinalResults) -> Verdict:
     evidence = Evidence(
         angstrom=results.angstrom(), pixel_size=results.pixel_size, diameter=results.diameter,
         confidence=results.mean_confidence if certain else None, junk=results.junk if certain else 0.0,
-        independent=results.config.recipe in INDEPENDENT, warnings=tuple(filter(None, [results.cones.warning])),
+        independent=results.config.recipe in (*INDEPENDENT, "known"),
+        warnings=tuple(filter(None, [results.cones.warning])),
     )  # fmt: skip
     figures = {
         "resolution (FSC 0.143)": f"{results.angstrom():.2f} Å", "Nyquist": f"{2 * results.pixel_size:.2f} Å",
@@ -200,6 +201,8 @@ def _independence(results: FinalResults) -> str:
     told: Mapping[str, str] = {
         "guided": "Both halves began with one map of low resolution (12 Fourier pixels); since then each was posed "
         "against its own: beyond that shell the curve is a gold standard.",
+        "known": "Poses are those that came with the particles: the halves are as independent as they were where those "
+        "were found.",
         "poses": "Each half was posed against its own map, made with the poses that came with the particles.",
         "autoencoder": "Each half was posed against its own map, from candidates of one encoder; at low frequencies "
         "both halves shared one map while it learnt.",

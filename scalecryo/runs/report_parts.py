@@ -42,7 +42,7 @@ def run_section(results: FinalResults) -> Iterable[Section]:
 
 def next_steps_section(results: FinalResults) -> Iterable[Section]:
     """Commands that take the map and the poses further."""
-    run, level = urls.redacted(results.run.url), results.surface.level
+    run, level = urls.redacted(results.run.url), results.surface.map_level
     lines = [
         "# look at the map (mirror it if its helices are left-handed)",
         f"chimerax {run}/map.mrc --cmd 'volume #1 style surface step 1 level {level:.3g}'",

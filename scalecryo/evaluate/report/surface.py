@@ -20,9 +20,12 @@ from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.mask import gaussian_low_pass
 
 GRID = 80  # voxels across the viewer's grid; 64 and 96 take half and twice the file
-SAMPLED = 128  # voxels along each axis that the solvent is judged by
+SAMPLES = 2.6  # voxels of the grid to the finest detail
 PICTURE = 240  # pixels across one side's picture
-SOLVENT_SD = 7.0  # standard deviations of the solvent that a contour lies above it, where the density is that strong
+SOLVENT_SD, LEAST_SD = (
+    7.0,
+    4.0,
+)  # standard deviations of the solvent that a contour lies above it, where the density is that strong
 ENVELOPE_A = 12.0  # low-pass that the particle's mass is read at: 43 to 46 kDa of adenylate kinase's 44 in four maps
 DALTON_PER_A3 = 0.81  # of protein: partial specific volume 0.74 cm³/g
 COLOUR = np.array([0.56, 0.71, 0.86])
@@ -35,7 +38,8 @@ class Surface:
     Attributes:
         density: cube around the mask, finely sampled; values are the map's.
         spacing: Å between its voxels.
-        level: suggested contour.
+        level: suggested contour of that density.
+        map_level: of the map before it was low-passed.
         mass_kda: of protein that would fill the particle's envelope, roughly.
     """
 
@@ -44,39 +48,44 @@ class Surface:
     density: Float[Tensor, "n n n"]
     spacing: float
     level: float
+    map_level: float
     mass_kda: float
 
     @classmethod
     def of_map(
-        cls, volume: Float[Tensor, "n n n"], mask: Float[Tensor, "n n n"], pixel_size: float, size: int = GRID
+        cls,
+        volume: Float[Tensor, "n n n"],
+        mask: Float[Tensor, "n n n"],
+        pixel_size: float,
+        size: int = GRID,
+        angstrom: float = 0.0,
     ) -> "Surface":
-        """Cut a map to its mask and sample it `size` voxels across, on the CPU.
+        """Cut a map to its mask, low-pass it and sample it `size` voxels across, on the CPU.
 
         Args:
-            volume: the map, filtered to its resolution.
+            volume: the map.
             mask: soft, of the same box.
             pixel_size: Å.
             size: even.
+            angstrom: resolution that it is low-passed to, at least by as much as the grid can hold without ringing.
         """
-        thin = (slice(None, None, -(-volume.shape[-1] // SAMPLED)),) * 3
-        outside = volume[thin][mask[thin] < 0.01].cpu()
         start, width = _cube_around(mask)
         place = tuple(slice(at, at + width) for at in start)
         whole, inside = volume[place].detach().cpu().float(), mask[place].cpu().float()
-        cut = whole * inside
-        otsu = otsu_level(cut, inside)
-        solvent = SOLVENT_SD * float(outside.std()) if len(outside) > 1 else otsu
-        level = min(max(solvent, otsu / 2), otsu)
-        smooth = gaussian_low_pass(whole, pixel_size, ENVELOPE_A) * inside
-        envelope = float((smooth >= otsu_level(smooth, inside)).sum()) * pixel_size**3
-        return cls(_sampled(cut, size), pixel_size * width / size, level, envelope * DALTON_PER_A3 / 1000)
+        spacing = pixel_size * width / size
+        finest = max(angstrom, SAMPLES * spacing if spacing > pixel_size else 0.0)
+        low = gaussian_low_pass(whole, pixel_size, finest) if finest else whole
+        blurred = gaussian_low_pass(whole, pixel_size, ENVELOPE_A) * inside
+        envelope = float((blurred >= otsu_level(blurred, inside)).sum()) * pixel_size**3
+        level, map_level = _contour(low, inside), _contour(whole, inside)
+        return cls(_sampled(low * inside, size), spacing, level, map_level, envelope * DALTON_PER_A3 / 1000)
 
     @property
     def text(self) -> str:
         """The suggested contour and the particle's mass in words."""
         return (
-            f"Suggested contour {self.level:.3g}. At {ENVELOPE_A:g} Å the map's envelope holds as much as about "
-            f"{self.mass_kda:,.0f} kDa of protein would fill."
+            f"Suggested contour {self.level:.3g} (of map.mrc as it is: {self.map_level:.3g}). At {ENVELOPE_A:g} Å the "
+            f"map's envelope holds as much as about {self.mass_kda:,.0f} kDa of protein would fill."
         )
 
     def data(self) -> dict[str, str]:
@@ -111,6 +120,15 @@ class Surface:
 def surface_picture(surface: Surface, size: int = PICTURE) -> bytes:
     """The surface from three sides, each so many pixels across, as PNG bytes."""
     return png_of_pixels(surface.picture(size))
+
+
+def _contour(density: Float[Tensor, "n n n"], mask: Float[Tensor, "n n n"]) -> float:
+    """Well above the solvent's noise, where the density is that strong, and between density and solvent."""
+    otsu, outside = otsu_level(density * mask, mask), density[mask < 0.01]
+    if len(outside) < 2:
+        return otsu
+    sigma = float(outside.std())
+    return max(min(max(SOLVENT_SD * sigma, otsu / 2), otsu), LEAST_SD * sigma, 1e-12)
 
 
 def otsu_level(masked: Float[Tensor, "n n n"], mask: Float[Tensor, "n n n"]) -> float:
