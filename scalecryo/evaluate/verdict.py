@@ -78,9 +78,10 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
             f"The half-maps agree up to what {evidence.pixel_size:g} Å per pixel can hold: extract the particles with "
             "smaller pixels to see more. " + HAND, tuple(evidence.warnings), figures,
         )  # fmt: skip
+    certain = "" if evidence.confidence is None else "most poses are certain, "
     return Verdict(
         "good", f"Good: the half-maps agree to {angstrom:.2f} Å", "The halves agree within the mask after correction "
-        "for it, most poses are certain, and no check found anything against the map. " + HAND,
+        f"for it, {certain}and no check found anything against the map. " + HAND,
         tuple(evidence.warnings), figures,
     )  # fmt: skip
 

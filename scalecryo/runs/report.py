@@ -113,7 +113,8 @@ def classes_section(results: FinalResults) -> Iterable[Section]:
                   png=fsc_figure(curves, results.maps.level, results.pixel_size))  # fmt: skip
     for number, summary in enumerate(results.classes):
         surface = results.class_surface(number, CLASS_GRID)
-        viewer = viewer_html(surface) if number < CLASS_VIEWERS else ""
+        # The first is the map at the top of the page.
+        viewer = viewer_html(surface) if 0 < number < CLASS_VIEWERS else ""
         yield Section(
             f"Class {number + 1}", png=surface_picture(surface), name=f"class{number + 1}/surface",
             body=paragraphs_html(f"{summary}. {surface.text}") + viewer,
