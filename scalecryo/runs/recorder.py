@@ -3,9 +3,7 @@
 import csv
 import io
 import json
-import logging
 import struct
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -36,16 +34,6 @@ from scalecryo.runs.tags import COMPARED, FINAL_FSC, PICTURES, Tag, tag_of
 
 SURFACE_GRID, SURFACE_PICTURE = 64, 160  # voxels across the grid, pixels across each side
 FINAL_PICTURES = ("surface", "slices", "fsc", "fsc_cones", "orientations", "projections", "confidence", "classes")
-
-
-def log_to_stderr() -> None:
-    """Show the package's messages from INFO up, one line each, with the time; called again, it changes nothing."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("scalecryo")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 class Recorder:

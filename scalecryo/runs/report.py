@@ -64,10 +64,10 @@ def fsc_section(results: FinalResults) -> Iterable[Section]:
 
 
 def slices_section(results: FinalResults) -> Iterable[Section]:
-    """Central planes: the mean of the halves as it is, the final map, the mask."""
+    """Central planes: the map before and after sharpening, and the mask."""
     planes = {
-        "not sharpened (mean of the half-maps)": as_numpy(results.maps.mean()),
-        "map.mrc: weighted by the FSC and sharpened": as_numpy(results.final.map),
+        "map_unsharpened.mrc: mean of the half-maps, weighted by the FSC": as_numpy(results.final.unsharpened),
+        "map.mrc: the same, sharpened": as_numpy(results.final.map),
         "mask": as_numpy(results.maps.mask[0]),
     }
     yield Section("Slices", name="slices", png=slices_figure(planes, results.pixel_size))

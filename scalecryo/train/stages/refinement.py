@@ -199,6 +199,7 @@ class Refinement:
             {"poses/confidence": known.confidence[seen]}, after.mean(), after.mask[0],
             {"half-maps": after.fsc[0], "masked": after.fsc_masked[0]},
             rows[seen], known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
+            progress=self._schedule.share(self._context.config.guided.iterations),
         )  # fmt: skip
 
 
