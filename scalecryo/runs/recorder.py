@@ -27,12 +27,14 @@ from scalecryo.data.io import urls
 from scalecryo.evaluate.report import Surface, fsc_figure, surface_picture
 from scalecryo.evaluate.report.figure import png_of_pixels
 from scalecryo.evaluate.report.views import view_picture
+from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.mask import soft_sphere
 from scalecryo.runs.folder import RunFolder, trim_metrics
 from scalecryo.runs.tags import COMPARED, FINAL_FSC, PICTURES, Tag, tag_of
 
 SURFACE_GRID, SURFACE_PICTURE = 64, 160  # voxels across the grid, pixels across each side
+SURFACE_BOX = 96  # px, to which larger maps are cropped in Fourier space first
 FINAL_PICTURES = ("surface", "slices", "fsc", "fsc_cones", "orientations", "projections", "confidence", "classes")
 
 
@@ -126,6 +128,10 @@ class Recorder:
             _, finest = resolution(list(curves.values())[-1], box_size, pixel_size, 0.143)
             named = {name: curve.detach().cpu().numpy() for name, curve in curves.items()}
             self._png(step, PICTURES["fsc"], fsc_figure(named, box_size, pixel_size))
+        if box_size > SURFACE_BOX:  # no finer than the picture
+            shrink, pixel_size = (SURFACE_BOX / box_size) ** 2, pixel_size * box_size / SURFACE_BOX
+            density = fourier_resize_3d(density, SURFACE_BOX) * shrink
+            own = (fourier_resize_3d(own, SURFACE_BOX) * shrink).clamp(0, 1)
         surface = Surface.of_map(density, own, pixel_size, SURFACE_GRID, finest)
         self._png(step, PICTURES["surface"], surface_picture(surface, SURFACE_PICTURE))
 
