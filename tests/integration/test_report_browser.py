@@ -24,6 +24,7 @@ setTimeout(() => {
   const before = Number(canvas.dataset.triangles), slider = document.querySelector("input");
   slider.value = slider.max * 0.9;
   slider.dispatchEvent(new Event("input"));
+  document.querySelectorAll("button:not([value=reset])").forEach((button) => button.click());
   setTimeout(() => {
     document.title = JSON.stringify({ colours: colours.size, triangles: before, after: Number(canvas.dataset.triangles),
       words: document.querySelector("output").textContent, wide: document.body.scrollWidth - innerWidth });

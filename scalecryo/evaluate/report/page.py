@@ -74,7 +74,8 @@ def viewer_html(surface: Surface) -> str:
         f'<div class="surface" {attributes}><canvas aria-label="the map as a surface: drag to turn, wheel or two '
         'fingers to zoom"></canvas><div class="controls"><label>contour</label>'
         f'<input type="range" min="{data["low"]}" max="{data["high"]}" step="{step:.6g}" value="{data["level"]}" '
-        f'aria-label="contour">{sides}<button value="reset" type="button">reset</button></div><output></output></div>'
+        f'aria-label="contour">{sides}<button value="mirror" type="button">mirror</button>'
+        '<button value="reset" type="button">reset</button></div><output></output></div>'
     )
 
 

@@ -117,7 +117,7 @@
     });
     gl.bindBuffer(gl.ELEMENT_ARRAY_BUFFER, gl.createBuffer());
     const uniform = (name) => gl.getUniformLocation(program, name);
-    let turn = product(about("x", 0.35), about("y", -0.5)), zoom = 1, count = 0, waiting = false;
+    let turn = product(about("x", 0.35), about("y", -0.5)), zoom = 1, count = 0, waiting = false, mirrored = false;
 
     function draw() {
       waiting = false;
@@ -125,7 +125,9 @@
       if (canvas.width !== width || canvas.height !== height) { canvas.width = width; canvas.height = height; }
       gl.viewport(0, 0, width, height); gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
       const half = zoom * 2 / (1.02 * n), least = Math.min(width, height);
-      gl.uniformMatrix3fv(uniform("turn"), false, turn);
+      // The other hand: z is turned over, and so is the sense in which triangles run.
+      gl.uniformMatrix3fv(uniform("turn"), false, mirrored ? product(turn, [1, 0, 0, 0, 1, 0, 0, 0, -1]) : turn);
+      gl.frontFace(mirrored ? gl.CW : gl.CCW);
       gl.uniform2f(uniform("scale"), half * least / width, half * least / height);
       gl.uniform1f(uniform("reach"), 0.87 * n);
       gl.drawElements(gl.TRIANGLES, count, gl.UNSIGNED_INT, 0);
@@ -163,7 +165,9 @@
     });
     canvas.addEventListener("wheel", (e) => { e.preventDefault(); zoom = Math.min(Math.max(zoom * Math.exp(-e.deltaY * 0.001), 0.3), 8); redraw(); }, { passive: false });
     element.querySelectorAll("button").forEach((button) => button.addEventListener("click", () => {
-      if (button.value === "reset") { slider.value = data.level; zoom = 1; contour(); } else { turn = SIDES[button.value]; redraw(); }
+      if (button.value === "reset") { slider.value = data.level; zoom = 1; mirrored = false; contour(); }
+      else if (button.value === "mirror") { mirrored = !mirrored; redraw(); }
+      else { turn = SIDES[button.value]; redraw(); }
     }));
     slider.addEventListener("input", contour);
     new ResizeObserver(redraw).observe(canvas);
