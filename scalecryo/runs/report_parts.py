@@ -18,15 +18,15 @@ from scalecryo.runs.final_results import FinalResults
 from scalecryo.runs.folder import RunFolder
 
 PANELS = {
-    "halves/resolution_angstrom": "half-maps agree to (Å)",
-    "iteration/radius": "refined to (Fourier px)",
-    "iteration/moved_share": "share of particles that moved far",
+    "halves/resolution_angstrom": "resolution (Å)",
+    "iteration/radius": "radius (Fourier px)",
+    "iteration/moved_share": "share that jumped",
     "pass_seconds": "seconds",
     "loss": "loss",
     "images_per_second": "images / s",
     "pose_spread": "pose spread",
-    "truth/rotation_error_median_deg": "rotation error, median (°)",
-    "truth/fsc_0.5_shell": "FSC 0.5 to truth (shell)",
+    "truth/rotation_error_median_deg": "rotation error (°)",
+    "truth/fsc_0.5_shell": "truth FSC 0.5 (shell)",
 }
 
 
