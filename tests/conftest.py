@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -49,7 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _plain_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made but not drawn, but for tests marked `pictures`: drawing is nearly all of a small run's time."""
     if request.node.get_closest_marker("pictures") is None:
-        monkeypatch.setattr("scalecryo.evaluate.report._png", lambda _: PLAIN_PNG)
+        for name in ("_drawn", "_written"):
+            monkeypatch.setattr(f"scalecryo.evaluate.report.figure.{name}", lambda _: PLAIN_PNG)
+        blank = np.zeros((1, 3, 3), np.uint8)
+        monkeypatch.setattr("scalecryo.evaluate.report.surface.Surface.picture", lambda _, size=1: blank)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`scalecryo evaluate`: a run, a table or a map against a known truth, as one line of JSON and two pictures."""
+"""`scalecryo evaluate`: a run, a table or a map against a known truth: one line of JSON, two pictures, a sentence."""
 
 import json
 from dataclasses import dataclass, replace
@@ -11,13 +11,21 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 
 from scalecryo.commands.console import note, say
+from scalecryo.commands.evaluate_reference import compare_with_reference, is_reference
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.relion import CLASS, CLASS_PROBABILITY, JUNK, OwnColumns, StarPoses, image_key, read_poses
 from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.evaluate.align_maps import rotational_symmetry
 from scalecryo.evaluate.classes import ClassComparison, compare_classes
-from scalecryo.evaluate.compare import MapComparison, PoseComparison, compare_maps, compare_poses, summary
+from scalecryo.evaluate.compare import (
+    MapComparison,
+    PoseComparison,
+    compare_maps,
+    compare_poses,
+    sentence,
+    summary,
+)
 from scalecryo.evaluate.metrics import junk_auc
 from scalecryo.evaluate.report import fsc_figure, slices_figure
 from scalecryo.evaluate.symmetry_axes import symmetry_axes
@@ -33,7 +41,11 @@ LEAST_OF_CLASS = 20  # particles of a class whose poses are compared
 def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]:
     """Print one JSON line (null where a number does not apply), and return what it says.
 
-    A map also gives evaluate_fsc.png, evaluate_fsc.csv and evaluate_slices.png beside it.
+    A map also gives evaluate_fsc.png, evaluate_fsc.csv and evaluate_slices.png beside it. What it comes to is said in
+    a sentence on standard error.
+
+    `truth` is a folder with truth.star and truth.mrc, or a single map or structure of any box, pixel size and
+    orientation, with which the map alone is compared.
 
     Poses are aligned on the even rows and scored on the odd ones, maps over all rotations or from the poses, both in
     either hand. The FSC is taken without a mask. Images that truth.star calls junk have no pose to be compared: they
@@ -49,6 +61,8 @@ def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]
             raise MissingInputError(
                 f"{urls.redacted(path)}: neither particles.star nor map.mrc is there: finish it with scalecryo assign"
             )
+    if is_reference(truth):
+        return _against_reference(path, density, truth)
     true_density, pixel_size, _ = read_map(urls.join(truth, "truth.mrc"))
     true_map, extent = torch.from_numpy(true_density), true_density.shape[-1] * pixel_size
     # What cannot be used is refused before anything that takes long.
@@ -78,8 +92,26 @@ def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]
         "box_size": true_map.shape[-1],
         "pixel_size": pixel_size,
     }
+    return _told(line, truth)
+
+
+def _against_reference(path: str, density: str | None, reference: str) -> dict[str, Any]:
+    """A run's map, or a map, against one map or structure."""
+    if density is None:
+        raise InputError(
+            f"{urls.redacted(path)}: it holds poses, no map, and {urls.redacted(reference)} is a map or structure: "
+            "give a run or a map, or a folder with truth.star"
+        )
+    found = compare_with_reference(density, reference)
+    _draw(found.maps, urls.parent(density))
+    return _told(found.line(), reference)
+
+
+def _told(line: dict[str, Any], truth: str) -> dict[str, Any]:
+    """Print the JSON line, and what it comes to as a sentence; returns it, rounded."""
     line = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
     say(json.dumps(line))
+    note(sentence(line, urls.redacted(truth)))
     return line
 
 

@@ -41,7 +41,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
         "evaluate": (
             ("a run against its simulation", "evaluate run --truth data"),
             ("poses alone", "evaluate particles.star --truth data"),
-            ("a map alone", "evaluate run/map_unsharpened.mrc --truth data"),
+            ("a known structure, or a map of any box", "evaluate run --truth 4ake.pdb"),
         ),
         "export": (
             ("for RELION", "export run --format relion --out for_relion"),

@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from scalecryo.commands.console import note, say
+from scalecryo.commands.export_folder import Advice, link_stacks
 from scalecryo.data.conversion.stacks import micrograph_shape
 from scalecryo.data.formats import cryodrgn, cryosparc, csrows, relion
 from scalecryo.data.formats.cryosparc_axes import turn_of_axes, turned_map
@@ -60,12 +62,15 @@ class _Origin:
     rows: tuple[npt.NDArray[np.void], npt.NDArray[np.integer]] | None = None
 
 
-def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
-    """Write the tables of one package, and the maps, into the folder `out`; `data` is the run's store, if it was moved.
+def run(run: str, *, format: str, out: str, data: str | None = None, data_dir: str | None = None) -> None:
+    """Write the tables of one package, the maps and links to the stacks into the folder `out`; print what to do there.
+
+    `data` is the run's store, if it was moved; `data_dir` the folder that the stacks' names are relative to.
 
     relion: particles.star. cryosparc: particles.cs and particles.csg, for the Import Result Group job; where the store
     came from a .cs file, its own rows, uids and fields with new poses. cryodrgn: poses.pkl and, when the particles have
-    a CTF, ctf.pkl. Image paths stay as the source table gave them.
+    a CTF, ctf.pkl, and particles.star for its loader. Image paths stay as the source table gave them, and lead to the
+    stacks from `out` by links there.
     """
     if format not in ("relion", "cryosparc", "cryodrgn"):
         raise InputError(f"format {format} is not known: choose relion, cryosparc or cryodrgn")
@@ -76,8 +81,9 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     if urls.list_folder(out):
         raise OutputExistsError(f"{urls.redacted(out)} is not empty: remove it, or name another folder with --out")
     result = _read(run)
-    group = point_group(run) if format == "cryosparc" else "C1"
-    turn = turn_of_axes(group)
+    group = point_group(run)
+    axes = group if format == "cryosparc" else "C1"
+    turn = turn_of_axes(axes)
     if turn is not None:
         note(f"{group}: a two-fold lies on y in cryoSPARC, on x in RELION: poses and maps are turned by 90° about z")
         result = replace(result, poses=result.poses._replace(rotation=turn @ result.poses.rotation))
@@ -86,14 +92,31 @@ def run(run: str, *, format: str, out: str, data: str | None = None) -> None:
     for folder in ("", *filter(_CLASS_FOLDER.match, urls.list_folder(run))):
         for name in _MAPS:
             if urls.exists(urls.join(run, folder, name) if folder else urls.join(run, name)):
-                _copy_map(run, out, group, *filter(None, (folder, name)))
+                _copy_map(run, out, axes, *filter(None, (folder, name)))
     if origin is not None:
         _cryosparc(result, out, origin)
     elif format == "cryodrgn":
         _cryodrgn(result, out)
     else:
         _relion(result, out)
+    known = _known_store(run, data)
+    if known:
+        for told in link_stacks(out, result.table.stacks, known["source"], data_dir or known.get("data_dir") or None):
+            note(f"not linked: {told}")
+    else:
+        note("nothing is known of the run's store: put links to the stacks, named as in the table, into the folder")
     say(f"{urls.redacted(out)}: {len(result.table):,} particles and the maps for {format}")
+    advice = Advice.of(run, out, group, int(known["sign"]) < 0 if known else None)
+    for line in (f"# {advice.contrast}", *advice.commands(format)):
+        say(line)
+
+
+def _known_store(run: str, data: str | None) -> dict[str, Any]:
+    """Attributes of the run's store, with where its source was; empty where it is gone."""
+    if data is None and not urls.exists(urls.join(run, "config.toml")):
+        return {}
+    attrs = read_attributes(data or RunFolder(run).config().run.data)
+    return attrs if "source" in attrs and "sign" in attrs else {}
 
 
 def _copy_map(run: str, out: str, group: str, *names: str) -> None:
@@ -160,6 +183,7 @@ def _boxes(result: _Result) -> npt.NDArray[np.integer] | int:
 def _cryodrgn(result: _Result, out: str) -> None:
     if result.table.stack_pixel_sizes:
         raise InputError("cryoDRGN takes one pixel size; the run's stacks have several: select one optics group")
+    _relion(result, out)
     cryodrgn.write_poses(urls.join(out, "poses.pkl"), result.table, result.box_size)
     if result.table.has_ctf:
         cryodrgn.write_ctf(urls.join(out, "ctf.pkl"), result.table, result.box_size)

@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 from scalecryo import __version__
 from scalecryo.commands.console import check_conversion, check_group
 from scalecryo.commands.examples import epilogue
+from scalecryo.commands.recipe_files import recipe_file
 from scalecryo.commands.setting_options import FIRST, settings_options
 from scalecryo.errors import UsageError
 from scalecryo.settings import RECIPES
@@ -198,6 +199,7 @@ def train(
     *,
     settings: settings_options() = None,  # type: ignore[valid-type]
     resume: Annotated[bool, Parameter(group=FIRST)] = False,
+    recipe: Annotated[str | None, Parameter(group=FIRST)] = None,
 ) -> None:
     """Train on a store, from nothing to a map and a pose for every particle.
 
@@ -206,7 +208,9 @@ def train(
     Args:
         config: TOML file of settings
         resume: go on from the newest checkpoint in the run's folder
+        recipe: name of a TOML file that comes with the package, such as paper-known
     """
+    config = recipe_file(recipe, config)
     tables: dict[str, dict[str, Any]] = settings or {}
     overrides = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     _run("train", config, resume=resume, overrides=overrides)
@@ -225,12 +229,15 @@ def assign(run: str, /, *, data: str | None = None, out: str | None = None) -> N
 
 
 @app.command(help_epilogue=epilogue("evaluate"))
-def evaluate(path: str, /, *, truth: str, symmetry: str | None = None) -> None:
-    """Compare a run, a table or a map with a known truth: one JSON line and pictures.
+def evaluate(
+    path: str, /, *, truth: Annotated[str, Parameter(name=("--truth", "--reference"))], symmetry: str | None = None
+) -> None:
+    """Compare a run, a table or a map with a known truth: one JSON line, pictures, and a sentence.
 
     Args:
         path: a run's folder, a .star with poses, or a map .mrc
-        truth: folder with truth.star and truth.mrc, as simulate writes them
+        truth: folder with truth.star and truth.mrc, as simulate writes them; or one map (.mrc, .map) or structure
+            (.pdb, .cif, also .gz) of any box, pixel size and orientation, with which the map is compared
         symmetry: point group (C7, D2, T, O, I, I1 to I4) about axes of any direction in the true map, modulo which
             poses are compared; a run's own when absent
     """
@@ -241,17 +248,19 @@ def evaluate(path: str, /, *, truth: str, symmetry: str | None = None) -> None:
 
 @app.command(help_epilogue=epilogue("export"))
 def export(
-    run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], out: str, data: str | None = None
-) -> None:
-    """Write a run's map and poses as another package reads them.
+    run: str, /, *, format: Literal["relion", "cryosparc", "cryodrgn"], out: str, data: str | None = None,
+    data_dir: str | None = None,
+) -> None:  # fmt: skip
+    """Write a run's map, poses and links to its stacks as a folder that another package starts from.
 
     Args:
         run: folder of a finished run
         format: the package to write for
         out: folder to write into
         data: the run's store, where it was moved since: cryoSPARC's uids, fields and contrast are kept there
+        data_dir: folder that the stacks' paths are relative to, where it is not convert's any more
     """
-    _run("export", run, format=format, out=out, data=data)
+    _run("export", run, format=format, out=out, data=data, data_dir=data_dir)
 
 
 @app.command(help_epilogue=epilogue("select"))

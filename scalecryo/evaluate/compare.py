@@ -1,6 +1,8 @@
 """An estimate against the truth in one call each for poses and maps: align, then measure."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +23,7 @@ from scalecryo.physics.fft import fourier_resize_3d
 
 # Share of the particles, weighted by closeness, above which the poses' own alignment is one to start the map's from.
 _TRUSTED = 0.1
+_ALIKE = 0.12  # of the box: a resolution coarser than shell 8 is what any two blobs of one size reach
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,30 @@ def compare_maps(
     aligned = apply_alignment(volume, alignment)
     pixel_size = extent / box_size
     return MapComparison(alignment, aligned, truth, pixel_size, map_errors(aligned, truth, pixel_size))
+
+
+def sentence(line: Mapping[str, Any], truth: str) -> str:
+    """What the numbers of `scalecryo evaluate` come to, in words; `truth`: what was compared with."""
+    parts, alike = [], True
+    if line.get("fsc_0.5_angstrom") is not None:
+        masked = line.get("fsc_masked_0.5_angstrom")
+        within = f" ({masked:.2f} Å within a mask around it)" if masked is not None else ""
+        resolved = masked or line["fsc_0.5_angstrom"]
+        extent = line["box_size"] * line["pixel_size"]
+        alike = resolved < _ALIKE * extent
+        parts.append(
+            f"the map {'agrees with' if alike else 'is nothing like'} {truth}: "
+            f"FSC 0.5 at {line['fsc_0.5_angstrom']:.2f} Å{within}"
+        )
+        if resolved < 1.05 * 2 * line["pixel_size"]:
+            parts.append(f"that is all that pixels of {line['pixel_size']:.3g} Å can hold")
+    if line.get("rotation_error_median_deg") is not None:
+        shift = line.get("shift_error_median_px")
+        moved = f" and {shift:.2f} px" if shift is not None else ""
+        parts.append(f"the median error of poses is {line['rotation_error_median_deg']:.2f}°{moved}")
+    if line.get("hand") is not None and alike:
+        parts.append("in the same hand" if line["hand"] == "same" else "after mirroring: the hand is the other one")
+    return "; ".join(parts) or f"nothing could be compared with {truth}"
 
 
 def summary(

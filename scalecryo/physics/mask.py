@@ -61,7 +61,7 @@ def mask_from_map(
     """
     box_size = volume.shape[-1]
     check_even_box(box_size)
-    smooth = _gaussian_low_pass(volume.float(), pixel_size, low_pass or max(15.0, 2.5 * 2 * pixel_size))
+    smooth = gaussian_low_pass(volume.float(), pixel_size, low_pass or max(15.0, 2.5 * 2 * pixel_size))
     outside = _radius(box_size, volume.device) >= box_size / 2
     background, sigma = smooth[outside].mean(), smooth[outside].std()
     peak = smooth.flatten().topk(max(1, box_size**3 // 1000)).values.mean()
@@ -88,7 +88,7 @@ def centre_of_mass(volume: Float[Tensor, "n n n"], mask: Float[Tensor, "n n n"])
     return (sums / density.sum().clamp_min(1e-30)).float()
 
 
-def _gaussian_low_pass(volume: Tensor, pixel_size: float, resolution: float) -> Tensor:
+def gaussian_low_pass(volume: Tensor, pixel_size: float, resolution: float) -> Tensor:
     """Gaussian filter whose amplitude is one half at 1/resolution."""
     n = volume.shape[-1]
     line = torch.fft.fftfreq(n, pixel_size, device=volume.device).square()

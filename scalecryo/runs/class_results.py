@@ -4,14 +4,13 @@ import csv
 import io
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.data.formats import mrc
 from scalecryo.data.io import urls
-from scalecryo.evaluate.report import Section, fsc_figure, orientation_figure, slices_figure
+from scalecryo.evaluate.report import orientation_figure
 from scalecryo.map.postprocess import FinalMap, postprocess
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
@@ -83,8 +82,8 @@ def fsc_table(maps: ReferenceSet, final: FinalMap, class_index: int = 0) -> str:
 
 def write_classes(
     run: RunFolder, poses: PoseEstimates, maps: ReferenceSet, first: FinalMap, generator: torch.Generator
-) -> list[tuple[Section, str]]:
-    """Write the folders class1, class2, …; returns the report's sections, each with the name of its picture.
+) -> tuple[list[FinalMap], list[ClassSummary]]:
+    """Write the folders class1, class2, …; returns the finished map of each class and what each is.
 
     Args:
         run: where to.
@@ -100,21 +99,7 @@ def write_classes(
         run.write(f"{folder}/fsc.csv", fsc_table(maps, final, number).encode())
         own = poses.rotation[poses.class_index == number]
         run.write(f"{folder}/orientations.png", orientation_figure(_numpy(own)))
-    summaries = summaries_of(poses, maps, finals)
-    share = np.array([summary.share for summary in summaries])
-    text = "".join(f"{summary}\n" for summary in summaries)
-    text += f"effective number of classes (1 / sum of squared shares): {1 / np.square(share).sum():.2f}"
-    planes = {str(summary): _numpy(final.map) for summary, final in zip(summaries, finals, strict=True)}
-    curves = {f"class {n}": _numpy(final.fsc_corrected) for n, final in enumerate(finals, 1)}
-    found = [
-        (Section("Classes", text, slices_figure(planes, maps.pixel_size)), "classes"),
-        (Section("Classes: correlation of the halves", png=fsc_figure(curves, maps.level, maps.pixel_size)),
-         "classes_fsc"),
-    ]  # fmt: skip
-    for section, name in found:
-        assert section.png is not None, "drawn above"
-        run.write(f"{name}.png", section.png)
-    return found
+    return finals, summaries_of(poses, maps, finals)
 
 
 def summaries_of(poses: PoseEstimates, maps: ReferenceSet, finals: list[FinalMap]) -> list[ClassSummary]:

@@ -13,6 +13,7 @@ from scalecryo.config import Config
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.runs.exported import exported_values, write_text_file
+from scalecryo.runs.failure_report import Seen, write_failure_report
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Pairs
 from scalecryo.runs.recorder import Recorder
@@ -32,6 +33,8 @@ class PassReport:
         scalars: curves.
         histograms: values whose spread is recorded.
         density: the map as it stands, or None.
+        mask: around it, or None.
+        curves: correlations of the half-maps by shell, by name; the last one tells the resolution.
         rows, rotation: of some particles with their poses, or None.
         pairs: pictures, or None.
         checkpoint: whether the stage can be taken up here.
@@ -46,6 +49,8 @@ class PassReport:
     scalars: Mapping[str, float] = field(default_factory=dict)
     histograms: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
     density: Float[Tensor, "n n n"] | None = None
+    mask: Float[Tensor, "n n n"] | None = None
+    curves: Mapping[str, Float[Tensor, " s"]] = field(default_factory=dict)
     rows: Int[Tensor, " k"] | None = None
     rotation: Float[Tensor, "k 3 3"] | None = None
     pairs: Pairs | None = None
@@ -79,8 +84,12 @@ class RunMonitor:
             InputError, MissingInputError: see `Truth.load`.
         """
         self._store, self._folder = store, config.monitor.truth
+        self._folder_of_run = run
         self._run, self._publish, self._text_file = config.run.out, publish, config.monitor.prometheus
         self._figures: dict[str, float] = {}
+        self._config, self._seen = config, Seen()
+        self._ear = _Ear(self._seen.messages)
+        logging.getLogger("scalecryo").addHandler(self._ear)
         self._truth: Truth | None = None
         if self._folder:  # before anything is opened that would have to be closed
             self._truth = Truth.load(self._folder, store, min(store.levels))
@@ -99,6 +108,7 @@ class RunMonitor:
         """
         if report.message:
             logger.info("%s, %.0f images/s%s", report.message, rates["images_per_second"], left)
+        self._look(report)
         if report.figures:
             self._recorder.conclude(dict(report.figures))
         self._export({**rates, **report.scalars, **report.figures}, report.step)
@@ -113,8 +123,11 @@ class RunMonitor:
         if report.rotation is not None:
             tilt = torch.rad2deg(torch.arccos(report.rotation[:, 2, 2].clamp(-1, 1)))
             self._recorder.histogram(report.step, "poses/tilt_deg", tilt)
+            self._recorder.views(report.step, report.rotation)
         if report.density is not None:
             self._recorder.volume(report.step, report.density)
+            pixel_size = self._pixel_size(report.density)
+            self._recorder.surface(report.step, report.density, pixel_size, report.mask, report.curves)
             if report.rows is not None and report.rotation is not None and len(report.rows):
                 values |= self._errors(report.rows, report.rotation, report.density)
         if report.pairs is not None:
@@ -129,8 +142,26 @@ class RunMonitor:
         if self._text_file:
             write_text_file(Path(self._text_file), self._figures, urls.redacted(self._run))
 
+    def failed(self, error: Exception) -> None:
+        """Leave a report that says why the run stopped, with what was seen until then."""
+        write_failure_report(self._config, self._store, self._folder_of_run, error, self._seen)
+
+    def _look(self, report: PassReport) -> None:
+        """Remember what `failed` would show."""
+        if report.message:
+            self._seen.messages.append(report.message)
+        if report.density is not None:
+            self._seen.density = report.density.detach().cpu()
+            self._seen.pixel_size = self._pixel_size(report.density)
+        self._seen.pairs = report.pairs or self._seen.pairs
+
+    def _pixel_size(self, density: Tensor) -> float:
+        """Of a map that spans the store's box, Å."""
+        return self._store.box_size * self._store.pixel_size / density.shape[-1]
+
     def close(self) -> None:
         """Flush the event file."""
+        logging.getLogger("scalecryo").removeHandler(self._ear)
         self._recorder.close()
 
     def _errors(self, rows: Tensor, rotation: Tensor, density: Tensor) -> dict[str, float | list[float]]:
@@ -140,3 +171,15 @@ class RunMonitor:
         if self._truth.volume.shape[-1] != density.shape[-1]:
             self._truth = Truth.load(self._folder, self._store, density.shape[-1])
         return self._truth.compare(rows.cpu(), rotation.cpu(), density.cpu())
+
+
+class _Ear(logging.Handler):
+    """Keeps warnings for the report of a run that fails."""
+
+    def __init__(self, heard: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._heard = heard
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self._heard.append(f"warning: {record.getMessage()}")

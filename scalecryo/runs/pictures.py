@@ -1,6 +1,9 @@
 """Images beside their predictions, for people to look at."""
 
-from jaxtyping import Complex, Float
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.physics.fft import FourierPixels, irfft2_centred
@@ -18,6 +21,49 @@ def pictures_of(observed: Complex[Tensor, "b p"], predicted: Complex[Tensor, "b 
         for packed in (observed, predicted)
     )
     return first, second
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The surest and the least sure particles beside their predictions, the surest first.
+
+    Attributes:
+        pairs: images and predictions.
+        score: of each, from 0 to 1.
+    """
+
+    pairs: Pairs
+    score: Float[Tensor, " e"]
+
+    @classmethod
+    def none(cls) -> "Examples":
+        """Before any batch."""
+        empty = torch.zeros(0, 1, 1)
+        return cls((empty, empty), torch.zeros(0))
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def wanted(self, score: Float[Tensor, " b"]) -> Int[Tensor, " k"]:
+        """Which of a batch, at most as many as are shown, would be among the surest or the least sure."""
+        if len(self) < EXAMPLES:
+            order = score.argsort(stable=True)
+            return torch.cat([order[: EXAMPLES // 2], order[EXAMPLES // 2 :][-(EXAMPLES // 2) :]])
+        least, most = self.score[EXAMPLES // 2 :].max(), self.score[: EXAMPLES // 2].min()
+        low, high = (score < least).nonzero()[:, 0], (score > most).nonzero()[:, 0]
+        low, high = low[score[low].argsort()][: EXAMPLES // 2], high[score[high].argsort()][-(EXAMPLES // 2) :]
+        return torch.cat([low, high])
+
+    def with_more(self, pairs: Pairs, score: Float[Tensor, " k"]) -> "Examples":
+        """The surest and the least sure of these and of more."""
+        if not len(self):
+            joined, scores = pairs, score
+        else:
+            joined = torch.cat([self.pairs[0], pairs[0]]), torch.cat([self.pairs[1], pairs[1]])
+            scores = torch.cat([self.score, score])
+        order = scores.argsort(descending=True, stable=True)
+        order = torch.cat([order[: EXAMPLES // 2], order[EXAMPLES // 2 :][-(EXAMPLES // 2) :]])
+        return Examples((joined[0][order], joined[1][order]), scores[order])
 
 
 def correlation(

@@ -9,7 +9,7 @@ from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.throughput import Throughput
 from scalecryo.distributed.world import World
-from scalecryo.errors import CheckpointError, TrainingError
+from scalecryo.errors import CheckpointError, ScalecryoError, TrainingError
 from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, note_end, note_start, save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.log import LiveLine
@@ -74,10 +74,17 @@ def train(
             note_end(run, config, context.data_hash)
     except torch.OutOfMemoryError as error:
         batch = BATCH_SETTING.get(config.recipe, "train.batch_size")
-        raise TrainingError(
+        refused = TrainingError(
             f"out of memory on {device} at box {context.training_level}: lower {batch} or train.box, or use more "
             f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
-        ) from error
+        )
+        if monitor is not None:
+            monitor.failed(refused)
+        raise refused from error
+    except ScalecryoError as error:
+        if monitor is not None:
+            monitor.failed(error)
+        raise
     finally:
         if line is not None:
             line.hide()

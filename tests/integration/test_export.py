@@ -50,7 +50,7 @@ def run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("relion", ["particles.star"]),
         ("cryosparc", ["particles.cs", "particles.csg"]),
-        ("cryodrgn", ["ctf.pkl", "poses.pkl"]),
+        ("cryodrgn", ["ctf.pkl", "particles.star", "poses.pkl"]),
     ],
 )
 def test_files_and_maps(run: Path, tmp_path: Path, format: str, tables: list[str]) -> None:
@@ -100,7 +100,7 @@ def test_particles_without_a_ctf(run: Path, tmp_path: Path) -> None:
     relion.write_particles(str(bare / "particles.star"), plain.image_names(), plain, with_poses=True)
     (bare / "map.mrc").write_bytes((run / "map.mrc").read_bytes())
     export.run(str(bare), format="cryodrgn", out=str(tmp_path / "dragon"))
-    assert sorted(path.name for path in (tmp_path / "dragon").iterdir()) == ["map.mrc", "poses.pkl"]
+    assert sorted(path.name for path in (tmp_path / "dragon").iterdir()) == ["map.mrc", "particles.star", "poses.pkl"]
     export.run(str(bare), format="cryosparc", out=str(tmp_path / "sparc"))
     assert not cryosparc.read_particles(str(tmp_path / "sparc" / "particles.cs")).has_ctf
 
@@ -117,6 +117,49 @@ def test_protein_dark_stacks_are_said_to_be(run: Path, tmp_path: Path) -> None:
     (dark / "config.toml").write_text(f'[run]\ndata = "{store}"\n')
     export.run(str(dark), format="cryosparc", out=str(tmp_path / "out"))
     assert set(np.load(io.BytesIO((tmp_path / "out" / "particles.cs").read_bytes()))["blob/sign"]) == {-1}
+
+
+def _with_store(run: Path, folder: Path, sign: int) -> Path:
+    """A run whose store tells where its stacks are: in a project, under a folder."""
+    own, project, store = folder / "run", folder / "project", folder / "store.zarr"
+    for made in (own, project, store):
+        made.mkdir()
+    (own / "particles.star").write_bytes((run / "particles.star").read_bytes().replace(b"@particles", b"@Extract/a"))
+    (own / "map.mrc").write_bytes((run / "map.mrc").read_bytes())
+    (own / "mask.mrc").write_bytes((run / "map.mrc").read_bytes())
+    (own / "config.toml").write_text(f'[run]\ndata = "{store}"\n[train]\nsymmetry = "D2"\n')
+    known = {"scalecryo_version": "0", "sign": sign, "source": str(folder / "p.star"), "data_dir": str(project)}
+    (store / "zarr.json").write_text(json.dumps({"attributes": known}))
+    return own
+
+
+@pytest.mark.parametrize(("sign", "said"), [(1, "protein is bright"), (-1, "protein is dark")])
+def test_the_folder_leads_to_the_stacks_and_says_what_to_do(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sign: int, said: str
+) -> None:
+    own = _with_store(run, tmp_path, sign)
+    stack = tmp_path / "project" / "Extract" / "a.mrcs"
+    stack.parent.mkdir()
+    stack.write_bytes(b"stack")
+    for format, wanted in (
+        ("relion", "relion_reconstruct --i particles.star --o check.mrc --ctf --sym D2"),
+        ("cryosparc", f"blob/sign is {sign}"),
+        ("cryodrgn", "--uninvert-data" if sign < 0 else "--ctf ctf.pkl -o check"),
+    ):
+        out = tmp_path / format
+        export.run(str(own), format=format, out=str(out))
+        told = capsys.readouterr()
+        assert (out / "Extract" / "a.mrcs").resolve() == stack.resolve()
+        assert said in told.out
+        assert wanted in told.out
+        assert "not linked" not in told.err
+
+
+def test_stacks_that_are_gone_are_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = _with_store(run, tmp_path, 1)
+    export.run(str(own), format="relion", out=str(tmp_path / "out"))
+    assert "not linked" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "Extract").exists()
 
 
 def test_refusals(run: Path, tmp_path: Path) -> None:

@@ -100,14 +100,20 @@ def test_tensorboard_shows_the_refinement(finished: Path) -> None:
     events = EventAccumulator(str(finished / "tb"))
     events.Reload()
     tags = events.Tags()
-    wanted = {"iteration/radius", "halves/resolution_angstrom", "images_per_second", "images_per_second_slowest_worker",
-              "data_wait_share", "world_size", "memory/resident_mib", "seconds/local_refinement", "encoder_loss",
-              "likelihood_gain_per_image", "stream/retries"}  # fmt: skip
+    wanted = {"refinement/radius", "map/resolution", "speed/images_per_second", "speed/data_wait_share",
+              "speed/images_per_second_slowest_worker", "memory/resident", "time/local_refinement", "speed/workers",
+              "optimisation/encoder_loss", "refinement/likelihood_gain", "speed/stream_retries"}  # fmt: skip
     assert wanted <= set(tags["scalars"])
-    assert {"poses/tilt_deg", "poses/confidence", "images_per_second_by_worker"} <= set(tags["histograms"])
-    assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
-    assert [event.step for event in events.Scalars("iteration/radius")] == list(
-        range(1, len(events.Scalars("iteration/radius")) + 1)
+    assert {"poses/tilt", "poses/confidence", "speed/images_per_second_by_worker"} <= set(tags["histograms"])
+    pictures = {"slice/z", "projection/x", "particles/observed_above_predicted", "map/surface", "map/fsc",
+                "poses/views", "final/surface"}  # fmt: skip
+    assert pictures <= set(tags["images"])
+    shells = [event.step for event in events.Scalars("final_fsc/masked_corrected")]
+    assert shells == list(range(len(shells)))
+    assert "final/resolution" in tags["scalars"]
+    assert len(shells) > 8
+    assert [event.step for event in events.Scalars("refinement/radius")] == list(
+        range(1, len(events.Scalars("refinement/radius")) + 1)
     )
 
 
@@ -273,6 +279,11 @@ def test_pure_noise_is_not_sold_as_a_structure(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no structure"):
         start(store, tmp_path / "run", train__rows="1000")
     assert not (tmp_path / "run" / "map.mrc").exists()
+    # Its page says why, and shows the images.
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "No result" in report
+    assert "the start found no structure" in report
+    assert "What the images look like" in report
 
 
 def gloo_worker(rank: int, port: int, config: Config) -> None:

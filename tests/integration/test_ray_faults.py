@@ -144,7 +144,7 @@ def attempts(run: Path) -> list[tuple[int, list[int]]]:
     for path in sorted((run / "tb").glob("events.*"), key=lambda path: path.stat().st_mtime_ns):
         events = EventAccumulator(str(path))
         events.Reload()
-        scalar = "loss" if "loss" in events.Tags()["scalars"] else "iteration/radius"
+        scalar = "optimisation/loss" if "optimisation/loss" in events.Tags()["scalars"] else "refinement/radius"
         done = [event.step for event in events.Scalars(scalar)] if scalar in events.Tags()["scalars"] else []
         found.append((int(path.name.split(".")[-2]), done))
     return found

@@ -120,14 +120,16 @@ def test_event_files_hold_scalars_and_pictures(simulated: SimulatedParticles, tm
     events = EventAccumulator(str(run / "tb"))
     events.Reload()
     tags = events.Tags()
-    wanted = {"loss", "images_per_second", "data_wait_share", "pose_spread", "gradient_norm/volume",
-              "gradient_norm/poses", "truth/rotation_error_median_deg", "truth/fsc_0.5_shell", "world_size",
-              "memory/resident_mib"}  # fmt: skip
+    wanted = {"optimisation/loss", "speed/images_per_second", "speed/data_wait_share", "optimisation/pose_spread",
+              "optimisation/gradient_norm_volume", "optimisation/gradient_norm_poses", "truth/rotation_error_median",
+              "truth/fsc_0.5_shell", "speed/workers", "memory/resident"}  # fmt: skip
     assert wanted <= set(tags["scalars"])
-    assert {"slice/z", "projection/x", "images/observed_above_predicted"} <= set(tags["images"])
-    assert "poses/tilt_deg" in tags["histograms"]
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 7))
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run), rel=1e-6)
+    assert {"slice/z", "projection/x", "particles/observed_above_predicted", "map/surface", "poses/views"} <= set(
+        tags["images"]
+    )
+    assert "poses/tilt" in tags["histograms"]
+    assert [event.step for event in events.Scalars("optimisation/loss")] == list(range(1, 7))
+    assert [event.value for event in events.Scalars("optimisation/loss")] == pytest.approx(losses(run), rel=1e-6)
 
 
 def test_part_of_a_store_is_trained_on_alone(simulated: SimulatedParticles, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN = {"scalecryo", "tests", "tools"}
 # Imported where a user asks for what they do. CUDA builds of torch bring triton.
-OPTIONAL = {"boto3": "s3", "botocore": "s3", "distributed": "cluster", "triton": "test", "tensorstore": "dev"}
+OPTIONAL = {"boto3": "s3", "botocore": "s3", "distributed": "cluster", "triton": "test", "tensorstore": "dev",
+            "pandas": "pandas"}  # fmt: skip
 # A fuzzer's engine that it does without, and scripts that lie side by side.
 NOT_DECLARED = {"atheris", "paper_datasets", "stress_sets"}
 

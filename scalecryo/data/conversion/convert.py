@@ -150,6 +150,8 @@ def plan(
         excluded = find_bad_images(particles, normalisation, dtype, workers, scheduler, progress)
         particles = drop_rows(particles, excluded)
     attrs = _attributes(source, particles, normalisation, dtype, len(excluded))
+    # Not of the plan: the same bytes come from a project that was moved.
+    attrs["data_dir"] = urls.redacted(urls.absolute(data_dir)) if data_dir else ""
     contrast = contrast_of_groups(particles, box)
     return ConvertPlan(
         particles, normalisation, reason, dtype, tuple(attrs["levels"]), attrs["shard_rows"], attrs, excluded, contrast

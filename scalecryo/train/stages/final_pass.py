@@ -19,10 +19,11 @@ from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, c
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import newest_step
+from scalecryo.runs.final_results import FinalParticles
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
-from scalecryo.runs.pictures import Pairs
-from scalecryo.runs.results import FinalParticles, write_results
+from scalecryo.runs.pictures import Examples
+from scalecryo.runs.results import write_results
 from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import ParticleState
@@ -54,7 +55,7 @@ class FinalPass:
         self._found = ParticleState(self._out, context.store.count)
         self._sums: Backprojection | None = None
         self._poses: FinalPoses | None = None
-        self._pairs: Pairs | None = None
+        self._examples = Examples.none()
         self._pass, self._images, self._done = "", 0, False
 
     def request(self) -> BatchRequest:
@@ -87,15 +88,24 @@ class FinalPass:
             small, weighted = groups.corrected(small), groups.weighted(weighted, full)
         found, seen = self._found.read(small.rows)
         # The first batch is posed in any case: its pictures are wanted.
-        if self._pairs is None or not bool(seen.all()):  # host sync
+        if not len(self._examples) or not bool(seen.all()):  # host sync
             found = self._poses.estimate(small)
-            if self._pairs is None:
-                self._pairs = self._poses.pictures(small, found)
+            self._show(small, found)
             self._found.note(small.rows, found, small.half)
         weight = self._poses.weight(found) * self._context.chosen(full.rows)
         pose = found.rotation, found.shift_px(full.pixel_size), weight
         self._sums.add(weighted, *pose, full.half, full.pixels, found.class_index)
         self._images += len(small)
+
+    def _show(self, images: ParticleImages, found: PoseEstimates) -> None:
+        """Keep the pictures of the surest and the least sure particles, of the first half, whose frame poses are in."""
+        assert self._poses is not None, "request() comes first"
+        own = images.rows_by_half[0]
+        score = (found.confidence * found.particle_probability)[own].cpu()  # host sync
+        at = self._examples.wanted(score)
+        if len(at):
+            rows = own[at.to(own.device)]
+            self._examples = self._examples.with_more(self._poses.pictures(images, found, rows), score[at])
 
     def finish_pass(self, world: World) -> PassReport:
         """Sum over the workers, solve the maps; worker 0 writes the results. Collective."""
@@ -175,7 +185,7 @@ class FinalPass:
         found, half = self._found.all()
         maps, found = _largest_first(maps, found)
         notes = context.partition.notes + self._learned.notes + told + notes
-        particles = FinalParticles(found, half, self._pairs, notes)
+        particles = FinalParticles(found, half, self._examples, notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from scalecryo.errors import TrainingError
@@ -47,8 +48,8 @@ class FinalPoses(Protocol):
     def weight(self, found: PoseEstimates) -> Tensor:
         """Of each particle in the maps, 0 … 1."""
 
-    def pictures(self, images: ParticleImages, found: PoseEstimates) -> Pairs:
-        """A few images and their predictions."""
+    def pictures(self, images: ParticleImages, found: PoseEstimates, at: Int[Tensor, " k"]) -> Pairs:
+        """A few images of the batch that was estimated last, of the first half, and their predictions."""
 
 
 class ReferencePoses:
@@ -128,9 +129,9 @@ class ReferencePoses:
         """An image that shows no particle hardly enters the maps."""
         return map_weight(found)
 
-    def pictures(self, images: ParticleImages, found: PoseEstimates) -> Pairs:
-        """Of the first half, whose frame the poses are in."""
-        few, predicted = self._estimator.predictions(images, found, EXAMPLES, half=1)
+    def pictures(self, images: ParticleImages, found: PoseEstimates, at: Int[Tensor, " k"]) -> Pairs:
+        """By the first half's map."""
+        few, predicted = self._estimator.predictions(images.select(at), found.select(at), EXAMPLES, half=1)
         return pictures_of(few.transforms, predicted, self.pixels)
 
     def encoder_rotation(self, images: ParticleImages) -> Tensor:
@@ -201,7 +202,7 @@ class ModelPoses:
         """Every image whose pose is known enters the maps alike."""
         return found.particle_probability
 
-    def pictures(self, images: ParticleImages, found: PoseEstimates) -> Pairs:
-        """Of the last batch."""
+    def pictures(self, images: ParticleImages, found: PoseEstimates, at: Int[Tensor, " k"]) -> Pairs:
+        """By the model."""
         assert self._output is not None, "estimate() comes first"
-        return pictures_of(images.transforms, self._output.predicted, images.pixels)
+        return pictures_of(images.transforms[at], self._output.predicted[at], images.pixels)

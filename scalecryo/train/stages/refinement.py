@@ -196,7 +196,8 @@ class Refinement:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(
             message, iteration.images, self._learned.steps + number, scalars,
-            {"poses/confidence": known.confidence[seen]}, after.mean(),
+            {"poses/confidence": known.confidence[seen]}, after.mean(), after.mask[0],
+            {"half-maps": after.fsc[0], "masked": after.fsc_masked[0]},
             rows[seen], known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
             progress=self._schedule.share(self._context.config.guided.iterations),
         )  # fmt: skip

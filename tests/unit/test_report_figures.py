@@ -29,7 +29,9 @@ def test_every_figure_is_drawn() -> None:
     for png in (
         report.fsc_figure({"a": np.linspace(1, 0, 13), "b": np.full(13, -0.3)}, 24, 2.0),
         report.slices_figure({"truth": volume, "estimate": np.zeros_like(volume)}, 2.0),
-        report.projections_figure(volume[:4], volume[4:8]),
+        report.projections_figure(volume[:4], volume[4:8], ["1.00", "0.50"]),
+        report.projections_figure(volume[:0], volume[:0]),
+        report.particles_figure(volume[:4], volume[0]),
         report.orientation_figure(rotation),
         report.orientation_figure(rotation[:1]),
         report.confidence_figure(generator.uniform(size=300)),
@@ -65,7 +67,9 @@ def test_page_is_one_file_with_its_pictures() -> None:
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             if tag == "img":
                 images.append(dict(attrs)["src"] or "")
-            assert tag not in ("script", "link")
+            # Nothing is loaded, and without a surface no script runs.
+            assert tag not in ("script", "iframe")
+            assert all(not (value or "").startswith(("http", "//")) for name, value in attrs if name in ("src", "href"))
 
         def handle_data(self, data: str) -> None:
             text.append(data)

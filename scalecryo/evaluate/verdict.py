@@ -1,0 +1,105 @@
+"""What a run came to, in words: good, limited by the pixel size, doubtful and why, or failed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Grade = Literal["good", "limited", "doubtful", "failed"]
+
+# Of Nyquist, from which on pixels and not particles set the resolution: corners and masks cut the last shells.
+NYQUIST_SHARE = 0.93
+# A particle's shape is decided by some shells within its diameter; below so many its map is a blob with any poses.
+LEAST_SHELLS_ACROSS = 6.0
+UNCERTAIN, JUNK = 0.5, 0.5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a page begins with.
+
+    Attributes:
+        grade: good, limited, doubtful, failed.
+        headline: in a few words.
+        text: what it means.
+        reasons: why, one sentence each.
+        figures: the numbers that people look for first, by name, with their units.
+    """
+
+    grade: Grade
+    headline: str
+    text: str = ""
+    reasons: tuple[str, ...] = ()
+    figures: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a verdict is judged by.
+
+    Attributes:
+        angstrom: resolution of the masked, corrected FSC at 0.143.
+        pixel_size: Å.
+        diameter: of the density, Å.
+        confidence: mean probability of the pose and the particle; None: the recipe gives none.
+        junk: share of the images that show no particle.
+        independent: whether the halves were posed against maps of their own.
+        warnings: what was found otherwise, one sentence each.
+    """
+
+    angstrom: float
+    pixel_size: float
+    diameter: float
+    confidence: float | None
+    junk: float
+    independent: bool
+    warnings: Sequence[str] = ()
+
+
+HAND = "The hand cannot be known from images: compare with a known structure, or look at helices from about 7 Å on."
+
+
+def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
+    """The verdict on a finished run.
+
+    Args:
+        evidence: see there.
+        figures: to be shown beside it.
+    """
+    nyquist, angstrom = 2 * evidence.pixel_size, evidence.angstrom
+    doubts = _doubts(evidence)
+    if doubts:
+        return Verdict(
+            "doubtful", f"Doubtful: the half-maps agree to {angstrom:.2f} Å, but",
+            "Look at surface, slices and particles before you use this map. " + HAND, tuple(doubts), figures,
+        )  # fmt: skip
+    if nyquist >= NYQUIST_SHARE * angstrom:
+        return Verdict(
+            "limited", f"Good, and limited by the pixel size: {angstrom:.2f} Å at a Nyquist limit of {nyquist:.2f} Å",
+            f"The half-maps agree up to what {evidence.pixel_size:g} Å per pixel can hold: extract the particles with "
+            "smaller pixels to see more. " + HAND, tuple(evidence.warnings), figures,
+        )  # fmt: skip
+    certain = "" if evidence.confidence is None else "most poses are certain, "
+    return Verdict(
+        "good", f"Good: the half-maps agree to {angstrom:.2f} Å", "The halves agree within the mask after correction "
+        f"for it, {certain}and no check found anything against the map. " + HAND,
+        tuple(evidence.warnings), figures,
+    )  # fmt: skip
+
+
+def _doubts(evidence: Evidence) -> list[str]:
+    """What speaks against the map."""
+    found = []
+    if evidence.diameter < LEAST_SHELLS_ACROSS * evidence.angstrom:
+        found.append(
+            f"that is {evidence.diameter / evidence.angstrom:.1f} resolution elements across a particle of "
+            f"{evidence.diameter:.0f} Å: a map so coarse can look alike with wrong poses"
+        )
+    if not evidence.independent:
+        found.append("both halves were posed by one model, so their agreement is optimistic: it measures noise alone")
+    if evidence.confidence is not None and evidence.confidence < UNCERTAIN:
+        found.append(
+            f"most poses are uncertain: on average a pose is right with a probability of {evidence.confidence:.0%}"
+        )
+    if evidence.junk > JUNK:
+        found.append(f"{evidence.junk:.0%} of the images seem to show no particle: clean the set and train again")
+    return found + [f"{warning[0].upper()}{warning[1:]}" for warning in evidence.warnings] if found else found

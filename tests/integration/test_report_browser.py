@@ -1,0 +1,68 @@
+"""The report in a browser, without a network: the surface is drawn and nothing is complained of."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from scalecryo.evaluate.report import Section, Surface, report_html, viewer_html
+from scalecryo.physics.mask import soft_sphere
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+# What the page is asked once it had time to draw: colours of the canvas, triangles, and whether it overflows.
+PROBE = """<script>
+setTimeout(() => {
+  const canvas = document.querySelector("canvas"), copy = document.createElement("canvas");
+  copy.width = canvas.width; copy.height = canvas.height;
+  const pen = copy.getContext("2d");
+  pen.drawImage(canvas, 0, 0);
+  const colours = new Set(new Uint32Array(pen.getImageData(0, 0, copy.width, copy.height).data.buffer));
+  const before = Number(canvas.dataset.triangles), slider = document.querySelector("input");
+  slider.value = slider.max * 0.9;
+  slider.dispatchEvent(new Event("input"));
+  document.querySelectorAll("button:not([value=reset])").forEach((button) => button.click());
+  setTimeout(() => {
+    document.title = JSON.stringify({ colours: colours.size, triangles: before, after: Number(canvas.dataset.triangles),
+      words: document.querySelector("output").textContent, wide: document.body.scrollWidth - innerWidth });
+  }, 500);
+}, 1500);
+</script>"""
+
+
+@pytest.fixture
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)")
+    return found
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_surface_is_drawn_and_follows_the_slider(browser: str, tmp_path: Path, width: int) -> None:
+    box = 40
+    line = torch.arange(box) - box // 2.0
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    density = torch.exp(-(x**2 / 60 + y**2 / 30 + z**2 / 20))
+    surface = Surface.of_map(density, soft_sphere(box, 15), 2.0, size=48)
+    page = report_html("Run", [Section("The map", body=viewer_html(surface))]).replace("</body>", f"{PROBE}</body>")
+    (tmp_path / "report.html").write_text(page)
+    done = subprocess.run(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--use-angle=swiftshader",
+         "--enable-unsafe-swiftshader", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+         f"--window-size={width},900", "--virtual-time-budget=6000", "--dump-dom", f"file://{tmp_path}/report.html"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title is not None, done.stderr[-2000:]
+    seen = json.loads(title.group(1))
+    assert seen["colours"] > 50  # shades of a lit surface
+    assert seen["triangles"] > 500
+    assert 0 < seen["after"] < seen["triangles"]  # a higher contour is smaller
+    assert "suggested" in seen["words"]
+    assert seen["wide"] <= 0  # nothing to scroll sideways for
+    complaints = [said for said in done.stderr.splitlines() if "CONSOLE" in said and "GPU stall" not in said]
+    assert not complaints, complaints

@@ -1,0 +1,45 @@
+"""A run in words: what makes it good, limited by its pixels, or doubtful."""
+
+from dataclasses import replace
+
+import pytest
+
+from scalecryo.evaluate.verdict import HAND, Evidence, judge
+
+GOOD = Evidence(angstrom=4.0, pixel_size=1.0, diameter=100.0, confidence=0.9, junk=0.1, independent=True)
+
+
+def test_a_map_far_from_nyquist_is_good() -> None:
+    verdict = judge(GOOD, {"particles": "10"})
+    assert verdict.grade == "good"
+    assert "4.00 Å" in verdict.headline
+    assert HAND in verdict.text
+    assert verdict.figures == {"particles": "10"}
+
+
+def test_a_map_at_nyquist_is_limited_by_its_pixels() -> None:
+    verdict = judge(replace(GOOD, angstrom=2.1), {})
+    assert verdict.grade == "limited"
+    assert "2.00 Å" in verdict.headline
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"angstrom": 20.0}, "5.0 resolution elements"),
+        ({"confidence": 0.3}, "probability of 30%"),
+        ({"junk": 0.7}, "70% of the images"),
+        ({"independent": False}, "optimistic"),
+    ],
+)
+def test_doubts_are_named(change: dict, reason: str) -> None:
+    verdict = judge(replace(GOOD, **change, warnings=("one direction is poor",)), {})
+    assert verdict.grade == "doubtful"
+    assert any(reason in said for said in verdict.reasons)
+    assert "One direction is poor" in verdict.reasons
+
+
+def test_a_warning_alone_is_told_and_makes_no_doubt() -> None:
+    verdict = judge(replace(GOOD, warnings=("one direction is poor",)), {})
+    assert verdict.grade == "good"
+    assert verdict.reasons == ("one direction is poor",)
