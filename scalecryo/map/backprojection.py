@@ -1,7 +1,7 @@
 """From images and poses to maps: weighted insertion of slices, and its Wiener-like solution."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -114,7 +114,7 @@ class Backprojection:
         whole._copies = self._copies
         return whole
 
-    def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float) -> None:
+    def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float, which: Sequence[int] | None = None) -> None:
         """Add the sums' copies under the rotations of a point group: as if every image were inserted at all g R.
 
         Once all images are inserted and the workers' sums are added.
@@ -122,13 +122,16 @@ class Backprojection:
         Args:
             rotations: g, without the identity.
             radius: Fourier pixels up to which images were inserted.
+            which: 2 class + half - 1 of the sums that are wanted; None: all.
         """
         self._copies = rotations.to(self.denominator)
         numerator, denominator = self.numerator.flatten(0, 1), self.denominator.flatten(0, 1)
         # Small grids together: where a copy lies is found once. Of large ones only one is twice in memory.
+        wanted = list(range(len(numerator)) if which is None else which)
         together = len(numerator) if self.padded_box <= TOGETHER else 1
-        for some in torch.arange(len(numerator)).split(together):
-            part = slice(int(some[0]), int(some[-1]) + 1)
+        for first in range(0, len(wanted), together):
+            some = wanted[first : first + together]
+            part = slice(some[0], some[0] + 1) if len(some) == 1 else some
             found = with_copies(numerator[part], denominator[part], self._copies, radius * self.scale + 2)
             numerator[part], denominator[part] = found
 
@@ -153,12 +156,12 @@ class Backprojection:
 
         A tenth of the grid at half the Nyquist radius: this is what crosses the network between workers.
         """
-        where = self._reached(radius)
+        where = self.reached(radius)
         return tuple(grid.flatten(2).index_select(2, where) for grid in self.tensors())  # type: ignore[return-value]
 
     def put_within(self, radius: float, numerator: Tensor, denominator: Tensor) -> None:
         """Put back what `within` took out."""
-        where = self._reached(radius)
+        where = self.reached(radius)
         self.numerator.view(self.classes, 2, -1).index_copy_(2, where, numerator)
         self.denominator.view(self.classes, 2, -1).index_copy_(2, where, denominator)
 
@@ -173,7 +176,7 @@ class Backprojection:
         all_reduce_(*parts)
         self.put_within(radius, *parts)
 
-    def _reached(self, radius: float) -> Int[Tensor, " k"]:
+    def reached(self, radius: float) -> Int[Tensor, " k"]:
         """Flat positions of the grid within the radius and the neighbours that a sample is shared among."""
         line = torch.fft.fftfreq(self.padded_box, 1 / self.padded_box, device=self.denominator.device).square()
         half = line[: self.padded_box // 2 + 1]

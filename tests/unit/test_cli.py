@@ -185,7 +185,7 @@ def test_a_stop_from_outside_is_one_line(verb: str, advice: str, number: signal.
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
         process.send_signal(number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
     assert process.returncode == 1
     assert error.startswith(f"scalecryo: stopped by {'SIGTERM' if number == signal.SIGTERM else 'the keyboard'}")
     assert advice in error
