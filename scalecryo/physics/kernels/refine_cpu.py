@@ -58,10 +58,12 @@ def bricks(grid: np.ndarray) -> np.ndarray:
     what a sample costs is the lines that it waits for.
     """
     depth, height, width = ((size + 1) // 2 for size in grid.shape)
-    even = np.zeros((2 * depth, 2 * height, 2 * width), np.complex64)
-    even[tuple(slice(size) for size in grid.shape)] = grid
-    cut = even.reshape(depth, 2, height, 2, width, 2).transpose(0, 2, 4, 1, 3, 5)
-    return np.ascontiguousarray(cut).view(np.float32).ravel()
+    packed = np.zeros((depth, height, width, 2, 2, 2), np.complex64)
+    for z, y, x in np.ndindex(2, 2, 2):  # one copy: a grid of a large box is half a gigabyte
+        part = grid[z::2, y::2, x::2]
+        planes, rows, columns = part.shape
+        packed[:planes, :rows, :columns, z, y, x] = part
+    return packed.view(np.float32).ravel()
 
 
 @part
