@@ -18,6 +18,7 @@ FINAL_COPIES = 16  # of the final pass, which weights by the CTF on a padded box
 MARGIN = 1.1  # what the allocator keeps
 RESULT_GRIDS = 24  # maps, masks, transforms and curves of one class, single precision, while results are written
 SLABS = 256 << 20
+POSING = 256 << 20  # scores and templates of a search, the encoder and its moments; measured at 64 px
 SEARCH_LEVEL, PARTS = 64, 4
 _GIB = 2**30
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -90,7 +91,7 @@ def _refinement(level: int, classes: int, batch: int) -> int:
     """Sums, both halves' sliced transforms and the kernels' own copies of them, and a batch or a solution."""
     searched = sums_bytes(min(level, SEARCH_LEVEL), 2 * classes * PARTS)
     held = max(sums_bytes(level, 2 * classes), searched) + classes * 2 * 16 * grid(level)
-    return held + max(_images(level, batch), _solving(level, classes))
+    return POSING + held + max(_images(level, batch), _solving(level, classes))
 
 
 def _images(level: int, batch: int, copies: int = COPIES_OF_IMAGES) -> int:
