@@ -11,14 +11,14 @@ from pathlib import Path
 from scalecryo.config import Config
 from scalecryo.errors import ConfigError
 
-PROCESS = 600 << 20  # Python, torch, numba and the package; measured
+PROCESS = 700 << 20  # Python, torch, numba and the package; measured
 FINAL_BATCH = 256
 COPIES_OF_IMAGES = 5  # single-precision arrays of a batch's pixels that stand at once; measured
 FINAL_COPIES = 16  # of the final pass, which weights by the CTF on a padded box; measured
-MARGIN = 1.1  # what the allocator keeps
+MARGIN = 1.05  # what the allocator keeps
 RESULT_GRIDS = 24  # maps, masks, transforms and curves of one class, single precision, while results are written
 SLABS = 256 << 20
-POSING = 256 << 20  # scores and templates of a search, the encoder and its moments; measured at 64 px
+POSING = 400 << 20  # scores and templates of a search, the encoder and its moments; measured at 64 and 128 px
 SEARCH_LEVEL, PARTS = 64, 4
 _GIB = 2**30
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -76,7 +76,8 @@ def need_of(config: Config, levels: Sequence[int]) -> Need:
         training = 4 * 8 * level**3 + 4 * 8 * grid(level) + _images(level, config.train.batch_size)
     if not config.train.final_pass:
         return Need(_whole(read + training), 0)
-    found = 2 * 16 * grid(level) * classes if config.recipe in ("guided", "poses", "autoencoder") else 12 * grid(level)
+    searching = config.recipe in ("guided", "poses", "autoencoder")
+    found = 2 * 16 * grid(level) * classes + POSING if searching else 12 * grid(level)
     sums = sums_bytes(full, 2 * classes)
     posing = found + sums + max(_images(full, FINAL_BATCH, FINAL_COPIES), _solving(full, classes))
     writing = 4 * full**3 * (RESULT_GRIDS + 4 * classes)
