@@ -101,14 +101,12 @@ class FinalPass:
         """Sum over the workers, solve the maps; worker 0 writes the results. Collective."""
         context, sums = self._context, self._sums
         assert sums is not None, "request() comes first"
-        assert self._poses is not None, "request() comes first"
-        # What is done with is let go of: references and sums are the largest things in memory.
-        told, self._poses = self._poses.notes, None
         mine = reduce_to_owners_(sums, world, sums.box_size / 2 - 1)
         if context.point_group is not None:
             sums.symmetrise(context.point_group.others, sums.box_size / 2 - 1, mine)
         with world.timer.part("solve"):
             solved = solve_by_owners(sums, world)
+        # What is done with is let go of: the sums are the largest thing in memory.
         sums.release()
         self._sums = None
         self._found.commit(world)
@@ -116,7 +114,7 @@ class FinalPass:
         if world.is_leader:
             notes = self._uncertain()
             with world.timer.part("results"):
-                cones = self._write(solved, (*told, *notes))
+                cones = self._write(solved, notes)
             self._found.remove_pass(self._pass)
             for warning in (*notes, cones.warning):
                 if warning:
@@ -169,12 +167,14 @@ class FinalPass:
         context, model = self._context, self._learned.model
         level, radius = solved.shape[-1], solved.shape[-1] / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
+        assert self._poses is not None, "request() comes first"
+        told, self._poses = self._poses.notes, None  # so are references
         maps = ReferenceSet.of_maps(
             solved, context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
         )
         found, half = self._found.all()
         maps, found = _largest_first(maps, found)
-        notes = context.partition.notes + self._learned.notes + notes
+        notes = context.partition.notes + self._learned.notes + told + notes
         particles = FinalParticles(found, half, self._pairs, notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
