@@ -11,11 +11,14 @@ from pathlib import Path
 from scalecryo.config import Config
 from scalecryo.errors import ConfigError
 
-PROCESS = 600 << 20  # Python, torch, numba and the package; measured
+PROCESS = 700 << 20  # Python, torch, numba and the package; measured
 FINAL_BATCH = 256
 COPIES_OF_IMAGES = 5  # single-precision arrays of a batch's pixels that stand at once; measured
+FINAL_COPIES = 16  # of the final pass, which weights by the CTF on a padded box; measured
+MARGIN = 1.05  # what the allocator keeps
 RESULT_GRIDS = 24  # maps, masks, transforms and curves of one class, single precision, while results are written
 SLABS = 256 << 20
+POSING = 400 << 20  # scores and templates of a search, the encoder and its moments; measured at 64 and 128 px
 SEARCH_LEVEL, PARTS = 64, 4
 _GIB = 2**30
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -72,23 +75,28 @@ def need_of(config: Config, levels: Sequence[int]) -> Need:
         # Voxels, their gradient and moments; the sliced transform, its gradient, and what both are made with.
         training = 4 * 8 * level**3 + 4 * 8 * grid(level) + _images(level, config.train.batch_size)
     if not config.train.final_pass:
-        return Need(PROCESS + read + training, 0)
-    found = 2 * 16 * grid(level) * classes if config.recipe in ("guided", "poses", "autoencoder") else 8 * grid(level)
+        return Need(_whole(read + training), 0)
+    searching = config.recipe in ("guided", "poses", "autoencoder")
+    found = 2 * 16 * grid(level) * classes + POSING if searching else 12 * grid(level)
     sums = sums_bytes(full, 2 * classes)
-    posing = found + sums + max(_images(full, FINAL_BATCH), _solving(full, classes))
+    posing = found + sums + max(_images(full, FINAL_BATCH, FINAL_COPIES), _solving(full, classes))
     writing = 4 * full**3 * (RESULT_GRIDS + 4 * classes)
-    return Need(PROCESS + read + training, PROCESS + read + max(posing, writing))
+    return Need(_whole(read + training), _whole(read + max(posing, writing)))
+
+
+def _whole(held: int) -> int:
+    return PROCESS + round(MARGIN * held)
 
 
 def _refinement(level: int, classes: int, batch: int) -> int:
     """Sums, both halves' sliced transforms and the kernels' own copies of them, and a batch or a solution."""
     searched = sums_bytes(min(level, SEARCH_LEVEL), 2 * classes * PARTS)
     held = max(sums_bytes(level, 2 * classes), searched) + classes * 2 * 16 * grid(level)
-    return held + max(_images(level, batch), _solving(level, classes))
+    return POSING + held + max(_images(level, batch), _solving(level, classes))
 
 
-def _images(level: int, batch: int) -> int:
-    return COPIES_OF_IMAGES * 4 * batch * level * level
+def _images(level: int, batch: int, copies: int = COPIES_OF_IMAGES) -> int:
+    return copies * 4 * batch * level * level
 
 
 def _solving(level: int, classes: int) -> int:

@@ -7,6 +7,7 @@ A guided run is a start, `ITERATIONS` iterations and a final pass over all parti
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scalecryo.physics.fft import LARGE_BOX, SLAB
 from scalecryo.physics.fourier_slice import padded_box
 from scalecryo.train.cost_model import (
     Hardware,
@@ -79,8 +80,9 @@ def device_bytes(box: int, batch: int) -> int:
     d = padded_box(box, 2.0)
     transform = d * d * (d // 2 + 1)
     sums = max(accumulator_bytes(box), PARTS * accumulator_bytes(min(box, SEARCHED_BOX)))
-    # Numerator, weight, shells, floor, solution, and the inverse transform beside it.
-    solving = (8 + 4 + 8 + 4 + 8 + 16) * transform
+    # Numerator, weight, shells, floor, solution, and the inverse transform beside it; of a large box these are slabs,
+    # and half of a transform, cropped along one axis.
+    solving = 4 * transform + 64 * SLAB if d > LARGE_BOX else (8 + 4 + 8 + 4 + 8 + 16) * transform
     pixels = pixels_of(box / 2 - 1)
     # Real space; observed, CTF, predicted, residual and their temporaries; the CTF on a padded box in the final pass.
     images = round(batch * (4 * box * box + 48 * pixels)) + FINAL_BATCH * 24 * box * box

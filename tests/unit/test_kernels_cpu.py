@@ -15,6 +15,7 @@ from scalecryo.physics.fourier_slice import extract_slices, insert_slices
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.kernels import cpu_insert, jit
 from scalecryo.physics.kernels.cpu_insert import insert_slices_cpu
+from scalecryo.physics.kernels.refine_cpu import bricks
 from scalecryo.physics.rotation import euler_to_rotation, random_rotations
 
 # Single precision places a sample to about |q| 2^-23 voxels, and smooth transforms change by less than their maximum
@@ -272,3 +273,19 @@ def test_kernels_compile_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyP
         return 2 * values
 
     assert (double(np.ones(3)) == 2).all()
+
+
+@pytest.mark.parametrize(("box", "half"), [(8, 1), (8, 2), (8, 3), (12, 4)])
+def test_every_frequency_has_its_place_in_a_brick(box: int, half: int) -> None:
+    # Reference: the layout's own definition, one value at a time.
+    generator = np.random.default_rng(0)
+    wrapped = generator.standard_normal((box, box, box // 2 + 1)).astype(np.complex64)
+    found = bricks(wrapped, half).view(np.complex64).reshape(half + 1, half + 1, (half + 2) // 2, 2, 2, 2)
+    expected = np.zeros_like(found)
+    for z in range(-half, half + 1):
+        for y in range(-half, half + 1):
+            for x in range(half + 1):
+                place = z + half, y + half, x
+                at = tuple(index // 2 for index in place) + tuple(index % 2 for index in place)
+                expected[at] = wrapped[z % box, y % box, x]
+    assert np.array_equal(found, expected)

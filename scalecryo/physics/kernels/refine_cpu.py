@@ -51,17 +51,29 @@ _Work = tuple[np.ndarray, np.ndarray]
 """Scratch rows, and where the lowest of a sample's eight neighbours stands; bits 0 to 2 are its place in its brick."""
 
 
-def bricks(grid: np.ndarray) -> np.ndarray:
-    """A grid (z, y, x) of complex64 in bricks of 2 x 2 x 2, flat as pairs of real numbers; odd sizes are filled up.
+def bricks(wrapped: np.ndarray, half: int) -> np.ndarray:
+    """The frequencies up to `half` along each axis of a transform (d, d, d//2 + 1), origin in the middle, in bricks of
+    2 x 2 x 2, flat as pairs of real numbers; odd sizes are filled up.
 
     A brick is a cache line: the eight neighbours of a sample lie in 3.4 lines on average, not in 4.5 as along rows, and
-    what a sample costs is the lines that it waits for.
+    what a sample costs is the lines that it waits for. Copied once: of a large box this is half a gigabyte.
     """
-    depth, height, width = ((size + 1) // 2 for size in grid.shape)
-    even = np.zeros((2 * depth, 2 * height, 2 * width), np.complex64)
-    even[tuple(slice(size) for size in grid.shape)] = grid
-    cut = even.reshape(depth, 2, height, 2, width, 2).transpose(0, 2, 4, 1, 3, 5)
-    return np.ascontiguousarray(cut).view(np.float32).ravel()
+    box, depth, width = wrapped.shape[0], half + 1, (half + 2) // 2
+    packed = np.zeros((depth, depth, width, 2, 2, 2), np.complex64)
+    for z, y, x in np.ndindex(2, 2, 2):
+        columns = wrapped[:, :, x : half + 1 : 2]
+        for planes, from_planes in _runs(z, half, box):
+            for rows, from_rows in _runs(y, half, box):
+                packed[planes, rows, : columns.shape[2], z, y, x] = columns[from_planes, from_rows]
+    return packed.view(np.float32).ravel()
+
+
+def _runs(parity: int, half: int, box: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Bricks along an axis, and where their even or odd values stand in a transform: frequencies from 0, then below."""
+    below = (half - parity + 1) // 2
+    first = parity + 2 * below - half
+    count = len(range(first, half + 1, 2))
+    return (slice(below, below + count), slice(first, half + 1, 2)), (slice(below), slice(box - half + parity, box, 2))
 
 
 @part
