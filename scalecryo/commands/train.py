@@ -10,6 +10,7 @@ from typing import Any
 
 from scalecryo.commands.closing import say_results
 from scalecryo.commands.console import say
+from scalecryo.commands.following import Follower, check_following
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data.io import urls
 from scalecryo.errors import ConfigError, MissingInputError, UsageError
@@ -21,15 +22,26 @@ logger = logging.getLogger(__name__)
 GPU_NODES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
-def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **places: str) -> None:
+def run(
+    config: str | None,
+    *,
+    resume: bool,
+    overrides: Mapping[str, Any],
+    follow_hours: float | None = None,
+    **places: str,
+) -> None:
     """Resolve the configuration, start or resume the run's folder, and train.
 
     What can be refused is refused before the folder exists. `places` are settings of [run]: data, out, workers, device.
+    With `follow_hours` the run goes on each time that particles were appended to the store, for so long (infinity:
+    until the file `stop` lies in its folder).
     """
     settings = _resolve(config, {**overrides, **{f"run.{key}": value for key, value in places.items()}}, resume)
     if not settings.run.data or not settings.run.out:
         raise UsageError("train needs --data STORE and --out RUN (with --resume, --out alone)")
     settings = _absolute(settings)
+    if follow_hours is not None:
+        check_following(settings)
     line = log_to_stderr()
     _foresee(settings, resume)
     # torch takes seconds to import: by now the command line and the settings are in order.
@@ -42,19 +54,25 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     if settings.run.device == "cuda" and not torch.cuda.is_available() and settings.run.workers == "0":
         raise _no_device()
     data_hash, run_folder = _check(settings), RunFolder(settings.run.out)
+
+    def once() -> None:
+        if settings.run.worker_range == (0, 0):
+            train(settings, World(), torch.device(settings.run.device), line=line)
+        else:
+            # Ray takes seconds to import: only when it is asked for.
+            from scalecryo.train.ray_workers import train_on_ray
+
+            train_on_ray(settings)
+        say(f"run finished: {settings.run.out}")
+        say_results(run_folder)
+
     if resume and is_finished(run_folder, settings, data_hash):
         say(f"run finished already: {settings.run.out}; its results are as they were")
-        return
-    run_folder.create(settings, resume=resume)
-    if settings.run.worker_range == (0, 0):
-        train(settings, World(), torch.device(settings.run.device), line=line)
     else:
-        # Ray takes seconds to import: only when it is asked for.
-        from scalecryo.train.ray_workers import train_on_ray
-
-        train_on_ray(settings)
-    say(f"run finished: {settings.run.out}")
-    say_results(run_folder)
+        run_folder.create(settings, resume=resume)
+        once()
+    if follow_hours is not None:
+        Follower(settings, data_hash.partition(":")[0], follow_hours).follow(once)
 
 
 def _no_device() -> ConfigError:

@@ -3,6 +3,7 @@
 A verb's module is imported only when it runs, after `arguments` looked at what it was given.
 """
 
+import math
 from importlib import import_module
 from typing import Annotated, Any, Literal
 
@@ -200,6 +201,8 @@ def train(
     settings: settings_options() = None,  # type: ignore[valid-type]
     resume: Annotated[bool, Parameter(group=FIRST)] = False,
     recipe: Annotated[str | None, Parameter(group=FIRST)] = None,
+    follow: Annotated[bool, Parameter(group=FIRST)] = False,
+    follow_hours: Annotated[float | None, Parameter(group=FIRST)] = None,
 ) -> None:
     """Train on a store, from nothing to a map and a pose for every particle.
 
@@ -209,11 +212,16 @@ def train(
         config: TOML file of settings
         resume: go on from the newest checkpoint in the run's folder
         recipe: name of a TOML file that comes with the package, such as paper-known
+        follow: go on each time that `convert --append` has added particles, until a file named stop lies in the run
+        follow_hours: the same for so many hours
     """
     config = recipe_file(recipe, config)
     tables: dict[str, dict[str, Any]] = settings or {}
     overrides = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    _run("train", config, resume=resume, overrides=overrides)
+    if follow_hours is not None and not follow_hours > 0:
+        raise UsageError(f"--follow-hours {follow_hours:g}: hours above 0 are needed")
+    hours = math.inf if follow and follow_hours is None else follow_hours
+    _run("train", config, resume=resume, overrides=overrides, follow_hours=hours)
 
 
 @app.command(help_epilogue=epilogue("assign"))

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,16 @@ def best_checkpoint(run: RunFolder) -> tuple[int, float] | None:
     return int(found["step"]), float(found["score"])
 
 
-def load_checkpoint(run: RunFolder, *, store_hash: str | None, recipe: str) -> Checkpoint | None:
+def load_checkpoint(
+    run: RunFolder, *, store_hash: str | None, recipe: str, grown_from: Sequence[str] = ()
+) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is none at all.
 
     Args:
         run: whose folder is read.
         store_hash: of the particles, which must be those trained on; None: any.
         recipe: that must have written it.
+        grown_from: hashes of the store before particles were appended to it, which do as well.
 
     Raises:
         CheckpointError: none of the checkpoints can be read, or the run was trained on another store or by another
@@ -95,7 +98,9 @@ def load_checkpoint(run: RunFolder, *, store_hash: str | None, recipe: str) -> C
         if found is None:
             logger.warning("checkpoint of step %d is damaged: falling back to the one before", step)
             continue
-        if store_hash is not None and found.store_hash != store_hash:
+        # Past the colon is which of the store's particles were chosen.
+        grown = found.store_hash.partition(":")[0] in grown_from
+        if store_hash is not None and found.store_hash != store_hash and not grown:
             raise CheckpointError(
                 f"{run.url}: its checkpoint was trained on another store (hash {found.store_hash}, this one "
                 f"{store_hash}): name the store of the run with --data, or start a new run"

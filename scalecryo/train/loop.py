@@ -58,7 +58,9 @@ def train(
     progress: RunProgress | None = None
     try:
         stages, _ = stages_of(context)
-        checkpoint = load_checkpoint(run, store_hash=context.data_hash, recipe=context.config.recipe)
+        checkpoint = load_checkpoint(
+            run, store_hash=context.data_hash, recipe=context.config.recipe, grown_from=store.grown_from
+        )
         step = 0 if checkpoint is None else checkpoint.step
         if world.is_leader:
             note_start(run)

@@ -26,6 +26,8 @@ class Learned:
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
         steps: that curves and checkpoints count before the refinement's first iteration.
+        grown: whether particles were appended to the store since the first checkpoint: new ones start from the encoder's
+            modes.
         notes: what a person who looks at the result should know of how it was found.
     """
 
@@ -35,6 +37,7 @@ class Learned:
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
     steps: int = 0
+    grown: bool = False
     notes: tuple[str, ...] = ()
 
 

@@ -212,7 +212,11 @@ def plan_append(
         documents[EXCLUDED] = json.dumps(left_out, indent=1).encode()
     attrs = {**store.attrs, "count": store.count + len(placed.table), "excluded": len(left_out)}
     attrs["source_rows"] = rows_before + len(placed.table) + len(excluded)
-    added = {"source": urls.redacted(urls.absolute(source)), "count": len(placed.table)}
+    added = {
+        "source": urls.redacted(urls.absolute(source)),
+        "count": len(placed.table),
+        "grown_from": store.content_hash,
+    }
     attrs["appended"] = [*store.attrs.get("appended", []), added]
     identity = [store.attrs["plan_hash"], attrs["count"], attrs["source_rows"], placed.fingerprint()]
     attrs["plan_hash"] = hashlib.sha256(json.dumps(identity).encode()).hexdigest()

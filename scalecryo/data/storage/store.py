@@ -77,6 +77,8 @@ class ParticleStore:
         self.contrast = str(attrs["contrast"])
         self.columns: tuple[str, ...] = tuple(attrs["columns"])
         self.content_hash = str(attrs.get("content_hash", ""))
+        self.grown_from = tuple(str(one["grown_from"]) for one in attrs.get("appended", []) if "grown_from" in one)
+        """Content hashes of this store before each time that particles were appended; their rows are as they were."""
         reader = RangeReader()  # one for all arrays: they share its connections
         self._images = {
             level: ImageArray(

@@ -80,7 +80,8 @@ class Iteration:
         if related is not None:
             self._equivalent = related.equivalent
         self._source: CandidateSource
-        if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
+        young = number < 2 and context.config.recipe == "autoencoder"
+        if learned.encoder is not None and (young or (learned.grown and not plan.searched)):
             self._source = learned.encoder.source(references)
         else:
             grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)

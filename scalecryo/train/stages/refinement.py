@@ -49,6 +49,7 @@ class Refinement:
         searches = settings.search_iterations if settings.start == "nothing" else 0
         docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
         self._posed = settings.start == "poses" or docked  # well from the first iteration on
+        self._most = settings.iterations  # as many more each time that the store has grown
         self._schedule = Schedule(searches, settings.settled_iterations, patient=context.config.train.classes > 1)
         self._creep = StrainSteps()
         self._strain: Tensor | None = None  # to be applied to maps and poses of each half
@@ -123,7 +124,7 @@ class Refinement:
 
     def done(self) -> bool:
         """Whether all iterations were made, or the last ones brought nothing."""
-        return self._schedule.ended or self._schedule.number >= self._context.config.guided.iterations
+        return self._schedule.ended or self._schedule.number >= self._most
 
     def state_dict(self) -> dict[str, Any]:
         """References, the encoder, which parts hold the poses, and where the schedule stands."""
@@ -141,6 +142,9 @@ class Refinement:
             "strain": self._strain,
             "related": None if self._related is None else (self._related.similar, self._related.equivalent),
             "schedule": self._schedule.state_dict(),
+            "count": self._context.store.count,
+            "most": self._most,
+            "grown": self._learned.grown,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -165,6 +169,17 @@ class Refinement:
         if state["related"] is not None:
             self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
         self._schedule.load_state_dict(state["schedule"])
+        learned.grown = bool(state.get("grown", False))
+        if learned.grown:
+            self._most = int(state["most"])
+        count = self._context.store.count
+        if state.get("count", count) < count and self._schedule.number:
+            logger.info(
+                "%s particles were appended: they are posed, and the maps refined", f"{count - state['count']:,}"
+            )
+            self._schedule.reopen()
+            self._most = self._schedule.number + self._context.config.guided.iterations
+            learned.grown = True
 
     def _report(self, iteration: Iteration, after: ReferenceSet, counts: list[float]) -> PassReport:
         plan, number = iteration.plan, self._schedule.number
@@ -199,7 +214,7 @@ class Refinement:
             {"poses/confidence": known.confidence[seen]}, after.mean(), after.mask[0],
             {"half-maps": after.fsc[0], "masked": after.fsc_masked[0]},
             rows[seen], known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
-            progress=self._schedule.share(self._context.config.guided.iterations),
+            progress=self._schedule.share(self._most),
         )  # fmt: skip
 
 

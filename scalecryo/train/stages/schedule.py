@@ -197,6 +197,10 @@ class Schedule:
         elif len(self.moved) > 1:
             self.searched = False  # more than an iteration reads: new ones are searched in any case
 
+    def reopen(self) -> None:
+        """Go on: there are particles that it has not seen. They start from modes of their own, nobody else is searched."""
+        self.settled, self.ended, self.searched = 0, False, False
+
     def state_dict(self) -> dict[str, Any]:
         """Its fields."""
         return asdict(self)
