@@ -5,6 +5,7 @@ white Gaussian noise), to which `Imperfections` adds what real data have.
 """
 
 from scalecryo.data.simulation.density import densities, diameter, fit_map
+from scalecryo.data.simulation.hinge import Hinge
 from scalecryo.data.simulation.imperfections import (
     Conditions,
     Imperfections,
@@ -19,7 +20,7 @@ from scalecryo.data.simulation.projector import Projector
 from scalecryo.data.simulation.recording import Recording
 
 __all__ = [
-    "Conditions", "Imaging", "Imperfections", "Noise", "Projector", "Recording", "densities", "diameter",
+    "Conditions", "Hinge", "Imaging", "Imperfections", "Noise", "Projector", "Recording", "densities", "diameter",
     "draw_conditions", "draw_particles", "fit_map", "noise_sigma", "with_defocus_errors", "with_micelle",
     "with_preferred_views",
 ]  # fmt: skip
