@@ -114,8 +114,8 @@ class TrainConfig(Section):
         alone = self.classes == 1 or self.symmetry.strip().upper() == "C1"
         require(alone, "train.classes", self.classes, "several structures are sought without a point group: C1")
         alone = not self.components or (self.classes == 1 and self.symmetry.strip().upper() == "C1")
-        require(alone, "train.components", self.components, "components are of one structure in C1 (of a symmetric one: "
-                "`select --expand`, then guided.start = poses)")  # fmt: skip
+        repair = "components are of one structure in C1 (a symmetric one: `select --expand`, guided.start = poses)"
+        require(alone, "train.components", self.components, repair)
         require(not self.components or self.final_pass, "train.components", self.components, "needs train.final_pass")
 
 
