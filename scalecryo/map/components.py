@@ -161,7 +161,7 @@ class ComponentSums:
         found = []
         for grid in self.grid.flatten(1, 3):
             sums = torch.zeros(int(shells.max()) + 1, self.components, device=grid.device)
-            found.append((sums.index_add_(0, shells, grid[:, diagonal.to(grid.device)])[: last + 1].T / count))
+            found.append(sums.index_add_(0, shells, grid[:, diagonal.to(grid.device)])[: last + 1].T / count)
         return torch.stack(found)
 
     def solve(self, ridge: Float[Tensor, "2 q shells"], radius: float) -> Float[Tensor, "2 q n n n"]:

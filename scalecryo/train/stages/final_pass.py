@@ -108,7 +108,8 @@ class FinalPass:
         if world.is_leader:
             notes = self._uncertain()
             cones = self._write(sums, notes)
-            self._found.remove_pass(self._pass)
+            if not context.config.train.components:  # which a run that is killed goes on from
+                self._found.remove_pass(self._pass)
             for warning in (*notes, cones.warning):
                 if warning:
                     logger.warning("%s", warning)
@@ -120,6 +121,7 @@ class FinalPass:
                 "final/cone_area_ratio": cones.area_ratio,
             }
         self._done = True
+        self._learned.posed, self._learned.identity = self._found, self._pass
         return PassReport(message, self._images, checkpoint=False, figures=figures)
 
     def done(self) -> bool:
