@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-STARTS, PASSES, SETTLED = 3, 200, 1e-5
+STARTS, PASSES, SETTLED = 2, 100, 1e-4
 PATIENCE = 3  # numbers of states in a row that are no better, before none more are tried
 AT_ONCE = 100_000
 

@@ -122,6 +122,8 @@ class ComponentModel:
         curves, agreement: between the halves, of each component; None before the first M-step.
         spread: standard deviation of the images' contrast; 0: none.
         resolution: shell that the mean is resolved to.
+        at_last_level: whether components are made at the level that the mean is resolved at.
+        settled: whether another pass brings nothing.
     """
 
     def __init__(self, means: Float[Tensor, "2 n n n"], mask: Float[Tensor, "n n n"], count: int) -> None:
@@ -131,6 +133,7 @@ class ComponentModel:
         self.curves: Float[Tensor, "q shells"] | None = None
         self.agreement: Float[Tensor, " q"] | None = None
         self.spread, self.resolution = 0.0, float(means.shape[-1] // 2 - 1)
+        self.at_last_level = self.settled = False
         self._transforms: dict[int, Tensor] = {}
         self.begin_moments()
 
@@ -256,7 +259,7 @@ class ComponentModel:
         arrays = {name: getattr(self, name) for name in ARRAYS if name != "spread"}
         held = {name: value.cpu().numpy() for name, value in arrays.items() if value is not None}
         buffer = io.BytesIO()
-        numbers = np.array([passes, self.count, self.spread, self.resolution])
+        numbers = np.array([passes, self.count, self.spread, self.resolution, self.at_last_level, self.settled])
         np.savez(buffer, allow_pickle=False, identity=np.array(identity), numbers=numbers, **held)
         return buffer.getvalue()
 
@@ -269,12 +272,13 @@ class ComponentModel:
         with np.load(io.BytesIO(urls.read_bytes(path)), allow_pickle=False) as held:
             if identity is not None and str(held["identity"]) != identity:
                 return None
-            passes, count, spread, resolution = held["numbers"].tolist()
+            passes, count, spread, resolution, last, settled = held["numbers"].tolist()
             tensors = {key: torch.from_numpy(held[key]).to(context.device) for key in ARRAYS if key in held}
         model = cls(tensors["means"], tensors["mask"], int(count))
         for key, value in tensors.items():
             setattr(model, key, value)
         model.spread, model.resolution = spread, resolution
+        model.at_last_level, model.settled = bool(last), bool(settled)
         return model, int(passes)
 
     def _by_half(self, posed: PosedImages) -> Iterator[tuple[int, Tensor]]:

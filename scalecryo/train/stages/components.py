@@ -28,7 +28,8 @@ from scalecryo.train.stage import Learned
 logger = logging.getLogger(__name__)
 BATCH = 256
 LOW_LEVEL, MOST_LEVEL = 32, 128  # boxes of the first passes, and at most of the last ones
-LOW_PASSES, PASSES = 6, 12  # at the low level; in all
+LOW_PASSES, PASSES = 6, 14  # at most, at the low level and in all
+SETTLED = 0.01  # change of the halves' correlation that is none
 MOST_PARTICLES = 200_000  # that a pass reads
 SIGNAL = 0.143
 NOISE_IMAGES = 64  # of each batch, whose residuals give the noise spectrum
@@ -101,14 +102,14 @@ class Components:
         if world.is_leader:
             self._context.run.write(STATE_FILE, self._model.to_bytes(self._identity(), self._pass))
         self._learned.components = self._model
-        return PassReport(f"components: pass {self._pass} of {PASSES + 2}, {message}", self._images, checkpoint=False)
+        return PassReport(f"components: pass {self._pass}, {message}", self._images, checkpoint=False)
 
     def done(self) -> bool:
         """Whether all passes were made, by a run that was killed too."""
         if not self._resumed:
             self._resumed = True
             self._take_up()
-        return self._pass >= PASSES + 2
+        return self._model is not None and self._model.settled
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: each pass leaves the model in a file of the run."""
@@ -137,8 +138,9 @@ class Components:
         reach = max(8.0, min(high / 2 - 1, self._model.resolution))
         last = min(level for level in levels if level / 2 - 1 >= reach)
         low = [level for level in levels if LOW_LEVEL <= level < last]
-        if low and 2 <= self._pass < LOW_PASSES + 2:
+        if low and self._model.has_components and not self._model.at_last_level:
             return min(low), min(reach, min(low) / 2 - 1)
+        self._model.at_last_level = self._model.has_components
         return last, reach
 
     def _told_memory(self, level: int) -> None:
@@ -232,8 +234,13 @@ class Components:
         mask, means = model.mask_at(level), model.means_at(level)
         for half, mean, moment in zip(solved, means, moments, strict=True):
             halves.append(without_mean(scaled(half * mask, moment), mean, mask))
-        frame = common_frame(torch.stack(halves))
+        frame, before = common_frame(torch.stack(halves)), model.agreement
         model.take(frame)
         model.update_noise(world)
+        settled = before is not None and float((frame.agreement - before).abs().amax()) < SETTLED  # host sync
+        if model.at_last_level:
+            model.settled = settled or self._pass >= PASSES
+        elif settled or self._pass >= LOW_PASSES + 2:
+            model.at_last_level, model.agreement = True, None
         agreement = " ".join(f"{value:.2f}" for value in frame.agreement.tolist())
         return f"{level} px, the halves' components correlate by {agreement}"

@@ -23,7 +23,7 @@ from scalecryo.train.stage import Learned
 
 logger = logging.getLogger(__name__)
 BATCH = 256
-MOST_STATES, MOST_POINTS = 20, 20_000  # of the mixture
+MOST_STATES, MOST_POINTS = 20, 10_000  # of the mixture
 SURE = 4.0  # standard errors of the gain on images never seen, above which a component is taken to be there
 SIGNAL = 0.143
 LEAST_WEIGHT = 0.3  # of a particle whose place the mixture learns from
