@@ -66,9 +66,9 @@ class ComponentCurves:
 
 def component_sections(
     curves: ComponentCurves,
-    z: Float[NDArray, "n q"],
+    z: Float[NDArray, "particles q"],
     mixture: Mixture | None,
-    state: Int[NDArray, " n"] | None,
+    state: Int[NDArray, " particles"] | None,
     summaries: Sequence[str] = (),
 ) -> list[tuple[Section, str]]:
     """The report's sections on variety, each with the name of its picture.
@@ -116,7 +116,7 @@ def scree_figure(curves: ComponentCurves) -> bytes:
 
 
 def latent_figure(
-    z: Float[NDArray, "n q"], passing: int, mixture: Mixture | None, state: Int[NDArray, " n"] | None
+    z: Float[NDArray, "particles q"], passing: int, mixture: Mixture | None, state: Int[NDArray, " particles"] | None
 ) -> bytes:
     """Scatter of some particles and density of all along the first two coordinates; one is drawn as a histogram."""
     figure = Figure(figsize=(9.2, 4.2), layout="constrained")

@@ -43,12 +43,12 @@ class Variety:
     mean: Float[Tensor, "n n n"]
     components: Float[Tensor, "q n n n"]
     curves: ComponentCurves
-    z: Float[NDArray, "n q"]
-    sd: Float[NDArray, "n q"]
+    z: Float[NDArray, "particles q"]
+    sd: Float[NDArray, "particles q"]
     mixture: Mixture | None
     maps: ReferenceSet | None
 
-    def states(self) -> tuple[Int[NDArray, " n"], Float[NDArray, " n"]] | None:
+    def states(self) -> tuple[Int[NDArray, " particles"], Float[NDArray, " particles"]] | None:
         """State of each particle, from 1, and its probability."""
         if self.mixture is None:
             return None

@@ -105,7 +105,7 @@ class Expectation:
     mean_power: Float[Tensor, " b"]
     mean_product: Float[Tensor, " b"]
 
-    def unexplained(self, some: slice) -> Complex[Tensor, "b p"]:
+    def unexplained(self, some: Int[Tensor, " s"]) -> Complex[Tensor, "s p"]:
         """What the model leaves of some images, at the coordinates' mean."""
         explained = torch.einsum("bq,bqp->bp", self.latents.mean[some].to(self.slices), self.slices[some])
         return self.residual[some] - self.contrast[some, None] * explained

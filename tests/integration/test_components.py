@@ -1,4 +1,4 @@
-"""Continuous variety end to end: two conformations without noise are recovered, resumed, the same from two workers."""
+"""Continuous variety end to end: two conformations are recovered, resumed, the same from two workers."""
 
 import threading
 from dataclasses import dataclass, field
@@ -50,18 +50,22 @@ class Together(World):
         for number, tensor in enumerate(tensors):
             tensor.copy_(torch.stack([own[number] for own in found]).sum(0))
 
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [own[0] for own in self._exchange([tensor.clone()])]
+
     def all_gather_names(self, names: list[str]) -> list[str]:
         return sorted(name for own in self._exchange(list(names)) for name in own)
 
 
 @pytest.fixture(scope="module")
 def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.Tensor, torch.Tensor, np.ndarray]:
-    """Images of a mean ± a component: their store, both maps, and each particle's sign."""
+    """Noisy images of a mean ± a component: their store, both maps, and each particle's sign."""
     folder = tmp_path_factory.mktemp("components")
-    mean, component = blobs(BOX, 1), 0.4 * blobs(BOX, 2, count=4) * soft_sphere(BOX, 4)
+    mean, component = blobs(BOX, 1), blobs(BOX, 2, count=4) * soft_sphere(BOX, 4)
+    component = 0.8 * (component - mean * (component * mean).sum() / mean.square().sum())  # no change of contrast
     for name, sign in (("a.mrc", 1), ("b.mrc", -1)):
         write_map(str(folder / name), (mean + sign * component).numpy(), PIXEL_SIZE)
-    simulate.run(str(folder / "a.mrc"), str(folder / "data"), n=COUNT, box=BOX, pixel_size=PIXEL_SIZE, snr_db=10,
+    simulate.run(str(folder / "a.mrc"), str(folder / "data"), n=COUNT, box=BOX, pixel_size=PIXEL_SIZE, snr_db=0,
                  defocus_um=None, astigmatism_um=0.0, shift_a=2.0, seed=3, mix=(str(folder / "b.mrc"),))  # fmt: skip
     convert.run(str(folder / "data" / "truth.star"), str(folder / "store.zarr"), data_dir=None, box=None,
                 dtype="float32", workers=1, overwrite=False, invert=False, uninvert=True)  # fmt: skip
@@ -92,15 +96,16 @@ def test_two_conformations_are_found_and_told_apart(
     assert coordinates.mixture is not None
     assert len(coordinates.mixture) == 2
     z = coordinates.z[:, 0] * np.sign(np.corrcoef(coordinates.z[:, 0], sign)[0, 1])
-    # z = ±1 has unit variance, so coordinates are the signs themselves but for noise of 10 dB.
-    assert np.abs(z - sign).mean() < 0.1
+    # Posterior means of a coordinate of unit variance correlate with it by sqrt(1 − sd²).
+    expected = np.sqrt(1 - np.square(coordinates.sd[:, 0]).mean())
+    assert np.corrcoef(z, sign)[0, 1] == pytest.approx(expected, abs=0.03)
     with mrcfile.open(tmp_path / "run" / "components" / "component1.mrc") as file:
         found = torch.from_numpy(file.data.copy())
     alike = float((found * component).sum() / (found.norm() * component.norm()))
-    assert abs(alike) > 0.9  # half of the mean's share of it is projected out
+    assert abs(alike) > 0.9
     table = starfile.read(tmp_path / "run" / "particles.star")["particles"]
     state = table["scalecryoState"].to_numpy()
-    assert abs(np.corrcoef(state, sign)[0, 1]) > 0.99
+    assert abs(np.corrcoef(state, sign)[0, 1]) > 0.85
     assert "Continuous variety" in (tmp_path / "run" / "report.html").read_text()
     for name in ("states/state2/half1.mrc", "components/traversal1/09.mrc", "scree.png", "latent.png"):
         assert (tmp_path / "run" / name).exists()
@@ -137,8 +142,8 @@ def test_two_workers_and_a_killed_run_find_the_same(
         assert other.components is not None
         assert other.coordinates is not None
         # Sums of 600 images in another order, single precision, five passes.
-        torch.testing.assert_close(other.components.components, one.components.components, rtol=0, atol=2e-3)
-        np.testing.assert_allclose(other.coordinates.z, one.coordinates.z, atol=2e-2)  # type: ignore[union-attr]
+        torch.testing.assert_close(other.components.components, one.components.components, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(other.coordinates.z, one.coordinates.z, atol=1e-2)  # type: ignore[union-attr]
 
 
 def test_components_of_several_or_symmetric_structures_are_refused() -> None:

@@ -32,7 +32,7 @@ LOW_PASSES, PASSES = 6, 14  # at most, at the low level and in all
 SETTLED = 0.01  # change of the halves' correlation that is none
 MOST_PARTICLES = 200_000  # that a pass reads
 SIGNAL = 0.143
-NOISE_IMAGES = 64  # of each batch, whose residuals give the noise spectrum
+NOISE_SHARE, NOISE_DRAW = 4, 1000  # one image of so many, whose residuals give the noise spectrum; number of the draw
 SKETCH_SHARE = 0.1  # of the mean's power, in each component of the start
 WIDER = 1.3  # radius of the mask, over that which holds the mean's density
 STATE_FILE = "components/state.npz"
@@ -135,7 +135,7 @@ class Components:
         high = max(levels)
         if self._model is None:
             return high, high / 2 - 1
-        reach = max(8.0, min(high / 2 - 1, self._model.resolution))
+        reach = min(max(8.0, self._model.resolution), high / 2 - 1)
         last = min(level for level in levels if level / 2 - 1 >= reach)
         low = [level for level in levels if LOW_LEVEL <= level < last]
         if low and self._model.has_components and not self._model.at_last_level:
@@ -177,7 +177,8 @@ class Components:
         data = found.residual * (posed.ctf * found.contrast[:, None] / variance)
         power = (posed.ctf * found.contrast[:, None]).square() / variance
         self._sums.add(data, power, found.latents, posed.rotation, posed.weight, posed.half, self._pixels)
-        some = slice(0, NOISE_IMAGES)
+        chosen = self._context.partition.label(posed.images.rows, NOISE_DRAW, NOISE_SHARE) == 0
+        some = chosen.nonzero()[:, 0]  # host sync
         self._model.residuals.add(found.unexplained(some), posed.weight[some], self._pixels)
 
     def _finish_means(self, world: World, radius: float) -> str:
