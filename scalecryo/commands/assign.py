@@ -4,19 +4,22 @@ import dataclasses
 
 import torch
 
+from scalecryo.commands.closing import say_results
 from scalecryo.commands.console import say
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.recorder import log_to_stderr
+from scalecryo.runs.log import log_to_stderr
+from scalecryo.train.forecast import Forecast, parts_of
 from scalecryo.train.loop import load_trained, run_stages
 from scalecryo.train.particle_state import FOLDER as PARTS
+from scalecryo.train.progress import RunProgress
 from scalecryo.train.stages.final_pass import FinalPass
 
 
 def run(run: str, *, data: str | None, out: str | None) -> None:
     """Load the run's newest checkpoint, stream the store once, and write the results."""
-    log_to_stderr()
+    line = log_to_stderr()
     trained = RunFolder(urls.absolute(run))
     config = trained.config()
     if data is not None:
@@ -28,7 +31,11 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     target = trained if out is None else RunFolder(urls.absolute(out))
     if out is not None:
         target.create(config, resume=urls.exists(target.path(PARTS)))  # a killed assignment goes on
-    run_stages([FinalPass(context, learned, out=target, remember=same)], context)
+    progress = RunProgress(Forecast(parts_of(config, store.count, store.levels)), line, 1)
+    run_stages([FinalPass(context, learned, out=target, remember=same)], context, progress=progress)
+    line.hide()
     target.sync()
     target.close()
     say(f"assigned {store.count} particles: {target.path('particles.star')}")
+    if out is None:
+        say_results(target)

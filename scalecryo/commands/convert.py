@@ -7,8 +7,10 @@ from typing import Any, Literal
 from scalecryo.commands.console import Progress, check_conversion, note, say
 from scalecryo.data.conversion.append import append, complete_append
 from scalecryo.data.conversion.append_plan import plan_append
-from scalecryo.data.conversion.convert import ConvertPlan, check_destination, convert, plan
-from scalecryo.data.conversion.quality import BadImage, listed, report_lines
+from scalecryo.data.conversion.convert import ConvertPlan, convert, plan
+from scalecryo.data.conversion.places import check_destination
+from scalecryo.data.conversion.quality import BadImage, listed
+from scalecryo.data.conversion.report import report_lines
 from scalecryo.data.conversion.source import ReadOptions
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import REPORT

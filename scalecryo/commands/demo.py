@@ -7,7 +7,6 @@ from importlib.resources import files as package_files
 from scalecryo.commands import convert, evaluate, simulate, train
 from scalecryo.commands.console import note, say
 from scalecryo.data.io import urls
-from scalecryo.errors import OutputExistsError
 
 PARTICLES, BOX, PIXEL_SIZE, SNR_DB, SHIFT_A = 5000, 128, 0.8, 0.0, 1.6
 DEFOCUS_UM = (0.4, 1.2)
@@ -16,11 +15,8 @@ DEFOCUS_UM = (0.4, 1.2)
 def run(*, out: str) -> None:
     """Simulate, convert, train, evaluate, and say what was reached and where it lies.
 
-    Raises:
-        OutputExistsError: the folder already exists.
+    The folder must not exist (`arguments`).
     """
-    if urls.exists(out):
-        raise OutputExistsError(f"{out} exists already: remove it, or name another folder with --out")
     start = time.monotonic()
     data, store, result = (urls.join(out, name) for name in ("particles", "store.zarr", "run"))
     note(

@@ -19,7 +19,7 @@ from scalecryo.data.storage.store import SOURCE_STACKS, ParticleStore, read_attr
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 from scalecryo.runs.folder import RunFolder
 
-_MAPS = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc")
+_MAPS = ("map.mrc", "map_unsharpened.mrc", "half1.mrc", "half2.mrc", "mask.mrc")
 _CLASS_FOLDER = re.compile(r"class\d+$")
 
 

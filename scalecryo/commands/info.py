@@ -3,7 +3,7 @@
 import json
 
 from scalecryo.commands.console import say
-from scalecryo.data.conversion.quality import report_lines
+from scalecryo.data.conversion.report import report_lines
 from scalecryo.data.formats import cryosparc, relion
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls
@@ -102,6 +102,8 @@ def _store(path: str) -> None:
     say(f"  from {attrs['source']}")
     for added in attrs.get("appended", []):
         say(f"  and {added['count']:,} particles from {added['source']}")
+    if store.levels:
+        _memory(store)
     try:
         report = json.loads(urls.read_bytes(urls.join(path, REPORT)))
     except MissingInputError:
@@ -110,9 +112,21 @@ def _store(path: str) -> None:
         say(f"  {line}")
 
 
+def _memory(store: ParticleStore) -> None:
+    """What a run with the default settings takes, and what this machine has."""
+    from scalecryo.config import Config
+    from scalecryo.train.memory import machine_bytes, need_of
+
+    need, machine = need_of(Config(), store.levels).peak, machine_bytes()
+    here = f"; this machine has {machine / 2**30:.1f}" if machine else ""
+    say(f"  `train` on a CPU takes about {need / 2**30:.1f} GiB of memory, recipe guided{here}")
+
+
 def _run(path: str) -> None:
     present = [name for name in _RUN_FILES if urls.exists(urls.join(path, name))]
     say(f"{urls.redacted(path)}: run, {'finished' if len(present) == len(_RUN_FILES) else 'not finished'}")
+    if urls.exists(urls.join(path, "map_unsharpened.mrc")):  # older runs have none
+        present.insert(1, "map_unsharpened.mrc")
     if present:
         say(f"  holds {', '.join(present)}")
     metrics = urls.join(path, "metrics.jsonl")

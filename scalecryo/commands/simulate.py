@@ -1,29 +1,22 @@
 """`scalecryo simulate`: particles of a structure or a map, with the truth beside them."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 
+from scalecryo.commands.arguments import SIMULATED, check_simulate, truth_maps
 from scalecryo.commands.console import Progress, say
 from scalecryo.data.formats.mrc import StackWriter, write_map
 from scalecryo.data.formats.relion import write_particles
 from scalecryo.data.io import urls
-from scalecryo.data.simulation import (
-    Hinge,
-    Imaging,
-    Imperfections,
-    Projector,
-    Recording,
-    densities,
-    diameter,
-    draw_conditions,
-    draw_particles,
-    with_defocus_errors,
-    with_micelle,
-    with_preferred_views,
-)
-from scalecryo.errors import InputError, OutputExistsError
+from scalecryo.data.simulation.density import densities, diameter
+from scalecryo.data.simulation.hinge import Hinge
+from scalecryo.data.simulation.imperfections import draw_conditions, with_defocus_errors, with_preferred_views
+from scalecryo.data.simulation.micelle import with_micelle
+from scalecryo.data.simulation.particles import draw_particles
+from scalecryo.data.simulation.projector import Projector
+from scalecryo.data.simulation.recording import Recording
+from scalecryo.data.simulation.settings import Imaging, Imperfections
 
 
 def run(
@@ -57,11 +50,13 @@ def run(
     what was added (`Conditions.labels`). truth.mrc has its ORIGIN set so that it lies on the structure's own
     coordinates; further conformers and structures are in truth_2.mrc and so on.
     """
+    check_simulate(structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db, defocus_um=defocus_um,
+                     astigmatism_um=astigmatism_um, shift_a=shift_a, colour=colour, scale_sd=scale_sd, gain_sd=gain_sd,
+                     junk=junk, neighbours=neighbours, prefer=prefer, defocus_error_a=defocus_error_a, mix=mix,
+                     micelle=micelle, symmetry=symmetry, hinge=hinge)  # fmt: skip
     sources, turns = (structure, *mix), None if hinge is None else Hinge.parse(hinge)
     kinds = len(mix) + (1 if turns is None else turns.steps)
-    maps = ["truth.mrc", *(f"truth_{number}.mrc" for number in range(2, kinds + 1))]
-    outputs = ["particles.mrcs", "particles.star", "truth.star", *maps]
-    _refuse(out_dir, outputs, snr_db=snr_db, colour=colour, micelle=micelle, symmetry=symmetry)
+    maps = truth_maps(kinds)
     wanted = Imperfections(colour, scale_sd, gain_sd, junk, neighbours, prefer, defocus_error_a)
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_particles(n, Imaging(pixel_size, defocus_um, astigmatism_um, shift_a), "particles.mrcs", generator)
@@ -83,32 +78,11 @@ def run(
         write_particles(urls.join(out_dir, "particles.star"), names, told, False, box, more=micrographs)
     except BaseException:
         # None of them was there before: what is left now would only stand in the way of the next try.
-        for name in outputs:
+        for name in (*SIMULATED, *maps):
             urls.remove_tree(urls.join(out_dir, name))
         raise
     noise = "without noise" if snr_db is None else f"{snr_db:g} dB"
     say(f"{urls.redacted(out_dir)}: {n:,} particles, {box} px, {pixel_size:g} Å/px, {noise}")
-
-
-def _refuse(
-    out_dir: str, outputs: Sequence[str], *, snr_db: float | None, colour: float, micelle: float, symmetry: str
-) -> None:
-    """Raise where an output exists, or where settings contradict each other.
-
-    Raises:
-        OutputExistsError, InputError: as said.
-    """
-    existing = [name for name in outputs if urls.exists(urls.join(out_dir, name))]
-    if existing:
-        raise OutputExistsError(
-            f"{urls.redacted(out_dir)} already holds {existing[0]}: remove it, or name another folder"
-        )
-    if snr_db is not None and not math.isfinite(snr_db):
-        raise InputError(f"a signal-to-noise ratio of {snr_db} dB means nothing: give a number, or leave it out")
-    if colour > 0 and snr_db is None:
-        raise InputError("coloured noise without noise means nothing: give a signal-to-noise ratio too")
-    if micelle > 0 and symmetry.strip().upper()[:1] not in ("C", "D"):
-        raise InputError(f"a micelle about z has not the symmetry {symmetry}: leave one of the two out")
 
 
 def _write_images(path: str, recording: Recording) -> None:

@@ -1,14 +1,24 @@
 """`scalecryo train`: from a store, from nothing, to a map and poses."""
 
 import dataclasses
+import glob
+import logging
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from scalecryo.commands.closing import say_results
 from scalecryo.commands.console import say
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data.io import urls
-from scalecryo.errors import ConfigError, UsageError
+from scalecryo.errors import ConfigError, MissingInputError, UsageError
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.log import log_to_stderr
+
+logger = logging.getLogger(__name__)
+# One of them is there wherever torch finds a GPU: NVIDIA's drivers, Jetson, WSL, ROCm.
+GPU_NODES = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **places: str) -> None:
@@ -20,30 +30,68 @@ def run(config: str | None, *, resume: bool, overrides: Mapping[str, Any], **pla
     if not settings.run.data or not settings.run.out:
         raise UsageError("train needs --data STORE and --out RUN (with --resume, --out alone)")
     settings = _absolute(settings)
+    line = log_to_stderr()
+    _foresee(settings, resume)
     # torch takes seconds to import: by now the command line and the settings are in order.
     import torch
 
     from scalecryo.distributed.world import World
     from scalecryo.runs.checkpoint import is_finished
-    from scalecryo.runs.recorder import log_to_stderr
     from scalecryo.train.loop import train
 
     if settings.run.device == "cuda" and not torch.cuda.is_available() and settings.run.workers == "0":
-        raise ConfigError("config: run.device = 'cuda': no CUDA device is visible here: use --device cpu")
-    log_to_stderr()
+        raise _no_device()
     data_hash, run_folder = _check(settings), RunFolder(settings.run.out)
     if resume and is_finished(run_folder, settings, data_hash):
         say(f"run finished already: {settings.run.out}; its results are as they were")
         return
     run_folder.create(settings, resume=resume)
     if settings.run.worker_range == (0, 0):
-        train(settings, World(), torch.device(settings.run.device))
+        train(settings, World(), torch.device(settings.run.device), line=line)
     else:
         # Ray takes seconds to import: only when it is asked for.
         from scalecryo.train.ray_workers import train_on_ray
 
         train_on_ray(settings)
     say(f"run finished: {settings.run.out}")
+    say_results(run_folder)
+
+
+def _no_device() -> ConfigError:
+    """The error that no GPU is seen."""
+    return ConfigError("config: run.device = 'cuda': no CUDA device is visible here: use --device cpu")
+
+
+def _foresee(config: Config, resume: bool) -> None:
+    """Refuse what names and attributes tell, before torch is imported.
+
+    Raises:
+        MissingInputError, StoreError: no store, mask or truth there.
+        ConfigError, TrainingError: the store cannot give what the recipe needs, or the machine not the memory.
+        OutputExistsError: the folder holds a run.
+    """
+    from scalecryo.data.storage.store import ParticleStore
+    from scalecryo.train.forecast import Forecast, parts_of
+    from scalecryo.train.memory import check_memory, machine_bytes
+    from scalecryo.train.requirements import check_particles, training_level
+
+    alone = config.run.worker_range == (0, 0)
+    if config.run.device == "cuda" and alone and sys.platform == "linux" and not any(map(glob.glob, GPU_NODES)):
+        raise _no_device()
+    RunFolder(config.run.out).refuse_another(resume=resume)
+    store = ParticleStore.open(config.run.data)
+    check_particles(config, store)
+    level = training_level(config, store)
+    for name in (config.train.mask, config.train.index, *_truth_files(config.monitor.truth)):
+        if name and not urls.exists(name):
+            raise MissingInputError(urls.dangling(name) or f"{urls.redacted(name)}: no such file")
+    machine = None if os.environ.get("RAY_ADDRESS") else machine_bytes()  # a cluster's nodes are other machines
+    need = check_memory(config, store.levels, machine)
+    count, (_, workers) = min(config.train.rows or store.count, store.count), config.run.worker_range
+    where = f"{workers} workers" if workers else "this process"
+    forecast = Forecast(parts_of(config, count, store.levels))
+    memory = "" if config.run.device == "cuda" else f"; {need.peak / 2**30:.1f} GiB of memory{' each' * (workers > 1)}"
+    logger.info("%s particles, %d px, recipe %s, %s: %s%s", f"{count:,}", level, config.recipe, where, forecast, memory)
 
 
 def _check(config: Config) -> str:
@@ -58,10 +106,9 @@ def _check(config: Config) -> str:
     from scalecryo.distributed.world import World
     from scalecryo.model.autoencoder import encoder_box
     from scalecryo.runs.truth import Truth
-    from scalecryo.train.particle_source import RunContext, check_particles
+    from scalecryo.train.particle_source import RunContext
 
     store = ParticleStore.open(config.run.data)
-    check_particles(config, store)
     context = RunContext.of(config, store, RunFolder(config.run.out), World(), torch.device("cpu"))
     level = context.training_level
     _ = context.solvent  # which reads the mask and checks it
@@ -70,6 +117,10 @@ def _check(config: Config) -> str:
     if config.monitor.truth:
         Truth.load(config.monitor.truth, store, level)
     return context.data_hash
+
+
+def _truth_files(folder: str) -> list[str]:
+    return [urls.join(folder, name) for name in ("truth.star", "truth.mrc")] if folder else []
 
 
 def _resolve(path: str | None, overrides: Mapping[str, Any], resume: bool) -> Config:

@@ -52,6 +52,23 @@ class World:
                 for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
+    def reduce_(self, tensor: Tensor, owner: int) -> None:
+        """Add a tensor over all workers, in place, on its owner alone: what the others hold is lost. Collective."""
+        if self.size == 1:
+            return
+        with self.timer.part("reduce"):
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            self.timer.reduced_bytes += real.nbytes
+            dist.reduce(real, dst=owner)
+
+    def broadcast_(self, tensor: Tensor, owner: int) -> None:
+        """Give every worker the owner's tensor, in place. Collective."""
+        if self.size == 1:
+            return
+        with self.timer.part("reduce"):
+            self.timer.reduced_bytes += tensor.nbytes
+            dist.broadcast(tensor, src=owner)
+
     def all_reduce_async(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to add a tensor over all workers, in place; call what is returned before it is used. Collective."""
         if self.size == 1:

@@ -1,14 +1,14 @@
 """From images and poses to maps: weighted insertion of slices, and its Wiener-like solution."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from scalecryo.physics.fft import FourierPixels, irfft3_centred
-from scalecryo.physics.fourier_slice import add_friedel_pairs, gridding_correction, insert_slices, padded_box
-from scalecryo.physics.fsc import shell_index_3d
+from scalecryo.physics.fft import FourierPixels, irfft3_of_slabs, slabs
+from scalecryo.physics.fourier_slice import friedel_pairs, gridding_correction, insert_slices, padded_box
 from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.image_formation import CtfWeightedImages, shift_ramp
 from scalecryo.physics.kernels.backend import choose_backend, cuda_kernels
@@ -114,7 +114,7 @@ class Backprojection:
         whole._copies = self._copies
         return whole
 
-    def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float) -> None:
+    def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float, which: Sequence[int] | None = None) -> None:
         """Add the sums' copies under the rotations of a point group: as if every image were inserted at all g R.
 
         Once all images are inserted and the workers' sums are added.
@@ -122,13 +122,16 @@ class Backprojection:
         Args:
             rotations: g, without the identity.
             radius: Fourier pixels up to which images were inserted.
+            which: 2 class + half - 1 of the sums that are wanted; None: all.
         """
         self._copies = rotations.to(self.denominator)
         numerator, denominator = self.numerator.flatten(0, 1), self.denominator.flatten(0, 1)
         # Small grids together: where a copy lies is found once. Of large ones only one is twice in memory.
+        wanted = list(range(len(numerator)) if which is None else which)
         together = len(numerator) if self.padded_box <= TOGETHER else 1
-        for some in torch.arange(len(numerator)).split(together):
-            part = slice(int(some[0]), int(some[-1]) + 1)
+        for first in range(0, len(wanted), together):
+            some = wanted[first : first + together]
+            part = slice(some[0], some[0] + 1) if len(some) == 1 else some
             found = with_copies(numerator[part], denominator[part], self._copies, radius * self.scale + 2)
             numerator[part], denominator[part] = found
 
@@ -140,6 +143,10 @@ class Backprojection:
         whole._copies = self._copies
         return whole
 
+    def release(self) -> None:
+        """Let go of the sums: once maps are solved, they are the largest thing in memory."""
+        self.numerator, self.denominator = self.numerator.new_zeros(0), self.denominator.new_zeros(0)
+
     def tensors(self) -> tuple[Tensor, Tensor]:
         """The two sums."""
         return self.numerator, self.denominator
@@ -149,12 +156,12 @@ class Backprojection:
 
         A tenth of the grid at half the Nyquist radius: this is what crosses the network between workers.
         """
-        where = self._reached(radius)
+        where = self.reached(radius)
         return tuple(grid.flatten(2).index_select(2, where) for grid in self.tensors())  # type: ignore[return-value]
 
     def put_within(self, radius: float, numerator: Tensor, denominator: Tensor) -> None:
         """Put back what `within` took out."""
-        where = self._reached(radius)
+        where = self.reached(radius)
         self.numerator.view(self.classes, 2, -1).index_copy_(2, where, numerator)
         self.denominator.view(self.classes, 2, -1).index_copy_(2, where, denominator)
 
@@ -169,7 +176,7 @@ class Backprojection:
         all_reduce_(*parts)
         self.put_within(radius, *parts)
 
-    def _reached(self, radius: float) -> Int[Tensor, " k"]:
+    def reached(self, radius: float) -> Int[Tensor, " k"]:
         """Flat positions of the grid within the radius and the neighbours that a sample is shared among."""
         line = torch.fft.fftfreq(self.padded_box, 1 / self.padded_box, device=self.denominator.device).square()
         half = line[: self.padded_box // 2 + 1]
@@ -185,6 +192,31 @@ class Backprojection:
                 maps[number, half - 1] = self.solve_one(number, half, regularisation)
         return maps
 
+    def _squared_radius(self) -> Int[Tensor, " d"]:
+        """Squared distance from the origin of each index along an axis of the grid, in samples."""
+        device, box = self.denominator.device, self.padded_box
+        return torch.fft.fftfreq(box, 1 / box, device=device, dtype=torch.float64).square().round().long()
+
+    def _shells(self) -> Int[Tensor, " k"]:
+        """Integer shell of each squared radius, corners included."""
+        most = 3 * (self.padded_box // 2) ** 2
+        return torch.arange(most + 1, device=self.denominator.device, dtype=torch.float64).sqrt().round().long()
+
+    def _floor(
+        self, denominator: Float[Tensor, "d d h"], edge: Float[Tensor, "d d"], share: float
+    ) -> Float[Tensor, " s"]:
+        """What is added to the weights of each shell: a share of their mean, and a trace of all."""
+        squared, shells, columns = self._squared_radius(), self._shells(), self.padded_box // 2 + 1
+        total = torch.zeros(round(math.sqrt(len(shells) - 1)) + 1, device=denominator.device)
+        count = torch.zeros(len(total), dtype=torch.long, device=denominator.device)
+        for some in slabs(self.padded_box, self.padded_box * columns):
+            weight = denominator[some].clone()
+            weight[:, :, 0] = edge[some]
+            shell = shells[squared[some, None, None] + (squared[:, None] + squared[:columns])].flatten()
+            total.index_add_(0, shell, weight.flatten())
+            count += torch.bincount(shell, minlength=len(count))
+        return share * total / count.clamp_min(1) + 1e-6 * total.max() / denominator.numel()
+
     def solve_one(self, class_index: int = 0, half: int = 1, regularisation: float = 1e-3) -> Float[Tensor, "n n n"]:
         """A map: numerator over denominator plus a share of the shell's mean weight, gridding-corrected, in a sphere.
 
@@ -196,16 +228,19 @@ class Backprojection:
             regularisation: share of the mean denominator of each shell that is added to it; keeps voxels that
                 hardly any image covers from blowing up.
         """
-        shells = shell_index_3d(self.padded_box, self.numerator.device).flatten()
-        numerator = add_friedel_pairs(self.numerator[class_index, half - 1].clone())
-        weight = add_friedel_pairs(self.denominator[class_index, half - 1].clone()).flatten()
-        count = torch.zeros(int(shells.max()) + 1, device=weight.device)  # host sync: once per map
-        total = count.clone().index_add_(0, shells, weight)
-        count.index_add_(0, shells, torch.ones_like(weight))
-        floor = regularisation * total / count.clamp_min(1)
-        floor = floor + 1e-6 * total.max() / count.sum()
-        solved = numerator / (weight + floor[shells]).clamp_min(1e-20).reshape(numerator.shape)
-        density = irfft3_centred(solved, self.box_size)
+        numerator, denominator = (grid[class_index, half - 1] for grid in self.tensors())
+        edges = [friedel_pairs(grid) for grid in (numerator, denominator)]
+        squared, shells = self._squared_radius(), self._shells()
+        floor = self._floor(denominator, edges[1], regularisation)[shells]  # by squared radius
+
+        def solved(rows: slice) -> Tensor:
+            """Some rows of the grid's second axis; all that is large stays as it is."""
+            made, weight = numerator[:, rows].clone(), denominator[:, rows].clone()
+            made[:, :, 0], weight[:, :, 0] = (edge[:, rows] for edge in edges)
+            weight += floor[squared[:, None, None] + (squared[rows, None] + squared[: self.padded_box // 2 + 1])]
+            return made.div_(weight.clamp_min_(1e-20))
+
+        density = irfft3_of_slabs(solved, self.padded_box, self.box_size)
         # The particle lies inside the sphere: what the solution puts into the corners is noise.
         density = density * soft_sphere(self.box_size, self.box_size / 2 - 2, edge_px=2, device=density.device)
         if self._copies is not None:

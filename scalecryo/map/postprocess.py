@@ -20,6 +20,7 @@ class FinalMap:
 
     Attributes:
         map: mean of the halves, weighted by C_ref of the corrected FSC and sharpened.
+        unsharpened: the same without the B-factor undone.
         fsc_random: within the mask, of half-maps with random phases past `random_from`: what the mask alone gives.
         fsc_corrected: within the mask, with that taken out; the curve that resolution is read from.
         random_from: shell.
@@ -27,6 +28,7 @@ class FinalMap:
     """
 
     map: Float[Tensor, "n n n"]
+    unsharpened: Float[Tensor, "n n n"]
     fsc_random: Float[Tensor, " shells"]
     fsc_corrected: Float[Tensor, " shells"]
     random_from: int
@@ -54,8 +56,10 @@ def postprocess(references: ReferenceSet, generator: torch.Generator, class_inde
     mean = references.mean(class_index)
     b_factor = guinier_b_factor(mean * mask, corrected, pixel_size)
     frequency = torch.arange(len(corrected), device=corrected.device) / (box_size * pixel_size)
-    sharpened = weight_shells(mean, (c_ref(corrected) * torch.exp(b_factor / 4 * frequency.square())).float())
-    return FinalMap(sharpened, curve_random, corrected, start, b_factor)
+    weight = c_ref(corrected)
+    unsharpened = weight_shells(mean, weight.float())
+    sharpened = weight_shells(mean, (weight * torch.exp(b_factor / 4 * frequency.square())).float())
+    return FinalMap(sharpened, unsharpened, curve_random, corrected, start, b_factor)
 
 
 def freed_of_mask(

@@ -5,6 +5,7 @@ order: origin at index 0, kx last and never negative, forward unscaled. This is 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from scalecryo.errors import InputError
 
+# Padded boxes above this are transformed axis by axis, cropped in between: half of the memory and of the time. Smaller
+# ones, which fit in caches, are transformed at once.
+LARGE_BOX = 256
+SLAB = 1 << 21  # values that are worked on together in a large one
 _PLANE = (-2, -1)
 _SPACE = (-3, -2, -1)
 
@@ -86,6 +91,8 @@ class _PaddedTransform(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, volume: Tensor, box: int) -> Tensor:
         ctx.box_size = volume.shape[-1]
+        if box > LARGE_BOX:
+            return _padded_rfft(volume, box)
         for dim in _SPACE:
             volume = _wrap(volume, box, dim)
         return torch.fft.rfftn(volume, dim=_SPACE)
@@ -104,21 +111,76 @@ class _PaddedTransform(torch.autograd.Function):
         return _unwrap(columns, keep, 2), None
 
 
+def _padded_rfft(volume: Tensor, box: int) -> Tensor:
+    """Axis by axis, padding as late as it can: beside the result at most a quarter of it, and half of the padding's
+    transforms are never made."""
+    lines = _wrap(torch.fft.rfft(_wrap(volume, box, 2), dim=2), box, 1)
+    planes = lines.new_empty(len(volume), *lines.shape[1:])
+    for some in slabs(len(volume), lines[0].numel()):
+        planes[some] = torch.fft.fft(lines[some], dim=1)
+    del lines
+    made = planes.new_empty(box, *planes.shape[1:])
+    for some in slabs(box, box * planes.shape[2]):
+        made[:, some] = torch.fft.fft(_wrap(planes[:, some], box, 0), dim=0)
+    return made
+
+
+def slabs(rows: int, row: int) -> list[slice]:
+    """Slices of an axis of so many rows, each of at most `SLAB` values where a row holds so many: work that stays in
+    memory which was just used costs no page faults."""
+    step = max(1, SLAB // row)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def irfft3_of_slabs(
+    of: Callable[[slice], Complex[Tensor, "d y h"]], padded_box: int, box_size: int
+) -> Float[Tensor, "n n n"]:
+    """`irfft3_centred` of a transform that is made slab by slab, `of(rows)` for rows of its second axis, and never
+    stands in memory as a whole: at most a half of it does, where it is cropped to a half.
+
+    Raises:
+        InputError: as `irfft3_centred`.
+    """
+    _check_crop(padded_box, box_size)
+    if padded_box <= LARGE_BOX:
+        return _cropped(torch.fft.irfftn(of(slice(None)), s=(padded_box,) * 3, dim=_SPACE), box_size)
+    half = padded_box // 2 + 1
+    planes: Tensor | None = None
+    for some in slabs(padded_box, padded_box * half):
+        cropped = _unwrap(torch.fft.ifft(of(some), dim=0), box_size, 0)
+        if planes is None:
+            planes = cropped.new_empty(box_size, padded_box, half)
+        planes[:, some] = cropped
+    assert planes is not None, "a box is not empty"
+    volume = planes.real.new_empty((box_size,) * 3)
+    for some in slabs(box_size, padded_box * half):
+        rows = _unwrap(torch.fft.ifft(planes[some], dim=1), box_size, 1)
+        volume[some] = _unwrap(torch.fft.irfft(rows, n=padded_box, dim=2), box_size, 2)
+    return volume
+
+
+def _check_crop(padded_box: int, box_size: int) -> None:
+    check_even_box(padded_box)
+    check_even_box(box_size)
+    if box_size > padded_box:
+        raise InputError(f"box size {box_size} px exceeds the transform's box of {padded_box} px: give at most that")
+
+
+def _cropped(volume: Tensor, box_size: int) -> Tensor:
+    """The middle of a volume whose centre is at index 0, its centre at index box_size//2."""
+    volume = torch.fft.fftshift(volume, dim=_SPACE)
+    start = (len(volume) - box_size) // 2
+    inner = slice(start, start + box_size)
+    return volume[inner, inner, inner]
+
+
 def irfft3_centred(transform: Complex[Tensor, "d d h"], box_size: int) -> Float[Tensor, "n n n"]:
     """Centred volume of a half-complex transform, cropped about the centre to `box_size` <= d.
 
     Raises:
         InputError: odd boxes, or a box larger than the transform's own.
     """
-    padded_box = transform.shape[0]
-    check_even_box(padded_box)
-    check_even_box(box_size)
-    if box_size > padded_box:
-        raise InputError(f"box size {box_size} px exceeds the transform's box of {padded_box} px: give at most that")
-    volume = torch.fft.fftshift(torch.fft.irfftn(transform, s=(padded_box,) * 3, dim=_SPACE), dim=_SPACE)
-    start = (padded_box - box_size) // 2
-    inner = slice(start, start + box_size)
-    return volume[inner, inner, inner]
+    return irfft3_of_slabs(lambda rows: transform[:, rows], transform.shape[0], box_size)
 
 
 def _low_frequencies(transform: Tensor, small: int, large: int, dims: int, grow: bool) -> Tensor:

@@ -237,7 +237,11 @@ def add_friedel_pairs(grid: Shaped[Tensor, "d d h"]) -> Shaped[Tensor, "d d h"]:
     That plane is the only one whose Friedel partners are stored too, and where inserted samples within one voxel of it
     must appear twice. Afterwards the grid is the half of a Hermitian one.
     """
-    plane = grid[:, :, 0]
-    friedel = plane.flip(0, 1).roll((1, 1), (0, 1))
-    grid[:, :, 0] = plane + friedel.conj()
+    grid[:, :, 0] = friedel_pairs(grid)
     return grid
+
+
+def friedel_pairs(grid: Shaped[Tensor, "d d h"]) -> Shaped[Tensor, "d d"]:
+    """The kx = 0 plane of a grid with the conjugate of its Friedel partners added."""
+    plane = grid[:, :, 0]
+    return plane + plane.flip(0, 1).roll((1, 1), (0, 1)).conj()

@@ -50,9 +50,18 @@ class ClassSummary:
 
 
 def write_maps(run: RunFolder, folder: str, maps: ReferenceSet, final: FinalMap, class_index: int = 0) -> None:
-    """Write map.mrc, half1.mrc, half2.mrc and mask.mrc of a class into a folder of the run ("": the run itself)."""
+    """Write a class's map.mrc, map_unsharpened.mrc, half1.mrc, half2.mrc and mask.mrc.
+
+    Args:
+        run: where to.
+        folder: of the run; "": the run itself.
+        maps: half-maps and masks.
+        final: the finished map.
+        class_index: which class.
+    """
     first, second = maps.maps[class_index]
-    volumes = {"map": final.map, "half1": first, "half2": second, "mask": maps.mask[class_index]}
+    volumes = {"map": final.map, "map_unsharpened": final.unsharpened, "half1": first, "half2": second,
+               "mask": maps.mask[class_index]}  # fmt: skip
     if folder:
         urls.make_folder(run.path(folder))
     for name, volume in volumes.items():

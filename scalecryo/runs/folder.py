@@ -30,8 +30,7 @@ class RunFolder:
             OutputExistsError: the folder already holds a run and `resume` was not asked for.
             OutputError: it cannot be written.
         """
-        if urls.exists(self.path("config.toml")) and not resume:
-            raise OutputExistsError(f"run folder {self.url} already holds a run: add --resume, or name another --out")
+        self.refuse_another(resume=resume)
         try:
             urls.make_folder(self.url)
             self.write("config.toml", config_to_toml(config).encode())
@@ -41,6 +40,14 @@ class RunFolder:
                 f"run folder {urls.redacted(self.url)} cannot be written ({reason}): name another --out, or mend its "
                 "permissions"
             ) from error
+
+    def refuse_another(self, *, resume: bool) -> None:
+        """
+        Raises:
+            OutputExistsError: the folder already holds a run and `resume` was not asked for.
+        """
+        if urls.exists(self.path("config.toml")) and not resume:
+            raise OutputExistsError(f"run folder {self.url} already holds a run: add --resume, or name another --out")
 
     def config(self) -> Config:
         """The configuration that the run was made with.

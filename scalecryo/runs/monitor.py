@@ -1,7 +1,6 @@
 """What a run says after each pass: curves, pictures, errors where a truth is known, and a line of the log."""
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,18 +85,19 @@ class RunMonitor:
         if self._folder:  # before anything is opened that would have to be closed
             self._truth = Truth.load(self._folder, store, min(store.levels))
         self._recorder = Recorder(config, run, start_step=start_step)
-        self._begun: tuple[float, float] | None = None
 
-    def after_pass(self, report: PassReport, rates: Mapping[str, float], by_worker: Float[Tensor, " w"]) -> None:
+    def after_pass(
+        self, report: PassReport, rates: Mapping[str, float], by_worker: Float[Tensor, " w"], left: str = ""
+    ) -> None:
         """Record one pass.
 
         Args:
             report: of the stage.
             rates: what all workers together took.
             by_worker: images/s of each.
+            left: how long the run will still take, for the log.
         """
         if report.message:
-            left = self._left(report.progress)
             logger.info("%s, %.0f images/s%s", report.message, rates["images_per_second"], left)
         if report.figures:
             self._recorder.conclude(dict(report.figures))
@@ -140,15 +140,3 @@ class RunMonitor:
         if self._truth.volume.shape[-1] != density.shape[-1]:
             self._truth = Truth.load(self._folder, self._store, density.shape[-1])
         return self._truth.compare(rows.cpu(), rotation.cpu(), density.cpu())
-
-    def _left(self, progress: float | None) -> str:
-        """How long the stage will still take, from the share of it that is done and when it was first seen."""
-        if progress is None:
-            self._begun = None
-            return ""
-        now = time.monotonic()
-        if self._begun is None or progress <= self._begun[0]:
-            self._begun = progress, now
-            return ""
-        share, then = self._begun
-        return f", {(now - then) * (1 - progress) / (progress - share):.0f} s left"

@@ -1,8 +1,6 @@
 """Where a run's words, curves and pictures go: the log, TensorBoard's event files and metrics.jsonl."""
 
 import json
-import logging
-import sys
 import time
 from typing import Any
 
@@ -16,16 +14,6 @@ from scalecryo.config import Config, describe_run, flat_settings
 from scalecryo.runs.folder import RunFolder, trim_metrics
 
 RESULTS = ("halves/resolution_angstrom", "loss")
-
-
-def log_to_stderr() -> None:
-    """Show the package's messages from INFO up, one line each, with the time; called again, it changes nothing."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("scalecryo")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 class Recorder:

@@ -136,6 +136,12 @@ def all_reduce_seconds(moved: float, gpus: int, hardware: Hardware) -> float:
     return max(inside, between)
 
 
+def map_reduction_seconds(box: int, gpus: int, hardware: Hardware) -> float:
+    """Each map's sums to the worker that solves it, and the maps to all: every byte once over every link."""
+    moved = accumulator_ball_bytes(iteration_reach(box, box / 2)) + 2 * 4 * box**3
+    return all_reduce_seconds(moved, gpus, hardware) / 2
+
+
 def data_seconds(images: float, box: int, gpus: int, hardware: Hardware) -> float:
     """Reading so many images a GPU: the worker itself, its node's link or the whole storage, the slowest of them."""
     bandwidth = min(hardware.reader * gpus, hardware.store * -(-gpus // PER_NODE), hardware.store_total)
@@ -202,7 +208,7 @@ def predict_iteration(
     work = max(device, hardware.host_batch)
     encoder = ENCODER_STEPS * all_reduce_seconds(4 * grid_encoder_parameters(), gpus, hardware)
     data, batches = data_seconds(batch, box, gpus, hardware), particles / (batch * gpus)
-    maps = all_reduce_seconds(accumulator_bytes(box), gpus, hardware)
+    maps = map_reduction_seconds(box, gpus, hardware)
     # Every GPU of a node receives all poses over the node's one network.
     received = PER_NODE * poses_bytes(particles) / hardware.network if gpus > PER_NODE else 0.0
     poses = particles * hardware.row + received

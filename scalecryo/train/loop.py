@@ -12,9 +12,13 @@ from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, note_end, note_start, save_checkpoint
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.log import LiveLine
 from scalecryo.runs.monitor import PassReport, RunMonitor
-from scalecryo.train.particle_source import ParticleReader, RunContext, check_particles
+from scalecryo.train.forecast import Forecast, parts_of
+from scalecryo.train.particle_source import ParticleReader, RunContext
+from scalecryo.train.progress import RunProgress
 from scalecryo.train.recipes import stages_of
+from scalecryo.train.requirements import check_particles
 from scalecryo.train.stage import Learned, Stage
 
 AtCheckpoint = Callable[[int], None]
@@ -30,6 +34,7 @@ def train(
     *,
     at_checkpoint: AtCheckpoint = lambda step: None,
     publish: Publish = lambda figures: None,
+    line: LiveLine | None = None,
 ) -> None:
     """Train a run from its newest checkpoint, or from its start where it has none; then pose every particle.
 
@@ -39,6 +44,7 @@ def train(
         device: where the tensors live.
         at_checkpoint: called by every worker with the step, after each checkpoint past the start.
         publish: called by worker 0 with the figures of each pass, by their names in `runs.exported`.
+        line: of the terminal, that says how far the run is.
 
     Raises:
         TrainingError: the particles lack what the configuration needs, or the loss stops being a number.
@@ -49,6 +55,7 @@ def train(
     run = RunFolder(config.run.out)
     context = RunContext.of(config, store, run, world, device)
     monitor: RunMonitor | None = None
+    progress: RunProgress | None = None
     try:
         stages, _ = stages_of(context)
         checkpoint = load_checkpoint(run, store_hash=context.data_hash, recipe=context.config.recipe)
@@ -58,7 +65,9 @@ def train(
             for note in context.partition.notes:
                 logger.warning("%s", note)
             monitor = RunMonitor(config, store, run, start_step=step, publish=publish)
-        run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint)
+            progress = RunProgress(Forecast(parts_of(config, context.count, store.levels)), line, world.size)
+            progress.resumed = checkpoint is not None
+        run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint, progress)
         logger.info("time on worker %d: %s", world.rank, world.timer.summary())
         if world.is_leader:
             run.sync()
@@ -70,6 +79,8 @@ def train(
             f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
         ) from error
     finally:
+        if line is not None:
+            line.hide()
         if monitor is not None:
             monitor.close()
         run.close()
@@ -80,6 +91,7 @@ def run_stages(
     context: RunContext,
     monitor: RunMonitor | None = None,
     at_checkpoint: AtCheckpoint = lambda step: None,
+    progress: RunProgress | None = None,
 ) -> None:
     """Run stages until each is done. Collective.
 
@@ -88,23 +100,32 @@ def run_stages(
         context: of the run.
         monitor: gets the reports, on worker 0.
         at_checkpoint: see `train`.
+        progress: is told of every batch, on worker 0.
     """
     world, reader, throughput = context.world, ParticleReader(context), Throughput(context.world, context.device)
     try:
         for stage in stages:
+            if progress is not None:
+                progress.begin_stage(stage.name)
             while not stage.done():
                 waited, batches = reader.metrics.wait_seconds, 0
                 throughput.begin()
-                for images in reader.batches(stage.request()):
+                request = stage.request()
+                if progress is not None:
+                    progress.begin_pass(reader.count(request))
+                for images in reader.batches(request):
                     stage.step(*images)
                     batches += 1
+                    if progress is not None:
+                        progress.batch(len(images[0]))
                 metrics = reader.metrics
                 wait = metrics.wait_seconds - waited
                 world.timer.add("read", wait)
                 report = stage.finish_pass(world)
                 rates, speed = throughput.measure(report.images, batches, wait, metrics.retries, metrics.bytes_read)
+                left = "" if progress is None else progress.end_pass(report.progress, done=stage.done())
                 if monitor is not None:
-                    monitor.after_pass(report, rates, speed)
+                    monitor.after_pass(report, rates, speed, left)
                 if report.checkpoint:
                     _save(stage, context, report)
                     if report.step:

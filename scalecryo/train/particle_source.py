@@ -18,7 +18,6 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
 from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics, sequential
 from scalecryo.distributed.world import World
-from scalecryo.errors import ConfigError, TrainingError
 from scalecryo.map.solvent import SolventMask
 from scalecryo.physics.aberrations import ImageAberrations, corrected_images, corrected_shift
 from scalecryo.physics.ctf import CtfParameters
@@ -29,6 +28,7 @@ from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.search import shift_grid
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.solvent_mask import load_solvent_mask
+from scalecryo.train.requirements import training_level
 
 SHIFT_SHARE, LEAST_SHIFT_RADIUS = 0.05, 12.0  # of the box, and Å: farther, and the start's grid of shifts is too coarse
 
@@ -134,13 +134,7 @@ class RunContext:
         Raises:
             ConfigError: the store has no such level.
         """
-        level = self.config.train.box or self.store.box_size
-        if level not in self.store.levels:
-            raise ConfigError(
-                f"config: train.box = {level}: the store {self.store.url} has levels "
-                f"{', '.join(map(str, self.store.levels))} px"
-            )
-        return level
+        return training_level(self.config, self.store)
 
     @property
     def fit_shift(self) -> bool:
@@ -223,22 +217,6 @@ class RunContext:
         return torch.from_numpy(chosen).to(rows.device, torch.float32)
 
 
-def check_particles(config: Config, store: ParticleStore) -> None:
-    """Refuse a store that cannot give what the recipe needs.
-
-    Raises:
-        TrainingError: no poses where the recipe reads them, or fewer particles than workers.
-    """
-    if config.recipe in ("known", "poses") and not store.has_pose:
-        raise TrainingError(
-            f"{config.run.data}: the recipe {config.recipe} needs poses, and the store has none: convert a table with "
-            "rotation angles, or choose another recipe"
-        )
-    low, _ = config.run.worker_range
-    if store.count < max(low, 1):
-        raise TrainingError(f"{config.run.data}: {store.count} particles for {low} workers: use fewer workers")
-
-
 def stream_columns(store: ParticleStore) -> tuple[str, ...]:
     """The particle columns that images are made with."""
     ctf, pose = CTF_COLUMNS if store.has_ctf else (), ("rotation", "shift") if store.has_pose else ()
@@ -277,6 +255,16 @@ class ParticleReader:
             read = [self._in_order(pixels, request) for pixels in request.pixels]
             for batches in zip(*read, strict=True):
                 yield tuple(self._context.images(batch, p) for batch, p in zip(batches, request.pixels, strict=True))
+
+    def count(self, request: BatchRequest) -> int:
+        """How many batches a pass has for this worker."""
+        context = self._context
+        if request.batches is not None:
+            return request.batches
+        if request.shuffled:
+            return context.order(request.pixels[0].box_size, request.batch_size).steps_per_epoch
+        rows = context.rows if request.training_rows else context.store.count
+        return -(-rows // (context.world.size * request.batch_size))
 
     @property
     def metrics(self) -> StreamMetrics:

@@ -30,7 +30,7 @@ from scalecryo.errors import ScalecryoError, TrainingError
 from scalecryo.runs.checkpoint import newest_step
 from scalecryo.runs.exported import GAUGES, LOST_WORKERS, LOST_WORKERS_HELP, PREFIX
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.recorder import log_to_stderr
+from scalecryo.runs.log import log_to_stderr
 from scalecryo.train.loop import Publish, train
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from scalecryo.physics.fourier_slice import padded_box
 from scalecryo.train.cost_model import (
     Hardware,
-    accumulator_ball_bytes,
     accumulator_bytes,
-    all_reduce_seconds,
     data_seconds,
     iteration_compute,
-    iteration_reach,
+    map_reduction_seconds,
     pixels_of,
     poses_bytes,
     predict_iteration,
@@ -106,7 +104,7 @@ def plan(
     device, _ = iteration_compute(box, FINAL_BATCH, hardware)
     batches, work = particles / (FINAL_BATCH * gpus), max(device, hardware.host_batch)
     data = data_seconds(FINAL_BATCH, box, gpus, hardware)
-    reduced = all_reduce_seconds(accumulator_ball_bytes(iteration_reach(box, box / 2)), gpus, hardware)
+    reduced = map_reduction_seconds(box, gpus, hardware)
     poses = particles * hardware.row + (poses_bytes(particles) / hardware.network if gpus > 1 else 0.0)
     start = START_SECONDS
     seconds = {
@@ -117,7 +115,7 @@ def plan(
         "results": HOST_SECONDS * (box / HOST_BOX) ** 3,
     }
     final = {"GPU": batches * device, "host": batches * hardware.host_batch, "storage": batches * data,
-             "exchange of poses": poses, "all-reduce": seconds["reduction"], "checkpoints": ITERATIONS
+             "exchange of poses": poses, "reduction": seconds["reduction"], "checkpoints": ITERATIONS
              * one.terms["checkpoints"], "start": start, "results on one processor": seconds["results"]}  # fmt: skip
     held = round(PROCESS_BYTES + PREFETCH_BYTES + poses_bytes(particles) / 8)  # scratch files; the rest is paged out
     return RunPlan(

@@ -95,7 +95,7 @@ def test_each_class_has_its_maps_and_the_first_is_the_largest(finished: Path) ->
     counts = table.rlnClassNumber.value_counts()
     assert counts[1] >= counts[2]
     assert table.scalecryoClassProbability.between(0.5, 1).all()
-    for name in ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc"):
+    for name in ("map.mrc", "map_unsharpened.mrc", "half1.mrc", "half2.mrc", "mask.mrc"):
         first, second, top = (mrcfile.read(finished / path / name) for path in ("class1", "class2", "."))
         assert np.array_equal(first, top)
         assert not np.array_equal(second, top)

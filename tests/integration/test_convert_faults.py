@@ -51,13 +51,14 @@ def _objects(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
-# Children are forked from a process that has planned and compiled: what is killed is the writing.
+# Children are forked from a process that has planned and has one thread: another thread's locks would stay locked in a
+# child for ever. What is killed is mostly the writing.
 _KILLER = """
 import json, os, random, signal, sys, time, traceback
 from scalecryo.data.conversion.convert import convert, plan
 source, folder, kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 made = plan(source)
-convert(made, folder + "/whole", workers=2)
+assert len(os.listdir("/proc/self/task")) == 1
 
 def child(store):
     pid = os.fork()
@@ -74,8 +75,9 @@ def complete(store):
     path = store + "/zarr.json"
     return os.path.exists(path) and json.load(open(path))["attributes"]["complete"]
 
+assert os.waitpid(child(folder + "/whole"), 0)[1] == 0
 started = time.monotonic()
-assert os.waitpid(child(folder + "/forked"), 0)[1] == 0
+assert os.waitpid(child(folder + "/again"), 0)[1] == 0
 whole = time.monotonic() - started
 moments, stores, store = random.Random(0), [], None
 while kills:
@@ -83,7 +85,7 @@ while kills:
         store = f"{folder}/store{len(stores)}"
         stores.append(store)
     pid = child(store)
-    time.sleep(moments.uniform(0, 0.7 * whole))
+    time.sleep(moments.uniform(0.3, 0.9) * whole)
     os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if os.WIFSIGNALED(status):
@@ -99,11 +101,10 @@ for store in stores:
 
 
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
-    source = _stack(tmp_path / "s.mrcs", _noise(1500))
+    source = _stack(tmp_path / "s.mrcs", _noise(3000))
     command = [sys.executable, "-c", _KILLER, str(source), str(tmp_path), "20"]
-    # A process whose libraries keep threads must not be forked, and MKL's allocator spins for ever if it was in use.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_DISABLE_FAST_MM": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     whole = _objects(tmp_path / "whole")
     stores = sorted(tmp_path.glob("store*"))

@@ -20,7 +20,7 @@ from scalecryo.data.formats.mrc import StackWriter
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 
-MAPS = ["half1.mrc", "half2.mrc", "map.mrc", "mask.mrc"]
+MAPS = ["half1.mrc", "half2.mrc", "map.mrc", "map_unsharpened.mrc", "mask.mrc"]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def report(out: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     command = [*bare, str(ROOT / "tools/gpu_report.py"), str(out), "--device", "cpu", *words]
     # A bare machine has no beartype to check shapes with.
     env = {name: value for name, value in os.environ.items() if name != "SCALECRYO_CHECK_SHAPES"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, timeout=400, env=env)
+    return subprocess.run(command, capture_output=True, text=True, cwd=out.parent, timeout=1200, env=env)
 
 
 @pytest.fixture(scope="module")

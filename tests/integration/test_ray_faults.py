@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from scalecryo.physics.fsc import fsc
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
 from tests.conftest import Seaweed, SimulatedParticles
-from tests.support.ray_nodes import RayNodes, kill_tree, wait_for
+from tests.support.ray_nodes import PATIENCE_SECONDS, RayNodes, kill_tree, wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -81,16 +81,27 @@ def cluster(seaweed_server: Seaweed, simulated: SimulatedParticles, folder: Path
         cluster.stop()
 
 
+@pytest.fixture(autouse=True)
+def _no_clients_left(cluster: RayNodes) -> Iterator[None]:
+    yield
+    cluster.end_clients()
+
+
+def ended(process: "subprocess.Popen[bytes]", said: Callable[[], str]) -> int:
+    """The process's return code when it has ended; the test fails with its words where that takes too long."""
+    try:
+        return process.wait(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it has not ended: {said()}")
+
+
 class Run:
     """A run whose driver is a process of its own, joined to the cluster (or, with no workers, alone)."""
 
     def __init__(self, cluster: RayNodes, out: Path, *arguments: str) -> None:
         self.out, self.log = out, out.with_suffix(".log")
         command = [shutil.which("scalecryo", path=cluster.env["PATH"]) or "scalecryo", "train", "--out", str(out)]
-        with self.log.open("ab") as log:
-            self.driver = subprocess.Popen(
-                [*command, *arguments], env=cluster.env, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.driver = cluster.client([*command, *arguments], cluster.env, self.log)
 
     def reaches(self, step: int) -> int:
         """Wait until this step was recorded; returns the newest one then. The run must not have ended by then."""
@@ -104,7 +115,7 @@ class Run:
 
     def ends(self) -> None:
         """Wait for its good end."""
-        assert self.driver.wait(timeout=400) == 0, self.tail()
+        assert ended(self.driver, self.tail) == 0, self.tail()
         assert (self.out / "map.mrc").exists()
 
     def tail(self) -> str:
@@ -230,9 +241,9 @@ def test_jobs_need_the_token_and_fail_in_one_line(cluster: RayNodes, folder: Pat
     flags = ("--working-dir", str(folder / "empty"), "--", "scalecryo", "train", "--data", "nowhere.zarr", "--out", "x")
     bad = cluster.submit("--submission-id", "bad", *flags, log=folder / "bad.log")
     refused = cluster.submit("--submission-id", "refused", *flags, log=folder / "refused.log", token=False)
-    assert refused.wait(timeout=60) != 0
+    assert ended(refused, (folder / "refused.log").read_text) != 0
     assert "Missing authentication token" in (folder / "refused.log").read_text()
-    assert bad.wait(timeout=120) == 1
+    assert ended(bad, (folder / "bad.log").read_text) == 1
     assert cluster.jobs()["bad"] == "FAILED"
     assert "refused" not in cluster.jobs()
     lines = json.loads(cluster.ask("/api/jobs/bad/logs"))["logs"].splitlines()
@@ -278,7 +289,8 @@ def test_a_guided_job_on_s3_outlives_a_node(
     assert last < ITERATIONS
     assert job.poll() is None
     cluster.add_node()
-    assert job.wait(timeout=240) == 0, (folder / "job.log").read_text()[-3000:]
+    log = (folder / "job.log").read_text
+    assert ended(job, log) == 0, log()[-3000:]
     assert cluster.jobs()["good"] == "SUCCEEDED"
     assert [row["step"] for row in rows()] == list(range(1, ITERATIONS + 1))
     # Curves are uploaded just before their checkpoint: the iteration that was seen last may have been without one.

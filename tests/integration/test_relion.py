@@ -35,7 +35,7 @@ BOX, PIXEL_SIZE, COUNT = 48, 2.0, 300
 
 
 def _relion(program: str, *words: str, cwd: Path) -> str:
-    done = subprocess.run([f"relion_{program}", *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([f"relion_{program}", *words], cwd=cwd, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-800:]
     return done.stdout
 

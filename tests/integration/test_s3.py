@@ -56,7 +56,7 @@ def _remote(url: str) -> dict[str, bytes]:
 
 def _run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _MAIN, *arguments]
-    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
 
 
 def test_same_store_as_on_disk(seaweed: Seaweed, tmp_path: Path) -> None:

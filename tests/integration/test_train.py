@@ -39,9 +39,9 @@ from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stages import gradient_descent
 from tests.conftest import SimulatedParticles
 
-RUN_FILES = ["map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "metrics.jsonl",
-             "config.toml", "report.html", "fsc.png", "slices.png", "checkpoints", "tb", "fsc_cones.csv",
-             "fsc_cones.png"]  # fmt: skip
+RUN_FILES = ["map.mrc", "map_unsharpened.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv",
+             "metrics.jsonl", "config.toml", "report.html", "fsc.png", "slices.png", "checkpoints", "tb",
+             "fsc_cones.csv", "fsc_cones.png"]  # fmt: skip
 
 
 def start(data: str, out: Path | str, *, resume: bool = False, **overrides: object) -> None:

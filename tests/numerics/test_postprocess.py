@@ -70,3 +70,17 @@ def test_weighting_leaves_a_noise_free_map_alone() -> None:
     curve = fsc(final.map, white(0))
     assert curve[:32].min() > 0.999
     assert math.isfinite(final.b_factor)
+
+
+def test_the_unsharpened_map_lacks_the_b_factor_alone() -> None:
+    # Reference: the Guinier form itself. Each shell of the two maps differs by exp(B s²/4) and by nothing else.
+    mask = torch.ones(BOX, BOX, BOX)
+    final = postprocess(halves(fallen_off(white(0), 60.0), 0.01, mask), torch.Generator().manual_seed(0))
+    assert final.b_factor > 30
+    shells = shell_index_3d(BOX)
+    squared = (shells / (BOX * PIXEL_SIZE)).square()
+    sharpened = rfft3_centred(final.unsharpened) * torch.exp(final.b_factor / 4 * squared)
+    within = shells <= BOX // 2
+    # Single precision of both maps, relative to the whole.
+    difference = (rfft3_centred(final.map) - sharpened)[within].norm() / sharpened[within].norm()
+    assert difference < 1e-5

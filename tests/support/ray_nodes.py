@@ -22,6 +22,7 @@ import pytest
 
 Found = TypeVar("Found")
 OBJECT_STORE_BYTES = 100 * 2**20
+PATIENCE_SECONDS = 1200.0  # only what hangs takes so long, on a busy machine too
 
 
 def free_port() -> int:
@@ -31,7 +32,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: str, look: Callable[[], Found], seconds: float = 240.0, pause: float = 0.02) -> Found:
+def wait_for(what: str, look: Callable[[], Found], seconds: float = PATIENCE_SECONDS, pause: float = 0.02) -> Found:
     """What `look` finds as soon as it is true; the test fails where that takes too long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -72,6 +73,7 @@ class RayNodes:
             "OMP_NUM_THREADS": "1",
         }
         self.nodes: list[subprocess.Popen[bytes]] = []
+        self.clients: list[subprocess.Popen[bytes]] = []
         self.dashboard = f"http://127.0.0.1:{free_port()}"
 
     def start_head(self) -> None:
@@ -132,8 +134,21 @@ class RayNodes:
         if not token:  # nor one that lies in the home
             env |= {"RAY_AUTH_TOKEN_PATH": str(self.folder / "none"), "RAY_AUTH_MODE": "disabled"}
         command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address={self.dashboard}"]
-        with log.open("wb") as output:
-            return subprocess.Popen([*command, *arguments], env=env, stdout=output, stderr=subprocess.STDOUT)
+        return self.client([*command, *arguments], env, log)
+
+    def client(self, command: list[str], env: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
+        """Start a process that uses the cluster; it ends with it at the latest."""
+        with log.open("ab") as output:
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+        self.clients.append(process)
+        return process
+
+    def end_clients(self) -> None:
+        """End what still runs, as after a test that failed: it would hold the nodes' processors."""
+        for process in self.clients:
+            if process.poll() is None:
+                kill_tree(process)
+        self.clients.clear()
 
     def jobs(self) -> dict[str, str]:
         """The state of every job that was submitted."""
@@ -141,7 +156,8 @@ class RayNodes:
         return {row["submission_id"]: row["status"] for row in rows if row.get("submission_id")}
 
     def stop(self) -> None:
-        """End all nodes, newest first, and remove what they wrote."""
+        """End all clients and nodes, newest first, and remove what they wrote."""
+        self.end_clients()
         for node in reversed(self.nodes):
             if node.poll() is None:
                 kill_tree(node)

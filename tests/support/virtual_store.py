@@ -19,7 +19,8 @@ import numpy as np
 
 from scalecryo.data.particles import COLUMNS
 from scalecryo.data.storage.layout import column_key, entry_of, image_key, metadata_of, write_objects
-from scalecryo.data.storage.shards import ShardWriter, encode_column
+from scalecryo.data.storage.shard_writer import ShardWriter
+from scalecryo.data.storage.shards import encode_column
 from scalecryo.data.storage.store import IMAGE_COLUMNS, MANIFESTS, SOURCE_STACKS, ParticleStore
 from scalecryo.errors import OutputExistsError
 

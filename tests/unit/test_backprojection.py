@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from scalecryo.map.backprojection import Backprojection
-from scalecryo.physics.fft import fourier_pixels
+from scalecryo.physics import fft
+from scalecryo.physics.fft import fourier_pixels, irfft3_centred
+from scalecryo.physics.fourier_slice import add_friedel_pairs, gridding_correction
+from scalecryo.physics.fsc import shell_index_3d
 from scalecryo.physics.image_formation import ctf_weighted
+from scalecryo.physics.mask import soft_sphere
 from scalecryo.physics.rotation import random_rotations
 
 
@@ -47,3 +51,42 @@ def test_every_class_and_half_is_a_map_of_its_own() -> None:
             alone.insert(images.select(own), rotation[own], shift[own], weight[own], pixels, half=1)
             assert torch.equal(together.numerator[number, which - 1], alone.numerator[0, 0])
             assert torch.equal(together.solve()[number, which - 1], alone.solve_one())
+
+
+def test_maps_solved_in_slabs_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the shells to the bit, and maps to the rounding of another order of axes."""
+    generator = torch.Generator().manual_seed(4)
+    pixels = fourier_pixels(16, 7.0)
+    images = ctf_weighted(torch.randn(30, len(pixels), dtype=torch.complex64, generator=generator), None)
+    sums = Backprojection(16)
+    half = 1 + torch.arange(30) % 2
+    sums.add(images, random_rotations(30, generator), torch.zeros(30, 2), torch.ones(30), half, pixels)
+    whole = sums.solve()
+    monkeypatch.setattr(fft, "SLAB", 1000)
+    assert torch.equal(sums.solve(), whole)
+    monkeypatch.setattr(fft, "LARGE_BOX", 0)
+    # Single precision of two transforms.
+    torch.testing.assert_close(sums.solve(), whole, rtol=0, atol=2e-6 * float(whole.abs().max()))
+
+
+def test_a_solved_map_is_the_numerator_over_its_regularised_weight() -> None:
+    """By the formula in double precision, written out on the full grid: Friedel pairs, shells, floor, sphere."""
+    generator = torch.Generator().manual_seed(5)
+    pixels, count = fourier_pixels(16, 7.0), 40
+    images = ctf_weighted(torch.randn(count, len(pixels), dtype=torch.complex64, generator=generator), None)
+    sums = Backprojection(16)
+    pose = random_rotations(count, generator), torch.zeros(count, 2), torch.ones(count)
+    sums.add(images, *pose, torch.ones(count, dtype=torch.long), pixels)
+    numerator, weight = (grid[0, 0].clone().to(kind) for grid, kind in
+                         zip(sums.tensors(), (torch.complex128, torch.float64), strict=True))  # fmt: skip
+    numerator, weight = add_friedel_pairs(numerator), add_friedel_pairs(weight)
+    shells = shell_index_3d(32)
+    floor = torch.zeros_like(weight)
+    for shell in shells.unique():
+        at = shells == shell
+        floor[at] = 0.01 * weight[at].mean()
+    largest = max(float(weight[shells == shell].sum()) for shell in shells.unique())
+    density = irfft3_centred(numerator / (weight + floor + 1e-6 * largest / weight.numel()), 16)
+    density = density * soft_sphere(16, 6, edge_px=2) * gridding_correction(16, 2.0)
+    torch.testing.assert_close(sums.solve_one(regularisation=0.01).double(), density, rtol=0,
+                               atol=1e-5 * float(density.abs().max()))  # fmt: skip

@@ -18,8 +18,8 @@ from scalecryo.data.conversion.append_plan import plan_append
 from scalecryo.data.conversion.convert import convert, plan
 from scalecryo.data.conversion.copies import copies_table, first_of_image, same_files
 from scalecryo.data.formats.mrc import StackWriter
-from scalecryo.data.selection.partition import PARTS, Copies, Partition, unequal_halves
-from scalecryo.data.selection.subset import choose
+from scalecryo.data.selection.partition import PARTS, Copies, Partition
+from scalecryo.data.selection.subset import choose, unequal_halves
 from scalecryo.data.storage.store import ParticleStore
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scalecryo.data.io import urls
 from scalecryo.data.storage.arrays import ColumnArray, ImageArray
 from scalecryo.data.storage.layout import block_rows_of, levels_of, metadata_of, shard_rows_of
-from scalecryo.data.storage.shards import ShardWriter, crc32c, encode_column
+from scalecryo.data.storage.shard_writer import ShardWriter
+from scalecryo.data.storage.shards import crc32c, encode_column
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import MissingInputError, StoreError
 

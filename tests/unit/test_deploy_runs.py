@@ -103,7 +103,7 @@ def test_kustomize_puts_the_values_in(tmp_path: Path) -> None:
     shutil.copytree(DEPLOY / "kubernetes", folder)
     values = folder / "values.env"
     values.write_text(values.read_text().replace("s3://BUCKET/particles", "gs://mine/set").replace("2:8", "1:3"))
-    result = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     made = {one["kind"]: one for one in yaml.safe_load_all(result.stdout)}
     job = made["RayJob"]["spec"]
@@ -161,5 +161,5 @@ def test_the_batch_script_requeues_itself_before_the_time_limit(tmp_path: Path) 
             time.sleep(0.05)
         time.sleep(0.2)  # from the step's start to the trap
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) != 0
+        assert job.wait(timeout=300) != 0
     assert (tools / "scontrol.log").read_text() == "requeue 7\n"

@@ -1,7 +1,10 @@
 """What a run tells Prometheus: names, values, the text format."""
 
+import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import ray.exceptions
 from scalecryo.runs.exported import GAUGES, LOST_WORKERS, PREFIX, exported_values, write_text_file
 from scalecryo.train.ray_workers import _reason
 
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 # Prometheus' data model: https://prometheus.io/docs/concepts/data_model/, and its text format's sample line.
 NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 SAMPLE = re.compile(rf"{NAME.pattern}\{{run=\"(?:[^\"\\\n]|\\\\|\\\"|\\n)*\"\}} [-+0-9.e]+")
@@ -37,6 +41,34 @@ def test_the_text_file_is_in_prometheus_format(tmp_path: Path) -> None:
     assert len(samples) == 2
     assert all(SAMPLE.fullmatch(line) for line in samples)
     assert list(tmp_path.iterdir()) == [path]  # nothing half-written beside it
+
+
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    return found
+
+
+def test_promtool_takes_the_text_file(promtool: str, tmp_path: Path) -> None:
+    path = tmp_path / "scalecryo.prom"
+    write_text_file(path, dict.fromkeys(GAUGES, 1.5), 's3://bucket/a "run"')
+    done = subprocess.run([promtool, "check", "metrics"], input=path.read_bytes(), capture_output=True)
+    # 1 is a name or a text that Prometheus refuses; 3 is advice: a curve's unit need not be one of its base units.
+    assert done.returncode in (0, 3), done.stderr.decode()
+
+
+def test_promtool_takes_the_dashboards_queries(promtool: str, tmp_path: Path) -> None:
+    dashboard = json.loads((DEPLOY / "grafana" / "scalecryo.json").read_text())
+    queries = [target["expr"].replace("$run", ".*") for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(queries) >= len(GAUGES)
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
+    path = tmp_path / "rules.json"  # JSON is YAML
+    path.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    done = subprocess.run([promtool, "check", "rules", "--lint=none", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(queries)} rules found" in done.stdout
 
 
 class Failed(Exception):

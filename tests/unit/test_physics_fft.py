@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from scalecryo.errors import InputError
+from scalecryo.physics import fft
 from scalecryo.physics.fft import (
     fourier_crop_2d,
     fourier_pixels,
@@ -131,3 +132,25 @@ def test_a_quarter_turn_of_the_packed_pixels_is_that_of_the_image() -> None:
     packed = pixels.pack(rfft2_centred(image))[source]
     packed = torch.where(is_partner, packed.conj(), packed)
     assert torch.allclose(packed, pixels.pack(rfft2_centred(turned)), atol=1e-12)
+
+
+@pytest.mark.parametrize("slab", [1, 700, 10**6])
+@pytest.mark.parametrize(("box", "padded"), [(16, 32), (12, 20), (16, 16)])
+def test_large_boxes_are_transformed_axis_by_axis_to_the_same(
+    monkeypatch: pytest.MonkeyPatch, box: int, padded: int, slab: int
+) -> None:
+    # Reference: torch's transform of the whole cube. Double precision: only the order of the axes differs.
+    volume = torch.randn(box, box, box, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    whole = rfft3_centred(volume, padded)
+    back = irfft3_centred(whole, box)
+    monkeypatch.setattr(fft, "LARGE_BOX", 0)
+    monkeypatch.setattr(fft, "SLAB", slab)
+    torch.testing.assert_close(rfft3_centred(volume, padded), whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+    torch.testing.assert_close(irfft3_centred(whole, box), back, rtol=0, atol=1e-13)
+    torch.testing.assert_close(back, volume, rtol=0, atol=1e-12)
+
+
+def test_slabs_cover_an_axis_once() -> None:
+    for rows, row in ((7, 1), (7, fft.SLAB), (1000, fft.SLAB // 3)):
+        found = [index for some in fft.slabs(rows, row) for index in range(rows)[some]]
+        assert found == list(range(rows))

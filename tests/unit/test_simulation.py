@@ -10,7 +10,11 @@ from scipy.spatial.transform import Rotation
 
 from scalecryo.data.formats.relion import read_particles
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.simulation import Imaging, Projector, draw_particles, fit_map, noise_sigma
+from scalecryo.data.simulation.density import fit_map
+from scalecryo.data.simulation.noise import noise_sigma
+from scalecryo.data.simulation.particles import draw_particles
+from scalecryo.data.simulation.projector import Projector
+from scalecryo.data.simulation.settings import Imaging
 from scalecryo.errors import InputError
 
 N, SIGMA = 48, 1.8

@@ -5,7 +5,9 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from scalecryo.data.formats.structure import Atoms
-from scalecryo.data.simulation import Hinge, Imperfections, draw_conditions
+from scalecryo.data.simulation.hinge import Hinge
+from scalecryo.data.simulation.imperfections import draw_conditions
+from scalecryo.data.simulation.settings import Imperfections
 from scalecryo.errors import InputError
 
 

@@ -9,20 +9,19 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from scalecryo.data.particles import ParticleTable
-from scalecryo.data.simulation import (
+from scalecryo.data.simulation.density import diameter
+from scalecryo.data.simulation.imperfections import (
     Conditions,
-    Imaging,
-    Imperfections,
-    Noise,
-    Projector,
-    Recording,
-    diameter,
     draw_conditions,
-    draw_particles,
     with_defocus_errors,
-    with_micelle,
     with_preferred_views,
 )
+from scalecryo.data.simulation.micelle import with_micelle
+from scalecryo.data.simulation.noise import Noise
+from scalecryo.data.simulation.particles import draw_particles
+from scalecryo.data.simulation.projector import Projector
+from scalecryo.data.simulation.recording import Recording
+from scalecryo.data.simulation.settings import Imaging, Imperfections
 from scalecryo.errors import InputError
 from tests.unit.test_simulation import blobs
 

@@ -16,12 +16,12 @@ from scalecryo.data.conversion.inspect import (
 )
 from scalecryo.data.conversion.joined_tables import Joined, join_tables
 from scalecryo.data.conversion.normalise import Normalisation
-from scalecryo.data.conversion.quality import EXCLUDED, BadImage
+from scalecryo.data.conversion.quality import BadImage
 from scalecryo.data.conversion.scheduler import ProgressCallback
 from scalecryo.data.conversion.source import ReadOptions, Source, read_source
 from scalecryo.data.io import urls
 from scalecryo.data.particles import ABERRATION_COLUMNS, COLUMNS, Columns, ParticleTable
-from scalecryo.data.storage.store import SOURCE_STACKS, ParticleStore
+from scalecryo.data.storage.store import EXCLUDED, SOURCE_STACKS, ParticleStore
 from scalecryo.errors import InputError, MissingInputError
 
 _OPTICS_COLUMNS = ("voltage", "spherical_aberration", "amplitude_contrast")

@@ -21,7 +21,8 @@ from scalecryo.data.conversion.inspect import (
     find_bad_images,
 )
 from scalecryo.data.conversion.normalise import Normalisation
-from scalecryo.data.conversion.quality import EXCLUDED, BadImage, find_report
+from scalecryo.data.conversion.places import check_destination
+from scalecryo.data.conversion.quality import BadImage, find_report
 from scalecryo.data.conversion.scheduler import ProgressCallback, run_tasks
 from scalecryo.data.conversion.shard_task import ShardTask, shard_task, write_shard
 from scalecryo.data.conversion.source import ReadOptions, Source, read_source
@@ -30,6 +31,7 @@ from scalecryo.data.io.lock import LOCK, writing
 from scalecryo.data.particles import COLUMNS
 from scalecryo.data.storage.layout import block_rows_of, levels_of, metadata_of, shard_rows_of, write_objects
 from scalecryo.data.storage.store import (
+    EXCLUDED,
     FORMAT_VERSION,
     IMAGE_COLUMNS,
     MANIFESTS,
@@ -197,24 +199,6 @@ def _tasks(plan: ConvertPlan, store_url: str, shards: list[int]) -> Iterator[Sha
         yield shard_task(
             store_url, plan.source, plan.normalisation, plan.dtype, plan.shard_rows, block_rows, columns, shard
         )
-
-
-def check_destination(store_url: str, overwrite: bool) -> dict[str, Any]:
-    """Attributes of the particle store at a place; empty when the place is free.
-
-    Raises:
-        OutputExistsError: something else is there, or a complete store that nobody asked to replace.
-    """
-    shown = urls.redacted(store_url)
-    attrs = read_attributes(store_url)
-    if not attrs:
-        if urls.exists(store_url) and (not urls.is_folder(store_url) or set(urls.list_folder(store_url)) - {LOCK}):
-            raise OutputExistsError(f"{shown}: exists and is not a particle store; choose another place for the store")
-    elif attrs.get("complete") is True and not overwrite:
-        raise OutputExistsError(
-            f"{shown}: a store is there already; add --overwrite to replace it, or --append to add particles to it"
-        )
-    return attrs
 
 
 def write_group(store_url: str, group: dict[str, Any], attrs: dict[str, Any]) -> None:

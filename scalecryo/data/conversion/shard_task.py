@@ -19,7 +19,8 @@ from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.io import urls
 from scalecryo.data.particles import Columns, ParticleTable
 from scalecryo.data.storage.layout import column_key, entry_of, image_key, write_manifest
-from scalecryo.data.storage.shards import ShardWriter, crc32c, encode_column
+from scalecryo.data.storage.shard_writer import ShardWriter
+from scalecryo.data.storage.shards import crc32c, encode_column
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError
 

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from scalecryo.data.conversion.metadata_overrides import with_ctf, with_poses
+from scalecryo.data.conversion.places import STACK_ENDINGS, unknown_kind
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
 from scalecryo.data.conversion.stacks import open_stacks
 from scalecryo.data.formats import cryosparc, csrows
@@ -19,7 +20,6 @@ from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.errors import InputError
 
-_STACK_ENDINGS = (".mrcs", ".mrc", ".mrcs.gz", ".mrc.gz", ".mrcs.bz2", ".mrc.bz2")
 _SAME_PIXEL = 1e-4
 _CLOSE_PIXEL = 0.01  # headers are often rounded
 _MOST_KV, _LEAST_DEFOCUS = 5000.0, 50.0  # kV, and Å of the farthest from focus
@@ -237,7 +237,7 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
         table, sign = cryosparc.table_of(rows[good], where), cryosparc.sign_of(rows, where)
         table = replace(table, columns={**table.columns, "source_row": good})
         cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
-    elif source.lower().endswith(_STACK_ENDINGS):
+    elif source.lower().endswith(STACK_ENDINGS):
         stacks = (Stack.open(source),)
         if stacks[0].is_map:
             raise InputError(
@@ -246,10 +246,7 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
             )
         table = _stack_table(stacks[0], options.pixel_size)
     else:
-        raise InputError(
-            f"{where}: not a known kind of particle source; give a .star, .cs or .csg table, or an .mrcs or .mrc stack "
-            "(cryoDRGN's .pkl files go with it by --poses and --ctf)"
-        )
+        raise unknown_kind(source)
     if not len(table):
         raise InputError(f"{where}: holds no particles")
     table = _stated_pixel_size(table, options.pixel_size, where)

@@ -1,8 +1,6 @@
 """Which half, which part of a half, and which held-out set a particle belongs to."""
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from scalecryo.data.io import urls
-from scalecryo.data.selection.subset import Subset, half_counts
+from scalecryo.data.selection.subset import Subset, half_counts, unequal_halves
 from scalecryo.data.storage.store import REPORT, ParticleStore
 from scalecryo.errors import MissingInputError
 
@@ -21,8 +19,6 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 PARTS = 4
 _HALF, _PART, _HELD_OUT, _LABEL = 1, 2, 3, 0  # keys of the hashes
 _LABEL_STRIDE = 1 << 40  # rows between two draws of labels
-_LEAST_SHARE = 1 / 3  # of the particles in the smaller half
-_CHANCE = 4.0  # standard deviations of a fair draw, within which halves of few particles differ
 
 
 @dataclass(frozen=True)
@@ -129,23 +125,6 @@ class Partition:
             return rows
         among, place = self.copies.at(rows)
         return torch.where(among, self.copies.first[place], rows)
-
-
-def unequal_halves(counts: Sequence[int]) -> bool:
-    """Whether a table's half-sets cannot serve as halves: all particles in one, or far more than in the other.
-
-    Some programs write one and the same half-set where a job had none, and merged tables keep that.
-
-    Args:
-        counts: particles without a half-set, which are shared out evenly, in the first and in the second.
-    """
-    none, first, second = counts
-    total, smaller = none + first + second, none / 2 + min(first, second)
-    if not first and not second:
-        return False
-    if not none and not min(first, second):
-        return total > 1
-    return smaller < _LEAST_SHARE * total and total / 2 - smaller > _CHANCE * math.sqrt(total) / 2
 
 
 def _counts(store: ParticleStore, subset: Subset | None, rows: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ made once, from columns that are streamed shard by shard. Blocks without a chose
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,8 @@ from scalecryo.errors import ConfigError
 Mask = npt.NDArray[np.bool_]
 _PIECE = 1 << 23  # rows unpacked at a time
 _THREADS = 8
+_LEAST_SHARE = 1 / 3  # of the particles in the smaller half
+_CHANCE = 4.0  # standard deviations of a fair draw, within which halves of few particles differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,3 +212,20 @@ def _checked_rows(rows: npt.NDArray, shown: str, store_rows: int, limit: int, wh
         raise ConfigError(f"{shown}: row {rows[outside][0]} is not in {where}, whose rows are 0 to {store_rows - 1}")
     rows = rows.astype(np.int64)
     return rows[rows < limit]
+
+
+def unequal_halves(counts: Sequence[int]) -> bool:
+    """Whether a table's half-sets cannot serve as halves: all particles in one, or far more than in the other.
+
+    Some programs write one and the same half-set where a job had none, and merged tables keep that.
+
+    Args:
+        counts: particles without a half-set, which are shared out evenly, in the first and in the second.
+    """
+    none, first, second = counts
+    total, smaller = none + first + second, none / 2 + min(first, second)
+    if not first and not second:
+        return False
+    if not none and not min(first, second):
+        return total > 1
+    return smaller < _LEAST_SHARE * total and total / 2 - smaller > _CHANCE * math.sqrt(total) / 2

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from scalecryo.data.formats.relion import JUNK
 from scalecryo.data.particles import ParticleTable
+from scalecryo.data.simulation.settings import Imperfections
 from scalecryo.errors import InputError
 from scalecryo.physics.rotation import euler_to_rotation, random_rotations
 
@@ -25,41 +26,6 @@ EMPTY, BLOB = 1, 2
 _OFFSET_SIGMAS = 3.0
 # Distance of a neighbour's centre, in particle diameters.
 _NEIGHBOUR_DISTANCE = (0.9, 1.3)
-
-
-@dataclass(frozen=True)
-class Imperfections:
-    """What is added to an ideal simulation; nothing by default.
-
-    `colour` is the share of the noise's variance that is low-pass (`noise.Noise`). `scale_sd` is the standard deviation
-    of the logarithm of each micrograph's signal scale (median 1), `gain_sd` that of each image's intensity, by which
-    signal and noise are multiplied; each image's grey level is then moved by a normal number of standard deviation
-    3 × gain_sd × that of the noise. `junk` is the share of the images that show no particle: half of them nothing, half
-    another object (`Recording`). `neighbours` is the share that also show another particle, 0.9 to 1.3 diameters away.
-    `prefer` (share, degrees) is the share of the views within so many degrees of the volume's +z axis; the rest is
-    uniform over all views. `defocus_error_a` is the standard deviation of the error of the defocus that is told, Å.
-    """
-
-    colour: float = 0.0
-    scale_sd: float = 0.0
-    gain_sd: float = 0.0
-    junk: float = 0.0
-    neighbours: float = 0.0
-    prefer: tuple[float, float] | None = None
-    defocus_error_a: float = 0.0
-
-    def __post_init__(self) -> None:
-        shares = {"colour": self.colour, "junk": self.junk, "neighbours": self.neighbours}
-        shares |= {"share of preferred views": self.prefer[0]} if self.prefer else {}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise InputError(f"{name} {value:g} is no share: give a number from 0 to 1, e.g. 0.3")
-        spreads = {"scale": self.scale_sd, "gain": self.gain_sd, "defocus error": self.defocus_error_a}
-        for name, value in spreads.items():
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name} {value:g} is no standard deviation: give a number from 0")
-        if self.prefer and not 0 < self.prefer[1] <= 180:
-            raise InputError(f"views within {self.prefer[1]:g}° of an axis cannot be drawn: give 0 < degrees <= 180")
 
 
 def stream(seed: int, name: str) -> torch.Generator:

@@ -1,48 +1,17 @@
 """What is drawn of every simulated particle before it is imaged: pose, defocus, shift."""
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from scalecryo.data.particles import ParticleTable
+from scalecryo.data.simulation.settings import Imaging
 from scalecryo.errors import InputError
 from scalecryo.physics.rotation import random_rotations
 
 VOLTAGE_KV = 300.0
 SPHERICAL_ABERRATION_MM = 2.7
 AMPLITUDE_CONTRAST = 0.1
-
-
-@dataclass(frozen=True)
-class Imaging:
-    """How the simulated particles are imaged.
-
-    `defocus_um` (low, high) is the range of the mean defocus, µm underfocus, uniform; None leaves the CTF out.
-    `astigmatism_um` is the largest U − V, µm, uniform from 0, at a uniform angle. `shift_a` is the standard deviation
-    of each component of the shift, Å.
-    """
-
-    pixel_size: float
-    defocus_um: tuple[float, float] | None = None
-    astigmatism_um: float = 0.0
-    shift_a: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.pixel_size <= 0 or not math.isfinite(self.pixel_size):
-            raise InputError(f"pixel size {self.pixel_size:g} Å cannot be used: give a positive number, e.g. 0.8")
-        if self.defocus_um is not None and not 0 < self.defocus_um[0] <= self.defocus_um[1]:
-            low, high = self.defocus_um
-            raise InputError(f"defocus range {low:g} to {high:g} µm cannot be used: give 0 < low <= high, e.g. 0.4 1.2")
-        if self.astigmatism_um < 0 or self.shift_a < 0:
-            raise InputError(
-                f"astigmatism {self.astigmatism_um:g} µm and shift {self.shift_a:g} Å are spreads: "
-                "they cannot be negative"
-            )
-        if self.astigmatism_um > 0 and self.defocus_um is None:
-            raise InputError("astigmatism without a CTF means nothing: give a defocus range too")
 
 
 def draw_particles(count: int, imaging: Imaging, stack: str, generator: torch.Generator) -> ParticleTable:

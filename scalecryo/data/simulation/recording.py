@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.data.particles import CTF_COLUMNS, ParticleTable
-from scalecryo.data.simulation.imperfections import BLOB, EMPTY, Conditions, Imperfections, stream
+from scalecryo.data.simulation.imperfections import BLOB, EMPTY, Conditions, stream
 from scalecryo.data.simulation.noise import Noise, noise_sigma
 from scalecryo.data.simulation.projector import Projector
+from scalecryo.data.simulation.settings import Imperfections
 
 _CHUNK = 64
 _SAMPLE = 512

@@ -31,6 +31,7 @@ SOURCE_TABLE = "source/particles.star"
 SOURCE_CS = "source/particles.cs"
 SOURCE_STACKS = "source/stacks.json"
 REPORT = "source/report.json"
+EXCLUDED = "source/excluded.json"
 COPIES = "source/copies.npy"
 MANIFESTS = "_manifest"
 _MANIFESTS_AT_ONCE = 256

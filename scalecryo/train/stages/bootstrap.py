@@ -56,6 +56,7 @@ AGREEMENT = 0.8  # mean correlation of the halves over shells 2 to 6, aligned, f
 SETTLED = 1.03  # factor in likelihood gain that a round must bring to go on nevertheless
 WEAK = 0.5  # below which the structure is said to be weak
 STALLED, STALLED_GAIN = 5, 1.01  # rounds in which the likelihood gain grows by less than this factor: no use to go on
+ROUNDS_EXPECTED = 3  # of most runs, for the time left
 FIRST_REFERENCE_RADIUS = 12.0
 Slot = tuple[int, int]  # start and half
 
@@ -143,7 +144,15 @@ class Bootstrap:
             else:
                 message += f"; the halves' maps correlate by {agreement:.2f}: on"
             self._judged = 0
-        return PassReport(message, self._images, checkpoint=not judged, progress=here / total)
+        share = 1.0 if self._ended else self._share()
+        return PassReport(message, self._images, checkpoint=not judged, progress=share)
+
+    def _share(self) -> float:
+        """Share of the steps that are done, of those expected; one of the first round learns for every start."""
+        more = (self._starts - 1) * self._steps
+        rounds = max(ROUNDS_EXPECTED, len(self._earlier) + 1)
+        done = self._step + min(more, self._step * (self._starts - 1))
+        return done / (rounds * self._steps + more)
 
     @property
     def _end_of_round(self) -> int:

@@ -51,6 +51,7 @@ from scalecryo.train.stages.checks import check_contrast, check_count, check_ima
 from scalecryo.train.stages.class_shares import Balance, alike
 
 logger = logging.getLogger(__name__)
+ROUNDS_EXPECTED = 8  # of most runs, for the time left
 SETTLED = 1.02  # factor in likelihood gain over the last two rounds below which the start ends
 
 
@@ -138,7 +139,9 @@ class ClassStart:
                 self._learned.references = self._first_references()
             self._round += 1
             self._judged = 0
-        return PassReport(message, self._images, checkpoint=not judged, progress=here / total)
+        rounds = self._round - 1 + here / total * (not judged)
+        share = 1.0 if self._ended else rounds / max(ROUNDS_EXPECTED, self._round)
+        return PassReport(message, self._images, checkpoint=not judged, progress=share)
 
     def done(self) -> bool:
         """Whether a start was chosen."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
@@ -22,6 +23,7 @@ from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.pictures import Pairs
 from scalecryo.runs.results import FinalParticles, write_results
+from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
@@ -96,18 +98,23 @@ class FinalPass:
         self._images += len(small)
 
     def finish_pass(self, world: World) -> PassReport:
-        """Sum over the workers; worker 0 solves and writes the results. Collective."""
+        """Sum over the workers, solve the maps; worker 0 writes the results. Collective."""
         context, sums = self._context, self._sums
         assert sums is not None, "request() comes first"
-        if world.size > 1:
-            sums.all_reduce_(world.all_reduce_, sums.box_size / 2 - 1)
+        mine = reduce_to_owners_(sums, world, sums.box_size / 2 - 1)
         if context.point_group is not None:
-            sums.symmetrise(context.point_group.others, sums.box_size / 2 - 1)
+            sums.symmetrise(context.point_group.others, sums.box_size / 2 - 1, mine)
+        with world.timer.part("solve"):
+            solved = solve_by_owners(sums, world)
+        # What is done with is let go of: the sums are the largest thing in memory.
+        sums.release()
+        self._sums = None
         self._found.commit(world)
         message, figures = f"final pass: {context.store.count:,} particles posed", {}
         if world.is_leader:
             notes = self._uncertain()
-            cones = self._write(sums, notes)
+            with world.timer.part("results"):
+                cones = self._write(solved, notes)
             if not context.config.train.components:  # which a run that is killed goes on from
                 self._found.remove_pass(self._pass)
             for warning in (*notes, cones.warning):
@@ -158,17 +165,18 @@ class FinalPass:
             "on average (rlnMaxValueProbDistribution); the map can be right where single poses are not",
         )
 
-    def _write(self, sums: Backprojection, notes: tuple[str, ...]) -> ConicalFsc:
+    def _write(self, solved: Float[Tensor, "classes 2 n n n"], notes: tuple[str, ...]) -> ConicalFsc:
         context, model = self._context, self._learned.model
-        level, radius = sums.box_size, sums.box_size / 2 - 1
+        level, radius = solved.shape[-1], solved.shape[-1] / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
-        maps = ReferenceSet.of_maps(
-            sums.solve(), context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
-        )
         assert self._poses is not None, "request() comes first"
+        told, self._poses = self._poses.notes, None  # so are references
+        maps = ReferenceSet.of_maps(
+            solved, context.store.pixel_size, noise=noise, radius=radius, solvent=context.solvent
+        )
         found, half = self._found.all()
         maps, found = _largest_first(maps, found)
-        notes = context.partition.notes + self._learned.notes + self._poses.notes + notes
+        notes = context.partition.notes + self._learned.notes + told + notes
         particles = FinalParticles(found, half, self._pairs, notes)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)

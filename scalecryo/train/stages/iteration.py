@@ -21,6 +21,7 @@ from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainFit, strained_poses
 from scalecryo.runs.pictures import EXAMPLES, Pairs, pictures_of
 from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
+from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.bootstrap import HALF_GRID
@@ -105,7 +106,9 @@ class Iteration:
             shift_radius=context.shift_radius,
             equivalent=self._equivalent,
         )
-        return PoseEstimator(references.at(plan.level, self.pixels), e_step, self._source, context.world.timer)
+        with context.world.timer.part("references"):
+            prepared = references.at(plan.level, self.pixels)
+        return PoseEstimator(prepared, e_step, self._source, context.world.timer)
 
     def step(self, batch: ParticleImages) -> None:
         """E-step, sums, and what is learnt from the batch."""
@@ -203,22 +206,27 @@ class Iteration:
         return int(count) == world.size  # host sync
 
     def finish(self, world: World) -> ReferenceSet:
-        """Sum over the workers, solve, compare the halves. Collective."""
-        if world.size > 1:
-            self._sums.all_reduce_(world.all_reduce_, self.pixels.radius_limit)
+        """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
+        del self._whole, self._parts  # their transforms take more memory than the sums
+        together = PARTS if self.plan.searched else 1
+        mine = reduce_to_owners_(self._sums, world, self.pixels.radius_limit, together=together)
         world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts, self.class_counts)
         if self._group is not None:
             with world.timer.part("symmetrise"):
-                self._sums.symmetrise(self._group.others, self.pixels.radius_limit)
+                self._sums.symmetrise(self._group.others, self.pixels.radius_limit, mine)
         return self._compared(self._sums.merged(PARTS) if self.plan.searched else self._sums)
 
     def parts_left_out(self) -> Parts:
-        """The same of each half without one of its parts, which an iteration that searches sums apart."""
+        """The same of each half without one of its parts, which an iteration that searches sums apart. Collective."""
         return [self._compared(self._sums.merged(PARTS, without=part)) for part in range(PARTS)]
 
     def _compared(self, sums: Backprojection) -> ReferenceSet:
         noise = self._residuals.variance() / self.plan.level**2
+        with self._context.world.timer.part("solve"):
+            solved = solve_by_owners(sums, self._context.world)
+        if not self.plan.searched:  # which sums parts apart, for `parts_left_out`
+            sums.release()
         pixel_size = self._context.store.level_pixel_size(self.plan.level)
         return ReferenceSet.of_maps(
-            sums.solve(), pixel_size, noise=noise, radius=self.plan.radius, solvent=self._context.solvent
+            solved, pixel_size, noise=noise, radius=self.plan.radius, solvent=self._context.solvent
         )

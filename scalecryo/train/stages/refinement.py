@@ -198,6 +198,7 @@ class Refinement:
             message, iteration.images, self._learned.steps + number, scalars,
             {"poses/confidence": known.confidence[seen]}, after.mean(),
             rows[seen], known.rotation[seen], pairs=iteration.pairs(), score=float(after.curve().sum()),
+            progress=self._schedule.share(self._context.config.guided.iterations),
         )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ PROGRESS = 1.02  # or while the mean FSC grows by this factor
 CALMER = 0.8  # and while their number falls below this share of what it was
 CREEPING = 2e-3  # strain of an iteration above which the radius waits
 SETTLED = 1.005  # gain in mean FSC below which an iteration brought no progress
+SEARCHES_EXPECTED, LOCAL_EXPECTED = 3, 3  # iterations, of most runs
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
 
 
@@ -173,6 +174,14 @@ class Schedule:
             still = creep < CREEPING and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
             self.settled = self.settled + 1 if still and (restless is None or restless < RESTLESS) else 0
             self.ended = self.settled >= self.most_settled
+
+    def share(self, most: int) -> float:
+        """Share of the iterations that are done, of those expected, at most `most`: a guess, for the time left."""
+        if self.ended or self.number >= most:
+            return 1.0
+        left = SEARCHES_EXPECTED + LOCAL_EXPECTED - self.number
+        least = 1 + LOCAL_EXPECTED if self.searched else 1
+        return self.number / min(self.number + max(left, least), most)
 
     def _after_search(self, moved: float | None, gain: float | None) -> None:
         self.searches += 1
