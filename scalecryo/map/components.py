@@ -129,21 +129,17 @@ class ComponentSums:
             half: 1 or 2.
             pixels: that data and power are packed by.
         """
-        once = pixels.weight / 2 * weight[:, None]
-        parts = torch.view_as_real(data * once)[:, :, None, :] * latents.mean[:, None, :, None]
-        triangle = latents.second_moment[:, self._row, self._column]
-        values = torch.cat([parts.flatten(2), (power * once)[:, :, None] * triangle[:, None, :]], 2)
+        once = pixels.weight / 2
+        triangle = latents.second_moment[:, self._row, self._column] * weight[:, None]
+        parts = data * once, power * once, latents.mean * weight[:, None], triangle
+        on_cpu = choose_backend(data) == "cpu"
         for number in (0, 1):
             own = ((half == number + 1) & (weight > 0)).nonzero()[:, 0]  # host sync
             if len(own):
-                self._insert(values[own], rotation[own], pixels, self.grid[number])
-
-    def _insert(self, values: Tensor, rotation: Tensor, pixels: FourierPixels, grid: Tensor) -> None:
-        signed = 2 * self.components
-        if choose_backend(torch.view_as_complex(grid.view(-1, 2)[:1]), None) == "cpu":
-            insert_channels_cpu(values, signed, rotation, pixels.kx, pixels.ky, self.scale, grid)
-            return
-        insert_channels(values, signed, rotation, pixels.kx, pixels.ky, self.scale, grid)
+                values, powers, first, second = (part[own] for part in parts)
+                where = rotation[own], pixels.kx, pixels.ky, self.scale, self.grid[number]
+                insert = insert_channels_cpu if on_cpu else insert_channels
+                insert(values, powers, first, second, *where)
 
     def all_reduce_(self, all_reduce_: Callable[..., None], radius: float) -> None:
         """Add what several workers inserted up to a radius (Fourier pixels). Collective."""
@@ -204,8 +200,10 @@ class ComponentSums:
 
 
 def insert_channels(
-    values: Float[Tensor, "b p c"],
-    signed: int,
+    values: Complex[Tensor, "b p"],
+    power: Float[Tensor, "b p"],
+    first: Float[Tensor, "b q"],
+    second: Float[Tensor, "b t"],
     rotation: Float[Tensor, "b 3 3"],
     kx: Float[Tensor, "p"],
     ky: Float[Tensor, "p"],
@@ -215,10 +213,11 @@ def insert_channels(
     """`insert_channels_cpu` in plain torch, on any device."""
     samples = locate(rotation, kx, ky, scale, grid.shape[0])
     x, y, z = (fraction[:, :, None] for fraction in samples.fraction)
-    values = values * samples.inside[:, None]
-    values[:, :, 1:signed:2] *= samples.sign[:, :, None]
-    flat, far = grid.view(-1, grid.shape[-1]), values * z
-    for plane, rows in ((values - far, samples.rows[:2]), (far, samples.rows[2:])):
+    turned = torch.stack([values.real, values.imag * samples.sign], 2)
+    parts = (turned[:, :, None] * first[:, None, :, None]).flatten(2), power[:, :, None] * second[:, None]
+    added = torch.cat(parts, 2) * samples.inside[:, None]
+    flat, far = grid.view(-1, grid.shape[-1]), added * z
+    for plane, rows in ((added - far, samples.rows[:2]), (far, samples.rows[2:])):
         outer = plane * y
         for line, row in zip((plane - outer, outer), rows, strict=True):
             right = line * x

@@ -50,6 +50,14 @@ class Together(World):
         for number, tensor in enumerate(tensors):
             tensor.copy_(torch.stack([own[number] for own in found]).sum(0))
 
+    def reduce_(self, tensor: torch.Tensor, to: int) -> None:
+        found = self._exchange([tensor.clone()])
+        if self.rank == to:
+            tensor.copy_(torch.stack([own[0] for own in found]).sum(0))
+
+    def broadcast_(self, tensor: torch.Tensor, source: int) -> None:
+        tensor.copy_(self._exchange([tensor.clone()])[source][0])
+
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [own[0] for own in self._exchange([tensor.clone()])]
 
@@ -125,7 +133,7 @@ def test_two_workers_and_a_killed_run_find_the_same(
     data = particles[0]
     monkeypatch.setattr(stage, "PASSES", 4)
     one = learn(data, tmp_path / "one", stages=4)
-    barrier, slots, found = threading.Barrier(2), {}, {}
+    barrier, slots, found = threading.Barrier(2, timeout=300), {}, {}
 
     def work(rank: int) -> None:
         world = Together(rank, 2, barrier=barrier, slots=slots)

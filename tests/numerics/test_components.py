@@ -51,19 +51,19 @@ def test_channels_are_inserted_as_slices_are() -> None:
     """Both ways against the insertion of one value a sample, which other tests compare with its adjoint."""
     rng, pixels, box = generator(), fourier_pixels(BOX), 2 * BOX
     rotation = random_rotations(COUNT, rng).float()
-    values = torch.randn(COUNT, len(pixels), 5, generator=rng)
-    grids = torch.zeros(2, box, box, box // 2 + 1, 5)
-    insert_channels_cpu(values, 4, rotation, pixels.kx, pixels.ky, 2.0, grids[0])
-    insert_channels(values, 4, rotation, pixels.kx, pixels.ky, 2.0, grids[1])
-    expected = [
-        insert_slices(torch.view_as_complex(values[:, :, at : at + 2].contiguous()), rotation, pixels.kx, pixels.ky,
-                      2.0, box) for at in (0, 2)
-    ]  # fmt: skip
-    real = insert_slices(values[:, :, 4].contiguous(), rotation, pixels.kx, pixels.ky, 2.0, box)
-    for grid in grids:
-        for number, one in enumerate(expected):
-            torch.testing.assert_close(torch.view_as_complex(grid[..., 2 * number : 2 * number + 2].contiguous()), one)
-        torch.testing.assert_close(grid[..., 4], real)
+    values, power = complex_normal(COUNT, len(pixels), rng=rng), torch.rand(COUNT, len(pixels), generator=rng)
+    first, second = torch.randn(COUNT, 2, generator=rng), torch.rand(COUNT, 3, generator=rng)
+    grids = torch.zeros(2, box, box, box // 2 + 1, 7)
+    where = rotation, pixels.kx, pixels.ky, 2.0
+    for insert, grid in zip((insert_channels_cpu, insert_channels), grids, strict=True):
+        insert(values, power, first, second, *where, grid)
+        for number in range(2):
+            own = torch.view_as_complex(grid[..., 2 * number : 2 * number + 2].contiguous())
+            torch.testing.assert_close(own, insert_slices(values * first[:, number, None], *where, box))
+        for number in range(3):
+            torch.testing.assert_close(
+                grid[..., 4 + number], insert_slices(power * second[:, number, None], *where, box)
+            )
 
 
 def test_m_step_is_the_solution_of_the_normal_equations() -> None:

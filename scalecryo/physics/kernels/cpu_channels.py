@@ -1,32 +1,34 @@
-"""Insertion of slices with many values a sample at once on the CPU: where a sample falls is found once for all."""
+"""Insertion of images with many weights each at once on the CPU: where a sample falls is found once for all."""
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scalecryo.errors import InputError
 from scalecryo.physics.kernels.cpu_location import BLOCK, array, list_mine, locate, planes, scaled_pixels
 from scalecryo.physics.kernels.jit import in_threads, kernel
 
+_Images = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""values, power, first, second: `insert_channels_cpu`."""
+
 
 @kernel
 def _insert(
     share: int,
     shares: int,
-    values: np.ndarray,
-    signed: int,
+    images: _Images,
     rotation: np.ndarray,
     kx: np.ndarray,
     ky: np.ndarray,
     grid: np.ndarray,
 ) -> None:
-    """Each thread adds to the planes that it owns. Odd channels below `signed` change their sign with the sample's."""
-    box, channels = grid.shape[0], grid.shape[3]
+    """Each thread adds to the planes that it owns."""
+    values, power, first, second = images
+    box, channels, count = grid.shape[0], grid.shape[3], first.shape[1]
     mine = planes(share, shares, box)
     fraction, corner = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32)
-    todo = np.empty(BLOCK, np.int32)
-    turned = np.empty(channels, np.float32)
+    todo, added = np.empty(BLOCK, np.int32), np.empty(channels, np.float32)
     for b in range(rotation.shape[0]):
         for start in range(0, kx.shape[0], BLOCK):
             block = min(BLOCK, kx.shape[0] - start)
@@ -34,12 +36,13 @@ def _insert(
             found = list_mine(mine, corner, block, todo)
             for place in range(found):
                 i = todo[place]
-                value = values[b, start + i]
-                for c in range(channels):
-                    turned[c] = value[c]
-                if fraction[3, i] < 0:
-                    for c in range(1, signed, 2):
-                        turned[c] = -turned[c]
+                real, imag = values[b, start + i].real, values[b, start + i].imag * fraction[3, i]
+                weight = power[b, start + i]
+                for k in range(count):
+                    added[2 * k] = first[b, k] * real
+                    added[2 * k + 1] = first[b, k] * imag
+                for k in range(second.shape[1]):
+                    added[2 * count + k] = second[b, k] * weight
                 x, right = corner[0, i], fraction[0, i]
                 for far_z in range(2):
                     z = corner[3 + far_z, i]
@@ -52,24 +55,31 @@ def _insert(
                         near, next_ = grid[z, y, x], grid[z, y, x + 1]
                         left_share, right_share = height * (np.float32(1) - right), height * right
                         for c in range(channels):
-                            near[c] += left_share * turned[c]
-                            next_[c] += right_share * turned[c]
+                            near[c] += left_share * added[c]
+                            next_[c] += right_share * added[c]
 
 
 def insert_channels_cpu(
-    values: Float[Tensor, "b p c"],
-    signed: int,
+    values: Complex[Tensor, "b p"],
+    power: Float[Tensor, "b p"],
+    first: Float[Tensor, "b q"],
+    second: Float[Tensor, "b t"],
     rotation: Float[Tensor, "b 3 3"],
     kx: Float[Tensor, "p"],
     ky: Float[Tensor, "p"],
     scale: float,
     grid: Float[Tensor, "d d h c"],
 ) -> None:
-    """Add centred slices to a grid of c real values a voxel, in place, as `fourier_slice.insert_slices` does one.
+    """Add centred slices to a grid of c = 2 q + t real values a voxel, in place, as `fourier_slice.insert_slices` does.
+
+    The first 2 q channels get the real and imaginary parts of values times each of `first`, the others power times each
+    of `second`.
 
     Args:
-        values: float32; of the first `signed`, even ones are real and odd ones imaginary parts.
-        signed: number of channels that hold complex values.
+        values: complex64.
+        power: float32.
+        first: weights of each image's values.
+        second: weights of each image's power.
         rotation: image frame to volume frame.
         kx: cycles per image box.
         ky: cycles per image box.
@@ -79,15 +89,17 @@ def insert_channels_cpu(
     Raises:
         InputError: another dtype, arrays of the wrong shape, a grid that is not contiguous, rotations that are none.
     """
-    count, pixels, channels = len(rotation), len(kx), grid.shape[-1]
-    fits = values.shape == (count, pixels, channels) and values.dtype == grid.dtype == torch.float32
-    if not fits or not grid.is_contiguous() or grid.shape[0] != grid.shape[1]:
+    count, pixels, channels = len(rotation), len(kx), 2 * first.shape[1] + second.shape[1]
+    fits = values.shape == power.shape == (count, pixels) and len(first) == len(second) == count
+    fits = fits and grid.shape[3] == channels and grid.shape[0] == grid.shape[1] and grid.is_contiguous()
+    if not fits or values.dtype != torch.complex64 or power.dtype != torch.float32 or grid.dtype != torch.float32:
         raise InputError(
-            f"values {tuple(values.shape)} {values.dtype} do not fit {count} rotations, {pixels} pixels and a grid "
-            f"{tuple(grid.shape)} {grid.dtype}: give contiguous float32"
+            f"values {tuple(values.shape)} {values.dtype} and power {tuple(power.shape)} {power.dtype} do not fit "
+            f"{count} rotations, {pixels} pixels and a grid {tuple(grid.shape)} {grid.dtype}: give contiguous float32"
         )
     if not bool((rotation.abs() <= 2).all()):
         raise InputError("rotation holds entries that are not finite or beyond 2: check the poses")
     x, y, inside = scaled_pixels(kx, ky, scale, grid.shape[0])
-    held = array(values * torch.from_numpy(inside)[None, :, None])
-    in_threads(_insert, count * pixels, held, signed, array(rotation.float()), x, y, grid.numpy())
+    held = array(values * torch.from_numpy(inside)), array(power * torch.from_numpy(inside))
+    images = *held, array(first.float()), array(second.float())
+    in_threads(_insert, count * pixels, images, array(rotation.float()), x, y, grid.numpy())
