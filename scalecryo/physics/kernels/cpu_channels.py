@@ -6,11 +6,13 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.kernels.cpu_location import BLOCK, array, list_mine, locate, planes, scaled_pixels
+from scalecryo.physics.kernels.cpu_location import BLOCK, array, geometry, list_mine, locate, planes
 from scalecryo.physics.kernels.jit import in_threads, kernel
 
 _Images = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """values, power, first, second: `insert_channels_cpu`."""
+_Places = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Rotations and pixels, as in `cpu_location.Geometry`."""
 
 
 @kernel
@@ -18,17 +20,15 @@ def _insert(
     share: int,
     shares: int,
     images: _Images,
-    rotation: np.ndarray,
-    kx: np.ndarray,
-    ky: np.ndarray,
+    where: _Places,
     grid: np.ndarray,
 ) -> None:
     """Each thread adds to the planes that it owns."""
-    values, power, first, second = images
-    box, channels, count = grid.shape[0], grid.shape[3], first.shape[1]
-    mine = planes(share, shares, box)
+    (values, power, first, second), (rotation, kx, ky, inside, order) = images, where
+    box, width, channels, count = grid.shape[0], grid.shape[2], grid.shape[3], first.shape[1]
+    flat, mine, one = grid.reshape(-1), planes(share, shares, box), np.float32(1)
     fraction, corner = np.empty((4, BLOCK), np.float32), np.empty((5, BLOCK), np.int32)
-    todo, added = np.empty(BLOCK, np.int32), np.empty(channels, np.float32)
+    todo, pair = np.empty(BLOCK, np.int32), np.empty(2 * channels, np.float32)
     for b in range(rotation.shape[0]):
         for start in range(0, kx.shape[0], BLOCK):
             block = min(BLOCK, kx.shape[0] - start)
@@ -36,27 +36,26 @@ def _insert(
             found = list_mine(mine, corner, block, todo)
             for place in range(found):
                 i = todo[place]
-                real, imag = values[b, start + i].real, values[b, start + i].imag * fraction[3, i]
-                weight = power[b, start + i]
+                pixel, kept, right = order[start + i], inside[start + i], fraction[0, i]
+                real, weight = values[b, pixel].real * kept, power[b, pixel] * kept
+                imag = values[b, pixel].imag * kept * fraction[3, i]
                 for k in range(count):
-                    added[2 * k] = first[b, k] * real
-                    added[2 * k + 1] = first[b, k] * imag
+                    pair[2 * k], pair[2 * k + 1] = first[b, k] * real, first[b, k] * imag
                 for k in range(second.shape[1]):
-                    added[2 * count + k] = second[b, k] * weight
-                x, right = corner[0, i], fraction[0, i]
+                    pair[2 * count + k] = second[b, k] * weight
+                for c in range(channels):
+                    pair[channels + c], pair[c] = pair[c] * right, pair[c] * (one - right)
                 for far_z in range(2):
                     z = corner[3 + far_z, i]
                     if not mine[z]:
                         continue
-                    depth = fraction[2, i] if far_z else np.float32(1) - fraction[2, i]
+                    depth = fraction[2, i] if far_z else one - fraction[2, i]
                     for far_y in range(2):
-                        y = corner[1 + far_y, i]
-                        height = depth * (fraction[1, i] if far_y else np.float32(1) - fraction[1, i])
-                        near, next_ = grid[z, y, x], grid[z, y, x + 1]
-                        left_share, right_share = height * (np.float32(1) - right), height * right
-                        for c in range(channels):
-                            near[c] += left_share * added[c]
-                            next_[c] += right_share * added[c]
+                        height = depth * (fraction[1, i] if far_y else one - fraction[1, i])
+                        row = (np.int64(z) * box + corner[1 + far_y, i]) * width + corner[0, i]
+                        at = np.uintp(row * channels)
+                        for c in range(2 * channels):  # both neighbours along x
+                            flat[at + np.uintp(c)] += height * pair[c]
 
 
 def insert_channels_cpu(
@@ -99,7 +98,6 @@ def insert_channels_cpu(
         )
     if not bool((rotation.abs() <= 2).all()):
         raise InputError("rotation holds entries that are not finite or beyond 2: check the poses")
-    x, y, inside = scaled_pixels(kx, ky, scale, grid.shape[0])
-    held = array(values * torch.from_numpy(inside)), array(power * torch.from_numpy(inside))
-    images = *held, array(first.float()), array(second.float())
-    in_threads(_insert, count * pixels, images, array(rotation.float()), x, y, grid.numpy())
+    images = array(values), array(power), array(first.float()), array(second.float())
+    where = tuple(geometry(rotation, kx, ky, scale, grid.shape[0]))
+    in_threads(_insert, count * pixels, images, where, grid.numpy())

@@ -102,7 +102,8 @@ class Components:
         if world.is_leader:
             self._context.run.write(STATE_FILE, self._model.to_bytes(self._identity(), self._pass))
         self._learned.components = self._model
-        return PassReport(f"components: pass {self._pass}, {message}", self._images, checkpoint=False)
+        told, share = f"components: pass {self._pass}, {message}", min(self._pass / PASSES, 0.95)
+        return PassReport(told, self._images, checkpoint=False, progress=share)
 
     def done(self) -> bool:
         """Whether all passes were made, by a run that was killed too."""
