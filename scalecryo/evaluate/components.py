@@ -115,6 +115,26 @@ def scree_figure(curves: ComponentCurves) -> bytes:
     return _png(figure)
 
 
+def traversal_figure(
+    mean: Float[NDArray, "n n n"], components: Float[NDArray, "q n n n"], places: Sequence[float]
+) -> bytes:
+    """Projections along z of the mean moved along each component, one component a row, to so many deviations."""
+    figure = Figure(figsize=(1.5 * len(places) + 0.4, 1.6 * len(components) + 0.3), layout="constrained")
+    grid = figure.subplots(len(components), len(places), squeeze=False)
+    along, base = components.sum(1), mean.sum(0)
+    low, high = np.percentile(base, [1, 99.9])
+    for number, row in enumerate(grid):
+        for axes, place in zip(row, places, strict=True):
+            axes.imshow(
+                base + place * along[number], cmap="gray", vmin=low, vmax=max(high, low + 1e-12), origin="lower"
+            )
+            axes.set(xticks=[], yticks=[])
+            if number == 0:
+                axes.set_title(f"{place:+g} sd", fontsize="small")
+        row[0].set_ylabel(f"component {number + 1}", fontsize="small")
+    return _png(figure)
+
+
 def latent_figure(
     z: Float[NDArray, "particles q"], passing: int, mixture: Mixture | None, state: Int[NDArray, " particles"] | None
 ) -> bytes:

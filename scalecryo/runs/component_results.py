@@ -12,7 +12,7 @@ from torch import Tensor
 from scalecryo.data.formats import mrc, relion
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.evaluate.components import ComponentCurves, add_sections, component_sections
+from scalecryo.evaluate.components import ComponentCurves, add_sections, component_sections, traversal_figure
 from scalecryo.evaluate.mixture import Mixture
 from scalecryo.evaluate.report import Section, fsc_figure
 from scalecryo.map.postprocess import postprocess
@@ -70,7 +70,10 @@ def write_variety(run: RunFolder, store: ParticleStore, variety: Variety, seed: 
     relion.add_columns(run.path("particles.star"), {name: values[order] for name, values in table.items()})
     summaries, more = _write_states(run, variety, states, seed)
     label = None if states is None else states[0]
+    places = np.linspace(-REACH, REACH, STEPS)[::2].tolist()
+    film = traversal_figure(_array(variety.mean), _array(variety.components), places)
     sections = component_sections(variety.curves, variety.z, variety.mixture, label, summaries) + more
+    sections.append((Section("Along each component", png=film), "traversals"))
     for section, name in sections:
         if section.png is not None:
             run.write(f"{name}.png", section.png)
