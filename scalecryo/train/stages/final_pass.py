@@ -115,7 +115,8 @@ class FinalPass:
             notes = self._uncertain()
             with world.timer.part("results"):
                 cones = self._write(solved, notes)
-            if not context.config.train.components:  # which a run that is killed goes on from
+            followed = self._out is context.run and self._remember and context.config.train.components > 0
+            if not followed:  # components go on from them
                 self._found.remove_pass(self._pass)
             for warning in (*notes, cones.warning):
                 if warning:
