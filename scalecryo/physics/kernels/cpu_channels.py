@@ -8,6 +8,9 @@ from torch import Tensor
 from scalecryo.errors import InputError
 from scalecryo.physics.kernels.cpu_location import BLOCK, array, geometry, list_mine, locate, planes
 from scalecryo.physics.kernels.jit import in_threads, kernel
+from scalecryo.physics.kernels.vectors import prefetch
+
+_AHEAD, _LINE = 8, 16  # samples whose voxels are asked for before they are needed; floats in a cache line
 
 _Images = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """values, power, first, second: `insert_channels_cpu`."""
@@ -35,6 +38,14 @@ def _insert(
             locate(rotation[b], kx[start : start + block], ky[start : start + block], box, fraction, corner)
             found = list_mine(mine, corner, block, todo)
             for place in range(found):
+                if place + _AHEAD < found:
+                    later = todo[place + _AHEAD]
+                    for far_z in range(2):
+                        for far_y in range(2):
+                            row = (np.int64(corner[3 + far_z, later]) * box + corner[1 + far_y, later]) * width
+                            at = (row + corner[0, later]) * channels
+                            for line in range(0, 2 * channels, _LINE):
+                                prefetch(flat, at + line)
                 i = todo[place]
                 pixel, kept, right = order[start + i], inside[start + i], fraction[0, i]
                 real, weight = values[b, pixel].real * kept, power[b, pixel] * kept
