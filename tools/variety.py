@@ -1,13 +1,14 @@
 """Continuous and compositional variety from true poses, measured as the public benchmark does.
 
-    python tools/variety.py OUT [hinge random assemblies homogeneous] [--n 8000] [--components 6]
+    python tools/variety.py OUT [hinge random assemblies homogeneous] [--n 8000] [--components 6] [--section.key=value]
 
 Makes sets in the manner of CryoBench (Jeon et al. 2024) at 64 px, a tenth of its images: a chain of a two-chain protein
 turned by a full circle in steps; the same turned at random; 16 sub-assemblies of a ribosome with that benchmark's
 head-heavy counts; and one structure alone. SNR is −8 dB at 64 px: the signal of an image over the noise of a Fourier
 coefficient is the benchmark's (SNR 0.01 at 256 px, cropped to 128 px). Trains with the true poses, and gives the mean
 over conformations of the area under the FSC between the map at a conformation's mean place in the latent space and its
-true map (x = shell / box from 0 to ½, so at most 0.5), with and without a mask around the true density.
+true map (x = shell / box from 0 to ½, so at most 0.5): of the map within its own mask, without a mask, and with both
+within a mask around the true density. `--pose.source=guided` begins from nothing instead of the true poses.
 """
 
 import argparse
@@ -29,7 +30,9 @@ from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
-from scalecryo.map.reference import c_ref, weight_shells
+from scalecryo.evaluate.align import Alignment, align_poses
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.map.reference import ReferenceSet, c_ref, weight_shells
 from scalecryo.physics.fsc import fsc
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.runs.folder import RunFolder
@@ -99,8 +102,10 @@ class Told:
 
 def learn(store: str, out: Path, components: int, extra: dict[str, str]) -> tuple[RunContext, Learned]:
     """A run with the true poses."""
-    settings = {"run.data": store, "run.out": str(out), "pose.source": "known", "train.steps": "2"}
-    config = load_config(None, {**settings, "train.components": str(components), **extra})
+    settings = {"run.data": store, "run.out": str(out), "train.components": str(components)}
+    if "pose.source" not in extra:
+        settings |= {"pose.source": "known", "train.steps": "2"}
+    config = load_config(None, {**settings, **extra})
     run = RunFolder(str(out))
     run.create(config, resume=False)
     context = RunContext.of(config, ParticleStore.open(store), run, World(), torch.device("cpu"))
@@ -130,18 +135,35 @@ def measure(
     stage = StateMaps(context, learned, np.array(centres), particles)
     run_stages([stage], context)
     maps = stage.references
+    laid = None if context.config.recipe == "known" else onto_truth(learned, truth, maps, kinds)
     areas = []
     for number, kind in enumerate(kinds):
-        true = torch.from_numpy(read_map(str(truth / ("truth.mrc" if kind == 1 else f"truth_{kind}.mrc")))[0])
-        found = weight_shells(maps.mean(number), c_ref(maps.curve(number)))
-        mask = mask_from_map(true, maps.pixel_size)
-        pairs = ((found, true), (found * maps.mask[number], true), (found * mask, true * mask))
+        true, found = true_map(truth, kind), weight_shells(maps.mean(number), c_ref(maps.curve(number)))
+        mask, own = mask_from_map(true, maps.pixel_size), found * maps.mask[number]
+        if laid is not None:
+            found, own = apply_alignment(found, laid), apply_alignment(own, laid)
+        pairs = ((found, true), (own, true), (found * mask, true * mask))
         areas.append([area(fsc(*pair)) for pair in pairs])
     raw, masked, within = np.array(areas).T
     return {
         "conformations": len(kinds), "auc": float(masked.mean()), "auc_sd": float(masked.std()),
         "auc_unmasked_map": float(raw.mean()), "auc_in_true_mask": float(within.mean()),
     }  # fmt: skip
+
+
+def true_map(truth: Path, kind: int) -> torch.Tensor:
+    """Of a conformation, from 1."""
+    return torch.from_numpy(read_map(str(truth / ("truth.mrc" if kind == 1 else f"truth_{kind}.mrc")))[0])
+
+
+def onto_truth(learned: Learned, truth: Path, maps: ReferenceSet, kinds: np.ndarray) -> Alignment:
+    """How maps of poses found from nothing lie on the truth, hand included: one for all, by the mean of all maps."""
+    posed = learned.posed
+    assert posed is not None
+    true = torch.from_numpy(relion.read_poses(str(truth / "truth.star")).rotation).float()
+    start = align_poses(posed.all()[0].rotation, true)
+    mean = torch.stack([true_map(truth, kind) for kind in kinds]).mean(0)
+    return align_maps(maps.maps.mean((0, 1)), mean, [start], search=False)
 
 
 def area(curve: torch.Tensor) -> float:

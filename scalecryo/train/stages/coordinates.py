@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 BATCH = 256
 MOST_STATES, MOST_POINTS = 20, 10_000  # of the mixture
 SURE = 4.0  # standard errors of the gain on images never seen, above which a component is taken to be there
+LEAST_GAIN = 0.01  # per image, of a component that is worth telling of, however many images there are
 SIGNAL = 0.143
 LEAST_WEIGHT = 0.3  # of a particle whose place the mixture learns from
 
@@ -114,7 +115,7 @@ class CoordinatePass:
         error = np.sqrt(np.maximum(squared - gain**2, 0) / images)
         agreement = self._model.agreement
         assert agreement is not None, "the M-steps come first"
-        confirmed = (gain > SURE * error) & (agreement.cpu().numpy() > SIGNAL)
+        confirmed = (gain > np.maximum(SURE * error, LEAST_GAIN)) & (agreement.cpu().numpy() > SIGNAL)
         passing = int(np.cumprod(confirmed).sum())
         mixture = self._mixture(world, passing) if passing else None
         self._learned.coordinates = Coordinates(self._table, gain, error, moment, passing, mixture)
