@@ -81,9 +81,9 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.Tens
     return str(folder / "store.zarr"), mean, component, np.where(label == 1, 1, -1)
 
 
-def learn(data: str, out: Path, world: World | None = None, stages: int = 5) -> Learned:
+def learn(data: str, out: Path, world: World | None = None, stages: int = 5, **more: str) -> Learned:
     settings = {"run.data": data, "run.out": str(out), "pose.source": "known", "train.steps": "1",
-                "train.components": "2"}  # fmt: skip
+                "train.components": "2", **more}  # fmt: skip
     config, run = load_config(None, settings), RunFolder(str(out))
     if world is None or world.is_leader:
         run.create(config, resume=True)
@@ -125,6 +125,19 @@ def test_two_conformations_are_found_and_told_apart(
     export.run(str(tmp_path / "run"), format="cryosparc", out=str(tmp_path / "cs"))
     rows = np.load(tmp_path / "cs" / "particles.cs")
     np.testing.assert_allclose(rows["components_mode_1/value"], coordinates.z[:, 1], atol=1e-5)
+
+
+def test_no_component_passes_where_there_is_one_structure(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path
+) -> None:
+    data, _, _, sign = particles
+    np.savetxt(tmp_path / "rows.txt", np.flatnonzero(sign == 1), fmt="%d")
+    learned = learn(data, tmp_path / "run", **{"train.index": str(tmp_path / "rows.txt")})
+    assert learned.coordinates is not None
+    assert learned.coordinates.passing == 0
+    assert "no component passes" in (tmp_path / "run" / "report.html").read_text()
+    assert not (tmp_path / "run" / "states").exists()
+    assert "scalecryoState" not in (tmp_path / "run" / "particles.star").read_text()
 
 
 def test_two_workers_and_a_killed_run_find_the_same(
