@@ -28,7 +28,8 @@ from scalecryo.train.stage import Learned
 logger = logging.getLogger(__name__)
 BATCH = 256
 LOW_LEVEL, MOST_LEVEL = 32, 128  # boxes of the first passes, and at most of the last ones
-LOW_PASSES, PASSES = 6, 14  # at most, at the low level and in all
+LOW_PASSES, PASSES = 8, 18  # at most, at the low level and in all
+FREE_PASSES = 4  # whose ridge does not follow the halves' correlation: a start that says little must be able to grow
 SETTLED = 0.01  # change of the halves' correlation that is none
 MOST_PARTICLES = 200_000  # that a pass reads
 SIGNAL = 0.143
@@ -229,7 +230,8 @@ class Components:
         if world.size > 1:
             sums.all_reduce_(world.all_reduce_, radius)
         moments = model.update_moments(world)
-        ridge = ridge_of(model.curves, sums.mean_weight(radius))
+        free = self._pass <= FREE_PASSES + 2
+        ridge = ridge_of(None if free else model.curves, sums.mean_weight(radius))
         solved = sums.solve(ridge, radius)
         self._sums = None
         level, halves = solved.shape[-1], []
@@ -239,7 +241,9 @@ class Components:
         frame, before = common_frame(torch.stack(halves)), model.agreement
         model.take(frame)
         model.update_noise(world)
-        settled = before is not None and float((frame.agreement - before).abs().amax()) < SETTLED  # host sync
+        settled = False
+        if before is not None and not free:
+            settled = float((frame.agreement - before).abs().amax()) < SETTLED  # host sync
         if model.at_last_level:
             model.settled = settled or self._pass >= PASSES
         elif settled or self._pass >= LOW_PASSES + 2:
