@@ -22,6 +22,7 @@ from scalecryo.settings import (
     POSED,
     RECIPES,
     STEPS,
+    VARIED,
     AutoencoderConfig,
     Device,
     EncoderConfig,
@@ -97,6 +98,9 @@ class TrainConfig(Section):
         "independent", "independent: unrelated structures, each from random poses; docked: one assembly in several "
         "compositions or conformations, told apart at the poses of one common map", GUIDED,
     )  # fmt: skip
+    components: int = option(
+        0, "directions of continuous variety that are learnt at the final poses; 0: none", VARIED, least=0, most=10
+    )
     seed: int = option(0, "seed of the start, the sample order and the noise", least=0)
     checkpoint_every: int = option(500, "steps between checkpoints", STEPS, least=1)
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", least=1)
@@ -109,6 +113,10 @@ class TrainConfig(Section):
         require(known, "train.symmetry", self.symmetry, "no such point group: use C1, C7, D7, T, O, I or I1 to I4")
         alone = self.classes == 1 or self.symmetry.strip().upper() == "C1"
         require(alone, "train.classes", self.classes, "several structures are sought without a point group: C1")
+        alone = not self.components or (self.classes == 1 and self.symmetry.strip().upper() == "C1")
+        repair = "components are of one structure in C1 (a symmetric one: `select --expand`, guided.start = poses)"
+        require(alone, "train.components", self.components, repair)
+        require(not self.components or self.final_pass, "train.components", self.components, "needs train.final_pass")
 
 
 @dataclass(frozen=True, kw_only=True)

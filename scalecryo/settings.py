@@ -31,6 +31,7 @@ AUTOENCODER: tuple[Recipe, ...] = ("autoencoder",)
 PAPER: tuple[Recipe, ...] = ("paper",)
 EM: tuple[Recipe, ...] = ("guided", "poses", "autoencoder")
 GRADIENT: tuple[Recipe, ...] = ("paper", "known", "table")
+VARIED: tuple[Recipe, ...] = ("guided", "poses", "known")
 STEPS: tuple[Recipe, ...] = ("autoencoder", "paper", "known", "table")
 ENCODER: tuple[Recipe, ...] = ("autoencoder", "paper")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from scalecryo.data.conversion.places import check_destination, check_source
 from scalecryo.data.io import urls
+from scalecryo.data.simulation.hinge import Hinge
 from scalecryo.data.simulation.settings import Imaging, Imperfections
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError, OutputExistsError
@@ -31,7 +32,9 @@ def check_simulate(structure: str, out_dir: str, **asked: Any) -> None:
     sources: Sequence[str] = (structure, *asked.get("mix", ()))
     for source in sources:
         _check_there(source)
-    existing = [name for name in (*SIMULATED, *truth_maps(len(sources))) if urls.exists(urls.join(out_dir, name))]
+    turns = None if asked.get("hinge") is None else Hinge.parse(asked["hinge"])
+    kinds = len(sources) - 1 + (1 if turns is None else turns.steps)
+    existing = [name for name in (*SIMULATED, *truth_maps(kinds)) if urls.exists(urls.join(out_dir, name))]
     if existing:
         raise OutputExistsError(
             f"{urls.redacted(out_dir)} already holds {existing[0]}: remove it, or name another folder"

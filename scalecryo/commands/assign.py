@@ -14,6 +14,8 @@ from scalecryo.train.forecast import Forecast, parts_of
 from scalecryo.train.loop import load_trained, run_stages
 from scalecryo.train.particle_state import FOLDER as PARTS
 from scalecryo.train.progress import RunProgress
+from scalecryo.train.recipes import VARIETY
+from scalecryo.train.stage import Stage
 from scalecryo.train.stages.final_pass import FinalPass
 
 
@@ -29,10 +31,14 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     same = data is None
     context, learned = load_trained(config, store, trained, device, same_store=same)
     target = trained if out is None else RunFolder(urls.absolute(out))
+    stages: list[Stage] = [FinalPass(context, learned, out=None if out is None else target, remember=same)]
     if out is not None:
         target.create(config, resume=urls.exists(target.path(PARTS)))  # a killed assignment goes on
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, components=0))
+    elif config.train.components and same:
+        stages += [maker(context, learned) for maker in VARIETY]
     progress = RunProgress(Forecast(parts_of(config, store.count, store.levels)), line, 1)
-    run_stages([FinalPass(context, learned, out=target, remember=same)], context, progress=progress)
+    run_stages(stages, context, progress=progress)
     line.hide()
     target.sync()
     target.close()

@@ -34,12 +34,14 @@ class _Result:
         table: the particles.
         poses: their poses in double precision.
         box_size: of the images that the table names, px.
+        z: coordinates in the components' latent space, (N, q); None: none were learnt.
     """
 
     run: str
     table: ParticleTable
     poses: relion.StarPoses
     box_size: int
+    z: npt.NDArray[np.float64] | None = None
 
     @property
     def shift(self) -> npt.NDArray[np.float64]:
@@ -69,8 +71,8 @@ def run(run: str, *, format: str, out: str, data: str | None = None, data_dir: s
 
     relion: particles.star. cryosparc: particles.cs and particles.csg, for the Import Result Group job; where the store
     came from a .cs file, its own rows, uids and fields with new poses. cryodrgn: poses.pkl and, when the particles have
-    a CTF, ctf.pkl, and particles.star for its loader. Image paths stay as the source table gave them, and lead to the
-    stacks from `out` by links there.
+    a CTF, ctf.pkl, and particles.star for its loader. Coordinates of components go along, as components_mode_0/value …
+    and as z.pkl. Image paths stay as the source table gave them, and lead to the stacks from `out` by links there.
     """
     if format not in ("relion", "cryosparc", "cryodrgn"):
         raise InputError(f"format {format} is not known: choose relion, cryosparc or cryodrgn")
@@ -141,7 +143,14 @@ def _read(run: str) -> _Result:
     # The map is as wide as the images, in pixels of its own.
     width = volume.shape[-1] * pixel_size
     box_size = 2 * round(width / table.pixel_size / 2) if pixel_size else volume.shape[-1]
-    return _Result(run, table, relion.read_poses(path), box_size)
+    return _Result(run, table, relion.read_poses(path), box_size, _coordinates(path))
+
+
+def _coordinates(path: str) -> npt.NDArray[np.float64] | None:
+    """Columns scalecryoComponent1 … of a table; None where it has none."""
+    own = relion.OwnColumns(text_of(path), path)
+    names = [name for name in own.names if name.removeprefix(relion.COMPONENT).isdecimal()]
+    return np.stack([own.numbers(name) for name in names], 1) if names else None
 
 
 def _relion(result: _Result, out: str) -> None:
@@ -151,6 +160,7 @@ def _relion(result: _Result, out: str) -> None:
 def _cryosparc(result: _Result, out: str, origin: _Origin) -> None:
     path = urls.join(out, "particles.cs")
     table, poses, shift = result.table, result.poses, result.shift
+    components = {} if result.z is None else cryosparc.component_fields(result.z)
     if origin.rows is None:
         own = relion.OwnColumns(text_of(urls.join(result.run, "particles.star")), result.run)
         extra = cryosparc_extra(
@@ -159,12 +169,15 @@ def _cryosparc(result: _Result, out: str, origin: _Origin) -> None:
         if said := left_behind(extra, "cryoSPARC"):
             note(said)
         pose = poses.rotation, shift
-        cryosparc.write_particles(path, table, _boxes(result), origin.sign, poses.confidence, pose, extra.columns)
+        more = {**extra.columns, **components}
+        cryosparc.write_particles(path, table, _boxes(result), origin.sign, poses.confidence, pose, more)
     else:
         own = relion.OwnColumns(text_of(urls.join(result.run, "particles.star")), result.run)
         # The source's own class comes back as it was; those of a run with several stand beside their probability.
         classes = own.numbers(relion.CLASS).astype(np.int64) if relion.CLASS_PROBABILITY in own.names else None
-        cryosparc.write_with_poses(path, *origin.rows, poses.rotation, shift, poses.confidence, poses.half, classes)
+        cryosparc.write_with_poses(
+            path, *origin.rows, poses.rotation, shift, poses.confidence, poses.half, classes, components
+        )
     cryosparc.write_group(urls.join(out, "particles.csg"), "particles.cs")
 
 
@@ -187,6 +200,8 @@ def _cryodrgn(result: _Result, out: str) -> None:
     cryodrgn.write_poses(urls.join(out, "poses.pkl"), result.table, result.box_size)
     if result.table.has_ctf:
         cryodrgn.write_ctf(urls.join(out, "ctf.pkl"), result.table, result.box_size)
+    if result.z is not None:
+        cryodrgn.write_latents(urls.join(out, "z.pkl"), result.z)
 
 
 def _origin(result: _Result, data: str | None) -> _Origin:

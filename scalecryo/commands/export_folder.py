@@ -13,7 +13,6 @@ from scalecryo.data.conversion.stacks import find_stack
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.io import urls
 from scalecryo.errors import ScalecryoError
-from scalecryo.physics.fsc import resolution
 
 LEAST_INITIAL_A = 8.0  # low-pass of a reference for a local refinement, at least: detail must be found, not copied
 
@@ -87,6 +86,9 @@ class Advice:
         density, pixel_size, _ = read_map(urls.join(run, "map.mrc"))
         box_size, angstrom = density.shape[-1], 4 * pixel_size
         if urls.exists(path := urls.join(run, "fsc.csv")):
+            # It imports torch, which takes seconds: wrong arguments are refused before.
+            from scalecryo.physics.fsc import resolution
+
             curve = [float(row["fsc_corrected"]) for row in csv.DictReader(io.StringIO(urls.read_text(path)))]
             _, angstrom = resolution(curve, box_size, pixel_size, 0.143)
         has_mask = urls.exists(urls.join(run, "mask.mrc"))

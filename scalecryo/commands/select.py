@@ -17,7 +17,10 @@ from scalecryo.data.selection.selection import Selection
 from scalecryo.errors import InputError, OutputExistsError, ScalecryoError
 
 _Rotations = npt.NDArray[np.float64]
-_CLASS_NAMES = {"class": relion.CLASS, "class_probability": relion.CLASS_PROBABILITY}  # in conditions
+_CLASS_NAMES = {  # in conditions
+    "class": relion.CLASS, "class_probability": relion.CLASS_PROBABILITY, "state": relion.STATE,
+    "state_probability": relion.STATE_PROBABILITY,
+}  # fmt: skip
 _Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 
 

@@ -11,9 +11,9 @@ from scalecryo.settings import RECIPES
 
 FIRST = Group("What people set", sort_key=0)
 
-#: The eight that people set: also --data … --symmetry, and first in the help.
-COMMON = ("run.data", "run.out", "run.workers", "run.device", "train.symmetry", "train.classes", "train.mask",
-          "train.diameter_a")  # fmt: skip
+#: The nine that people set: also --data … --symmetry, and first in the help.
+COMMON = ("run.data", "run.out", "run.workers", "run.device", "train.symmetry", "train.classes", "train.components",
+          "train.mask", "train.diameter_a")  # fmt: skip
 
 
 def _option(name: str, field: Field[Any], group: Group, shared: Sequence[str]) -> Any:

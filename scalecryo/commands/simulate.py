@@ -10,6 +10,7 @@ from scalecryo.data.formats.mrc import StackWriter, write_map
 from scalecryo.data.formats.relion import write_particles
 from scalecryo.data.io import urls
 from scalecryo.data.simulation.density import densities, diameter
+from scalecryo.data.simulation.hinge import Hinge
 from scalecryo.data.simulation.imperfections import draw_conditions, with_defocus_errors, with_preferred_views
 from scalecryo.data.simulation.micelle import with_micelle
 from scalecryo.data.simulation.particles import draw_particles
@@ -40,31 +41,34 @@ def run(
     mix: Sequence[str] = (),
     micelle: float = 0.0,
     symmetry: str = "C1",
+    hinge: str | None = None,
+    shares: Sequence[float] = (),
 ) -> None:
     """Write particles.mrcs, particles.star (no poses), truth.star (the same rows with poses) and truth.mrc.
 
     The variance of the noise is one for the whole stack (`Recording`). truth.star holds the true defocus and labels of
     what was added (`Conditions.labels`). truth.mrc has its ORIGIN set so that it lies on the structure's own
-    coordinates; further structures are in truth_2.mrc and so on.
+    coordinates; further conformers and structures are in truth_2.mrc and so on.
     """
     check_simulate(structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db, defocus_um=defocus_um,
                      astigmatism_um=astigmatism_um, shift_a=shift_a, colour=colour, scale_sd=scale_sd, gain_sd=gain_sd,
                      junk=junk, neighbours=neighbours, prefer=prefer, defocus_error_a=defocus_error_a, mix=mix,
-                     micelle=micelle, symmetry=symmetry)  # fmt: skip
-    sources = (structure, *mix)
-    maps = truth_maps(len(sources))
+                     micelle=micelle, symmetry=symmetry, hinge=hinge)  # fmt: skip
+    sources, turns = (structure, *mix), None if hinge is None else Hinge.parse(hinge)
+    kinds = len(mix) + (1 if turns is None else turns.steps)
+    maps = truth_maps(kinds)
     wanted = Imperfections(colour, scale_sd, gain_sd, junk, neighbours, prefer, defocus_error_a)
     generator = torch.Generator().manual_seed(seed)
     drawn = draw_particles(n, Imaging(pixel_size, defocus_um, astigmatism_um, shift_a), "particles.mrcs", generator)
     table = with_preferred_views(drawn, prefer, seed)
     told = with_defocus_errors(table, defocus_error_a, seed)
-    conditions = draw_conditions(n, wanted, len(sources), seed)
-    bare, origin = densities(sources, box, pixel_size, symmetry)
+    conditions = draw_conditions(n, wanted, kinds, seed, shares)
+    bare, origin = densities(sources, box, pixel_size, symmetry, turns, seed)
     volumes = [with_micelle(volume, pixel_size, micelle) for volume in bare]
     projectors = [Projector(volume, pixel_size) for volume in volumes]
     extent = max(diameter(volume, pixel_size) for volume in volumes)
     recording = Recording(projectors, extent, table, conditions, wanted, snr_db, generator, seed)
-    names, labels = table.image_names(), conditions.labels(wanted, len(sources))
+    names, labels = table.image_names(), conditions.labels(wanted, kinds)
     micrographs = {"rlnMicrographName": labels["rlnMicrographName"]}
     try:
         _write_images(urls.join(out_dir, "particles.mrcs"), recording)

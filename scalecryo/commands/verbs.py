@@ -72,6 +72,8 @@ def simulate(
     mix: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     micelle: float = 0.0,
     symmetry: str = "C1",
+    hinge: str | None = None,
+    shares: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (),
 ) -> None:
     """Simulate particles of a structure (PDB, mmCIF) or map (MRC), with known truth.
 
@@ -103,12 +105,16 @@ def simulate(
         symmetry: point group (C7, D2, T, O, I, I1 to I4): the map is the sum of the structure's copies about RELION's
             axes; a structure is first moved off the axes until the copies touch, or as far as the box allows; a map is
             not moved
+        hinge: CHAINS:AXIS:DEGREES:STEPS, as A,B:z:60:20, H:0,1,1:360:100 or A:random:40:50: as many conformers of the
+            first structure, some chains turned in steps or at random about the middle of their contact with the others
+        shares: of each conformer and structure among the particles; equal when absent
     """
     check_group(symmetry)
     _run("simulate", structure, out_dir, n=n, box=box, pixel_size=pixel_size, snr_db=snr_db,
          defocus_um=defocus_um, astigmatism_um=astigmatism_um, shift_a=shift_a, seed=seed, colour=colour,
          scale_sd=scale_sd, gain_sd=gain_sd, junk=junk, neighbours=neighbours, prefer=prefer,
-         defocus_error_a=defocus_error_a, mix=mix, micelle=micelle, symmetry=symmetry)  # fmt: skip
+         defocus_error_a=defocus_error_a, mix=mix, micelle=micelle, symmetry=symmetry, hinge=hinge,
+         shares=shares)  # fmt: skip
 
 
 @app.command(help_epilogue=epilogue("convert"))

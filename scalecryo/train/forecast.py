@@ -17,6 +17,8 @@ FASTEST_ENCODED = 2000.0  # images a second of the auto-encoder at 32 px
 VOLUME_SECONDS = 1.0  # of a step of gradient descent for the volume's transforms at 128 px
 SOLVE_SECONDS = 2.0  # of an iteration's maps at 128 px
 RESULT_SECONDS = 10.0  # maps, curves and pictures at 128 px
+LEARNT = 8000.0  # images a second and component of a pass that learns components, at 64 px
+COMPONENT_PASSES, COMPONENT_PARTICLES, COMPONENT_LEVEL = 10, 200_000, 128
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
 SEARCHES, LOCAL = 3, 3
 JUDGING = 8000  # particles that a round of the start reads to judge, at most
@@ -62,7 +64,22 @@ def parts_of(config: Config, particles: int, levels: Sequence[int]) -> list[Part
         full = max(levels)
         posing = particles / (POSED * (128 / full) ** 1.5)
         parts.append(Part("final pass", posing, RESULT_SECONDS * speed * (full / 128) ** 3 * config.train.classes))
+        parts += _variety(config, particles, max(levels))
     return [Part(part.name, part.seconds / speed, part.tail / speed, part.passes) for part in parts]
+
+
+def _variety(config: Config, particles: int, full: int) -> list[Part]:
+    """Passes that learn components, place the particles, and make the maps of states."""
+    count = config.train.components
+    if not count:
+        return []
+    solving = 0.3 * SOLVE_SECONDS * count * (min(full, COMPONENT_LEVEL) / 128) ** 3
+    one = min(particles, COMPONENT_PARTICLES) / (LEARNT / count * (64 / min(full, COMPONENT_LEVEL)) ** 1.3) + solving
+    placed = particles / (4 * LEARNT / count * (64 / min(full, COMPONENT_LEVEL)) ** 1.3)
+    return [
+        Part("components", COMPONENT_PASSES * one, 0, COMPONENT_PASSES), Part("coordinates", placed),
+        Part("state maps", particles / (POSED * (128 / full) ** 1.5), RESULT_SECONDS * (full / 128) ** 3),
+    ]  # fmt: skip
 
 
 def _starts(config: Config, particles: int, levels: Sequence[int]) -> list[Part]:

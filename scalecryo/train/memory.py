@@ -20,6 +20,7 @@ RESULT_GRIDS = 24  # maps, masks, transforms and curves of one class, single pre
 SLABS = 256 << 20
 POSING = 400 << 20  # scores and templates of a search, the encoder and its moments; measured at 64 and 128 px
 SEARCH_LEVEL, PARTS = 64, 4
+COMPONENT_LEVEL = 128  # box at which components are learnt, at most
 _GIB = 2**30
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -81,11 +82,18 @@ def need_of(config: Config, levels: Sequence[int]) -> Need:
     sums = sums_bytes(full, 2 * classes)
     posing = found + sums + max(_images(full, FINAL_BATCH, FINAL_COPIES), _solving(full, classes))
     writing = 4 * full**3 * (RESULT_GRIDS + 4 * classes)
-    return Need(_whole(read + training), _whole(read + max(posing, writing)))
+    variety = _components(min(level, COMPONENT_LEVEL), config.train.components)
+    return Need(_whole(read + training), _whole(read + max(posing, writing, variety)))
 
 
 def _whole(held: int) -> int:
     return PROCESS + round(MARGIN * held)
+
+
+def _components(level: int, count: int) -> int:
+    """Sums of both halves' M-steps and a copy of one, transforms of means and components, and what is solved."""
+    channels = 2 * count + count * (count + 1) // 2
+    return grid(level) * (3 * 4 * channels + 2 * 8 * (count + 1) + 8 * count) if count else 0
 
 
 def _refinement(level: int, classes: int, batch: int) -> int:

@@ -41,17 +41,18 @@ SCHEMA: Mapping[str, tuple[int, ...]] = MappingProxyType(
 )
 
 
-class ParticleState:
-    """Last pose, class and confidence of every particle, by row of the store."""
+class RowColumns:
+    """Columns of float32 values by row of the store, and which rows have them."""
 
-    def __init__(self, run: RunFolder, count: int) -> None:
+    def __init__(self, run: RunFolder, count: int, schema: Mapping[str, tuple[int, ...]]) -> None:
         """
         Args:
             run: in whose folder parts are written.
             count: particles in the store.
+            schema: shape of each column's values.
         """
-        self._run = run
-        self._columns = {name: _scratch((count, *shape), "f4") for name, shape in SCHEMA.items()}
+        self._run, self._schema = run, schema
+        self._columns = {name: _scratch((count, *shape), "f4") for name, shape in schema.items()}
         self._written = _scratch((count,), "u1")
         self._noted: list[dict[str, Tensor]] = []
         self._new: list[str] = []
@@ -59,26 +60,18 @@ class ParticleState:
         self.parts: list[str] = []
         """Every part that was taken in, in this order."""
 
-    def read(self, rows: Int[Tensor, " b"]) -> tuple[PoseEstimates, Bool[Tensor, " b"]]:
-        """What is known of some particles, and of which of them anything is."""
-        at = rows.cpu().numpy()  # host sync
-        column = {name: torch.from_numpy(values[at]).to(rows.device) for name, values in self._columns.items()}
-        return _estimates(column), torch.from_numpy(self._written[at] != 0).to(rows.device)
-
-    def all(self) -> tuple[PoseEstimates, Int[Tensor, " n"]]:
-        """Estimates and half of every particle, without copies."""
-        column = {name: torch.from_numpy(values) for name, values in self._columns.items()}
-        return _estimates(column), column["half"].long()
+    def columns(self) -> dict[str, NDArray[np.float32]]:
+        """Every particle's values, without copies."""
+        return dict(self._columns)
 
     def begin(self, name: str) -> None:
         """Start a pass: what it notes is kept in parts under its name."""
         self._pass, self._new = name, []
         self._noted.clear()
 
-    def note(self, rows: Int[Tensor, " b"], found: PoseEstimates, half: Int[Tensor, " b"]) -> None:
-        """Keep what a pass found; `read` does not see it before the pass is committed."""
+    def note_columns(self, rows: Int[Tensor, " b"], columns: Mapping[str, Tensor]) -> None:
+        """Keep what a pass found; it cannot be read before the pass is committed."""
         # On their device until a part is whole: no batch waits for its own to come over.
-        columns = {name: getattr(found, name) for name in SCHEMA if name != "half"} | {"half": half}
         self._noted.append({"rows": rows, **columns})
         if sum(len(part["rows"]) for part in self._noted) >= PART_ROWS:
             self.flush()
@@ -86,7 +79,8 @@ class ParticleState:
     def flush(self) -> None:
         """Write what was noted since the last time as a part."""
         if sum(len(part["rows"]) for part in self._noted):
-            whole = {name: torch.cat([part[name] for part in self._noted]).cpu().numpy() for name in ("rows", *SCHEMA)}
+            names = ("rows", *self._schema)
+            whole = {name: torch.cat([part[name] for part in self._noted]).cpu().numpy() for name in names}
             whole = {name: values if name == "rows" else values.astype(np.float32) for name, values in whole.items()}
             # No two workers note the same row, so no two parts have the same name.
             name = f"{FOLDER}/{self._pass}/from_{whole['rows'][0]:010d}.npz"
@@ -107,7 +101,7 @@ class ParticleState:
             CheckpointError: one is missing or damaged.
         """
         for name in parts:
-            columns = _from_bytes(self._run.path(name))
+            columns = _from_bytes(self._run.path(name), self._schema)
             rows = columns["rows"]
             for column, values in self._columns.items():
                 values[rows] = columns[column]
@@ -120,6 +114,41 @@ class ParticleState:
         found = sorted(urls.list_folder(folder)) if urls.exists(folder) else []
         self.load(f"{FOLDER}/{name}/{part}" for part in found)
         return int(np.count_nonzero(self._written))
+
+    def remove_pass(self, name: str = "") -> None:
+        """Remove a pass's parts, the last one's where none is named: they are of no use any more."""
+        name = name or self._pass
+        for folder in (self._run.path(FOLDER, name), self._run.path(FOLDER)):
+            if urls.exists(folder) and (folder.endswith(name) or not urls.list_folder(folder)):
+                urls.remove_tree(folder)
+
+
+class ParticleState(RowColumns):
+    """Last pose, class and confidence of every particle, by row of the store."""
+
+    def __init__(self, run: RunFolder, count: int) -> None:
+        """
+        Args:
+            run: in whose folder parts are written.
+            count: particles in the store.
+        """
+        super().__init__(run, count, SCHEMA)
+
+    def read(self, rows: Int[Tensor, " b"]) -> tuple[PoseEstimates, Bool[Tensor, " b"]]:
+        """What is known of some particles, and of which of them anything is."""
+        at = rows.cpu().numpy()  # host sync
+        column = {name: torch.from_numpy(values[at]).to(rows.device) for name, values in self._columns.items()}
+        return _estimates(column), torch.from_numpy(self._written[at] != 0).to(rows.device)
+
+    def all(self) -> tuple[PoseEstimates, Int[Tensor, " n"]]:
+        """Estimates and half of every particle, without copies."""
+        column = {name: torch.from_numpy(values) for name, values in self._columns.items()}
+        return _estimates(column), column["half"].long()
+
+    def note(self, rows: Int[Tensor, " b"], found: PoseEstimates, half: Int[Tensor, " b"]) -> None:
+        """Keep what a pass found; `read` does not see it before the pass is committed."""
+        columns = {name: getattr(found, name) for name in SCHEMA if name != "half"} | {"half": half}
+        self.note_columns(rows, columns)
 
     def load_table(self, store: ParticleStore) -> None:
         """Take in the poses that came with the particles, shard by shard."""
@@ -135,12 +164,6 @@ class ParticleState:
             for name in ("class_probability", "confidence", "particle_probability"):
                 self._columns[name][rows] = 1
             self._written[rows] = 1
-
-    def remove_pass(self, name: str) -> None:
-        """Remove a pass's parts: they are of no use any more."""
-        for folder in (self._run.path(FOLDER, name), self._run.path(FOLDER)):
-            if urls.exists(folder) and (folder.endswith(name) or not urls.list_folder(folder)):
-                urls.remove_tree(folder)
 
 
 def _estimates(column: Mapping[str, Tensor]) -> PoseEstimates:
@@ -167,10 +190,10 @@ def _to_bytes(arrays: Mapping[str, NDArray]) -> bytes:
     return buffer.getvalue()
 
 
-def _from_bytes(url: str) -> dict[str, NDArray]:
+def _from_bytes(url: str, schema: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray]:
     try:
         with np.load(io.BytesIO(urls.read_bytes(url)), allow_pickle=False) as archive:
-            return {name: archive[name] for name in ("rows", *SCHEMA)}
+            return {name: archive[name] for name in ("rows", *schema)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

@@ -18,10 +18,13 @@ from scalecryo.train.stages.class_maps import ClassMaps
 from scalecryo.train.stages.class_start import ClassStart
 from scalecryo.train.stages.classification import Classification
 from scalecryo.train.stages.common_map import CommonMap
+from scalecryo.train.stages.components import Components
+from scalecryo.train.stages.coordinates import CoordinatePass
 from scalecryo.train.stages.final_pass import FinalPass
 from scalecryo.train.stages.gradient_descent import GradientDescent
 from scalecryo.train.stages.imported_poses import ImportedPoses
 from scalecryo.train.stages.refinement import Refinement
+from scalecryo.train.stages.state_maps import StateMaps
 
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
 
@@ -44,6 +47,8 @@ CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     }
 )
 """With several classes: by `train.class_mode`, or from imported poses."""
+VARIETY: tuple[StageMaker, ...] = (Components, CoordinatePass, StateMaps)
+"""Behind the final pass, with `train.components`."""
 
 
 def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
@@ -59,6 +64,7 @@ def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
     chosen = RECIPES[recipe]
     if many:
         chosen = CLASS_RECIPES["poses" if recipe == "poses" else config.train.class_mode]
+    chosen += VARIETY if config.train.components else ()
     makers = [maker for maker in chosen if maker not in left_out]
     return [maker(context, learned) for maker in makers], learned
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from scalecryo.distributed.world import World
 from scalecryo.map.image_groups import ImageGroups
@@ -13,6 +13,10 @@ from scalecryo.runs.monitor import PassReport
 from scalecryo.train.encoder_training import PoseLearner
 from scalecryo.train.particle_source import BatchRequest
 from scalecryo.train.particle_state import ParticleState
+
+if TYPE_CHECKING:
+    from scalecryo.train.component_model import ComponentModel
+    from scalecryo.train.stages.coordinates import Coordinates
 
 
 @dataclass
@@ -26,8 +30,11 @@ class Learned:
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
         steps: that curves and checkpoints count before the refinement's first iteration.
-        grown: whether particles were appended to the store since the first checkpoint: new ones start from the encoder's
-            modes.
+        grown: whether particles were appended to the store since the run began: new ones start from the encoder's modes.
+        posed: every particle at the pose that the final pass gave it.
+        identity: of the particles and the checkpoint that these poses are of.
+        components: the linear model of continuous variety.
+        coordinates: every particle's place in it, and what it shows.
         notes: what a person who looks at the result should know of how it was found.
     """
 
@@ -38,6 +45,10 @@ class Learned:
     model: AutoEncoder | None = None
     steps: int = 0
     grown: bool = False
+    posed: ParticleState | None = None
+    identity: str = ""
+    components: "ComponentModel | None" = None
+    coordinates: "Coordinates | None" = None
     notes: tuple[str, ...] = ()
 
 

@@ -123,6 +123,11 @@ def write_ctf(url: str, table: ParticleTable, box_size: int) -> None:
     _write(url, np.stack([size, pixel_size, *(table.columns[name] for name in CTF_COLUMNS)], axis=1))
 
 
+def write_latents(url: str, z: NDArray[np.floating]) -> None:
+    """Write coordinates (N, q) in a latent space, as cryoDRGN's z.pkl."""
+    _write(url, z.astype(np.float32))
+
+
 def _write(url: str, data: NDArray | tuple[NDArray, ...]) -> None:
     # Protocol 3 writes names as lines of text. NumPy 1 knows its arrays by the older of the two names of one module;
     # NumPy 2 knows both. The name stands once, at the start.

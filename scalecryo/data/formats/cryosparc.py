@@ -307,6 +307,7 @@ def write_with_poses(
     confidence: NDArray[np.floating] | None,
     half: NDArray[np.integer],
     class_number: NDArray[np.integer] | None = None,
+    more: Mapping[str, NDArray] = MappingProxyType({}),
 ) -> None:
     """Write a source's own .cs rows with new poses: every uid, field and dtype else as it was.
 
@@ -321,6 +322,7 @@ def write_with_poses(
         confidence: (N,) 0 to 1; None to leave cryoSPARC's.
         half: (N,) 1 or 2.
         class_number: (N,) from 1, written as alignments3D/class, from 0; None leaves the source's.
+        more: further fields, by row of the poses.
 
     Raises:
         InputError: a row is not in the source, or twice.
@@ -344,7 +346,17 @@ def write_with_poses(
             fields[name] = values
         elif name in new:
             fields[name] = values.astype(rows.dtype[name].base)
+    fields |= {name: values[order] for name, values in more.items()}
     urls.write_bytes_atomic(url, encode(build(len(rows), fields)))
+
+
+def component_fields(z: NDArray[np.floating]) -> dict[str, NDArray]:
+    """Coordinates (N, q) as the fields of cryoSPARC's variability analysis."""
+    fields: dict[str, NDArray] = {}
+    for mode, values in enumerate(z.T):
+        fields[f"components_mode_{mode}/component"] = np.full(len(z), mode, np.uint32)
+        fields[f"components_mode_{mode}/value"] = values.astype(np.float32)
+    return fields
 
 
 def write_group(url: str, table_name: str) -> None:

@@ -33,12 +33,13 @@ class Atoms:
     """The atoms of one model, in the order of the file.
 
     `positions` are (N, 3) float64 (x, y, z) in Å, `elements` N chemical symbols, `b_factor` (N,) isotropic
-    displacement factors in Å² as the file gives them.
+    displacement factors in Å² as the file gives them, `chains` N names of chains (empty where they are not known).
     """
 
     positions: NDArray[np.float64]
     elements: tuple[str, ...]
     b_factor: NDArray[np.float64]
+    chains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.elements)
@@ -81,21 +82,21 @@ def read_structure(path: str, *, keep_hydrogens: bool = True) -> Atoms:
         ) from error
     structure.remove_alternative_conformations()
     found = [
-        (atom.pos.tolist(), symbol, atom.b_iso)
-        for residue in (residue for chain in structure[0] for residue in chain)
+        (atom.pos.tolist(), symbol, atom.b_iso, chain.name)
+        for chain, residue in ((chain, residue) for chain in structure[0] for residue in chain)
         if not (residue.is_water() or residue.name in _MORE_WATERS)
         for atom in residue
         if (symbol := _element(residue, atom, guess)) != "H" or keep_hydrogens
     ]
     if not found:
         raise InputError(f"{path} holds no atoms besides water: check that it is the structure you meant")
-    positions, elements, b_factor = zip(*found, strict=True)
+    positions, elements, b_factor, chains = zip(*found, strict=True)
     if "X" in elements:
         raise InputError(
             f"{path}: atom {elements.index('X') + 1} has no element that could be understood: "
             "fill in the element column (77-78 of a PDB line)"
         )
-    return Atoms(np.array(positions, dtype=np.float64), elements, np.array(b_factor, dtype=np.float64))
+    return Atoms(np.array(positions, dtype=np.float64), elements, np.array(b_factor, dtype=np.float64), chains)
 
 
 def _parse(text: str) -> tuple[gemmi.Structure, bool]:

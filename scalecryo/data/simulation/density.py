@@ -11,6 +11,7 @@ from torch import Tensor
 from scalecryo.data.formats.mrc import read_map
 from scalecryo.data.formats.structure import Atoms, potential_map, read_structure
 from scalecryo.data.io import urls
+from scalecryo.data.simulation.hinge import Hinge
 from scalecryo.data.simulation.projector import Projector
 from scalecryo.errors import InputError
 from scalecryo.physics.fft import fourier_resize_3d
@@ -22,7 +23,12 @@ _DIRECTIONS = 4000
 
 
 def densities(
-    sources: Sequence[str], box_size: int, pixel_size: float, symmetry: str = "C1"
+    sources: Sequence[str],
+    box_size: int,
+    pixel_size: float,
+    symmetry: str = "C1",
+    hinge: Hinge | None = None,
+    seed: int = 0,
 ) -> tuple[list[Float[Tensor, "n n n"]], tuple[float, float, float]]:
     """The density of every source, in one frame, and the position of their first voxel in Å (x, y, z).
 
@@ -38,6 +44,8 @@ def densities(
         box_size: px, even.
         pixel_size: Å.
         symmetry: point group (`symmetry_rotations`).
+        hinge: of the first structure, which then stands for all of its conformers.
+        seed: of a hinge's random turns.
 
     Raises:
         MissingInputError, InputError: a source is missing, cannot be read, or does not fit in the box; or there is no
@@ -47,8 +55,10 @@ def densities(
     volumes: list[Tensor] = []
     centre: NDArray[np.floating] | None = None
     origin = (0.0, 0.0, 0.0)
-    for source in sources:
+    for number, source in enumerate(sources):
         if source.lower().removesuffix(".gz").removesuffix(".bz2").endswith(_MAPS):
+            if number == 0 and hinge is not None:
+                raise InputError(f"{urls.redacted(source)}: a map has no chains to turn: give a structure")
             volume = _map_density(source, box_size, pixel_size)
             if len(rotations) > 1:
                 projector = Projector(volume, pixel_size)
@@ -60,8 +70,10 @@ def densities(
             centre = atoms.centre_of_mass - _placement(atoms, box_size * pixel_size / 2, rotations)
             x, y, z = (centre - (box_size // 2) * pixel_size).tolist()
             origin = (x, y, z) if not volumes else origin
-        copies = _copies(atoms, centre, rotations)
-        volumes.append(torch.from_numpy(potential_map(copies, box_size, pixel_size, np.zeros(3))))
+        own = hinge if number == 0 else None
+        for conformer in [atoms] if own is None else own.conformers(atoms, urls.redacted(source), seed):
+            copies = _copies(conformer, centre, rotations)
+            volumes.append(torch.from_numpy(potential_map(copies, box_size, pixel_size, np.zeros(3))))
     return volumes, origin
 
 

@@ -5,7 +5,7 @@ Every kind is drawn from a stream of its own, so that switching one on changes n
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,8 +112,12 @@ def _share(count: int, share: float, generator: torch.Generator) -> NDArray[np.i
     return torch.randperm(count, generator=generator).numpy()[: round(share * count)]
 
 
-def draw_conditions(count: int, wanted: Imperfections, classes: int, seed: int) -> Conditions:
-    """The conditions of `count` particles of `classes` equally probable densities."""
+def draw_conditions(
+    count: int, wanted: Imperfections, classes: int, seed: int, shares: Sequence[float] = ()
+) -> Conditions:
+    """The conditions of `count` particles of `classes` densities, as probable as `shares` say (none: equally)."""
+    if shares and (len(shares) != classes or min(shares) < 0 or sum(shares) <= 0):
+        raise InputError(f"{len(shares)} shares of {classes} structures: give a number from 0 for each, e.g. 3 1")
     micrograph = np.arange(count) // MICROGRAPH_IMAGES
     junk = np.zeros(count, np.int64)
     chosen = _share(count, wanted.junk, stream(seed, "junk"))
@@ -126,13 +130,20 @@ def draw_conditions(count: int, wanted: Imperfections, classes: int, seed: int) 
     offset = _OFFSET_SIGMAS * wanted.gain_sd * _normal(count, gains)
     return Conditions(
         micrograph,
-        torch.randint(classes, (count,), generator=classed).numpy(),
+        _draw_classes(count, classes, shares, classed),
         junk,
         scale[micrograph],
         gain,
         offset,
         _draw_neighbours(count, wanted.neighbours, classes, junk == EMPTY, stream(seed, "neighbours")),
     )
+
+
+def _draw_classes(count: int, classes: int, shares: Sequence[float], generator: torch.Generator) -> Int[NDArray, " n"]:
+    if not shares:
+        return torch.randint(classes, (count,), generator=generator).numpy()
+    weight = torch.tensor(shares, dtype=torch.float64)
+    return torch.multinomial(weight, count, replacement=True, generator=generator).numpy()
 
 
 def _draw_neighbours(

@@ -41,16 +41,29 @@ def report_html(title: str, sections: Sequence[Section], verdict: Verdict | None
         sections: in order.
         verdict: that the page begins with, or None.
     """
-    names = [f"s{number}" for number in range(len(sections))]
-    links = "".join(
-        f'<a href="#{name}">{html.escape(section.title)}</a> ' for name, section in zip(names, sections, strict=True)
-    )
+    links, body = _numbered(sections, 0)
     parts = [] if verdict is None else [_verdict_html(verdict)]
-    parts.append(f"<nav>{links}</nav>")
-    parts += [_section_html(name, section) for name, section in zip(names, sections, strict=True)]
+    parts += [f"<nav>{links}</nav>", body]
     if any('class="surface"' in section.body for section in sections):
         parts.append(f"<script>\n{_packaged('viewer.js')}</script>")
     return _PAGE.format(title=html.escape(title), style=_packaged("page.css"), body="\n".join(parts))
+
+
+def with_sections(page: str, sections: Sequence[Section]) -> str:
+    """A page that `report_html` made, with more sections at its end."""
+    links, body = _numbered(sections, page.count(_BEGIN))
+    page = page.replace(_END_OF_LINKS, links + _END_OF_LINKS, 1)
+    at = page.rindex(_END_OF_PAGE)
+    return f"{page[:at]}{body}\n{page[at:]}"
+
+
+def _numbered(sections: Sequence[Section], first: int) -> tuple[str, str]:
+    """Links to sections, and the sections, named by their numbers from `first` on."""
+    links, body = [], []
+    for number, section in enumerate(sections, first):
+        links.append(f'<a href="#s{number}">{html.escape(section.title)}</a> ')
+        body.append(_section_html(f"s{number}", section))
+    return "".join(links), "\n".join(body)
 
 
 def table_html(rows: Mapping[str, str]) -> str:
@@ -93,7 +106,7 @@ def _verdict_html(verdict: Verdict) -> str:
 
 
 def _section_html(name: str, section: Section) -> str:
-    parts = [f'<section id="{name}">\n<h2>{html.escape(section.title)}</h2>', section.body]
+    parts = [f'{_BEGIN}"{name}">\n<h2>{html.escape(section.title)}</h2>', section.body]
     if section.text:
         text = f"<pre>{html.escape(section.text)}</pre>"
         parts.append(f"<details><summary>show</summary>{text}</details>" if section.folded else text)
@@ -109,6 +122,7 @@ def _packaged(name: str) -> str:
     return (files("scalecryo.evaluate.report") / name).read_text(encoding="utf-8")
 
 
+_BEGIN, _END_OF_LINKS, _END_OF_PAGE = "<section id=", "</nav>", "</body>"
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

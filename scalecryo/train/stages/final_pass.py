@@ -125,7 +125,9 @@ class FinalPass:
             notes = self._uncertain()
             with world.timer.part("results"):
                 cones = self._write(solved, notes)
-            self._found.remove_pass(self._pass)
+            followed = self._out is context.run and self._remember and context.config.train.components > 0
+            if not followed:  # components go on from them
+                self._found.remove_pass(self._pass)
             for warning in (*notes, cones.warning):
                 if warning:
                     logger.warning("%s", warning)
@@ -137,6 +139,7 @@ class FinalPass:
                 "final/cone_area_ratio": cones.area_ratio,
             }
         self._done = True
+        self._learned.posed, self._learned.identity = self._found, self._pass
         return PassReport(message, self._images, checkpoint=False, figures=figures)
 
     def done(self) -> bool:

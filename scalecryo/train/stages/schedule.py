@@ -198,7 +198,7 @@ class Schedule:
             self.searched = False  # more than an iteration reads: new ones are searched in any case
 
     def reopen(self) -> None:
-        """Go on: there are particles that it has not seen. They start from modes of their own, nobody else is searched."""
+        """Go on: there are particles that it has not seen. They start from modes of their own; no other is searched."""
         self.settled, self.ended, self.searched = 0, False, False
 
     def state_dict(self) -> dict[str, Any]:

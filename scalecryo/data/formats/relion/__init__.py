@@ -5,12 +5,22 @@ and do not write it again as it was. Here a table is read in pieces of 8 MiB, in
 byte but for the values that change.
 """
 
+from scalecryo.data.formats.relion.columns import add_columns
 from scalecryo.data.formats.relion.expand import write_expanded
 from scalecryo.data.formats.relion.table import OwnColumns, StarPoses, image_key, read_particles, read_poses
-from scalecryo.data.formats.relion.values import CLASS, CLASS_PROBABILITY, JUNK, MAX_CONFIDENCE
+from scalecryo.data.formats.relion.values import (
+    CLASS,
+    CLASS_PROBABILITY,
+    COMPONENT,
+    JUNK,
+    MAX_CONFIDENCE,
+    STATE,
+    STATE_PROBABILITY,
+)
 from scalecryo.data.formats.relion.write import own_table, write_particles, write_rows, write_with_poses
 
 __all__ = [
-    "CLASS", "CLASS_PROBABILITY", "JUNK", "MAX_CONFIDENCE", "OwnColumns", "StarPoses", "image_key", "own_table",
-    "read_particles", "read_poses", "write_expanded", "write_particles", "write_rows", "write_with_poses",
+    "CLASS", "CLASS_PROBABILITY", "COMPONENT", "JUNK", "MAX_CONFIDENCE", "STATE", "STATE_PROBABILITY", "OwnColumns",
+    "StarPoses", "add_columns", "image_key", "own_table", "read_particles", "read_poses", "write_expanded",
+    "write_particles", "write_rows", "write_with_poses",
 ]  # fmt: skip

@@ -1,0 +1,192 @@
+"""Maps at places of the latent space: images weighted by how near they lie, each moved there by the linear model.
+
+A map at z0 is a local linear regression: an image enters with the weight exp(−½ Σ ((z − z0) / (h sd))²), less what the
+model says that it would show otherwise at z0, A W (z − z0). What remains to the kernel is what the model cannot say, so
+a wide kernel blurs little.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scalecryo.distributed.world import World
+from scalecryo.evaluate.components import ComponentCurves
+from scalecryo.map.backprojection import PADDING, Backprojection
+from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.image_formation import CtfWeightedImages
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.runs.component_results import Variety, write_variety
+from scalecryo.runs.monitor import PassReport
+from scalecryo.train.component_model import PosedImages
+from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.stage import Learned
+
+BATCH = 256
+BYTES = 1 << 30  # of the sums of one pass
+LEAST_KERNEL = 1e-3  # weights below are none
+LEAST_PARTICLES = 300  # that a kernel is widened to
+SHARE = 0.5  # of a state's particles, as the sum of the kernel's weights at its centre
+
+
+class StateMaps:
+    """As many passes as the memory for sums asks for; the last one writes all that the components leave behind."""
+
+    name = "state maps"
+
+    def __init__(
+        self,
+        context: RunContext,
+        learned: Learned,
+        centres: Float[NDArray, "k q"] | None = None,
+        particles: Float[NDArray, " k"] | None = None,
+    ) -> None:
+        """
+        Args:
+            context: of the run.
+            learned: poses, components and coordinates.
+            centres: places in the latent space; None: those of the states, and the results are written.
+            particles: that each map is made of, as the sum of the kernel's weights.
+        """
+        self._context, self._learned = context, learned
+        self._given = None if centres is None else (centres, particles)
+        self._centres: Tensor | None = None
+        self._maps: list[Tensor] = []
+        self._done, self._images = False, 0
+
+    @property
+    def references(self) -> ReferenceSet:
+        """The half-maps at every place, when all passes were made."""
+        context = self._context
+        level = self._maps[0].shape[-1]
+        noise = torch.ones(level // 2 + 1, device=context.device)
+        pixel_size = context.store.level_pixel_size(level)
+        maps = torch.cat(self._maps)
+        return ReferenceSet.of_maps(maps, pixel_size, noise=noise, radius=level / 2 - 1, solvent=context.solvent)
+
+    def request(self) -> BatchRequest:
+        """Every particle in order, at the full box."""
+        context = self._context
+        if self._centres is None:
+            self._set_places()
+        assert self._centres is not None, "set above"
+        self._images, self._pixels = 0, context.pixels(context.training_level)
+        level, box = self._pixels.box_size, int(PADDING * self._pixels.box_size)
+        at_once = max(1, BYTES // (2 * 12 * box * box * (box // 2 + 1)))
+        first = sum(len(maps) for maps in self._maps)
+        self._some = slice(first, min(first + at_once, len(self._centres)))
+        self._sums = Backprojection(level, device=context.device, classes=max(1, self._some.stop - first))
+        assert self._learned.components is not None, "the components come first"
+        self._learned.components.begin(self._pixels)
+        if not len(self._centres):  # no component passes: there is nothing to read for
+            return BatchRequest((self._pixels,), BATCH, batches=0)
+        return BatchRequest((self._pixels,), BATCH, shuffled=False, training_rows=False)
+
+    @torch.no_grad()
+    def step(self, *images: ParticleImages) -> None:
+        """Insert what lies near a place, moved to it."""
+        model, coordinates = self._learned.components, self._learned.coordinates
+        assert model is not None and coordinates is not None, "they come first"  # noqa: PT018
+        assert self._centres is not None, "request() comes first"
+        for posed in PosedImages.of(images[0], self._context, self._learned, model.count):
+            rows = posed.images.rows.cpu().numpy()  # host sync
+            z = torch.from_numpy(coordinates.z[rows]).to(posed.weight)
+            sd = torch.from_numpy(coordinates.sd[rows]).to(posed.weight)
+            away = z[:, None] - self._centres[self._some]
+            kernel = torch.exp(-0.5 * (away / sd[:, None]).square().sum(2) / self._width[self._some].square())
+            slices = model.slices(posed)
+            self._images += len(rows)
+            for number in range(len(self._centres[self._some])):
+                near = ((kernel[:, number] > LEAST_KERNEL) & (posed.weight > 0)).nonzero()[:, 0]  # host sync
+                if not len(near):
+                    continue
+                moved = torch.einsum("bq,bqp->bp", away[near, number].to(slices), slices[near])
+                ctf = posed.ctf[near]
+                weighted = CtfWeightedImages((posed.centred[near] - moved) * ctf, ctf.square())
+                weight = posed.weight[near] * kernel[near, number]
+                shift = torch.zeros_like(posed.poses.shift[near])
+                index = torch.full_like(near, number)
+                half = posed.half[near]
+                self._sums.add(weighted, posed.rotation[near], shift, weight, half, self._pixels, index)
+
+    def finish_pass(self, world: World) -> PassReport:
+        """Solve; after the last pass worker 0 writes. Collective."""
+        assert self._centres is not None, "request() comes first"
+        if len(self._centres):
+            if world.size > 1:
+                self._sums.all_reduce_(world.all_reduce_, self._pixels.radius_limit)
+            self._maps.append(self._sums.solve())
+        made = sum(len(maps) for maps in self._maps)
+        self._done = made == len(self._centres)
+        if self._done and self._given is None and world.is_leader:
+            self._write()
+        return PassReport(f"components: {made} of {len(self._centres)} maps of states", self._images, checkpoint=False)
+
+    def done(self) -> bool:
+        """Whether all maps were made."""
+        return self._done
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: it is made anew."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take up."""
+
+    def _set_places(self) -> None:
+        """Places, and the kernel's width at each."""
+        coordinates, device = self._learned.coordinates, self._context.device
+        assert coordinates is not None, "they come first"
+        count = coordinates.z.shape[1]
+        if self._given is not None:
+            centres, particles = self._given
+            wanted = np.full(len(centres), LEAST_PARTICLES) if particles is None else particles
+        elif coordinates.mixture is None:
+            centres, wanted = np.zeros((0, count)), np.zeros(0)
+        else:
+            mixture = coordinates.mixture
+            centres = np.zeros((len(mixture), count))
+            centres[:, : coordinates.passing] = mixture.mean
+            wanted = np.maximum(SHARE * mixture.share * self._context.count, LEAST_PARTICLES)
+        self._centres = torch.from_numpy(np.asarray(centres, dtype=np.float32)).to(device)
+        widths = [
+            kernel_width(coordinates.z, coordinates.sd, centre, float(number))
+            for centre, number in zip(centres, wanted, strict=True)
+        ]
+        self._width = torch.tensor(widths, dtype=torch.float32, device=device)
+
+    def _write(self) -> None:
+        learned, context = self._learned, self._context
+        model, coordinates = learned.components, learned.coordinates
+        assert model is not None and coordinates is not None and learned.posed is not None, "they come first"  # noqa: PT018
+        mean, halves = model.means.mean(0), model.components_at(model.level)
+        components = halves.mean(0) * torch.from_numpy(coordinates.moment).sqrt().to(halves)[:, None, None, None]
+        assert model.curves is not None, "the M-steps come first"
+        curves = ComponentCurves(
+            components.square().sum((1, 2, 3)).cpu().numpy(), coordinates.gain, coordinates.error,
+            model.curves.cpu().numpy(), coordinates.passing, 2 * (model.curves.shape[1] - 1),
+            context.store.level_pixel_size(2 * (model.curves.shape[1] - 1)),
+        )  # fmt: skip
+        references = self.references if self._maps else None
+        found = Variety(mean, components, curves, coordinates.z, coordinates.sd, coordinates.mixture, references)
+        write_variety(context.run, context.store, found, context.config.train.seed)
+        learned.posed.remove_pass(learned.identity)
+        coordinates.table.remove_pass()
+
+
+def kernel_width(
+    z: Float[NDArray, "n q"], sd: Float[NDArray, "n q"], centre: Float[NDArray, " q"], particles: float
+) -> float:
+    """The h with which the kernel's weights at a place sum up to so many particles, by bisection."""
+    step = max(1, len(z) // 50_000)
+    distance = np.square((z[::step] - centre) / np.maximum(sd[::step], 1e-6)).sum(1)
+    low, high = -7.0, 14.0
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        total = step * np.exp(-0.5 * distance * np.exp(-2 * middle)).sum()
+        low, high = (middle, high) if total < particles else (low, middle)
+    return float(np.exp(high))

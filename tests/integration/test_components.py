@@ -1,0 +1,173 @@
+"""Continuous variety end to end: two conformations are recovered, resumed, the same from two workers."""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import pytest
+import starfile
+import torch
+
+from scalecryo.commands import convert, export, select, simulate
+from scalecryo.config import load_config
+from scalecryo.data.formats.mrc import write_map
+from scalecryo.data.formats.plainpickle import load as load_pickle
+from scalecryo.data.io import urls
+from scalecryo.data.storage.store import ParticleStore
+from scalecryo.distributed.world import World
+from scalecryo.errors import ConfigError
+from scalecryo.physics.mask import soft_sphere
+from scalecryo.runs.folder import RunFolder
+from scalecryo.train.loop import run_stages
+from scalecryo.train.particle_source import RunContext
+from scalecryo.train.recipes import stages_of
+from scalecryo.train.stage import Learned
+from scalecryo.train.stages import components as stage
+from tests.support.blobs import blobs
+
+BOX, PIXEL_SIZE, COUNT = 16, 4.0, 600
+
+
+@dataclass(frozen=True)
+class Together(World):
+    """A worker that shares its process with others: collectives by barriers."""
+
+    barrier: Any = None
+    slots: dict[int, list[Any]] = field(default_factory=dict)
+
+    def _exchange(self, held: list[Any]) -> list[list[Any]]:
+        self.slots[self.rank] = held
+        self.barrier.wait()
+        found = [self.slots[rank] for rank in range(self.size)]
+        self.barrier.wait()
+        return found
+
+    def all_reduce_(self, *tensors: torch.Tensor) -> None:
+        found = self._exchange([tensor.clone() for tensor in tensors])
+        for number, tensor in enumerate(tensors):
+            tensor.copy_(torch.stack([own[number] for own in found]).sum(0))
+
+    def reduce_(self, tensor: torch.Tensor, to: int) -> None:
+        found = self._exchange([tensor.clone()])
+        if self.rank == to:
+            tensor.copy_(torch.stack([own[0] for own in found]).sum(0))
+
+    def broadcast_(self, tensor: torch.Tensor, source: int) -> None:
+        tensor.copy_(self._exchange([tensor.clone()])[source][0])
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [own[0] for own in self._exchange([tensor.clone()])]
+
+    def all_gather_names(self, names: list[str]) -> list[str]:
+        return sorted(name for own in self._exchange(list(names)) for name in own)
+
+
+@pytest.fixture(scope="module")
+def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.Tensor, torch.Tensor, np.ndarray]:
+    """Noisy images of a mean ± a component: their store, both maps, and each particle's sign."""
+    folder = tmp_path_factory.mktemp("components")
+    mean, component = blobs(BOX, 1), blobs(BOX, 2, count=4) * soft_sphere(BOX, 4)
+    component = 0.8 * (component - mean * (component * mean).sum() / mean.square().sum())  # no change of contrast
+    for name, sign in (("a.mrc", 1), ("b.mrc", -1)):
+        write_map(str(folder / name), (mean + sign * component).numpy(), PIXEL_SIZE)
+    simulate.run(str(folder / "a.mrc"), str(folder / "data"), n=COUNT, box=BOX, pixel_size=PIXEL_SIZE, snr_db=0,
+                 defocus_um=None, astigmatism_um=0.0, shift_a=2.0, seed=3, mix=(str(folder / "b.mrc"),))  # fmt: skip
+    convert.run(str(folder / "data" / "truth.star"), str(folder / "store.zarr"), data_dir=None, box=None,
+                dtype="float32", workers=1, overwrite=False, invert=False, uninvert=True)  # fmt: skip
+    label = starfile.read(folder / "data" / "truth.star")["particles"]["rlnClassNumber"].to_numpy()
+    return str(folder / "store.zarr"), mean, component, np.where(label == 1, 1, -1)
+
+
+def learn(data: str, out: Path, world: World | None = None, stages: int = 5, **more: str) -> Learned:
+    settings = {"run.data": data, "run.out": str(out), "pose.source": "known", "train.steps": "1",
+                "train.components": "2", **more}  # fmt: skip
+    config, run = load_config(None, settings), RunFolder(str(out))
+    if world is None or world.is_leader:
+        run.create(config, resume=True)
+    context = RunContext.of(config, ParticleStore.open(data), run, world or World(), torch.device("cpu"))
+    made, learned = stages_of(context)
+    run_stages(made[1:stages], context)  # the map's gradient descent plays no part
+    return learned
+
+
+def test_two_conformations_are_found_and_told_apart(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path
+) -> None:
+    data, _, component, sign = particles
+    learned = learn(data, tmp_path / "run")
+    coordinates = learned.coordinates
+    assert coordinates is not None
+    assert coordinates.passing == 1
+    assert coordinates.mixture is not None
+    assert len(coordinates.mixture) == 2
+    z = coordinates.z[:, 0] * np.sign(np.corrcoef(coordinates.z[:, 0], sign)[0, 1])
+    # Posterior means of a coordinate of unit variance correlate with it by sqrt(1 − sd²).
+    expected = np.sqrt(1 - np.square(coordinates.sd[:, 0]).mean())
+    assert np.corrcoef(z, sign)[0, 1] == pytest.approx(expected, abs=0.03)
+    with mrcfile.open(tmp_path / "run" / "components" / "component1.mrc") as file:
+        found = torch.from_numpy(file.data.copy())
+    alike = float((found * component).sum() / (found.norm() * component.norm()))
+    assert abs(alike) > 0.9
+    table = starfile.read(tmp_path / "run" / "particles.star")["particles"]
+    state = table["scalecryoState"].to_numpy()
+    assert abs(np.corrcoef(state, sign)[0, 1]) > 0.85
+    assert "Continuous variety" in (tmp_path / "run" / "report.html").read_text()
+    for name in ("states/state2/half1.mrc", "components/traversal1/09.mrc", "scree.png", "latent.png"):
+        assert (tmp_path / "run" / name).exists()
+    select.run(str(tmp_path / "run"), str(tmp_path / "two.star"), query="state == 2")
+    assert len(starfile.read(tmp_path / "two.star")["particles"]) == (state == 2).sum()
+    export.run(str(tmp_path / "run"), format="cryodrgn", out=str(tmp_path / "drgn"))
+    np.testing.assert_allclose(load_pickle(urls.read_bytes(str(tmp_path / "drgn" / "z.pkl")), "z.pkl"),
+                               coordinates.z, atol=1e-5)  # fmt: skip
+    export.run(str(tmp_path / "run"), format="cryosparc", out=str(tmp_path / "cs"))
+    rows = np.load(tmp_path / "cs" / "particles.cs")
+    np.testing.assert_allclose(rows["components_mode_1/value"], coordinates.z[:, 1], atol=1e-5)
+
+
+def test_no_component_passes_where_there_is_one_structure(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path
+) -> None:
+    data, _, _, sign = particles
+    np.savetxt(tmp_path / "rows.txt", np.flatnonzero(sign == 1), fmt="%d")
+    learned = learn(data, tmp_path / "run", **{"train.index": str(tmp_path / "rows.txt")})
+    assert learned.coordinates is not None
+    assert learned.coordinates.passing == 0
+    assert "no component passes" in (tmp_path / "run" / "report.html").read_text()
+    assert not (tmp_path / "run" / "states").exists()
+    assert "scalecryoState" not in (tmp_path / "run" / "particles.star").read_text()
+
+
+def test_two_workers_and_a_killed_run_find_the_same(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = particles[0]
+    monkeypatch.setattr(stage, "PASSES", 4)
+    one = learn(data, tmp_path / "one", stages=4)
+    barrier, slots, found = threading.Barrier(2, timeout=300), {}, {}
+
+    def work(rank: int) -> None:
+        world = Together(rank, 2, barrier=barrier, slots=slots)
+        found[rank] = learn(data, tmp_path / "two", world, stages=4)
+
+    workers = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    again = learn(data, tmp_path / "one", stages=4)  # takes up the file that the first one left
+    assert one.components is not None
+    for other in (found[0], found[1], again):
+        assert other.components is not None
+        assert other.coordinates is not None
+        # Sums of 600 images in another order, single precision, five passes.
+        torch.testing.assert_close(other.components.components, one.components.components, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(other.coordinates.z, one.coordinates.z, atol=1e-2)  # type: ignore[union-attr]
+
+
+def test_components_of_several_or_symmetric_structures_are_refused() -> None:
+    for other in ({"train.classes": "2"}, {"train.symmetry": "C3"}):
+        with pytest.raises(ConfigError, match=r"train\.components"):
+            load_config(None, {"train.components": "2", **other})
