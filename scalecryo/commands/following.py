@@ -22,10 +22,11 @@ def check_following(config: Config) -> None:
     Raises:
         ConfigError: the recipe cannot take in new particles.
     """
-    if config.recipe not in FOLLOWING or config.train.classes > 1 or config.train.rows:
+    train = config.train
+    if config.recipe not in FOLLOWING or train.classes > 1 or train.components or train.rows:
         raise ConfigError(
-            "config: --follow goes with the recipes guided and poses, one class and train.rows = 0: leave out what "
-            "says otherwise"
+            "config: --follow goes with the recipes guided and poses, one class, no components and train.rows = 0: "
+            "leave out what says otherwise"
         )
 
 

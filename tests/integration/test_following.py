@@ -107,7 +107,9 @@ def test_it_ends_on_a_word_or_in_time(sessions: list[Path], tmp_path: Path) -> N
     assert grown.content_hash != known
 
 
-@pytest.mark.parametrize("settings", [{"pose.source": "known"}, {"train.classes": "2"}, {"train.rows": "10"}])
+@pytest.mark.parametrize(
+    "settings", [{"pose.source": "known"}, {"train.classes": "2"}, {"train.components": "2"}, {"train.rows": "10"}]
+)
 def test_what_cannot_follow_is_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="--follow"):
         check_following(load_config(None, settings))

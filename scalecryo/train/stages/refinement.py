@@ -174,9 +174,7 @@ class Refinement:
             self._most = int(state["most"])
         count = self._context.store.count
         if state.get("count", count) < count and self._schedule.number:
-            logger.info(
-                "%s particles were appended: they are posed, and the maps refined", f"{count - state['count']:,}"
-            )
+            logger.info("%s particles were appended: the refinement goes on", f"{count - state['count']:,}")
             self._schedule.reopen()
             self._most = self._schedule.number + self._context.config.guided.iterations
             learned.grown = True
