@@ -37,7 +37,7 @@ ENCODER = {"pose.source": "encoder", "encoder.network": "cnn",
            "train.checkpoint_every": str(EVERY), "encoder.hidden": "16", "monitor.every": "1",
            "optim.encoder_rate": "1e-5"}  # fmt: skip
 ITERATIONS = 5
-GUIDED = {"guided.iterations": str(ITERATIONS), "guided.bootstrap_steps": "60", "guided.bootstrap_rounds": "1",
+GUIDED = {"guided.iterations": str(ITERATIONS), "guided.bootstrap_steps": "12", "guided.bootstrap_rounds": "1",
           "guided.starts": "1", "guided.shift_radius_a": "6", "guided.batch_size": "100"}  # fmt: skip
 
 
