@@ -30,7 +30,6 @@ class Learned:
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
         steps: that curves and checkpoints count before the refinement's first iteration.
-        grown: whether particles were appended to the store since the run began: new ones start from the encoder.
         posed: every particle at the pose that the final pass gave it.
         identity: of the particles and the checkpoint that these poses are of.
         components: the linear model of continuous variety.
@@ -44,7 +43,6 @@ class Learned:
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
     steps: int = 0
-    grown: bool = False
     posed: ParticleState | None = None
     identity: str = ""
     components: "ComponentModel | None" = None

@@ -80,8 +80,7 @@ class Iteration:
         if related is not None:
             self._equivalent = related.equivalent
         self._source: CandidateSource
-        young = number < 2 and context.config.recipe == "autoencoder"
-        if learned.encoder is not None and (young or (learned.grown and not plan.searched)):
+        if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
             self._source = learned.encoder.source(references)
         else:
             grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)

@@ -143,8 +143,7 @@ class Refinement:
             "related": None if self._related is None else (self._related.similar, self._related.equivalent),
             "schedule": self._schedule.state_dict(),
             "count": self._context.store.count,
-            "most": self._most,
-            "grown": self._learned.grown,
+            "more": self._most - self._context.config.guided.iterations,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,15 +168,12 @@ class Refinement:
         if state["related"] is not None:
             self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
         self._schedule.load_state_dict(state["schedule"])
-        learned.grown = bool(state.get("grown", False))
-        if learned.grown:
-            self._most = int(state["most"])
+        self._most += state.get("more", 0)
         count = self._context.store.count
         if state.get("count", count) < count and self._schedule.number:
             logger.info("%s particles were appended: the refinement goes on", f"{count - state['count']:,}")
             self._schedule.reopen()
             self._most = self._schedule.number + self._context.config.guided.iterations
-            learned.grown = True
 
     def _report(self, iteration: Iteration, after: ReferenceSet, counts: list[float]) -> PassReport:
         plan, number = iteration.plan, self._schedule.number
