@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from scalecryo.config import Config
 from scalecryo.data.io import urls
-from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import ConfigError
 from scalecryo.runs.folder import RunFolder
 
@@ -71,4 +70,6 @@ class Follower:
             time.sleep(min(self._poll, max(0.0, self._deadline - time.monotonic())))
 
     def _content(self) -> str:
+        from scalecryo.data.storage.store import ParticleStore  # with numpy and zarr: not for wrong arguments
+
         return ParticleStore.open(self._store).content_hash
