@@ -35,19 +35,19 @@ class Follower:
     def __init__(self, config: Config, known: str, hours: float, *, poll_seconds: float = POLL_SECONDS) -> None:
         """
         Args:
-            config: of a run that is finished.
-            known: content hash of the store that it saw.
-            hours: how long to wait for particles, from now; infinity: for ever.
+            config: of the run; a word to stop from before it is taken away.
+            known: content hash of the store that it sees first.
+            hours: how long to wait for particles, from `follow` on; infinity: for ever.
             poll_seconds: between two looks.
         """
         self._store, self._run, self._poll = config.run.data, RunFolder(config.run.out), poll_seconds
-        self._hours, self._deadline = hours, time.monotonic() + 3600 * hours
-        self._known = known
-        # A word that was said to an earlier run is not meant for this one.
+        self._hours, self._deadline, self._known = hours, math.inf, known
+        # A word that was said to an earlier run is not meant for this one; one that is said from now on is.
         urls.remove_tree(self._run.path(STOP))
 
     def follow(self, go_on: Callable[[], None]) -> None:
         """Call `go_on` each time that the store has grown, until the time is over or `stop` lies in the folder."""
+        self._deadline = time.monotonic() + 3600 * self._hours
         until = "" if math.isinf(self._hours) else f" for {self._hours:g} h, or"
         while True:
             logger.info("waiting for particles that are appended to %s%s until %s is there",

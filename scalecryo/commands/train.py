@@ -66,13 +66,14 @@ def run(
         say(f"run finished: {settings.run.out}")
         say_results(run_folder)
 
+    follower = None if follow_hours is None else Follower(settings, data_hash.partition(":")[0], follow_hours)
     if resume and is_finished(run_folder, settings, data_hash):
         say(f"run finished already: {settings.run.out}; its results are as they were")
     else:
         run_folder.create(settings, resume=resume)
         once()
-    if follow_hours is not None:
-        Follower(settings, data_hash.partition(":")[0], follow_hours).follow(once)
+    if follower is not None:
+        follower.follow(once)
 
 
 def _no_device() -> ConfigError:

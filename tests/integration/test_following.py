@@ -90,6 +90,11 @@ def test_it_ends_on_a_word_or_in_time(sessions: list[Path], tmp_path: Path) -> N
     known, calls = ParticleStore.open(str(store)).content_hash, []
     Follower(config_of(run, store), known, 1e-5, poll_seconds=0.01).follow(lambda: calls.append("never"))
     assert not calls
+    # Said while the run still works, before it waits.
+    told = Follower(config_of(run, store), known, math.inf, poll_seconds=0.01)
+    (run / "stop").touch()
+    told.follow(lambda: calls.append("never"))
+    assert not calls
     follower = Follower(config_of(run, store), known, math.inf, poll_seconds=0.01)
 
     def go_on() -> None:
