@@ -5,7 +5,6 @@ import json
 import shutil
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_start import ClassStart
 from tests.support.blobs import blobs
+from tests.support.thread_world import ThreadWorld
 
 COUNT, BOX, PIXEL_SIZE = 500, 32, 4.0
 START = {
@@ -150,21 +150,6 @@ def test_compositions_are_told_apart_at_imported_poses(tmp_path: Path, capsys: p
     assert max(found["class_rotation_error_median_deg"]) < 2.5
 
 
-@dataclass(frozen=True)
-class Together(World):
-    """Workers that are threads of one process: tensors are added when all have come."""
-
-    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
-    given: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-
-    def all_reduce_(self, *tensors: Tensor) -> None:
-        self.given[self.rank] = tuple(tensor.clone() for tensor in tensors)
-        self.barrier.wait()
-        for number, tensor in enumerate(tensors):
-            tensor.copy_(sum(self.given[rank][number] for rank in range(self.size)))
-        self.barrier.wait()
-
-
 def start_of(data: str, folder: Path) -> tuple[ClassStart, list[ParticleImages]]:
     """A start, and the batches of its first pass."""
     config = load_config(None, START | {"run.data": data, "run.out": str(folder)})
@@ -195,10 +180,8 @@ def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(
     assert all(torch.equal(a, b) for a, b in zip(whole._tensors(), resumed._tensors(), strict=True))
 
     # Two workers with half of the batch each: the same sums but for their order (single precision).
-    first, barrier, given = Together(0, 2), threading.Barrier(2), {}
-    worlds = [Together(rank, 2, first.timer, barrier, given) for rank in (0, 1)]
     workers = []
-    for world in worlds:
+    for world in ThreadWorld.of(2):
         worker, _ = start_of(species[1], tmp_path / f"worker{world.rank}")
         worker.load_state_dict(state)
         object.__setattr__(worker._context, "world", world)

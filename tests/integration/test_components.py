@@ -1,9 +1,7 @@
 """Continuous variety end to end: two conformations are recovered, resumed, the same from two workers."""
 
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mrcfile
 import numpy as np
@@ -27,42 +25,9 @@ from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages import components as stage
 from tests.support.blobs import blobs
+from tests.support.thread_world import ThreadWorld
 
 BOX, PIXEL_SIZE, COUNT = 16, 4.0, 600
-
-
-@dataclass(frozen=True)
-class Together(World):
-    """A worker that shares its process with others: collectives by barriers."""
-
-    barrier: Any = None
-    slots: dict[int, list[Any]] = field(default_factory=dict)
-
-    def _exchange(self, held: list[Any]) -> list[list[Any]]:
-        self.slots[self.rank] = held
-        self.barrier.wait()
-        found = [self.slots[rank] for rank in range(self.size)]
-        self.barrier.wait()
-        return found
-
-    def all_reduce_(self, *tensors: torch.Tensor) -> None:
-        found = self._exchange([tensor.clone() for tensor in tensors])
-        for number, tensor in enumerate(tensors):
-            tensor.copy_(torch.stack([own[number] for own in found]).sum(0))
-
-    def reduce_(self, tensor: torch.Tensor, to: int) -> None:
-        found = self._exchange([tensor.clone()])
-        if self.rank == to:
-            tensor.copy_(torch.stack([own[0] for own in found]).sum(0))
-
-    def broadcast_(self, tensor: torch.Tensor, source: int) -> None:
-        tensor.copy_(self._exchange([tensor.clone()])[source][0])
-
-    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [own[0] for own in self._exchange([tensor.clone()])]
-
-    def all_gather_names(self, names: list[str]) -> list[str]:
-        return sorted(name for own in self._exchange(list(names)) for name in own)
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +111,10 @@ def test_two_workers_and_a_killed_run_find_the_same(
     data = particles[0]
     monkeypatch.setattr(stage, "PASSES", 4)
     one = learn(data, tmp_path / "one", stages=4)
-    barrier, slots, found = threading.Barrier(2, timeout=300), {}, {}
+    worlds, found = ThreadWorld.of(2), {}
 
     def work(rank: int) -> None:
-        world = Together(rank, 2, barrier=barrier, slots=slots)
-        found[rank] = learn(data, tmp_path / "two", world, stages=4)
+        found[rank] = learn(data, tmp_path / "two", worlds[rank], stages=4)
 
     workers = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for worker in workers:

@@ -1,7 +1,6 @@
 """Each map's sums come together on one worker, which solves it for all."""
 
 import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,36 +10,9 @@ from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.physics.symmetry import PointGroup
 from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
+from tests.support.thread_world import ThreadWorld
 
 BOX, RADIUS, PARTS = 12, 4.0, 2
-
-
-class Meeting:
-    """Where the threads that stand for workers exchange tensors."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier, self.given = threading.Barrier(size), dict[int, Tensor]()
-
-    def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:
-        self.given[rank] = tensor.clone()
-        self.barrier.wait()
-        found = [self.given[other] for other in sorted(self.given)]
-        self.barrier.wait()
-        return found
-
-
-@dataclass(frozen=True)
-class ThreadWorld(World):
-    meeting: Meeting | None = None
-
-    def reduce_(self, tensor: Tensor, owner: int) -> None:
-        assert self.meeting is not None
-        total = torch.stack(self.meeting.exchange(self.rank, tensor)).sum(0)
-        tensor.copy_(total if self.rank == owner else torch.full_like(total, torch.nan))
-
-    def broadcast_(self, tensor: Tensor, owner: int) -> None:
-        assert self.meeting is not None
-        tensor.copy_(self.meeting.exchange(self.rank, tensor)[owner])
 
 
 def _sums(rank: int, classes: int) -> Backprojection:
@@ -59,7 +31,7 @@ def _sums(rank: int, classes: int) -> Backprojection:
 def test_maps_of_all_workers_sums(size: int, classes: int, symmetric: bool) -> None:
     """Reference: all sums added and solved in one place. Two parts a class, as an iteration that searches has.
 
-    What a worker does not own is not a number in this test, so that nothing of it can be used.
+    What a worker does not own is not a number (`ThreadWorld`).
     """
     others = PointGroup.of("C2").others
     whole = _sums(0, classes * PARTS)
@@ -69,10 +41,10 @@ def test_maps_of_all_workers_sums(size: int, classes: int, symmetric: bool) -> N
     if symmetric:
         whole.symmetrise(others, RADIUS)
     expected = [whole.merged(PARTS).solve(), whole.merged(PARTS, without=0).solve()]
-    meeting, found = Meeting(size), dict[int, list[Tensor]]()
+    worlds, found = [World()] if size == 1 else ThreadWorld.of(size), dict[int, list[Tensor]]()
 
     def work(rank: int) -> None:
-        world = World() if size == 1 else ThreadWorld(rank, size, meeting=meeting)
+        world = worlds[rank]
         sums = _sums(rank, classes * PARTS)
         mine = reduce_to_owners_(sums, world, RADIUS, together=PARTS)
         if symmetric:
