@@ -2,9 +2,8 @@
 
 import csv
 import io
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +17,6 @@ from scalecryo.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas
-
-RESOLUTION = "final/resolution_angstrom"
 
 
 class Table(dict[str, NDArray]):
@@ -87,8 +84,7 @@ class Run:
     @property
     def resolution(self) -> float | None:
         """Of the final map, Å (FSC 0.143, masked, corrected); None before the final pass."""
-        found = [row[RESOLUTION] for row in self._rows() if row.get(RESOLUTION) is not None]
-        return float(found[-1]) if found else None
+        return self._folder.final_resolution()
 
     @property
     def classes(self) -> int:
@@ -149,17 +145,13 @@ class Run:
 
     def metrics(self) -> Table:
         """Every curve by step or iteration, in column `step`; NaN where a step has no value. Lists are left out."""
-        rows = self._rows()
+        rows = self._folder.metrics()
         names = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list))
         columns = {
             name: np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
             for name in names
         }
         return Table({**columns, "step": np.array([row["step"] for row in rows], dtype=np.int64)})
-
-    def _rows(self) -> list[dict[str, Any]]:
-        path = self._folder.path("metrics.jsonl")
-        return [json.loads(line) for line in urls.read_text(path).splitlines()] if urls.exists(path) else []
 
     def _existing(self, *names: str) -> str:
         path = self._folder.path(*names)

@@ -12,7 +12,7 @@ from scalecryo.data.io import urls
 from scalecryo.data.simulation.hinge import Hinge
 from scalecryo.data.simulation.settings import Imaging, Imperfections
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.errors import InputError, MissingInputError, OutputExistsError
+from scalecryo.errors import InputError, OutputExistsError
 from scalecryo.runs.folder import RunFolder
 
 SIMULATED = ("particles.mrcs", "particles.star", "truth.star")
@@ -31,7 +31,7 @@ def check_simulate(structure: str, out_dir: str, **asked: Any) -> None:
     """
     sources: Sequence[str] = (structure, *asked.get("mix", ()))
     for source in sources:
-        _check_there(source)
+        urls.check_there(source)
     turns = None if asked.get("hinge") is None else Hinge.parse(asked["hinge"])
     kinds = len(sources) - 1 + (1 if turns is None else turns.steps)
     existing = [name for name in (*SIMULATED, *truth_maps(kinds)) if urls.exists(urls.join(out_dir, name))]
@@ -87,23 +87,14 @@ def check_assign(run: str, *, data: str | None, **_: Any) -> None:
 def check_evaluate(path: str, *, truth: str, **_: Any) -> None:
     """Refuse a result or a truth that is not there."""
     for name in (path, truth):
-        _check_there(name)
+        urls.check_there(name)
     if urls.is_folder(truth):
-        _check_there(urls.join(truth, "truth.mrc"))
+        urls.check_there(urls.join(truth, "truth.mrc"))
         if not path.lower().endswith((".mrc", ".map")):
-            _check_there(urls.join(truth, "truth.star"))
+            urls.check_there(urls.join(truth, "truth.star"))
 
 
 def check_demo(*, out: str) -> None:
     """Refuse a folder that is there."""
     if urls.exists(out):
         raise OutputExistsError(f"{out} exists already: remove it, or name another folder with --out")
-
-
-def _check_there(path: str) -> None:
-    """
-    Raises:
-        MissingInputError: no such file or folder.
-    """
-    if not urls.exists(path):
-        raise MissingInputError(urls.dangling(path) or f"{urls.redacted(path)}: no such file")

@@ -1,13 +1,10 @@
 """What a finished run says last: how good, where to look, what to do next."""
 
-import json
 import shlex
 
 from scalecryo.commands.console import say
 from scalecryo.data.io import urls
 from scalecryo.runs.folder import RunFolder
-
-RESOLUTION = "final/resolution_angstrom"
 
 
 def say_results(run: RunFolder) -> None:
@@ -20,7 +17,7 @@ def say_results(run: RunFolder) -> None:
     if not urls.exists(run.path("map.mrc")):
         say(f"next: scalecryo assign {where}   (a pose for every particle, and the map)")
         return
-    reached = final_resolution(run)
+    reached = run.final_resolution()
     classes = sum(name.startswith("class") and name[5:].isdecimal() for name in urls.list_folder(run.url))
     say(f"resolution: {reached:.2f} Å (FSC 0.143)" if reached else "resolution: see the report")
     say(f"report: {urls.redacted(run.path('report.html'))}")
@@ -29,11 +26,3 @@ def say_results(run: RunFolder) -> None:
     say(f"curves: tensorboard --logdir {shlex.quote(urls.redacted(run.path('tb')))}")
     out = shlex.quote(urls.redacted(run.url).rstrip("/") + "_relion")
     say(f"next: scalecryo export {where} --format relion --out {out}   (or cryosparc, cryodrgn)")
-
-
-def final_resolution(run: RunFolder) -> float | None:
-    """Å at which the final half-maps agree (FSC 0.143, masked, corrected); None where the run never said it."""
-    path = run.path("metrics.jsonl")
-    lines = urls.read_text(path).splitlines() if urls.exists(path) else []
-    found = [row[RESOLUTION] for row in map(json.loads, lines) if RESOLUTION in row]
-    return float(found[-1]) if found else None

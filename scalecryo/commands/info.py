@@ -129,10 +129,8 @@ def _run(path: str) -> None:
         present.insert(1, "map_unsharpened.mrc")
     if present:
         say(f"  holds {', '.join(present)}")
-    metrics = urls.join(path, "metrics.jsonl")
-    lines = urls.read_text(metrics).splitlines() if urls.exists(metrics) else []
-    if lines:
-        last = json.loads(lines[-1])
-        say("  last line of metrics: " + ", ".join(f"{key} {value}" for key, value in last.items()))
+    rows = RunFolder(path).metrics()
+    if rows:
+        say("  last line of metrics: " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     if "map.mrc" in present:
         _images(urls.join(path, "map.mrc"))

@@ -13,7 +13,7 @@ from scalecryo.commands.console import say
 from scalecryo.commands.following import Follower, check_following
 from scalecryo.config import Config, config_from_dict, load_config
 from scalecryo.data.io import urls
-from scalecryo.errors import ConfigError, MissingInputError, UsageError
+from scalecryo.errors import ConfigError, UsageError
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.log import log_to_stderr
 
@@ -102,8 +102,8 @@ def _foresee(config: Config, resume: bool) -> None:
     check_particles(config, store)
     level = training_level(config, store)
     for name in (config.train.mask, config.train.index, *_truth_files(config.monitor.truth)):
-        if name and not urls.exists(name):
-            raise MissingInputError(urls.dangling(name) or f"{urls.redacted(name)}: no such file")
+        if name:
+            urls.check_there(name)
     machine = None if os.environ.get("RAY_ADDRESS") else machine_bytes()  # a cluster's nodes are other machines
     need = check_memory(config, store.levels, machine)
     count, (_, workers) = min(config.train.rows or store.count, store.count), config.run.worker_range

@@ -14,6 +14,8 @@ from scalecryo.config import Config, config_from_dict, config_to_toml
 from scalecryo.data.io import urls
 from scalecryo.errors import MissingInputError, OutputError, OutputExistsError
 
+RESOLUTION = "final/resolution_angstrom"
+
 
 class RunFolder:
     """Paths and whole-file writes of one run."""
@@ -63,6 +65,16 @@ class RunFolder:
     def path(self, *names: str) -> str:
         """URL of a file in the run."""
         return urls.join(self.url, *names)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; none where there is none yet."""
+        path = self.path("metrics.jsonl")
+        return [json.loads(line) for line in urls.read_text(path).splitlines()] if urls.exists(path) else []
+
+    def final_resolution(self) -> float | None:
+        """Å at which the final half-maps agree (FSC 0.143); None before the final pass."""
+        found = [row[RESOLUTION] for row in self.metrics() if row.get(RESOLUTION) is not None]
+        return float(found[-1]) if found else None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file under a temporary name, then give it its own."""

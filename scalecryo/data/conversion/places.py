@@ -5,7 +5,7 @@ from typing import Any
 from scalecryo.data.io import urls
 from scalecryo.data.io.lock import LOCK
 from scalecryo.data.storage.store import read_attributes
-from scalecryo.errors import InputError, MissingInputError, OutputExistsError
+from scalecryo.errors import InputError, OutputExistsError
 
 TABLE_ENDINGS = (".star", ".cs", ".csg")
 STACK_ENDINGS = (".mrcs", ".mrc", ".mrcs.gz", ".mrc.gz", ".mrcs.bz2", ".mrc.bz2")
@@ -17,8 +17,7 @@ def check_source(source: str) -> None:
     Raises:
         MissingInputError, InputError: as said.
     """
-    if not urls.exists(source):
-        raise MissingInputError(urls.dangling(source) or f"{urls.redacted(source)}: no such file")
+    urls.check_there(source)
     if not source.lower().endswith((*TABLE_ENDINGS, *STACK_ENDINGS)):
         raise unknown_kind(source)
 

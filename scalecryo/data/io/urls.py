@@ -128,6 +128,15 @@ def dangling(url: str) -> str:
     return ""
 
 
+def check_there(url: str) -> None:
+    """
+    Raises:
+        MissingInputError: no such file or folder; a link that leads nowhere is named.
+    """
+    if not exists(url):
+        raise MissingInputError(dangling(url) or f"{redacted(url)}: no such file")
+
+
 def is_folder(url: str) -> bool:
     """Whether a folder is there; at a URL: one that holds something."""
     return local_path(url).is_dir() if is_local(url) else bool(list_folder(url))
