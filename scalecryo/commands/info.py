@@ -10,6 +10,7 @@ from scalecryo.data.io import urls
 from scalecryo.data.particles import ParticleTable
 from scalecryo.data.storage.store import REPORT, ParticleStore, read_attributes
 from scalecryo.errors import InputError, MissingInputError, UsageError
+from scalecryo.runs.folder import RunFolder
 
 _RUN_FILES = ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv", "report.html")
 

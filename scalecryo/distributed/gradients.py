@@ -21,7 +21,10 @@ def replicated(module: nn.Module, reduce_dtype: ReduceDtype) -> nn.Module:
     return replica
 
 
-def _in_bfloat16(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _in_bfloat16(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # is there, but torch's types leave it out
+) -> torch.futures.Future[Tensor]:
     """Torch's own hook under another name: by its name DDP refuses it to gloo, which can do it as well."""
     return default_hooks.bf16_compress_hook(group, bucket)
 

@@ -42,7 +42,7 @@ def zernike_orders(odd: bool, count: int) -> tuple[tuple[int, int], ...]:
 
 
 def zernike_phase(
-    coefficients: Float[Tensor, "g t"], x: Float[Tensor, "p"], y: Float[Tensor, "p"], *, odd: bool
+    coefficients: Float[Tensor, "g t"], x: Float[Tensor, " p"], y: Float[Tensor, " p"], *, odd: bool
 ) -> Tensor:
     """Sums of Zernike polynomials, (g, p): R_n^m(r) cos m theta, or R_n^|m|(r) sin |m| theta where m < 0.
 
@@ -103,7 +103,7 @@ def recorded_shift(shift: Float[Tensor, "b 2"], magnification: Float[Tensor, "b 
 
 
 def _without_phase(
-    images: Float[Tensor, "b n n"], odd: Float[Tensor, "t"], pixel_size: float
+    images: Float[Tensor, "b n n"], odd: Float[Tensor, " t"], pixel_size: float
 ) -> Float[Tensor, "b n n"]:
     box_size = images.shape[-1]
     line = torch.fft.fftfreq(box_size, pixel_size, device=images.device, dtype=torch.float32)

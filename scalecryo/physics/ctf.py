@@ -24,19 +24,19 @@ _UM_PER_ANGSTROM = 1e-4
 class CtfParameters:
     """CTF parameters of b images."""
 
-    defocus_u: Float[Tensor, "b"]
+    defocus_u: Float[Tensor, " b"]
     """Å, positive underfocus, along `astigmatism_angle`."""
-    defocus_v: Float[Tensor, "b"]
+    defocus_v: Float[Tensor, " b"]
     """Å, across it."""
-    astigmatism_angle: Float[Tensor, "b"]
+    astigmatism_angle: Float[Tensor, " b"]
     """Degrees from the image's +x axis, towards +y, to the axis of `defocus_u`."""
-    voltage: Float[Tensor, "b"]
+    voltage: Float[Tensor, " b"]
     """kV."""
-    spherical_aberration: Float[Tensor, "b"]
+    spherical_aberration: Float[Tensor, " b"]
     """mm."""
-    amplitude_contrast: Float[Tensor, "b"]
+    amplitude_contrast: Float[Tensor, " b"]
     """Fraction in [0, 1)."""
-    phase_shift: Float[Tensor, "b"]
+    phase_shift: Float[Tensor, " b"]
     """Degrees, of a phase plate."""
     even_phase: Float[Tensor, "b t"] | None = None
     """Zernike coefficients of the even phase, radians and Å^n; None: there is none."""
@@ -48,7 +48,7 @@ class CtfParameters:
         """The same parameters on another device."""
         return self._each(lambda values: values.to(device))
 
-    def select(self, index: Shaped[Tensor, "m"] | slice) -> "CtfParameters":
+    def select(self, index: Shaped[Tensor, " m"] | slice) -> "CtfParameters":
         """The parameters of some of the images: an index tensor or a slice."""
         return self._each(lambda values: values[index])
 
@@ -59,8 +59,8 @@ class CtfParameters:
 
 def contrast_transfer(
     parameters: CtfParameters,
-    kx: Float[Tensor, "p"],
-    ky: Float[Tensor, "p"],
+    kx: Float[Tensor, " p"],
+    ky: Float[Tensor, " p"],
     box_size: int,
     pixel_size: float,
 ) -> Float[Tensor, "b p"]:
@@ -102,8 +102,8 @@ def contrast_transfer(
 
 def ctf_power_in_box(
     parameters: CtfParameters,
-    kx: Float[Tensor, "p"],
-    ky: Float[Tensor, "p"],
+    kx: Float[Tensor, " p"],
+    ky: Float[Tensor, " p"],
     box_size: int,
     pixel_size: float,
 ) -> Float[Tensor, "b p"]:

@@ -254,14 +254,14 @@ class FourierPixels:
 
     box_size: int
     radius_limit: float
-    kx: Float[Tensor, "p"]
-    ky: Float[Tensor, "p"]
-    radius: Float[Tensor, "p"]
-    shell: Int[Tensor, "p"]
+    kx: Float[Tensor, " p"]
+    ky: Float[Tensor, " p"]
+    radius: Float[Tensor, " p"]
+    shell: Int[Tensor, " p"]
     """Radius rounded to an integer."""
-    weight: Float[Tensor, "p"]
+    weight: Float[Tensor, " p"]
     """How often the coefficient occurs in the full transform: 1 where kx = 0, else 2."""
-    index: Int[Tensor, "p"]
+    index: Int[Tensor, " p"]
     """Position in the flattened (n, n//2 + 1) transform."""
     squared_radius: np.ndarray = field(repr=False)
     """Host copy, so that `count` never waits for a device."""
@@ -310,7 +310,7 @@ class FourierPixels:
         flat = packed.new_zeros(*packed.shape[:-1], rows * columns)
         return flat.index_copy(-1, self.index, packed).unflatten(-1, (rows, columns))
 
-    def quarter_turn(self) -> tuple[Int[Tensor, "p"], Bool[Tensor, "p"]]:
+    def quarter_turn(self) -> tuple[Int[Tensor, " p"], Bool[Tensor, " p"]]:
         """Where each pixel of an image turned by +90 degrees, x towards y, comes from.
 
         Returns:

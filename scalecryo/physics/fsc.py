@@ -23,7 +23,7 @@ def shell_index_3d(box_size: int, device: torch.device | str | None = None) -> I
     return (line[:, None, None] + (line[:, None] + half)).sqrt().round().long()
 
 
-def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "s"]:
+def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, " s"]:
     """Sum of a real half-complex field over each shell of the full transform, in double precision."""
     half = box_size // 2
     # Columns kx = 0 and kx = N/2 are their own Friedel partners.
@@ -34,13 +34,13 @@ def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, "s"]:
     return sums.index_add_(0, shell.flatten(), (values.double() * weight).flatten())[: half + 1]
 
 
-def _correlation(a: Tensor, b: Tensor, box_size: int) -> Float[Tensor, "s"]:
+def _correlation(a: Tensor, b: Tensor, box_size: int) -> Float[Tensor, " s"]:
     cross = _shell_sums(a.real * b.real + a.imag * b.imag, box_size)
     power = _shell_sums(a.abs().square(), box_size) * _shell_sums(b.abs().square(), box_size)
     return torch.where(power > 0, cross / power.clamp_min(torch.finfo(power.dtype).tiny).sqrt(), 0.0)
 
 
-def fsc(a: Float[Tensor, "n n n"], b: Float[Tensor, "n n n"]) -> Float[Tensor, "n//2+1"]:
+def fsc(a: Float[Tensor, "n n n"], b: Float[Tensor, "n n n"]) -> Float[Tensor, " n//2+1"]:
     """Fourier shell correlation of two maps on shells 0 .. n/2 (van Heel & Harauz 1986), double precision.
 
     A shell in which either map is empty gets 0.
@@ -59,7 +59,7 @@ def check_same_box(a: Tensor, b: Tensor) -> None:
 
 
 def resolution(
-    curve: Float[Tensor, "s"] | Sequence[float], box_size: int, pixel_size: float, threshold: float
+    curve: Float[Tensor, " s"] | Sequence[float], box_size: int, pixel_size: float, threshold: float
 ) -> tuple[float, float]:
     """Where a shell correlation first falls below a threshold: (shell, resolution in Å).
 
@@ -76,13 +76,13 @@ def resolution(
     return shell, box_size * pixel_size / max(shell, 1.0)
 
 
-def shell_mean(values: Float[Tensor, "n n h"]) -> Float[Tensor, "s"]:
+def shell_mean(values: Float[Tensor, "n n h"]) -> Float[Tensor, " s"]:
     """Mean over each shell of a real field given on the half-complex grid."""
     box_size = values.shape[0]
     return _shell_sums(values, box_size) / _shell_sums(torch.ones_like(values), box_size)
 
 
-def power_spectrum(volume: Float[Tensor, "n n n"]) -> Float[Tensor, "n//2+1"]:
+def power_spectrum(volume: Float[Tensor, "n n n"]) -> Float[Tensor, " n//2+1"]:
     """Mean squared modulus of a map's unscaled transform in each shell, double precision."""
     return shell_mean(rfft3_centred(volume).abs().square())
 

@@ -30,7 +30,7 @@ class CtfWeightedImages(NamedTuple):
 
 
 def shift_ramp(
-    shift_px: Float[Tensor, "b 2"], kx: Float[Tensor, "p"], ky: Float[Tensor, "p"], box_size: int
+    shift_px: Float[Tensor, "b 2"], kx: Float[Tensor, " p"], ky: Float[Tensor, " p"], box_size: int
 ) -> Complex[Tensor, "b p"]:
     """exp(-2 pi i k.t / N): multiplying a transform by it moves the content by +t = (x, y) px.
 
@@ -44,8 +44,8 @@ def form_images(
     slices: Complex[Tensor, "b p"],
     ctf: Float[Tensor, "b p"] | None,
     shift_px: Float[Tensor, "b 2"] | None,
-    kx: Float[Tensor, "p"],
-    ky: Float[Tensor, "p"],
+    kx: Float[Tensor, " p"],
+    ky: Float[Tensor, " p"],
     box_size: int,
 ) -> Complex[Tensor, "b p"]:
     """Transforms of the images that the microscope would give: slice, times CTF, content moved by +shift_px (x, y).

@@ -39,9 +39,9 @@ class RefinedPoses:
 
     rotation: Float[Tensor, "b 3 3"]
     shift_px: Float[Tensor, "b 2"]
-    cost: Float[Tensor, "b"]
+    cost: Float[Tensor, " b"]
     """Of the poses returned, double precision: negative log-likelihood up to a constant."""
-    cost_before: Float[Tensor, "b"]
+    cost_before: Float[Tensor, " b"]
     """Of the poses given."""
 
 
@@ -52,7 +52,7 @@ def refine_poses(
     rotation: Float[Tensor, "b 3 3"],
     shift_px: Float[Tensor, "b 2"],
     ctf: Float[Tensor, "b p"] | None,
-    pixel_weight: Float[Tensor, "p"],
+    pixel_weight: Float[Tensor, " p"],
     pixels: FourierPixels,
     scale: float,
     *,
@@ -110,7 +110,7 @@ def evaluate_poses(
     rotation: Float[Tensor, "b k 3 3"],
     shift_px: Float[Tensor, "b k 2"],
     ctf: Float[Tensor, "b p"] | None,
-    pixel_weight: Float[Tensor, "p"],
+    pixel_weight: Float[Tensor, " p"],
     pixels: FourierPixels,
     scale: float,
     *,
@@ -143,7 +143,7 @@ class _Data:
     volume: PackedVolume
     observed: Complex[Tensor, "b p"]
     ctf: Float[Tensor, "b p"] | None
-    pixel_weight: Float[Tensor, "p"]
+    pixel_weight: Float[Tensor, " p"]
     pixels: FourierPixels
     scale: float
 
@@ -192,7 +192,7 @@ class _Data:
         geometry = np.float32(self.scale), np.float32(1 / pixels.box_size)
         return (self.volume.compact(half), half), table, images, contrast, inside, geometry
 
-    def tensors(self, backend: Backend) -> tuple[local_refinement_torch.Problem, Float[Tensor, "b"]]:
+    def tensors(self, backend: Backend) -> tuple[local_refinement_torch.Problem, Float[Tensor, " b"]]:
         """The batched problem, and the cost of the pixels outside the transform."""
         inside, real, pixels = self.inside(), self.observed.real.dtype, self.pixels
         problem = local_refinement_torch.Problem(
@@ -214,7 +214,7 @@ def _as_volume(volume: Tensor | PackedVolume) -> PackedVolume:
     return volume if isinstance(volume, PackedVolume) else PackedVolume(volume)
 
 
-_Found = tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, "b"], Float[Tensor, "b"]]
+_Found = tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, " b"], Float[Tensor, " b"]]
 """Rotation, shift, cost before and after."""
 
 

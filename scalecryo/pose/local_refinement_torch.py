@@ -23,9 +23,9 @@ class Problem(NamedTuple):
     volume_rfft: Complex[Tensor, "d d h"]
     observed: Complex[Tensor, "b p"]
     ctf: Float[Tensor, "b p"] | None
-    weight: Float[Tensor, "p"]
-    kx: Float[Tensor, "p"]
-    ky: Float[Tensor, "p"]
+    weight: Float[Tensor, " p"]
+    kx: Float[Tensor, " p"]
+    ky: Float[Tensor, " p"]
     scale: float
     box_size: int
     fused: bool = False
@@ -102,7 +102,7 @@ def _dot(a: Complex[Tensor, "b p"], b: Complex[Tensor, "b p"]) -> Float[Tensor, 
     return (a.real * b.real + a.imag * b.imag).double()
 
 
-def costs(problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"]) -> Float[Tensor, "b"]:
+def costs(problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"]) -> Float[Tensor, " b"]:
     """Sum of w |residual|^2 / 2, double precision."""
     if problem.fused:
         return _fused_sums(problem, rotation, shift_px, derivatives=False)[:, 0] / 2
@@ -112,7 +112,7 @@ def costs(problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Te
 
 def normal_equations(
     problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 2"]
-) -> tuple[Float[Tensor, "b"], Float[Tensor, "b 5 5"], Float[Tensor, "b 5"]]:
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b 5 5"], Float[Tensor, "b 5"]]:
     """Cost, Gauss-Newton matrix and minus the gradient of the cost, in the order wx, wy, wz, tx, ty.
 
     w is the turn of `refine_cpu`, in the image frame (rad); t the shift (px). Double precision.
@@ -170,7 +170,7 @@ def _sums(problem: Problem, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Te
 
 
 def _damped_step(
-    matrix: Float[Tensor, "b 5 5"], gradient: Float[Tensor, "b 5"], damping: Float[Tensor, "b"], free: int
+    matrix: Float[Tensor, "b 5 5"], gradient: Float[Tensor, "b 5"], damping: Float[Tensor, " b"], free: int
 ) -> Float[Tensor, "b 5"]:
     """`refine_step.damped_step` of every image; 0 where it is not finite."""
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)[:, :free]
@@ -197,7 +197,7 @@ def refine_batch(
     free: int,
     most_turn: float,
     most_shift: float,
-) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, "b"], Float[Tensor, "b"]]:
+) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"], Float[Tensor, " b"], Float[Tensor, " b"]]:
     """RefinedPoses rotation and shift, costs before and after; arguments as the limits of
     `refine_cpu.refine_images`."""
     before, matrix, gradient = normal_equations(problem, rotation, shift_px)

@@ -51,7 +51,7 @@ class Posterior:
     """Into the shift grid."""
     log_likelihood: Float[Tensor, "b k"]
     """Up to the constant of each image."""
-    log_evidence: Float[Tensor, "b"]
+    log_evidence: Float[Tensor, " b"]
     """log of the summed likelihoods, up to the same constant: take off log(number of hypotheses) to compare grids."""
 
     def candidates(self, rotations: Float[Tensor, "g 3 3"], shift_grid: Float[Tensor, "t 2"]) -> PoseCandidates:
@@ -111,7 +111,7 @@ def templates(
 def grid_posterior(
     observed: Complex[Tensor, "b p"],
     ctf: Float[Tensor, "b p"] | None,
-    pixel_weight: Float[Tensor, "p"],
+    pixel_weight: Float[Tensor, " p"],
     templates: Complex[Tensor, "h p"],
     shift_grid_px: Float[Tensor, "t 2"],
     pixels: FourierPixels,
@@ -197,7 +197,7 @@ def squared_modulus(values: Complex[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def weighted_images(
-    observed: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None, pixel_weight: Float[Tensor, "p"]
+    observed: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None, pixel_weight: Float[Tensor, " p"]
 ) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "c p"]]:
     """w CTF Y, and w CTF^2 (one row for all images without a CTF)."""
     if ctf is None:
@@ -259,7 +259,7 @@ class _Best:
         self.index = like.new_empty((images, 0), dtype=torch.long)
         self.evidence = like.new_full((images,), -math.inf)
 
-    def add(self, scores: Float[Tensor, "b 2 t w"], scratch: Float[Tensor, "n"], first: int, half: int) -> None:
+    def add(self, scores: Float[Tensor, "b 2 t w"], scratch: Float[Tensor, " n"], first: int, half: int) -> None:
         """Take in the scores of templates `first`, first + 1, ... of `half`, and of their flips, at all shifts."""
         _, _, shifts, width = scores.shape
         flat = scores.flatten(1)
@@ -273,8 +273,8 @@ class _Best:
 
 
 def _log_sum_exp(
-    values: Float[Tensor, "b n"], top: Float[Tensor, "b 1"], scratch: Float[Tensor, "m"]
-) -> Float[Tensor, "b"]:
+    values: Float[Tensor, "b n"], top: Float[Tensor, "b 1"], scratch: Float[Tensor, " m"]
+) -> Float[Tensor, " b"]:
     """logsumexp along rows whose maxima are known: 2 to 20 times faster than torch's on a CPU."""
     terms = torch.sub(values, top, out=scratch[: values.numel()].view(values.shape))
     # exp2 is several times faster than exp; results that underflow would be slower still, and add nothing.

@@ -137,13 +137,17 @@ class Roofline:
         return max(moved / self.bandwidth, operations / self.float32)
 
 
+def _copied(session: Session) -> float:
+    """Bytes read and written a second."""
+    source = torch.rand(session.sizes.copy_numbers, device=session.device)
+    target = torch.empty_like(source)
+    return 8 * source.numel() / session.seconds(lambda: target.copy_(source))
+
+
 def roofline(session: Session) -> Roofline:
     """Measured: a large copy, and products of large matrices of random numbers."""
     sizes, device = session.sizes, session.device
-    source = torch.rand(sizes.copy_numbers, device=device)
-    target = torch.empty_like(source)
-    copied = 8 * source.numel() / session.seconds(lambda: target.copy_(source))
-    del source, target
+    copied = _copied(session)
     one, other = (torch.randn(sizes.product, sizes.product, device=device) for _ in range(2))
     operations = 2.0 * sizes.product**3
     rates = []

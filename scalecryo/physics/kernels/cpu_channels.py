@@ -75,8 +75,8 @@ def insert_channels_cpu(
     first: Float[Tensor, "b q"],
     second: Float[Tensor, "b t"],
     rotation: Float[Tensor, "b 3 3"],
-    kx: Float[Tensor, "p"],
-    ky: Float[Tensor, "p"],
+    kx: Float[Tensor, " p"],
+    ky: Float[Tensor, " p"],
     scale: float,
     grid: Float[Tensor, "d d h c"],
 ) -> None:

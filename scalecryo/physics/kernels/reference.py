@@ -18,13 +18,13 @@ from scalecryo.physics.kernels.views import Gradients, Views, Wanted
 class Samples(NamedTuple):
     """Where b*p samples fall in a half-complex volume."""
 
-    rows: tuple[Int[Tensor, "b*p"], ...]
+    rows: tuple[Int[Tensor, " b*p"], ...]
     """Flat index of the lower x neighbour, at (z, y), (z, y+1), (z+1, y), (z+1, y+1)."""
     fraction: tuple[Float[Tensor, "b p"], ...]
     """Position between neighbours along x, y, z."""
     sign: Float[Tensor, "b p"]
     """-1 where the Friedel partner -q was taken, else 1."""
-    inside: Float[Tensor, "p"]
+    inside: Float[Tensor, " p"]
     """1 where scale |k| <= d/2 - 1, else 0."""
 
 
@@ -35,8 +35,8 @@ def _wrap(position: Float[Tensor, "b p"], box: int) -> Float[Tensor, "b p"]:
 
 def locate(
     rotation: Float[Tensor, "b 3 3"],
-    kx: Float[Tensor, "p"],
-    ky: Float[Tensor, "p"],
+    kx: Float[Tensor, " p"],
+    ky: Float[Tensor, " p"],
     scale: float,
     box: int,
 ) -> Samples:

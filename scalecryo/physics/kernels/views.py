@@ -12,8 +12,8 @@ class Views(NamedTuple):
     rotation: Float[Tensor, "b 3 3"]
     shift_px: Float[Tensor, "b 2"] | None
     ctf: Float[Tensor, "b p"] | None
-    kx: Float[Tensor, "p"]
-    ky: Float[Tensor, "p"]
+    kx: Float[Tensor, " p"]
+    ky: Float[Tensor, " p"]
     scale: float
     box_size: int
 
