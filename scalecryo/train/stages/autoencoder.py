@@ -155,7 +155,7 @@ class AutoEncoding:
                 "[pose] or train.box: use the settings that it was trained with"
             )
         self._noise.load_state_dict(state["noise"])
-        self._white = Whitening(self._noise)
+        self._know_noise()
         self._starts.load_state_dict(state["starts"])
         self._step, self._batches = int(state["step"]), int(state["batches"])
         self._trainer.load_state_dict(state["trainer"])
@@ -190,8 +190,15 @@ class AutoEncoding:
         world.all_reduce_(self._circle_sums)
         power, count = self._circle_sums
         self._trainer.encoder.scale.copy_((power / count / 2).clamp_min(1e-20).rsqrt())
-        self._white = Whitening(self._noise)
+        self._know_noise()
         return PassReport("auto-encoder: noise and brightness of the images", self._images)
+
+    def _know_noise(self) -> None:
+        """What follows from the images' noise and power."""
+        self._white = Whitening(self._noise)
+        shell, level = self._noise.signal_shell(self._context.count), max(self._march.levels)
+        size = level * self._context.store.level_pixel_size(level)
+        self._learned.signal_angstrom = size / shell if shell else None
 
     def _learn(self, batch: ParticleImages, step: int, *, first: bool = False) -> None:
         """One step; the first of a start begins it."""
@@ -264,9 +271,8 @@ class AutoEncoding:
     def _hold(self, batch: ParticleImages) -> None:
         """Keep the held-out images of a batch; as many of each, so that their number need not be known here."""
         assert self._white is not None, "a look comes first"
-        counted = batch.weight * self._context.partition.held_out(batch.rows)
-        some = batch.select(counted.argsort(descending=True, stable=True)[:HELD_OUT_MOST])
-        some = replace(some, weight=some.weight * self._context.partition.held_out(some.rows))
+        batch = replace(batch, weight=batch.weight * self._context.partition.held_out(batch.rows))
+        some = batch.select(batch.weight.argsort(descending=True, stable=True)[:HELD_OUT_MOST])
         self._judges.append((encoder_input(some, self._trainer.circles), self._white(some)))
 
     def _finish_round(self, world: World) -> PassReport:
