@@ -81,6 +81,10 @@ class RandomStarts:
         self.states = {number: self.states[number] for number in self.going}
         self._trained = 0
 
+    def release(self) -> None:
+        """Forget what the last one has learnt: it goes on elsewhere."""
+        self.states = dict.fromkeys(self.states)
+
     def state_dict(self) -> dict[str, Any]:
         """Where it stands."""
         return {"going": list(self.going), "states": self.states, "steps": self.steps, "trained": self._trained}

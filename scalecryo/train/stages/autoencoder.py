@@ -131,7 +131,7 @@ class AutoEncoding:
         return self._done
 
     def state_dict(self) -> dict[str, Any]:
-        """Encoder, maps, noise, and the best start so far."""
+        """Encoder, maps, noise, and the random starts that are left."""
         march, references = self._starts.over, self._learned.references
         return {
             "settings": self._settings(),
@@ -263,6 +263,7 @@ class AutoEncoding:
         starts.learnt(_copied({"trainer": self._trainer.state_dict(), "maps": self._trainer.maps.state_dict()}))
         if starts.over:
             self._step = starts.steps
+            starts.release()
         return PassReport(
             f"auto-encoder: random start {number} of {starts.count}, step {steps}: loss {loss:.4f}", self._images
         )
@@ -291,7 +292,8 @@ class AutoEncoding:
         starts.judged(mean)
         if starts.over:
             self._take_up(starts.states[starts.going[0]])
-            self._step, starts.states = starts.steps, {starts.going[0]: {}}
+            self._step = starts.steps
+            starts.release()
         return PassReport(_round_told(before, starts.going, mean, paired), self._images)
 
     def _finish_steps(self) -> PassReport:
