@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scalecryo.config import Config
+from scalecryo.settings import AutoencoderConfig
 
 # Images a second of one CPU core: of one pair of half-maps in the start; searched, and refined locally, at 64 px; in
 # the final pass at 128 px; of the auto-encoder, and of the paper's, at 128 px.
@@ -95,13 +96,24 @@ def _starts(config: Config, particles: int, levels: Sequence[int]) -> list[Part]
         return [Part("imported poses", particles / POSED), *_class_parts(config, particles)]
     if config.recipe == "autoencoder":
         own = config.autoencoder
-        steps = dict.fromkeys(levels, own.level_steps) | {min(levels): own.starts * own.start_steps + own.steps}
+        passes, more = _of_random_starts(own)
+        steps = dict.fromkeys(levels, own.level_steps) | {min(levels): own.steps + more}
         rates = {level: min(FASTEST_ENCODED, ENCODED * (128 / level) ** 1.3) for level in levels}
         seconds = sum(count * own.batch_size / rates[level] for level, count in steps.items())
-        return [Part("auto-encoder", seconds, 0, own.starts + sum(steps.values()) // config.monitor.every)]
+        return [Part("auto-encoder", seconds, 0, passes + sum(steps.values()) // config.monitor.every)]
     box, train = max(levels), config.train
     step = train.batch_size / (DESCENDED * (128 / box) ** 2) + VOLUME_SECONDS * (box / 128) ** 3
     return [Part("gradient descent", train.steps * step, 0, max(1, train.steps // config.monitor.every))]
+
+
+def _of_random_starts(settings: AutoencoderConfig) -> tuple[int, int]:
+    """Passes of the auto-encoder's random starts, and their steps but for those of the one that goes on."""
+    left, passes, steps, learnt = settings.starts, 0, 0, 0
+    while learnt < settings.steps and (left > 1 or not learnt):
+        more = min(settings.start_steps, settings.steps - learnt)
+        passes, steps, learnt = passes + left + 1, steps + left * more, learnt + more
+        left = max(1, left // 2)
+    return passes, steps - learnt
 
 
 def _class_parts(config: Config, particles: int) -> list[Part]:

@@ -135,6 +135,7 @@ class Refinement:
             "references": references.state_dict(),
             "steps": self._learned.steps,
             "notes": list(self._learned.notes),
+            "signal_angstrom": self._learned.signal_angstrom,
             "half_parts": None if self._parts is None else [part.state_dict() for part in self._parts],
             "encoder": None if encoder is None else encoder.state_dict(),
             "parts": list(self._learned.particles.parts),
@@ -156,6 +157,7 @@ class Refinement:
         learned.references = ReferenceSet.from_state_dict(state["references"], device)
         learned.steps = state["steps"]
         learned.notes = tuple(state["notes"])
+        learned.signal_angstrom = state.get("signal_angstrom")  # older checkpoints have none
         if state["half_parts"] is not None:
             self._parts = [ReferenceSet.from_state_dict(part, device) for part in state["half_parts"]]
         if learned.encoder is not None and state["encoder"] is not None:
