@@ -37,6 +37,7 @@ from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_sources import GridSearch
 from scalecryo.pose.expectation import expected_slices
 from scalecryo.pose.search import templates, turned_grid
+from scalecryo.pose.view_balance import DIRECTIONS, ViewCounts, ViewWeights
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
@@ -48,6 +49,7 @@ RADIUS = 12.0  # Fourier pixels that are compared
 READ_RADIUS = 14.0  # Fourier pixels that are read: the noise is estimated a little beyond what is compared
 HALF_GRID = 2304
 DECAY = 0.9
+VIEWS_DECAY = 0.98  # of the count of views: of 50 batches, for a density that chance does not make
 REGULARISATION = 0.05
 SAVE_EVERY = 20
 JUDGED = 8000  # particles that are read to judge; a tenth of them is held out
@@ -87,6 +89,8 @@ class Bootstrap:
         self._grid = so3_grid(HALF_GRID).to(context.device)
         self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
         self._sums = Backprojection(level, device=context.device, classes=self._starts)
+        self._views = torch.zeros(self._starts, 2, DIRECTIONS, device=context.device)
+        self._balance: ViewWeights | None = None
         self._going = [(number, half) for number in range(self._starts) for half in (1, 2)]
         self._searches: dict[Slot, GridSearch] = {}
         self._gains: dict[Slot, list[float]] = {}
@@ -100,6 +104,7 @@ class Bootstrap:
         """Some steps until the next checkpoint, or all batches that judge."""
         left = self._end_of_round - self._step
         self._images = 0
+        self._balance = ViewWeights.of(self._views.flatten(0, 1))
         if not left:
             return BatchRequest((self._pixels,), self._batch, start=0, batches=self._judging)
         batches = min(SAVE_EVERY - self._step % SAVE_EVERY, left)
@@ -204,10 +209,10 @@ class Bootstrap:
     def _settings(self) -> str:
         """What the random starts depend on."""
         config = self._context.config
-        return f"{config.train.rows} {config.train.seed} {config.guided} {config.pose.centred}"
+        return f"{config.train.rows} {config.train.seed} {config.guided} {config.pose.centred} views"
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._noise.tensors(), *self._sums.tensors()]
+        return [*self._noise.tensors(), *self._sums.tensors(), self._views]
 
     def _learn(self, batch: ParticleImages, world: World) -> None:
         """One step of every start, and of the noise that they share; one reduction over the workers."""
@@ -218,12 +223,14 @@ class Bootstrap:
         noise.decay(DECAY)
         residuals = NoiseSpectrum(len(noise.power), near.kx.device)
         fresh = Backprojection(near.box_size, device=near.kx.device, classes=self._starts)
+        views = ViewCounts(2 * self._starts, near.kx.device)
         for slot in self._going:
             images = batch.select(batch.half == slot[1]).within(RADIUS)
             if len(images):  # a worker that holds none of a half still takes part in the reduction
-                self._insert(images, slot, fresh, residuals)
+                self._insert(images, slot, fresh, residuals, views)
         parts = fresh.within(RADIUS)
-        world.all_reduce_(*residuals.tensors(), *parts)
+        world.all_reduce_(*residuals.tensors(), *parts, views.counts)
+        self._views = VIEWS_DECAY * self._views + views.counts.view_as(self._views)
         noise.power += residuals.power
         noise.count += residuals.count
         fresh.put_within(RADIUS, *parts)
@@ -231,8 +238,13 @@ class Bootstrap:
         self._sums.numerator += fresh.numerator
         self._sums.denominator += fresh.denominator
 
-    def _insert(self, images: ParticleImages, slot: Slot, fresh: Backprojection, residuals: NoiseSpectrum) -> None:
-        """One step of one half-map on this worker: all of its images at all poses, by their posterior."""
+    def _insert(
+        self, images: ParticleImages, slot: Slot, fresh: Backprojection, residuals: NoiseSpectrum, views: ViewCounts
+    ) -> None:
+        """One step of one half-map on this worker: all of its images at all poses, by their posterior.
+
+        Views that most images share count less: they would draw the map out along themselves (`view_balance`).
+        """
         (number, half), count, near, device = slot, len(images), self._near, self._grid.device
         if self._step == 0:
             # Other poses on every worker; the turned grids of later steps are the same on all.
@@ -247,8 +259,12 @@ class Bootstrap:
         bank = templates(reference.transform, grid, near, reference.scale)
         weight = reference.noise.pixel_weight(near)
         found = expected_slices(images.transforms, images.ctf, weight, bank, self._shifts, near)
-        centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
-        fresh.insert(found.slices, grid, centred, ones, near, class_index=number, half=half)
+        centred, weights = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
+        of_slot = torch.full((len(grid),), 2 * number + half - 1, device=device)
+        views.add(grid, of_slot, found.mass.sum(0))
+        if self._balance is not None:
+            weights = self._balance(grid, of_slot)
+        fresh.insert(found.slices, grid, centred, weights, near, class_index=number, half=half)
         residuals.add_power(found.residual, count, near)
 
     def _reference(self, slot: Slot) -> Reference:

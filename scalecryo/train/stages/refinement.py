@@ -20,6 +20,7 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainSteps
+from scalecryo.pose.view_balance import ViewWeights
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
@@ -56,6 +57,7 @@ class Refinement:
         self._parts: Parts | None = None
         self._related: RelatedRotations | None = None
         self._iteration: Iteration | None = None
+        self._views: Tensor | None = None  # of each class, along the directions of `ViewCounts`
 
     def request(self) -> BatchRequest:
         """Plan the next iteration; its batches come from an epoch of its own."""
@@ -75,8 +77,9 @@ class Refinement:
         if self._strain is not None:
             references = _strained_maps(references, self._strain)
         self._iteration = Iteration(
-            plan, schedule.number, context, self._learned, references, parts, self._strain, self._related
-        )
+            plan, schedule.number, context, self._learned, references, parts, self._strain, self._related,
+            self._balance(),
+        )  # fmt: skip
         epoch = context.order(plan.level, settings.batch_size).steps_per_epoch
         batches = min(epoch, -(-settings.iteration_particles // settings.batch_size))
         return BatchRequest(
@@ -97,8 +100,9 @@ class Refinement:
         counts = iteration.counts.tolist()  # host sync
         gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
         creep = self._creep_on(iteration)
+        self._views = iteration.views.counts
         self._schedule.update(
-            iteration.plan, creep=creep, reach=after.resolution(SIGNAL)[0], gain=gain,
+            iteration.plan, creep=creep, weighted=iteration.weighted, reach=after.resolution(SIGNAL)[0], gain=gain,
             moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
         )  # fmt: skip
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
@@ -108,6 +112,15 @@ class Refinement:
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
         return self._report(iteration, after, counts)
+
+    def _balance(self) -> ViewWeights | None:
+        """Weights of the views of the last iteration's poses, while they creep."""
+        if self._views is None or not self._schedule.balanced:
+            return None
+        weights = ViewWeights.of(self._views, self._context.point_group)
+        if weights is not None and self._schedule.number == 1:
+            logger.info("some views are seen often: they count less in the maps until the poses settle")
+        return weights
 
     def _creep_on(self, iteration: Iteration) -> float:
         """Follow a creep of poses and maps to where it would end; returns the iteration's strain."""
@@ -141,6 +154,7 @@ class Refinement:
             "parts": list(self._learned.particles.parts),
             "creep": self._creep.state_dict(),
             "strain": self._strain,
+            "views": self._views,
             "related": None if self._related is None else (self._related.similar, self._related.equivalent),
             "schedule": self._schedule.state_dict(),
             "count": self._context.store.count,
@@ -167,6 +181,8 @@ class Refinement:
             learned.groups.load_state_dict(state["groups"])
         self._creep.load_state_dict(state["creep"])
         self._strain = None if state["strain"] is None else state["strain"].to(device)
+        views = state.get("views")  # older checkpoints have none
+        self._views = None if views is None else views.to(device)
         if state["related"] is not None:
             self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
         self._schedule.load_state_dict(state["schedule"])
