@@ -79,8 +79,8 @@ class ClassRestarts(ClassStart):
 
     def _learn(self, batch: ParticleImages, world: World) -> None:
         self._learnt = self._noise_of_each() if self._fresh else []
-        self._fresh_banks.clear()
         super()._learn(batch, world)
+        self._fresh_banks.clear()  # the maps change, and so does the grid
         for own, found in zip(self._noises, self._learnt, strict=False):
             own.decay(DECAY)
             own.power += found.power
@@ -117,8 +117,6 @@ class ClassRestarts(ClassStart):
     def _judge_beside(self, images: ParticleImages, found: Expectation) -> None:
         if not self._fresh:
             return
-        if self._judged == 0:
-            self._fresh_banks.clear()
         share, start = self._shares(found), self._going[0]
         grid = turned_grid(self._grid, self._generator(start))
         present = share.double().log() + found.log_evidence.double()[:, None] - self._balance.log_prior[start]
@@ -198,6 +196,7 @@ class ClassRestarts(ClassStart):
         logger.info("start: held-out log-likelihood of images in a fresh map of their class over its present one: %s",
                     "; ".join(told))  # fmt: skip
         self._duels.zero_()
+        self._fresh_banks.clear()
         if self._fresh:
             return False
         self._over, self._since = True, len(self._earlier)
