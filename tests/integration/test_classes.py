@@ -34,6 +34,7 @@ START = {
     "train.classes": "2",
     "guided.starts": "1",
     "guided.bootstrap_steps": "20",
+    "guided.bootstrap_rounds": "12",
     "guided.bootstrap_batch": "80",
     "pose.centred": "true",
 }
