@@ -220,6 +220,7 @@ def test_a_fresh_map_is_taken_where_it_is_better_beyond_the_error(species: tuple
     assert torch.equal(start._sums.numerator[1], before[1])
     assert start._fresh == {1: [same]}  # gains more than before: goes on
     start._duels[same] = torch.tensor([100.0, 10.0, 101.0, 2000.0])
+    start._earlier += [1.0, 1.0]
     assert not start._compare(World())  # has not grown: over; class 1 has to settle with its new map
     assert not start._fresh
     assert torch.equal(start._sums.numerator[1], before[1])

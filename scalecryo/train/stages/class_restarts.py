@@ -36,7 +36,7 @@ from scalecryo.train.stages.start_rounds import DECAY, REGULARISATION
 logger = logging.getLogger(__name__)
 FRESH = 2  # random starts of each class
 BETTER = 3.0  # standard errors by which a fresh map's likelihood must be better
-GROWS = 1.05  # factor in likelihood gain that a round must bring for a fresh map to go on
+GROWS, LEAST_ROUNDS = 1.02, 2  # factor in likelihood gain for which a fresh map goes on, and rounds that it has
 COUNTED = 0.01  # posterior of a class below which an image does not count for it
 LEAST_SHARE = 0.02  # of the particles, below which a class is left as it is: it is all but empty
 SEED = 1000  # of the first fresh start; the starts of the mixture have those below
@@ -180,12 +180,13 @@ class ClassRestarts(ClassStart):
         mean = total / count.clamp_min(1e-12)
         error = ((squares / count.clamp_min(1e-12) - mean.square()).clamp_min(0) / count.clamp_min(1e-12)).sqrt()
         gained = mean + present / count.clamp_min(1e-12)
-        last = len(self._earlier) >= min(2 * self._since, self._most)
+        rounds = len(self._earlier)
+        young, last = rounds < self._since + LEAST_ROUNDS, rounds >= min(2 * self._since, self._most)
         told = []
         for number, places in list(self._fresh.items()):
             best = max(places, key=lambda place: float(mean[place]))  # host sync
             better = float(mean[best]) > BETTER * float(error[best])
-            grown = float(gained[best]) > GROWS * self._gained[number]
+            grown = young or float(gained[best]) > GROWS * self._gained[number]
             self._fresh[number], self._gained[number] = [best], float(gained[best])
             told.append(f"class {number + 1}: {mean[best]:+.2f} ± {error[best]:.2f}{', taken' if better else ''}")
             if better:
