@@ -131,9 +131,6 @@ class Bootstrap(StartRounds):
         super()._take_up(standing)
         self._going = [(int(number), int(half)) for number, half in standing["going"]]
 
-    def _settings(self) -> str:
-        return f"{super()._settings()} views"
-
     def _tensors(self) -> list[Tensor]:
         return [*super()._tensors(), self._views]
 

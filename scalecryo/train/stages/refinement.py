@@ -48,7 +48,7 @@ class Refinement:
         """
         settings = context.config.guided
         self._context, self._learned = context, learned
-        learned.groups = ImageGroups(context.store.box_size, context.device)
+        learned.groups = learned.groups or ImageGroups(context.store.box_size, context.device)
         searches = settings.search_iterations if settings.start == "nothing" else 0
         docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
         self._posed = settings.start == "poses" or docked  # well from the first iteration on

@@ -16,6 +16,7 @@ from scalecryo.distributed.world import World
 from scalecryo.errors import TrainingError
 from scalecryo.evaluate.align_maps import linear_map
 from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
@@ -54,6 +55,7 @@ class StartRounds(ABC):
         """
         check_count(context.count, context.config.run.data)
         self._context, self._learned, self._batch = context, learned, batch
+        self._groups = learned.groups = ImageGroups(context.store.box_size, context.device)
         level = min(context.store.levels)
         self._steps = context.config.guided.bootstrap_steps
         self._judging = max(1, min(JUDGED, context.count) // batch)
@@ -84,6 +86,9 @@ class StartRounds(ABC):
         held_out = self._context.partition.held_out(batch.rows)
         if self._step == 0:
             check_images(batch, self._context.config.run.data)
+        if self._step < self._first_pass:  # of each optics group: an image is noise, but for a few per cent
+            self._groups.add_residuals(batch.transforms, batch)
+        batch = self._groups.corrected(batch)
         if self._step < self._end_of_round:
             self._learn(batch.select(~held_out), self._context.world)
             self._step += 1
@@ -98,13 +103,15 @@ class StartRounds(ABC):
     def state_dict(self) -> dict[str, Any]:
         """Sums, noise and where it stands; the same on every worker."""
         tensors = [tensor.cpu() for tensor in self._tensors()]
-        return {"standing": self._standing(), "settings": self._settings(), "tensors": tensors}
+        groups = self._groups.state_dict()
+        return {"standing": self._standing(), "settings": self._settings(), "tensors": tensors, "groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after so many steps; under other settings, from the beginning."""
         if state["settings"] != self._settings():
             return
         self._take_up(state["standing"])
+        self._groups.load_state_dict(state["groups"])
         for own, saved in zip(self._tensors(), state["tensors"], strict=True):
             own.copy_(saved)
 
@@ -123,12 +130,17 @@ class StartRounds(ABC):
         self._step, self._earlier = int(standing["step"]), list(standing["earlier"])
 
     def _settings(self) -> str:
-        """What the random starts depend on."""
+        """What the random starts depend on; the last number, on what they do."""
         config = self._context.config
-        return f"{config.train.rows} {config.train.seed} {config.train.classes} {config.guided} {config.pose.centred}"
+        return f"{config.train.rows} {config.train.seed} {config.train.classes} {config.guided} {config.pose.centred} 2"
 
     def _tensors(self) -> list[Tensor]:
         return [*self._noise.tensors(), *self._sums.tensors()]
+
+    @property
+    def _first_pass(self) -> int:
+        """Steps before the first checkpoint."""
+        return min(SAVE_EVERY, self._steps)
 
     @property
     def _end_of_round(self) -> int:
@@ -163,6 +175,9 @@ class StartRounds(ABC):
         self._sums.decay(DECAY)
         self._sums.numerator += fresh.numerator
         self._sums.denominator += fresh.denominator
+        if self._step == self._first_pass - 1:
+            world.all_reduce_(*self._groups.tensors())
+            self._groups.update()
 
     def _random_poses(self, count: int, number: int) -> tuple[Float[Tensor, "b 3 3"], Float[Tensor, "b 2"]]:
         """Of the first step of a random start: others on every worker; the turned grids of later steps are the same."""
