@@ -21,6 +21,8 @@ RESULT_SECONDS = 10.0  # maps, curves and pictures at 128 px
 LEARNT = 8000.0  # images a second and component of a pass that learns components, at 64 px
 COMPONENT_PASSES, COMPONENT_PARTICLES, COMPONENT_LEVEL = 10, 200_000, 128
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
+CLASS_ROUNDS, FRESH_ROUNDS = 7, 2  # of the start of several classes, and of them with fresh maps; both FRESH at first
+FRESH = 2
 SEARCHES, LOCAL = 3, 3
 JUDGING = 8000  # particles that a round of the start reads to judge, at most
 SEARCH_LEVEL = 64
@@ -90,8 +92,9 @@ def _starts(config: Config, particles: int, levels: Sequence[int]) -> list[Part]
         judged = ROUNDS * min(JUDGING, particles) / JUDGED
         learnt = guided.bootstrap_steps * guided.bootstrap_batch / START * (guided.starts + ROUNDS - 1)
         passes = ROUNDS * (guided.bootstrap_steps // 20 + 1)
-        start = Part("start", (learnt + judged) * (many if config.train.class_mode == "independent" else 1), 0, passes)
-        return [start, *_class_parts(config, particles)]
+        if many > 1 and config.train.class_mode == "independent":
+            return [_class_start(config, particles)]
+        return [Part("start", learnt + judged, 0, passes), *_class_parts(config, particles)]
     if config.recipe == "poses":
         return [Part("imported poses", particles / POSED), *_class_parts(config, particles)]
     if config.recipe == "autoencoder":
@@ -116,8 +119,18 @@ def _of_random_starts(settings: AutoencoderConfig) -> tuple[int, int]:
     return passes, steps - learnt
 
 
+def _class_start(config: Config, particles: int) -> Part:
+    """Each image is compared with a map of every class, and for some rounds with fresh ones of its own class too."""
+    guided, many = config.guided, config.train.classes
+    rounds = min(CLASS_ROUNDS + FRESH_ROUNDS, guided.bootstrap_rounds)
+    images = guided.bootstrap_steps * guided.bootstrap_batch * max(1, many / 2)
+    learnt = images / START * (many * (guided.starts + rounds - 1) + FRESH + FRESH_ROUNDS - 1)
+    judged = rounds * min(JUDGING, particles) / 10 / JUDGED * (many + 1)
+    return Part("start", learnt + judged, 0, rounds * (guided.bootstrap_steps // 20 + 1))
+
+
 def _class_parts(config: Config, particles: int) -> list[Part]:
-    if config.train.classes == 1 or (config.recipe == "guided" and config.train.class_mode == "independent"):
+    if config.train.classes == 1:
         return []
     read = min(particles, config.guided.iteration_particles) * config.train.classes
     return [Part("classes", 4 * read / SEARCHED, 0, 4), Part("class maps", 2 * read / SEARCHED, 0, 2)]

@@ -25,8 +25,8 @@ from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.schedule import IterationPlan
+from scalecryo.train.stages.start_rounds import HALF_GRID
 
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0

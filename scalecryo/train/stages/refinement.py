@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.align_maps import linear_map
+from scalecryo.evaluate.classes import effective_classes
 from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.particle_images import ParticleImages
@@ -46,7 +48,7 @@ class Refinement:
         """
         settings = context.config.guided
         self._context, self._learned = context, learned
-        learned.groups = ImageGroups(context.store.box_size, context.device)
+        learned.groups = learned.groups or ImageGroups(context.store.box_size, context.device)
         searches = settings.search_iterations if settings.start == "nothing" else 0
         docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
         self._posed = settings.start == "poses" or docked  # well from the first iteration on
@@ -218,7 +220,9 @@ class Refinement:
         if after.classes > 1:
             shares = (iteration.class_counts / iteration.class_counts.sum()).tolist()  # host sync
             scalars |= {f"classes/share_{number}": share for number, share in enumerate(shares, 1)}
-            message += f", classes hold {' '.join(f'{100 * share:.0f}' for share in shares)} %"
+            scalars["classes/effective"] = effective = effective_classes(np.array(shares))
+            held = " ".join(f"{100 * share:.0f}" for share in shares)
+            message += f", classes hold {held} % (effective number {effective:.1f})"
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(
