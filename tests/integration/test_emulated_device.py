@@ -7,24 +7,25 @@ collective ends the run.
 import dataclasses
 import json
 import re
-import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from scalecryo.config import Config, load_config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
+from scalecryo.errors import TrainingError
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
 from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.recipes import stages_of
+from scalecryo.train.stages import components
 from tests.conftest import SimulatedParticles
 from tests.support.emulated_device import DEVICE, EmulatedDevice, HostTensorRefusedError
+from tests.support.gloo import by_workers
 
 RECIPES = {
     "autoencoder": {"pose.source": "encoder", "autoencoder.starts": "1", "autoencoder.start_steps": "2",
@@ -86,28 +87,44 @@ def test_every_recipe_keeps_its_tensors_on_the_device(
     assert re.search(r"^scalecryo_step\{run=\S+\} [1-9]", text, flags=re.MULTILINE)
 
 
-def worker(rank: int, port: int, config: Config, counts: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        with EmulatedDevice() as device:
-            with pytest.raises(HostTensorRefusedError):
-                World(rank, 2).all_reduce_(torch.ones(2))
-            loop.train(config, World(rank, 2), DEVICE)
-    finally:
-        dist.destroy_process_group()
-    Path(counts).with_suffix(f".{rank}").write_text(json.dumps(device.collectives | {"objects": device.objects}))
+def train_on_device(world: World, given: dict[str, Config], folder: str) -> None:
+    """Train one run after the other; each leaves how often it called which collective."""
+    components.PASSES = 4
+    with EmulatedDevice() as device:
+        with pytest.raises(HostTensorRefusedError):
+            world.all_reduce_(torch.ones(2))
+        for name, config in given.items():
+            device.collectives.clear()
+            device.objects = 0
+            refused = pytest.raises(TrainingError, match="agrees with itself") if name == "symmetry" else nullcontext()
+            with refused:
+                loop.train(config, world, DEVICE)
+            counts = device.collectives | {"objects": device.objects}
+            Path(folder, f"{name}.{world.rank}").write_text(json.dumps(counts))
 
 
 def test_two_workers_reduce_nothing_that_lies_on_the_host(simulated: SimulatedParticles, tmp_path: Path) -> None:
-    config = made(GUIDED, simulated.store, tmp_path / "run", 2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port, config, str(tmp_path / "counts.json")), nprocs=2)
-    assert (tmp_path / "run" / "map.mrc").exists()
-    first, second = (json.loads((tmp_path / f"counts.{rank}").read_text()) for rank in range(2))
-    assert first == second  # every collective is everyone's
-    assert first["allreduce_"] > 8
+    """From nothing, and all ways on which each map's sums are added by its owner."""
+    short = RECIPES["poses"] | {"guided.iterations": "1", "guided.encoder_steps": "0"}
+    chosen = {
+        "guided": GUIDED,
+        "classes": short | {"train.classes": "2"},
+        "components": short | {"train.components": "2", "train.final_pass": "true"},
+        "symmetry": short | {"train.symmetry": "C2"},  # which these particles have not
+    }
+    given = {
+        name: made(settings, simulated.store if name == "guided" else simulated.posed_store, tmp_path / name, 2)
+        for name, settings in chosen.items()
+    }
+    by_workers(train_on_device, given, str(tmp_path))
+    assert (tmp_path / "guided" / "map.mrc").exists()
+    assert (tmp_path / "components" / "components" / "component2.mrc").exists()
+    found = {name: [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)] for name in given}
+    for first, second in found.values():
+        assert first == second  # every collective is everyone's
+    assert found["guided"][0]["allreduce_"] > 8
     # Names of parts, once a pass that finds poses: the iteration and the final pass.
-    assert first["objects"] == 2
+    assert found["guided"][0]["objects"] == 2
+    for counts, _ in found.values():
+        assert counts["reduce_"] >= 4  # numerator and denominator of both halves
+        assert counts["broadcast_"] >= 2
