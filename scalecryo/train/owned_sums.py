@@ -1,13 +1,11 @@
 """Sums that several workers inserted into: each map's are added on one worker, which solves it for all."""
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.map.backprojection import REGULARISATION, Backprojection
+from scalecryo.map.backprojection import REGULARISATION, TOGETHER, Backprojection
 from scalecryo.map.component_frame import ridge_of
 from scalecryo.map.components import ComponentSums
 
@@ -38,21 +36,19 @@ class OwnedSums:
         if self._world.size == 1:
             return
         where = self.sums.reached(radius)
-        for number in range(self.sums.classes):
-            for half in (1, 2):
-                owner = self.owner(number // self._parts, half)
-                for grid in self.sums.tensors():
-                    _reduce_(grid[number, half - 1].view(-1), where, self._world, owner)
+        for owner, maps in self._by_owner().items():
+            classes = [(part, half) for number, half in maps for part in self._classes(number)]
+            grids = [grid[place, half - 1].view(-1) for place, half in classes for grid in self.sums.tensors()]
+            # Small ones travel together: a reduction costs a round trip.
+            together = len(grids) if self.sums.padded_box <= TOGETHER else 1
+            for first in range(0, len(grids), together):
+                _reduce_(grids[first : first + together], where, self._world, owner)
 
     def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float) -> None:
         """`Backprojection.symmetrise` of the sums that this worker owns."""
-        mine = [
-            2 * (self._parts * number + part) + half - 1
-            for number, half in self._maps()
-            for part in range(self._parts)
-            if self.owner(number, half) == self._world.rank
-        ]
-        self.sums.symmetrise(rotations, radius, sorted(mine))
+        mine = self._by_owner().get(self._world.rank, [])
+        which = [2 * part + half - 1 for number, half in mine for part in self._classes(number)]
+        self.sums.symmetrise(rotations, radius, sorted(which))
 
     def solve(
         self, regularisation: float = REGULARISATION, *, without: int | None = None
@@ -64,14 +60,14 @@ class OwnedSums:
             without: part that is left out.
         """
         found = self._empty(self.sums.classes // self._parts, 2)
-        for number, half in self._maps():
-            if self.owner(number, half) == self._world.rank:
-                # Merged one at a time, and only by those who own it: a copy of all would take as much as a pass's sums.
-                whole = self.sums if self._parts == 1 else self.sums.merged(self._classes(number, without), half)
-                place = (number, half) if self._parts == 1 else (0, 1)
-                found[number, half - 1] = whole.solve_one(*place, regularisation)
-        for number, half in self._maps():
-            self._world.broadcast_(found[number, half - 1], self.owner(number, half))
+        owners = self._by_owner()
+        for number, half in owners.get(self._world.rank, []):
+            # Merged one at a time, and only by those who own it: a copy of all would take as much as a pass's sums.
+            whole = self.sums if self._parts == 1 else self.sums.merged(self._classes(number, without), half)
+            place = (number, half) if self._parts == 1 else (0, 1)
+            found[number, half - 1] = whole.solve_one(*place, regularisation)
+        for owner, maps in owners.items():
+            self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
         return found
 
     def solve_joined(
@@ -80,18 +76,23 @@ class OwnedSums:
         """Every map from both halves together; arguments as in `solve`. Collective."""
         assert self._joined, "one worker needs both halves"
         found = self._empty(self.sums.classes // self._parts)
-        for number, volume in enumerate(found):
-            if self.owner(number) == self._world.rank:
-                both = self.sums.merged(self._classes(number, without)).joined()
-                volume.copy_(both.solve_one(0, 1, regularisation))
-        for number, volume in enumerate(found):
-            self._world.broadcast_(volume, self.owner(number))
+        owners = {owner: maps[::2] for owner, maps in self._by_owner().items()}
+        for number, _ in owners.get(self._world.rank, []):
+            both = self.sums.merged(self._classes(number, without)).joined()
+            found[number] = both.solve_one(0, 1, regularisation)
+        for owner, maps in owners.items():
+            self._world.broadcast_(owner, *(found[number] for number, _ in maps))
         return found
 
-    def _maps(self) -> Iterator[tuple[int, int]]:
-        return ((number, half) for number in range(self.sums.classes // self._parts) for half in (1, 2))
+    def _by_owner(self) -> dict[int, list[tuple[int, int]]]:
+        """Maps and halves of each worker that owns any, in order."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for number in range(self.sums.classes // self._parts):
+            for half in (1, 2):
+                found.setdefault(self.owner(number, half), []).append((number, half))
+        return found
 
-    def _classes(self, number: int, without: int | None) -> list[int]:
+    def _classes(self, number: int, without: int | None = None) -> list[int]:
         return [self._parts * number + part for part in range(self._parts) if part != without]
 
     def _empty(self, *count: int) -> Tensor:
@@ -115,19 +116,20 @@ def solve_components(
     if world.size > 1:
         where = sums.reached(radius)
         for half in (1, 2):
-            _reduce_(sums.grid[half - 1].flatten(0, 2), where, world, (half - 1) % world.size)
+            _reduce_([sums.grid[half - 1].flatten(0, 2)], where, world, (half - 1) % world.size)
     for half in (1, 2):
         if (half - 1) % world.size == world.rank:
             ridge = ridge_of(curves, sums.mean_weight(half, radius))
             found[half - 1] = sums.solve(half, ridge, radius)
     for half in (1, 2):
-        world.broadcast_(found[half - 1], (half - 1) % world.size)
+        world.broadcast_((half - 1) % world.size, found[half - 1])
     return found
 
 
-def _reduce_(grid: Tensor, where: Int[Tensor, " k"], world: World, owner: int) -> None:
-    """Add some rows of a grid over all workers, on their owner alone."""
-    part = grid.index_select(0, where)
-    world.reduce_(part, owner)
+def _reduce_(grids: list[Tensor], where: Int[Tensor, " k"], world: World, owner: int) -> None:
+    """Add some rows of grids over all workers, on their owner alone."""
+    parts = [grid.index_select(0, where) for grid in grids]
+    world.reduce_(owner, *parts)
     if owner == world.rank:
-        grid.index_copy_(0, where, part)
+        for grid, part in zip(grids, parts, strict=True):
+            grid.index_copy_(0, where, part)

@@ -222,6 +222,8 @@ class Bootstrap:
             images = batch.select(batch.half == slot[1]).within(RADIUS)
             if len(images):  # a worker that holds none of a half still takes part in the reduction
                 self._insert(images, slot, fresh, residuals)
+        # All sums on every worker, not each on its owner: in every step every worker slices every map, and worker 0
+        # saves all sums. Up to this radius they are half a megabyte a map.
         parts = fresh.within(RADIUS)
         world.all_reduce_(*residuals.tensors(), *parts)
         noise.power += residuals.power

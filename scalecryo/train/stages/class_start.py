@@ -183,7 +183,7 @@ class ClassStart:
         mass = self._gains.new_zeros(len(self._gains), self._classes)
         for start in self._going:
             mass[start] = self._insert(batch, start, fresh, residuals)
-        parts = fresh.within(RADIUS)
+        parts = fresh.within(RADIUS)  # all on every worker: see `Bootstrap._learn`
         world.all_reduce_(*residuals.tensors(), mass, *parts)
         noise.power += residuals.power
         noise.count += residuals.count

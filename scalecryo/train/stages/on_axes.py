@@ -88,7 +88,7 @@ def symmetric_where_on_axes(owned: OwnedSums, context: RunContext, references: R
         symmetric, radius = sums.merged([0]), int(max(references.resolution(SHOWN)[0], 4.0))
         symmetric.symmetrise(group.others, sums.box_size / 2 - 1)
         told += _agreement(symmetric, sums, radius) / max(_agreement(sums, sums, radius), 1e-6)
-    context.world.broadcast_(told, owner)
+    context.world.broadcast_(owner, told)
     share = float(told)  # host sync: once a run
     logger.info("imported poses: images agree with the map made symmetric about RELION's axes (%s) at %.2f of how they "
                 "agree with the map", group.name, share)  # fmt: skip
