@@ -13,17 +13,25 @@ from torch import Tensor
 from scalecryo.data.formats import mrc, relion
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.evaluate.components import ComponentCurves, component_sections, latent_figure, traversal_figure
+from scalecryo.evaluate.components import (
+    ComponentCurves,
+    component_sections,
+    latent_figure,
+    traversal_figure,
+    traversal_film,
+)
 from scalecryo.evaluate.mixture import Mixture
-from scalecryo.evaluate.report import Section, fsc_figure, with_sections
+from scalecryo.evaluate.report import Section, Surface, fsc_figure, with_sections
 from scalecryo.map.postprocess import postprocess
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
 from scalecryo.runs.class_results import fsc_table, write_maps
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.projector import write_points
 
 FOLDER = "components"
 STEPS, REACH = 9, 2.0  # maps of a traversal, and how far it goes, in standard deviations
+FILMS, LEAST_SHELL = 6, 4  # components that are shown as films; shell that one shows at least
 SIGNAL = 0.143
 _STATES = "states.npz"
 _MIXTURE = ("share", "mean", "covariance", "log_likelihood", "bic")
@@ -38,6 +46,8 @@ class Variety:
     Attributes:
         mean: of all particles.
         components: times the standard deviation of their coordinate.
+        mask: that components are cut to.
+        confidence: of each particle, by row of the store.
         curves: what is known of the components.
         z: coordinates of all particles, by row of the store.
         sd: their standard deviations.
@@ -47,6 +57,8 @@ class Variety:
 
     mean: Float[Tensor, "n n n"]
     components: Float[Tensor, "q n n n"]
+    mask: Float[Tensor, "n n n"]
+    confidence: Float[NDArray, " particles"]
     curves: ComponentCurves
     z: Float[NDArray, "particles q"]
     sd: Float[NDArray, "particles q"]
@@ -107,10 +119,11 @@ def write_variety(run: RunFolder, store: ParticleStore, variety: Variety, seed: 
     summaries, more = _write_states(run, variety, states, seed)
     label = None if states is None else states[0]
     places = np.linspace(-REACH, REACH, STEPS)[::2].tolist()
-    film = traversal_figure(_array(variety.mean), _array(variety.components), places)
+    projections = traversal_figure(_array(variety.mean), _array(variety.components), places)
     sections = component_sections(variety.curves, variety.z, variety.mixture, label, summaries) + more
-    sections.append(Section("Along each component", png=film, name="traversals"))
-    _add_sections(run, sections)
+    sections.append(Section("Along each component", png=projections, name="traversals"))
+    _add_sections(run, sections + _films(variety))
+    _write_projector(run, variety.z, variety.confidence, states)
 
 
 def write_placed(
@@ -139,6 +152,26 @@ def write_placed(
     told = "\n".join(f"state {k}: {n:,} particles ({n / len(z):.1%})" for k, n in enumerate(held.tolist(), 1))
     picture = latent_figure(z, known.passing, known.mixture, label)
     _add_sections(run, [Section("Latent space of the run's components", told, picture, name="latent")])
+
+
+def _films(variety: Variety) -> list[Section]:
+    """What moves along each component that passes; the first few."""
+    curves, found = variety.curves, []
+    for number, component in enumerate(variety.components[: min(curves.passing, FILMS)], 1):
+        angstrom = curves.resolution(number - 1) or curves.box_size * curves.pixel_size / LEAST_SHELL
+        film = traversal_film(variety.mean, component, variety.mask, curves.pixel_size, angstrom, REACH)
+        told = f"From −{REACH:g} to {REACH:g} standard deviations and back: {', '.join(Surface.SIDES)}"
+        found.append(Section(f"Film along component {number}", png=film, caption=told, name=f"film{number}"))
+    return found
+
+
+def _write_projector(run: RunFolder, z: NDArray, confidence: NDArray, states: Labels | None) -> None:
+    """Coordinates for TensorBoard's projector."""
+    count = len(z)
+    labels = {"row": np.arange(count), "confidence": confidence}
+    if states is not None:
+        labels |= {"state": states[0], "state_probability": states[1]}
+    write_points(run, "components", z, labels)
 
 
 def _add_sections(run: RunFolder, sections: Sequence[Section]) -> None:

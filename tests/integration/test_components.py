@@ -84,6 +84,10 @@ def test_two_conformations_are_found_and_told_apart(
     assert "Continuous variety" in (tmp_path / "run" / "report.html").read_text()
     for name in ("states/state2/half1.mrc", "components/traversal1/09.mrc", "scree.png", "latent.png"):
         assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run" / "film1.png").exists()
+    assert not (tmp_path / "run" / "film2.png").exists()  # no component that does not pass
+    points = np.loadtxt(tmp_path / "run" / "tb" / "projector" / "components" / "points.tsv")
+    np.testing.assert_allclose(points, coordinates.z, rtol=1e-3, atol=1e-4)  # five digits
     select.run(str(tmp_path / "run"), str(tmp_path / "two.star"), query="state == 2")
     assert len(starfile.read(tmp_path / "two.star")["particles"]) == (state == 2).sum()
     export.run(str(tmp_path / "run"), format="cryodrgn", out=str(tmp_path / "drgn"))

@@ -211,6 +211,7 @@ class Components:
         owned.reduce_(radius)
         model.update_noise(world)
         solved = owned.solve(regularisation=0.1).transpose(0, 1)
+        self._sketch.release()
         low = torch.arange(solved.shape[-1] // 2 + 1, device=solved.device)
         filtered = torch.exp(-0.5 * (low / (LOW_LEVEL / 4)).square())
         halves = []
@@ -230,8 +231,9 @@ class Components:
         assert sums is not None, "request() comes first"
         moments = model.update_moments(world)
         free = self._pass <= FREE_PASSES + 2
+        model.release()
         solved = solve_components(sums, world, radius, None if free else model.curves)
-        self._sums = None
+        self._sums = sums = None
         level, halves = solved.shape[-1], []
         mask, means = model.mask_at(level), model.means_at(level)
         for half, mean, moment in zip(solved, means, moments, strict=True):

@@ -173,7 +173,12 @@ class StateMaps:
             context.store.level_pixel_size(2 * (model.curves.shape[1] - 1)),
         )  # fmt: skip
         references = self.references if self._maps else None
-        found = Variety(mean, components, curves, coordinates.z, coordinates.sd, coordinates.mixture, references)
+        poses, _ = learned.posed.all()
+        confidence = (poses.confidence * poses.particle_probability).cpu().numpy()
+        found = Variety(
+            mean, components, model.mask, confidence, curves, coordinates.z, coordinates.sd, coordinates.mixture,
+            references,
+        )  # fmt: skip
         write_variety(context.run, context.store, found, context.config.train.seed)
         learned.posed.remove_pass(learned.identity)
         coordinates.table.remove_pass()
