@@ -91,8 +91,8 @@ class PoseConfig(Section):
 class AutoencoderConfig(Section):
     """How encoder and map are learnt together, from random starts, at rising resolution."""
 
-    starts: int = option(4, "random starts; the one that explains its images best goes on", AUTOENCODER, least=1)
-    start_steps: int = option(120, "steps of each start", AUTOENCODER, least=1)
+    starts: int = option(8, "random starts; the better half goes on after each round", AUTOENCODER, least=1)
+    start_steps: int = option(80, "steps of each start in a round", AUTOENCODER, least=1)
     steps: int = option(600, "steps at the smallest level of the store", AUTOENCODER, least=1)
     level_steps: int = option(250, "steps at each larger level, up to train.box", AUTOENCODER, least=1)
     batch_size: int = option(64, "particles in a batch, over all workers", AUTOENCODER, least=1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 
@@ -32,6 +32,12 @@ def compare_classes(estimated: Int[NDArray, " n"], true: Int[NDArray, " n"]) -> 
     partner = best_assignment(confusion)
     matched = sum(int(row[own]) for row, own in zip(confusion, partner, strict=True) if own >= 0)
     return ClassComparison(confusion, partner, matched / len(true), float(confusion.max(0).sum() / len(true)))
+
+
+def effective_classes(share: Float[NDArray, " k"]) -> float:
+    """1 / sum of squared shares: as many classes of even shares would be as varied (Simpson 1949); 0 of nothing."""
+    whole = share.sum()
+    return float(whole**2 / np.square(share).sum()) if whole > 0 else 0.0
 
 
 def best_assignment(score: Int[NDArray, "t e"]) -> Int[NDArray, " t"]:

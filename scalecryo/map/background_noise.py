@@ -14,6 +14,7 @@ GROUPS = 1024  # optics groups that are told apart; those beyond share the last 
 PRIOR_IMAGES = 64  # a group's spectrum is drawn to that of all by so many images
 LEAST_SHARE = 0.01  # of the images' mean power: images without noise get a flat spectrum
 SMOOTHING = 2  # shells on each side
+LEAST_SIGNAL = 0.02  # of the noise: corners are not so exactly like the noise in the middle that less could be told
 
 
 class BackgroundNoise:
@@ -55,14 +56,28 @@ class BackgroundNoise:
         every = self.power.sum(0) / total
         power = (self.power + PRIOR_IMAGES * every) / (self.count + PRIOR_IMAGES)[:, None]
         power[:, 0] = power[:, 1]  # normalisation took the mean off
-        padded = torch.nn.functional.pad(power[:, None], (SMOOTHING, SMOOTHING), mode="replicate")
-        smooth = torch.nn.functional.avg_pool1d(padded, 2 * SMOOTHING + 1, stride=1)[:, 0]
+        smooth = _smooth(power)
         mean = (self.image_power[1:] * self._in_shell[1:]).sum() / self._in_shell[1:].sum() / total
         return smooth.clamp_min(float(LEAST_SHARE * mean)).float()  # host sync: once a run
 
     def mean_image_power(self) -> Float[Tensor, " shells"]:
         """Mean power of the images in each shell, signal and noise."""
         return (self.image_power / self.count.sum().clamp_min(1)).float()
+
+    def signal_shell(self, particles: int) -> int:
+        """Shell up to which half-maps of so many of these images would agree (FSC 0.5), were every pose right.
+
+        A half's N/2 images lay N/(4k) samples on every voxel of shell k, so that its spectral signal-to-noise ratio is
+        N/(4k) times that of the images; the halves agree to 0.5 where it is 1 (Penczek 2010). A solvent mask only adds
+        to that. Host sync.
+        """
+        share = self.count / self.count.sum().clamp_min(1)
+        noise = share @ self.variance().double()
+        ratio = _smooth((self.mean_image_power() / noise - 1)[None])[0]
+        ratio[: SMOOTHING + 1] = ratio[SMOOTHING + 1]  # normalisation took the mean off
+        least = 4 * torch.arange(len(ratio), device=ratio.device) / max(particles, 1)
+        enough = ratio >= least.clamp_min(LEAST_SIGNAL)
+        return int(enough[1:].long().cumprod(0).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """The sums."""
@@ -79,6 +94,12 @@ class BackgroundNoise:
         power = (packed.real.square() + packed.imag.square()).double() * self._pixels.weight
         sums = torch.zeros(len(real), len(self._in_shell), dtype=torch.float64, device=real.device)
         return sums.index_add_(1, self._pixels.shell, power) / self._in_shell
+
+
+def _smooth(values: Float[Tensor, "b shells"]) -> Float[Tensor, "b shells"]:
+    """Mean over a few shells on each side."""
+    padded = torch.nn.functional.pad(values[:, None], (SMOOTHING, SMOOTHING), mode="replicate")
+    return torch.nn.functional.avg_pool1d(padded, 2 * SMOOTHING + 1, stride=1)[:, 0]
 
 
 def _corners(box_size: int, device: torch.device | str) -> Float[Tensor, "n n"]:

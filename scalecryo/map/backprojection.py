@@ -135,6 +135,13 @@ class Backprojection:
             found = with_copies(numerator[part], denominator[part], self._copies, radius * self.scale + 2)
             numerator[part], denominator[part] = found
 
+    def of_class(self, number: int) -> "Backprojection":
+        """The sums of one class, in the same memory."""
+        own = Backprojection(self.box_size, self.scale, "meta")
+        own.numerator, own.denominator = (grid[number : number + 1] for grid in self.tensors())
+        own._copies = self._copies
+        return own
+
     def joined(self) -> "Backprojection":
         """The sums of both halves together, in either half."""
         whole = Backprojection(self.box_size, self.scale, "meta", classes=self.classes)

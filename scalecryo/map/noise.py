@@ -32,8 +32,8 @@ class NoiseSpectrum:
         self.power.index_add_(0, pixels.shell, (each @ squared).double() * hermitian)
         self.count.index_add_(0, pixels.shell, each.sum().double() * hermitian)
 
-    def add_power(self, power: Float[Tensor, " p"], images: int, pixels: FourierPixels) -> None:
-        """Take in the power of so many images' residuals, summed over the images, pixel by pixel."""
+    def add_power(self, power: Float[Tensor, " p"], images: float | Float[Tensor, ""], pixels: FourierPixels) -> None:
+        """Take in the power of so many images' residuals (or of their summed weight), summed over them, by pixel."""
         hermitian = pixels.weight.double()
         self.power.index_add_(0, pixels.shell, power.double() * hermitian)
         self.count.index_add_(0, pixels.shell, images * hermitian)

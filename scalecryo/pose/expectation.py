@@ -45,6 +45,7 @@ def expected_slices(
     pixels: FourierPixels,
     *,
     log_prior: Float[Tensor, " h"] | None = None,
+    image_weight: Float[Tensor, " b"] | None = None,
     chunk_elements: int = 2**21,
 ) -> Expectation:
     """Posterior-weighted sums of all images at h rotations; what belongs to a flip goes, conjugate, to its rotation.
@@ -52,6 +53,7 @@ def expected_slices(
     Args:
         observed, ctf, pixel_weight, templates, shift_grid_px, pixels: as in `grid_posterior`.
         log_prior: logarithm of each rotation's prior probability, up to a constant; None: all are equally likely.
+        image_weight: how much each image counts in all sums; None: 1. Its evidence stays.
         chunk_elements: most scores that live at a time (but at least those of one image).
 
     Raises:
@@ -79,6 +81,8 @@ def expected_slices(
             scores += log_prior
         share, found = _posterior_mass(scores)
         evidence.append(found)
+        if image_weight is not None:
+            share *= image_weight[rows, None, None, None]
         centred = (some if own is None else some * own)[:, None] * back
         # The flip's image is the conjugate: its real part adds, its imaginary part subtracts.
         sums[0].addmm_((share[:, 0] + share[:, 1]).flatten(0, 1).T, centred.real.flatten(0, 1))
@@ -91,7 +95,9 @@ def expected_slices(
     if ctf is None:
         weight += mass[:, None]
     values = torch.complex(sums[0], sums[1])
-    residual = squared_modulus(observed).sum(0) - 2 * (templates.conj() * values).real.sum(0) + (weight * power).sum(0)
+    whole = squared_modulus(observed)
+    whole = whole.sum(0) if image_weight is None else image_weight @ whole
+    residual = whole - 2 * (templates.conj() * values).real.sum(0) + (weight * power).sum(0)
     return Expectation(CtfWeightedImages(values, weight), torch.cat(evidence), residual, torch.cat(masses))
 
 

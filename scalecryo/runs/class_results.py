@@ -2,25 +2,32 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.data.formats import mrc
 from scalecryo.data.io import urls
+from scalecryo.evaluate.classes import effective_classes
+from scalecryo.evaluate.likeness import alike
 from scalecryo.evaluate.report import orientation_figure
 from scalecryo.map.postprocess import FinalMap, postprocess
 from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
 
 EMPTY_SHARE = 0.01  # of the particles, below which a class is all but empty
 SHOWN = 0.5  # median probability that its images show a particle, below which a class is junk
+SAME = 0.97  # of what two maps of one structure correlate by, from which on two classes show the same
+SAME_BOX, SAME_FROM = 48, 2  # largest box, px, in which classes are compared, and their first shell
 POOR = 0.5  # of the best class's resolution in Fourier shells, below which a class is no structure of its own
-SIGNAL = 0.143
+SIGNAL, HALF = 0.143, 0.5
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class ClassSummary:
         share: of all.
         shell: to which its half-maps agree (FSC 0.143, masked, corrected).
         angstrom: the same in Å.
-        verdict: what it is in words; empty: a structure.
+        verdict: what it is in words; empty: a structure of its own.
     """
 
     number: int
@@ -104,6 +111,7 @@ def write_classes(
 
 def summaries_of(poses: PoseEstimates, maps: ReferenceSet, finals: list[FinalMap]) -> list[ClassSummary]:
     """What each class is."""
+    same = _alike(poses, maps)
     reached = [resolution(final.fsc_corrected, maps.level, maps.pixel_size, SIGNAL) for final in finals]
     best = max(shell for shell, _ in reached)
     made, total = [], len(poses.class_index)
@@ -116,8 +124,47 @@ def summaries_of(poses: PoseEstimates, maps: ReferenceSet, finals: list[FinalMap
             verdict = "images that show no particle"
         elif shell < POOR * best:
             verdict = "no structure of its own: a mixture, junk, or too few particles"
+        elif (other := same[number]) is not None:
+            verdict = f"the same structure as class {other + 1}, or next to it"
         made.append(ClassSummary(number + 1, len(own), share, shell, angstrom, verdict))
     return made
+
+
+def told_of(classes: Sequence[ClassSummary]) -> str:
+    """How many structures there are, in words."""
+    return (
+        f"{len(structures(classes))} of {len(classes)} classes show a structure of their own; effective number of "
+        f"classes (1 / sum of squared shares): {_effective(classes):.2f}"
+    )
+
+
+def figures_of(classes: Sequence[ClassSummary]) -> dict[str, float]:
+    """The same for the curves; nothing of a run of one class."""
+    if not classes:
+        return {}
+    return {"final/structures": float(len(structures(classes))), "final/effective_classes": _effective(classes)}
+
+
+def _effective(classes: Sequence[ClassSummary]) -> float:
+    return effective_classes(np.array([own.share for own in classes]))
+
+
+def structures(classes: Sequence[ClassSummary]) -> list[ClassSummary]:
+    """Those that show something of their own."""
+    return [own for own in classes if not own.verdict]
+
+
+def _alike(poses: PoseEstimates, maps: ReferenceSet) -> list[int | None]:
+    """For each class the larger one that shows the same, as far as the halves of both can tell."""
+    box_size = min(maps.level, SAME_BOX)
+    shares = torch.bincount(poses.class_index, minlength=maps.classes).double() / max(len(poses), 1)
+    means = [fourier_resize_3d(maps.mean(k) * maps.mask[k], box_size).cpu() for k in range(maps.classes)]
+    for number, share in enumerate(shares.tolist()):
+        if share < EMPTY_SHARE:
+            means[number].zero_()
+    curves = [curve[: box_size // 2 + 1].cpu() for curve in maps.fsc_masked]
+    last = int(min(maps.resolution(HALF)[0], box_size // 2 - 1))
+    return alike(means, curves, shares.tolist(), slice(SAME_FROM, max(last, SAME_FROM + 1) + 1), SAME)
 
 
 def _numpy(tensor: Tensor) -> NDArray:

@@ -35,12 +35,14 @@ class FinalParticles:
         half: 1 or 2.
         examples: the surest and the least sure images and their predictions.
         notes: what a person should know of the halves and of the start.
+        signal_angstrom: resolution that right poses would give by the images' power above their noise; None: not known.
     """
 
     poses: PoseEstimates
     half: Int[Tensor, " n"]
     examples: Examples
     notes: tuple[str, ...] = ()
+    signal_angstrom: float | None = None
 
     @property
     def confidence(self) -> Float[Tensor, " n"]:

@@ -6,7 +6,6 @@ A new section needs one function here (or in a module of its own) and one line i
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-import numpy as np
 from numpy.typing import NDArray
 
 from scalecryo.evaluate.report import (
@@ -24,6 +23,7 @@ from scalecryo.evaluate.report import (
 )
 from scalecryo.evaluate.verdict import Evidence, Verdict, judge
 from scalecryo.physics.symmetry import PointGroup
+from scalecryo.runs.class_results import structures, told_of
 from scalecryo.runs.final_results import SHOWN, FinalResults, as_numpy
 from scalecryo.runs.report_parts import next_steps_section, run_section, training_sections
 from scalecryo.settings import POSED
@@ -103,9 +103,7 @@ def classes_section(results: FinalResults) -> Iterable[Section]:
     """Each structure of a run with several."""
     if not results.classes:
         return
-    share = np.array([summary.share for summary in results.classes])
-    text = "".join(f"{summary}\n" for summary in results.classes)
-    text += f"effective number of classes (1 / sum of squared shares): {1 / np.square(share).sum():.2f}"
+    text = "".join(f"{summary}\n" for summary in results.classes) + told_of(results.classes)
     curves = {f"class {n}": as_numpy(final.fsc_corrected) for n, final in enumerate(results.finals, 1)}
     planes = {str(summary): as_numpy(f.map) for summary, f in zip(results.classes, results.finals, strict=True)}
     yield Section("Classes", text, slices_figure(planes, results.pixel_size), name="classes")
@@ -162,7 +160,7 @@ def verdict_of(results: FinalResults) -> Verdict:
         angstrom=results.angstrom(), pixel_size=results.pixel_size, diameter=results.diameter,
         confidence=results.mean_confidence if certain else None, junk=results.junk if certain else 0.0,
         independent=results.config.recipe in (*INDEPENDENT, "known"),
-        warnings=tuple(filter(None, [results.cones.warning])),
+        warnings=tuple(filter(None, [results.cones.warning])), signal=results.particles.signal_angstrom,
     )  # fmt: skip
     figures = {
         "resolution (FSC 0.143)": f"{results.angstrom():.2f} Å", "Nyquist": f"{2 * results.pixel_size:.2f} Å",
@@ -171,10 +169,13 @@ def verdict_of(results: FinalResults) -> Verdict:
     if certain:
         figures |= {"kept": f"{results.kept:,}", "no particle": f"{results.junk:.1%}",
                     "mean confidence": f"{results.mean_confidence:.0%}"}  # fmt: skip
+    if results.particles.signal_angstrom is not None:
+        figures["signal in the images"] = f"to {results.particles.signal_angstrom:.2f} Å"
     figures["worst direction"] = f"{results.cones.worst_angstrom:.2f} Å"
     figures["symmetry"] = _group_name(results)
     if results.classes:
         figures["classes"] = str(len(results.classes))
+        figures["structures"] = str(len(structures(results.classes)))
     return judge(evidence, MappingProxyType(figures))
 
 

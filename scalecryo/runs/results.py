@@ -28,11 +28,8 @@ def write_results(
     particles: FinalParticles,
     maps: ReferenceSet,
     learned: Tensor | None = None,
-) -> ConicalFsc:
-    """Write maps, particles.star, fsc.csv, fsc_cones.csv, pictures and report.html; volume.mrc where one was learnt.
-
-    Returns the correlation of the final half-maps by direction.
-    """
+) -> FinalResults:
+    """Write maps, particles.star, fsc.csv, fsc_cones.csv, pictures and report.html; volume.mrc where one was learnt."""
     generator = torch.Generator().manual_seed(config.train.seed)
     final = postprocess(maps, generator)
     write_maps(run, "", maps, final)
@@ -65,8 +62,9 @@ def write_results(
     if maps.classes > 1:
         finals, classes = write_classes(run, particles.poses, maps, final, generator)
     _write_projector(run, particles, many=maps.classes > 1)
-    write_report(FinalResults(config, store, run, particles, maps, finals, cones, classes))
-    return cones
+    results = FinalResults(config, store, run, particles, maps, finals, cones, classes)
+    write_report(results)
+    return results
 
 
 def _write_projector(run: RunFolder, particles: FinalParticles, *, many: bool) -> None:

@@ -36,6 +36,7 @@ from scalecryo.train.encoder_training import TrainingBatch
 CHOICE_SHARE, CHOICE_RADIUS, LEADERS = 0.8, 32.0, 2
 MOST_SYMMETRIES = 4
 CHOICE_PASSES = 1
+JUDGED_PASSES = 3  # of local refinement, before starts are compared
 FIRST_SEARCH_RADIUS = 10.0  # Fourier pixels by which candidates are compared at first
 MODES = 4  # candidates that are locally refined
 SCORE_WIDTH_DEG = 8.0  # how near a candidate is to a known pose counts by a Gaussian of this width
@@ -295,6 +296,27 @@ class AutoEncoderTrainer:
         empty = near.transforms.abs().square() @ near.pixels.weight / 2
         gain = empty[:, None] - self.costs(white, found)
         return gain.logsumexp(1) - math.log(gain.shape[1])
+
+    @torch.no_grad()
+    def refined_gains(self, circles: Float[Tensor, "b c a"], white: ParticleImages) -> Float[Tensor, " b"]:
+        """Logarithm of the likelihood ratio over an empty map, of the best candidate after local refinement.
+
+        Refined, since what an encoder still lacks in accuracy is no sign of a wrong map.
+
+        Args:
+            circles: of the images, for the encoder.
+            white: the same images with unit noise.
+        """
+        assert self._packed is not None, "set_maps() comes first"
+        found, _ = self.encoder.candidates(circles)
+        best = self.costs(white, found).argmin(1)
+        row = torch.arange(len(best), device=best.device)
+        near = white.within(min(self._search_radius, white.pixels.radius_limit))
+        refined = refine_poses(
+            self._packed, near.transforms, found.rotation[row, best], found.shift[row, best] * white.box_size, near.ctf,
+            near.pixels.weight, near.pixels, self.maps.scale, passes=JUDGED_PASSES, fit_shift=not self.encoder.centred,
+        )  # fmt: skip
+        return near.transforms.abs().square() @ near.pixels.weight / 2 - refined.cost
 
     def train_step(self, batch: TrainingBatch, reference: Reference) -> Tensor:
         """One step on images with known poses, each by its nearest candidate; returns the loss. Collective."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scalecryo.config import Config
+from scalecryo.settings import AutoencoderConfig
 
 # Images a second of one CPU core: of one pair of half-maps in the start; searched, and refined locally, at 64 px; in
 # the final pass at 128 px; of the auto-encoder, and of the paper's, at 128 px.
@@ -20,6 +21,8 @@ RESULT_SECONDS = 10.0  # maps, curves and pictures at 128 px
 LEARNT = 8000.0  # images a second and component of a pass that learns components, at 64 px
 COMPONENT_PASSES, COMPONENT_PARTICLES, COMPONENT_LEVEL = 10, 200_000, 128
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
+CLASS_ROUNDS, FRESH_ROUNDS = 7, 2  # of the start of several classes, and of them with fresh maps; both FRESH at first
+FRESH = 2
 SEARCHES, LOCAL = 3, 3
 JUDGING = 8000  # particles that a round of the start reads to judge, at most
 SEARCH_LEVEL = 64
@@ -89,23 +92,45 @@ def _starts(config: Config, particles: int, levels: Sequence[int]) -> list[Part]
         judged = ROUNDS * min(JUDGING, particles) / JUDGED
         learnt = guided.bootstrap_steps * guided.bootstrap_batch / START * (guided.starts + ROUNDS - 1)
         passes = ROUNDS * (guided.bootstrap_steps // 20 + 1)
-        start = Part("start", (learnt + judged) * (many if config.train.class_mode == "independent" else 1), 0, passes)
-        return [start, *_class_parts(config, particles)]
+        if many > 1 and config.train.class_mode == "independent":
+            return [_class_start(config, particles)]
+        return [Part("start", learnt + judged, 0, passes), *_class_parts(config, particles)]
     if config.recipe == "poses":
         return [Part("imported poses", particles / POSED), *_class_parts(config, particles)]
     if config.recipe == "autoencoder":
         own = config.autoencoder
-        steps = dict.fromkeys(levels, own.level_steps) | {min(levels): own.starts * own.start_steps + own.steps}
+        passes, more = _of_random_starts(own)
+        steps = dict.fromkeys(levels, own.level_steps) | {min(levels): own.steps + more}
         rates = {level: min(FASTEST_ENCODED, ENCODED * (128 / level) ** 1.3) for level in levels}
         seconds = sum(count * own.batch_size / rates[level] for level, count in steps.items())
-        return [Part("auto-encoder", seconds, 0, own.starts + sum(steps.values()) // config.monitor.every)]
+        return [Part("auto-encoder", seconds, 0, passes + sum(steps.values()) // config.monitor.every)]
     box, train = max(levels), config.train
     step = train.batch_size / (DESCENDED * (128 / box) ** 2) + VOLUME_SECONDS * (box / 128) ** 3
     return [Part("gradient descent", train.steps * step, 0, max(1, train.steps // config.monitor.every))]
 
 
+def _of_random_starts(settings: AutoencoderConfig) -> tuple[int, int]:
+    """Passes of the auto-encoder's random starts, and their steps but for those of the one that goes on."""
+    left, passes, steps, learnt = settings.starts, 0, 0, 0
+    while learnt < settings.steps and (left > 1 or not learnt):
+        more = min(settings.start_steps, settings.steps - learnt)
+        passes, steps, learnt = passes + left + 1, steps + left * more, learnt + more
+        left = max(1, left // 2)
+    return passes, steps - learnt
+
+
+def _class_start(config: Config, particles: int) -> Part:
+    """Each image is compared with a map of every class, and for some rounds with fresh ones of its own class too."""
+    guided, many = config.guided, config.train.classes
+    rounds = min(CLASS_ROUNDS + FRESH_ROUNDS, guided.bootstrap_rounds)
+    images = guided.bootstrap_steps * guided.bootstrap_batch * max(1, many / 2)
+    learnt = images / START * (many * (guided.starts + rounds - 1) + FRESH + FRESH_ROUNDS - 1)
+    judged = rounds * min(JUDGING, particles) / 10 / JUDGED * (many + 1)
+    return Part("start", learnt + judged, 0, rounds * (guided.bootstrap_steps // 20 + 1))
+
+
 def _class_parts(config: Config, particles: int) -> list[Part]:
-    if config.train.classes == 1 or (config.recipe == "guided" and config.train.class_mode == "independent"):
+    if config.train.classes == 1:
         return []
     read = min(particles, config.guided.iteration_particles) * config.train.classes
     return [Part("classes", 4 * read / SEARCHED, 0, 4), Part("class maps", 2 * read / SEARCHED, 0, 2)]

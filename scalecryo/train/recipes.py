@@ -13,9 +13,9 @@ from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned, Stage
 from scalecryo.train.stages.autoencoder import AutoEncoding
-from scalecryo.train.stages.bootstrap import HALF_GRID, Bootstrap
+from scalecryo.train.stages.bootstrap import Bootstrap
 from scalecryo.train.stages.class_maps import ClassMaps
-from scalecryo.train.stages.class_start import ClassStart
+from scalecryo.train.stages.class_restarts import ClassRestarts
 from scalecryo.train.stages.classification import Classification
 from scalecryo.train.stages.common_map import CommonMap
 from scalecryo.train.stages.components import Components
@@ -24,6 +24,7 @@ from scalecryo.train.stages.final_pass import FinalPass
 from scalecryo.train.stages.gradient_descent import GradientDescent
 from scalecryo.train.stages.imported_poses import ImportedPoses
 from scalecryo.train.stages.refinement import Refinement
+from scalecryo.train.stages.start_rounds import HALF_GRID
 from scalecryo.train.stages.state_maps import StateMaps
 
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
@@ -41,7 +42,7 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
 )
 CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     {
-        "independent": (ClassStart, Refinement, FinalPass),
+        "independent": (ClassRestarts, Refinement, FinalPass),
         "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, FinalPass),
         "poses": (ImportedPoses, Classification, Refinement, FinalPass),
     }

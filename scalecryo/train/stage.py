@@ -34,6 +34,7 @@ class Learned:
         identity: of the particles and the checkpoint that these poses are of.
         components: the linear model of continuous variety.
         coordinates: every particle's place in it, and what it shows.
+        signal_angstrom: resolution that right poses would give by the images' power above their noise; None: not known.
         notes: what a person who looks at the result should know of how it was found.
     """
 
@@ -47,6 +48,7 @@ class Learned:
     identity: str = ""
     components: "ComponentModel | None" = None
     coordinates: "Coordinates | None" = None
+    signal_angstrom: float | None = None
     notes: tuple[str, ...] = ()
 
 

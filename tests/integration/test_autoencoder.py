@@ -62,6 +62,7 @@ def test_it_converges_from_random_poses(tmp_path: Path, monkeypatch: pytest.Monk
     # Random poses are 100° off modulo the two-fold; at the last shell, 15, a turn by 3.8° moves by one Fourier pixel.
     assert last[error] < 6
     assert last["truth/fsc_0.5_shell"] > 13
+    assert "signal in the images" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
 
 def config_of(data: str, out: Path, workers: int) -> Config:
     # At its default rate the encoder amplifies a rounding difference of 1e-7 to 1e-3 within these steps.
-    settings = {"autoencoder.starts": "1", "train.final_pass": "false", "optim.encoder_rate": "1e-5"}
+    settings = {"train.final_pass": "false", "optim.encoder_rate": "1e-5"}
     config = load_config(None, SMALL | settings)
     run = dataclasses.replace(config.run, data=data, out=str(out), workers=str(workers))
     return dataclasses.replace(config, run=run)

@@ -25,7 +25,7 @@ from scalecryo.runs.folder import RunFolder
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.class_start import ClassStart
+from scalecryo.train.stages.class_restarts import ClassRestarts
 from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
 
@@ -34,6 +34,7 @@ START = {
     "train.classes": "2",
     "guided.starts": "1",
     "guided.bootstrap_steps": "20",
+    "guided.bootstrap_rounds": "12",
     "guided.bootstrap_batch": "80",
     "pose.centred": "true",
 }
@@ -150,12 +151,12 @@ def test_compositions_are_told_apart_at_imported_poses(tmp_path: Path, capsys: p
     assert max(found["class_rotation_error_median_deg"]) < 2.5
 
 
-def start_of(data: str, folder: Path) -> tuple[ClassStart, list[ParticleImages]]:
+def start_of(data: str, folder: Path) -> tuple[ClassRestarts, list[ParticleImages]]:
     """A start, and the batches of its first pass."""
     config = load_config(None, START | {"run.data": data, "run.out": str(folder)})
     store, run = ParticleStore.open(data), RunFolder(str(folder))
     context = RunContext.of(config, store, run, World(), torch.device("cpu"))
-    start = ClassStart(context, Learned(ParticleState(run, store.count)))
+    start = ClassRestarts(context, Learned(ParticleState(run, store.count)))
     reader = ParticleReader(context)
     batches = [images for (images,) in reader.batches(start.request())]
     reader.close()
@@ -169,7 +170,10 @@ def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(
     monkeypatch.setattr("scalecryo.pose.search.tensor_cores", nullcontext)
     monkeypatch.setattr("scalecryo.pose.expectation.tensor_cores", nullcontext)
     whole, batches = start_of(species[1], tmp_path / "one")
-    for images in batches[:4]:
+    for images in batches[:2]:
+        whole.step(images)
+    whole._begin_fresh()  # from here on each class has fresh maps beside its own
+    for images in batches[2:4]:
         whole.step(images)
     state = copy.deepcopy(whole.state_dict())
     # What was saved goes on to the same bits.
@@ -196,3 +200,28 @@ def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(
         for other in two:
             scale = float(one.abs().max())
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_a_fresh_map_is_taken_where_it_is_better_beyond_the_error(species: tuple[Path, str], tmp_path: Path) -> None:
+    start, batches = start_of(species[1], tmp_path)
+    for images in batches[:2]:
+        start.step(images)
+    start._earlier = [1.0] * 5  # rounds that the classes had
+    start._begin_fresh()
+    start.step(batches[2])
+    before = start._sums.numerator.clone()
+    # Held-out images, their gain over the class's map (its sum, and that of its square), and that map's own. The second
+    # fresh map of class 1 leads by ten standard errors; the best one of class 2 by one.
+    (_, best), (same, worse) = (start._fresh[number] for number in (0, 1))
+    for place, mean in ((best, 1.0), (same, 0.1), (worse, -3.0)):
+        start._duels[place] = torch.tensor([100.0, 100 * mean, 100 * (mean**2 + 1), 2000.0])
+    assert not start._compare(World())
+    assert torch.equal(start._sums.numerator[0], before[best])
+    assert torch.equal(start._sums.numerator[1], before[1])
+    assert start._fresh == {1: [same]}  # gains more than before: goes on
+    start._duels[same] = torch.tensor([100.0, 10.0, 101.0, 2000.0])
+    start._earlier += [1.0, 1.0]
+    assert not start._compare(World())  # has not grown: over; class 1 has to settle with its new map
+    assert not start._fresh
+    assert torch.equal(start._sums.numerator[1], before[1])
+    assert start._over

@@ -26,7 +26,7 @@ from tests.support.emulated_device import DEVICE, EmulatedDevice, HostTensorRefu
 from tests.support.gloo import by_workers
 
 RECIPES = {
-    "autoencoder": {"pose.source": "encoder", "autoencoder.starts": "1", "autoencoder.start_steps": "2",
+    "autoencoder": {"pose.source": "encoder", "autoencoder.starts": "2", "autoencoder.start_steps": "2",
                     "autoencoder.steps": "4", "autoencoder.level_steps": "1", "train.final_pass": "false"},
     "paper": {"pose.source": "encoder", "encoder.network": "cnn", "encoder.channels": "4,8", "encoder.hidden": "8",
               "train.steps": "3", "monitor.every": "1", "train.final_pass": "false"},

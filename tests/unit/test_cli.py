@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import scalecryo
 from scalecryo.cli import app, main, words_of
 from scalecryo.commands.examples import EXAMPLES
 from scalecryo.commands.glossary import TERMS
@@ -35,6 +36,12 @@ def test_help_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     text = capsys.readouterr().out
     assert all(verb in text for verb in VERBS)
+
+
+def test_the_package_is_run_as_a_module_too() -> None:
+    result = subprocess.run([sys.executable, "-m", "scalecryo", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == scalecryo.__version__
 
 
 @pytest.mark.parametrize(

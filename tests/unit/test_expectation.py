@@ -62,6 +62,26 @@ def test_evidence_is_that_of_the_search() -> None:
     torch.testing.assert_close(found.log_evidence, ranked.log_evidence, rtol=1e-5, atol=1e-5)  # rounding
 
 
+def test_an_image_of_weight_two_counts_as_two_do() -> None:
+    # Reference: the same images, the second and the fifth named twice.
+    pixels = fourier_pixels(BOX, 5.0)
+    observed, ctf, *rest = problem(True)
+    assert ctf is not None
+    weight = torch.tensor([1.0, 2.0, 1.0, 1.0, 2.0])
+    for chunk_elements in (1, 2**21):
+        found = expected_slices(
+            observed, ctf, *rest, pixels, image_weight=weight, chunk_elements=chunk_elements
+        )  # fmt: skip
+        rows = torch.tensor([0, 1, 2, 3, 4, 1, 4])
+        twice = expected_slices(observed[rows], ctf[rows], *rest, pixels)
+        near = {"rtol": 1e-4, "atol": 1e-4}  # sums in single precision
+        torch.testing.assert_close(found.slices.values, twice.slices.values, **near)
+        torch.testing.assert_close(found.slices.power, twice.slices.power, **near)
+        torch.testing.assert_close(found.residual, twice.residual, **near)
+        torch.testing.assert_close(found.mass.sum(1), weight, **near)
+        torch.testing.assert_close(found.log_evidence, twice.log_evidence[:5], **near)
+
+
 def test_every_image_counts_once() -> None:
     pixels = fourier_pixels(BOX, 5.0)
     found = expected_slices(*problem(False), pixels)  # without a CTF the weight of a slice is its posterior mass

@@ -1,6 +1,6 @@
 """The auto-encoder's march: a pure function of the step, through all levels, never back."""
 
-from scalecryo.train.stages.autoencoder import FIRST_RADIUS, March
+from scalecryo.train.march import FIRST_RADIUS, March
 
 
 def test_radius_rises_through_all_levels() -> None:

@@ -17,8 +17,8 @@ from scalecryo.pose.search import with_flips
 from scalecryo.train import cost_model
 from scalecryo.train.particle_state import SCHEMA
 from scalecryo.train.recipes import ENCODER_RADIUS
-from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.schedule import plan_iteration
+from scalecryo.train.stages.start_rounds import HALF_GRID
 from tools import scaling_model as model
 
 

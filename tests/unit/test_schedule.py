@@ -12,7 +12,7 @@ def plan(schedule: Schedule) -> IterationPlan:
 
 
 def update(schedule: Schedule, **found: float | None) -> None:
-    told = {"creep": 0.0, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0} | found
+    told = {"creep": 0.0, "weighted": False, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0} | found
     schedule.update(plan(schedule), **told)  # type: ignore[arg-type]
 
 
@@ -47,11 +47,26 @@ def test_what_changes_nothing_is_the_end() -> None:
     assert schedule.ended
 
 
-@pytest.mark.parametrize("found", [{"restless": 0.5}, {"gain": 1.05}, {"reach": 35.0}, {"creep": 0.01}])
+@pytest.mark.parametrize(
+    "found", [{"restless": 0.5}, {"gain": 1.05}, {"reach": 35.0}, {"creep": 0.01}, {"weighted": True}]
+)
 def test_what_still_changes_is_not_the_end(found: dict[str, float]) -> None:
     schedule = Schedule(most_searches=8, most_settled=1, searched=False, searches=2, radius=30.0, number=3)
     update(schedule, **({"reach": 28.0} | found))
     assert (schedule.searched, schedule.ended) == (False, False)
+
+
+def test_crowded_views_count_less_until_the_creep_ends() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1)
+    update(schedule, moved=None)
+    assert schedule.balanced  # a search tells nothing of a creep
+    schedule.searched = False
+    update(schedule, creep=0.01)
+    assert schedule.balanced
+    update(schedule)
+    assert not schedule.balanced
+    update(schedule, creep=0.01)
+    assert not schedule.balanced  # and not again: all views together give the better map
 
 
 def test_radius_waits_while_poses_and_map_creep() -> None:

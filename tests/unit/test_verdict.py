@@ -30,6 +30,7 @@ def test_a_map_at_nyquist_is_limited_by_its_pixels() -> None:
         ({"confidence": 0.3}, "probability of 30%"),
         ({"junk": 0.7}, "70% of the images"),
         ({"independent": False}, "optimistic"),
+        ({"angstrom": 13.0, "signal": 3.0}, "signal to 3.0 Å"),
     ],
 )
 def test_doubts_are_named(change: dict, reason: str) -> None:
@@ -43,3 +44,8 @@ def test_a_warning_alone_is_told_and_makes_no_doubt() -> None:
     verdict = judge(replace(GOOD, warnings=("one direction is poor",)), {})
     assert verdict.grade == "good"
     assert verdict.reasons == ("one direction is poor",)
+
+
+@pytest.mark.parametrize("signal", [None, 2.5, 4.0, 40.0])
+def test_a_resolution_near_what_the_images_hold_is_no_doubt(signal: float | None) -> None:
+    assert judge(replace(GOOD, signal=signal), {}).grade == "good"

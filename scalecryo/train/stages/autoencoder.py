@@ -1,15 +1,15 @@
 """The auto-encoder: encoder and half-maps learnt together from random starts, end to end, at rising resolution.
 
-First a look at some images tells noise and brightness. Then several short random starts; the one with the lowest loss
-goes on, from the smallest level of the store to the training level, while the radius that is compared rises. At last
-particles that were never learnt from tell whether there is structure.
+First a look at some images tells noise and brightness. Then several random starts compete; the one that explains
+held-out images best goes on, from the smallest level of the store to the training level, while the radius that is
+compared rises. At last particles that were never learnt from tell whether there is structure.
 """
 
 import logging
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,58 +26,23 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.circle_source import encoder_input
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.autoencoder_training import AutoEncoderTrainer, Maps, StepPlan, Whitening
+from scalecryo.train.march import March
 from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.random_starts import PairedGains, RandomStarts
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_contrast, check_count, check_images
 from scalecryo.train.voxel_maps import VoxelMaps
 
 logger = logging.getLogger(__name__)
 LOOK_BATCHES, LOOK_SIZE = 4, 256
-FIRST_RADIUS, MARCH_SHARE = 4.0, 0.7  # Fourier pixels; share of a level's steps after which its last one is reached
 LAST_RATE = 0.1  # of the learning rate, as a share of the first
-LOSSES = 15  # steps at the end of a start that are compared
 MEMORY_SHARE = 0.25  # of the images seen so far, that maps remember: poses settle, and noise averages out
 PADDING = 1.0  # of running maps: their gridding correction makes up for it, and a step costs an eighth
-REFRESH = {1: 1, 2: 2, 4: 4}  # steps between two solutions of the maps, by level over the smallest; beyond: 8
 JUDGE_BATCHES = 8
+START_JUDGES, HELD_OUT_MOST = 16, 48  # batches that judge starts; held-out images of one, a tenth of it on average
 NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
 RECENT_POSES = 1024
 LEAST_RADIUS, BEYOND = 12.0, 3.0  # Fourier pixels that particles are refined with: so far past the halves' FSC of 0.5
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the march a step lies."""
-
-    level: int
-    radius: float
-    refresh: bool
-
-
-class March:
-    """Level and radius of every step: a pure function of the settings."""
-
-    def __init__(self, levels: tuple[int, ...], first_steps: int, level_steps: int) -> None:
-        self.levels = tuple(sorted(levels))
-        self._counts = [first_steps, *[level_steps] * (len(levels) - 1)]
-        self.steps = sum(self._counts)
-
-    def at(self, step: int) -> Place:
-        """The place of a step, from 0."""
-        number, within = 0, step
-        while number < len(self._counts) - 1 and within >= self._counts[number]:
-            within -= self._counts[number]
-            number += 1
-        level, count = self.levels[number], self._counts[number]
-        low = self.levels[number - 1] / 2 - 1 if number else FIRST_RADIUS
-        high = level / 2 - 1
-        radius = low + (high - low) * min(1.0, within / (MARCH_SHARE * count))
-        every = REFRESH.get(level // self.levels[0], 8)
-        return Place(level, radius, refresh=within % every == 0 or within == count - 1)
-
-    def rest(self, step: int) -> int:
-        """Steps left at the level of a step, itself included."""
-        return sum(self._counts[: self.levels.index(self.at(step).level) + 1]) - step
 
 
 class AutoEncoding:
@@ -103,8 +68,8 @@ class AutoEncoding:
         self._white: Whitening | None = None
         self._trainer = autoencoder_trainer(context)
         learned.encoder, learned.steps = self._trainer, self._march.steps
-        self._start, self._best = 0, math.inf  # starts that were made; the best one's loss
-        self._best_state: dict[str, Any] | None = None
+        self._starts = RandomStarts(settings.starts, settings.start_steps, settings.steps)
+        self._judges: list[tuple[Tensor, ParticleImages]] = []  # circles and white images of held-out particles
         self._step = 0  # of the march
         self._batches = 0  # read in all
         self._losses: list[Tensor] = []
@@ -115,13 +80,16 @@ class AutoEncoding:
 
     def request(self) -> BatchRequest:
         """The next pass, at its level."""
-        config, settings = self._context.config, self._context.config.autoencoder
+        config = self._context.config
         self._images = 0
         self._losses.clear()
         if self._white is None:
             return self._read(max(self._march.levels), LOOK_BATCHES, LOOK_SIZE)
-        if self._start < settings.starts:
-            return self._read(self._march.levels[0], settings.start_steps)
+        if not self._starts.over and self._starts.judging:
+            batches = min(START_JUDGES, math.ceil(self._context.count / LOOK_SIZE))
+            return self._read(self._march.levels[0], batches, LOOK_SIZE, start=0)
+        if not self._starts.over:
+            return self._read(self._march.levels[0], self._starts.next_steps)
         if self._step < self._march.steps:
             every = (config.monitor.every, config.monitor.pictures_every, config.train.checkpoint_every)
             due = min((self._step // period + 1) * period for period in every) - self._step
@@ -132,11 +100,12 @@ class AutoEncoding:
         """Look at a batch, learn from it, or judge by its held-out particles."""
         (batch,) = images
         self._images += len(batch)
-        self._batches += 1
         if self._white is None:
             self._look(batch)
-        elif self._start < self._context.config.autoencoder.starts:
-            self._learn(batch, len(self._losses), first=not self._losses)
+        elif not self._starts.over and self._starts.judging:
+            self._hold(batch)
+        elif not self._starts.over:
+            self._learn(batch, self._starts.steps + len(self._losses), first=not self._losses)
         elif self._step < self._march.steps:
             self._learn(batch, self._step)
             self._step += 1
@@ -149,11 +118,10 @@ class AutoEncoding:
         Raises:
             TrainingError: the loss is no number, or the maps explain held-out images no better than nothing.
         """
-        starts = self._context.config.autoencoder.starts
         if self._white is None:
             return self._finish_look(world)
-        if self._start < starts:
-            return self._finish_start()
+        if not self._starts.over:
+            return self._finish_round(world) if self._starts.judging else self._finish_start()
         if self._step < self._march.steps or self._losses:
             return self._finish_steps()
         return self._finish(world)
@@ -163,12 +131,12 @@ class AutoEncoding:
         return self._done
 
     def state_dict(self) -> dict[str, Any]:
-        """Encoder, maps, noise, and the best start so far."""
-        march, references = self._start >= self._context.config.autoencoder.starts, self._learned.references
+        """Encoder, maps, noise, and the random starts that are left."""
+        march, references = self._starts.over, self._learned.references
         return {
             "settings": self._settings(),
             "noise": self._noise.state_dict(),
-            "start": self._start, "best": self._best, "best_state": self._best_state,
+            "starts": self._starts.state_dict(),
             "step": self._step, "batches": self._batches,
             "trainer": self._trainer.state_dict(),
             "maps": self._trainer.maps.state_dict() if march else None,
@@ -187,8 +155,8 @@ class AutoEncoding:
                 "[pose] or train.box: use the settings that it was trained with"
             )
         self._noise.load_state_dict(state["noise"])
-        self._white = Whitening(self._noise)
-        self._start, self._best, self._best_state = int(state["start"]), float(state["best"]), state["best_state"]
+        self._know_noise()
+        self._starts.load_state_dict(state["starts"])
         self._step, self._batches = int(state["step"]), int(state["batches"])
         self._trainer.load_state_dict(state["trainer"])
         if state["maps"] is not None:
@@ -201,13 +169,15 @@ class AutoEncoding:
         config = self._context.config
         return f"{config.autoencoder} {config.encoder} {config.pose} {config.volume.update} {self._march.levels}"
 
-    def _read(self, level: int, batches: int, size: int = 0) -> BatchRequest:
+    def _read(self, level: int, batches: int, size: int = 0, start: int | None = None) -> BatchRequest:
         pixels = self._context.pixels(level)
         size = size or self._context.config.autoencoder.batch_size
-        return BatchRequest((pixels,), size, start=self._batches, batches=batches, padding=True)
+        start = self._batches if start is None else start
+        return BatchRequest((pixels,), size, start=start, batches=batches, padding=True)
 
     def _look(self, batch: ParticleImages) -> None:
         assert batch.real is not None, "read from the store"
+        self._batches += 1
         if self._batches == 1:
             check_images(batch, self._context.config.run.data)
         self._noise.add(batch.real, batch.optics_group, batch.weight)
@@ -220,19 +190,29 @@ class AutoEncoding:
         world.all_reduce_(self._circle_sums)
         power, count = self._circle_sums
         self._trainer.encoder.scale.copy_((power / count / 2).clamp_min(1e-20).rsqrt())
-        self._white = Whitening(self._noise)
+        self._know_noise()
         return PassReport("auto-encoder: noise and brightness of the images", self._images)
+
+    def _know_noise(self) -> None:
+        """What follows from the images' noise and power."""
+        self._white = Whitening(self._noise)
+        shell, level = self._noise.signal_shell(self._context.count), max(self._march.levels)
+        size = level * self._context.store.level_pixel_size(level)
+        self._learned.signal_angstrom = size / shell if shell else None
 
     def _learn(self, batch: ParticleImages, step: int, *, first: bool = False) -> None:
         """One step; the first of a start begins it."""
         assert self._white is not None, "a look comes first"
+        self._batches += 1
         config, place = self._context.config, self._march.at(step)
         learnt = self._context.partition.held_out(batch.rows).logical_not()  # the others judge
         batch = replace(batch, weight=batch.weight * learnt)
         white = self._white(batch)
         settings, trainer = config.autoencoder, self._trainer
-        if first:
+        if first and step == 0:
             self._begin_start(white)
+        elif first:
+            self._take_up(self._starts.states[self._starts.current])
         elif trainer.maps.level != place.level:
             trainer.look_for_symmetry()
             trainer.set_maps(trainer.maps.grown(place.level))
@@ -251,7 +231,7 @@ class AutoEncoding:
 
     def _begin_start(self, white: ParticleImages) -> None:
         """Weights and maps of the next random start."""
-        config, number = self._context.config, self._start
+        config, number = self._context.config, self._starts.current
         seed = 1000 * config.train.seed + number
         self._trainer.restart(seed)
         self._trainer.set_maps(self._first_maps(seed))
@@ -271,22 +251,50 @@ class AutoEncoding:
         maps.load_state_dict(state)
         return maps
 
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on with what a start has learnt. Collective."""
+        self._trainer.load_state_dict(state["trainer"])
+        self._trainer.set_maps(self._loaded_maps(state["maps"]))
+
     def _finish_start(self) -> PassReport:
-        number, loss = self._start + 1, float(torch.stack(self._losses[-LOSSES:]).mean())  # host sync: once a pass
+        starts, loss = self._starts, float(torch.stack(self._losses).mean())  # host sync: once a pass
         self._refuse_nan(loss)
-        self._start += 1
-        if loss < self._best:
-            self._best = loss
-            state = {"trainer": self._trainer.state_dict(), "maps": self._trainer.maps.state_dict()}
-            self._best_state = _copied(state)
-        starts = self._context.config.autoencoder.starts
-        if self._start == starts:
-            assert self._best_state is not None, "one start was the best"
-            self._trainer.load_state_dict(self._best_state["trainer"])
-            maps = self._loaded_maps(self._best_state["maps"])
-            self._trainer.set_maps(maps)
-            self._best_state, self._step = None, min(len(self._losses), self._march.steps)
-        return PassReport(f"auto-encoder: random start {number} of {starts}: loss {loss:.4f}", self._images)
+        number, steps = starts.current + 1, starts.steps + len(self._losses)
+        starts.learnt(_copied({"trainer": self._trainer.state_dict(), "maps": self._trainer.maps.state_dict()}))
+        if starts.over:
+            self._step = starts.steps
+            starts.release()
+        return PassReport(
+            f"auto-encoder: random start {number} of {starts.count}, step {steps}: loss {loss:.4f}", self._images
+        )
+
+    @torch.no_grad()
+    def _hold(self, batch: ParticleImages) -> None:
+        """Keep the held-out images of a batch; as many of each, so that their number need not be known here."""
+        assert self._white is not None, "a look comes first"
+        batch = replace(batch, weight=batch.weight * self._context.partition.held_out(batch.rows))
+        some = batch.select(batch.weight.argsort(descending=True, stable=True)[:HELD_OUT_MOST])
+        self._judges.append((encoder_input(some, self._trainer.circles), self._white(some)))
+
+    def _finish_round(self, world: World) -> PassReport:
+        """The starts that explain held-out images better go on. Collective."""
+        starts = self._starts
+        paired = PairedGains(len(starts.going), self._context.device)
+        gains = []
+        for number in starts.going:
+            self._take_up(starts.states[number])
+            gains.append([self._trainer.refined_gains(circles, white) for circles, white in self._judges])
+        for (_, white), *own in zip(self._judges, *gains, strict=True):
+            paired.add(torch.stack(own), white.weight)
+        self._judges.clear()
+        world.all_reduce_(paired.sums)
+        before, mean = list(starts.going), paired.mean().cpu()  # host sync: once a pass
+        starts.judged(mean)
+        if starts.over:
+            self._take_up(starts.states[starts.going[0]])
+            self._step = starts.steps
+            starts.release()
+        return PassReport(_round_told(before, starts.going, mean, paired), self._images)
 
     def _finish_steps(self) -> PassReport:
         config, step, last = self._context.config, self._step, self._step == self._march.steps
@@ -351,6 +359,18 @@ class AutoEncoding:
                 f"loss is {loss} after {self._batches} batches: lower optim.encoder_rate or optim.volume_rate, then "
                 "--resume from the last checkpoint"
             )
+
+
+def _round_told(before: list[int], going: list[int], mean: Tensor, paired: PairedGains) -> str:
+    """How a round of random starts ended, in words."""
+    best = int(mean.argmax())
+    told = [f"{number + 1}: {float(mean[place]):.1f}" for place, number in enumerate(before) if place != best]
+    errors = [paired.error(best, place) for place in range(len(before)) if place != best]
+    left = f"{len(going)} of {len(before)} random starts go on" if len(going) > 1 else "the best random start goes on"
+    return (
+        f"auto-encoder: {left}; held-out images gain {float(mean[best]):.1f} nats in start {before[best] + 1} "
+        f"(others {', '.join(told)}; errors of the differences {min(errors):.1f} to {max(errors):.1f})"
+    )
 
 
 def _copied(state: Any) -> Any:

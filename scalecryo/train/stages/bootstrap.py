@@ -23,48 +23,37 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.errors import TrainingError
-from scalecryo.evaluate.align_maps import align_maps, apply_alignment, linear_map
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference, ReferenceSet, reference_transform
 from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import ctf_weighted
-from scalecryo.physics.mask import centre_of_mass, mask_from_map
+from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.rotation import random_rotations
-from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_sources import GridSearch
 from scalecryo.pose.expectation import expected_slices
 from scalecryo.pose.search import templates, turned_grid
+from scalecryo.pose.view_balance import DIRECTIONS, ViewCounts, ViewWeights
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.checks import check_contrast, check_count, check_images
+from scalecryo.train.stages.checks import check_contrast
 from scalecryo.train.stages.on_axes import put_on_axes
+from scalecryo.train.stages.start_rounds import FIRST_REFERENCE_RADIUS, RADIUS, REGULARISATION, StartRounds
 
 logger = logging.getLogger(__name__)
-RADIUS = 12.0  # Fourier pixels that are compared
-READ_RADIUS = 14.0  # Fourier pixels that are read: the noise is estimated a little beyond what is compared
-HALF_GRID = 2304
-DECAY = 0.9
-REGULARISATION = 0.05
-SAVE_EVERY = 20
-JUDGED = 8000  # particles that are read to judge; a tenth of them is held out
-NO_SIGNAL_ERRORS = 3.0  # a gain within so many standard errors of nothing is no structure
+VIEWS_DECAY = 0.98  # of the count of views: of 50 batches, for a density that chance does not make
 AGREEMENT = 0.8  # mean correlation of the halves over shells 2 to 6, aligned, from which on the start may end
 SETTLED = 1.03  # factor in likelihood gain that a round must bring to go on nevertheless
 WEAK = 0.5  # below which the structure is said to be weak
 STALLED, STALLED_GAIN = 5, 1.01  # rounds in which the likelihood gain grows by less than this factor: no use to go on
 ROUNDS_EXPECTED = 3  # of most runs, for the time left
-FIRST_REFERENCE_RADIUS = 12.0
 Slot = tuple[int, int]  # start and half
 
 
-class Bootstrap:
+class Bootstrap(StartRounds):
     """Pairs of half-maps from several random starts; the starts stand where classes do."""
-
-    name = "start"
 
     def __init__(self, context: RunContext, learned: Learned) -> None:
         """
@@ -75,49 +64,19 @@ class Bootstrap:
         Raises:
             TrainingError: too few particles take part.
         """
-        check_count(context.count, context.config.run.data)
-        self._context, self._learned = context, learned
-        settings, level = context.config.guided, min(context.store.levels)
-        self._starts, self._steps = settings.starts, settings.bootstrap_steps
-        self._batch, self._most_rounds = settings.bootstrap_batch, settings.bootstrap_rounds
-        self._judging = max(1, min(JUDGED, context.count) // self._batch)
-        self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
-        self._near = self._pixels.prefix(RADIUS)
-        self._shifts = context.shift_grid_px(level)
-        self._grid = so3_grid(HALF_GRID).to(context.device)
-        self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
-        self._sums = Backprojection(level, device=context.device, classes=self._starts)
+        settings = context.config.guided
+        super().__init__(context, learned, batch=settings.bootstrap_batch, maps=settings.starts)
+        self._starts, self._most_rounds = settings.starts, settings.bootstrap_rounds
         self._going = [(number, half) for number in range(self._starts) for half in (1, 2)]
         self._searches: dict[Slot, GridSearch] = {}
         self._gains: dict[Slot, list[float]] = {}
-        self._ended = False
-        self._step = 0  # batches learnt from
-        self._earlier: list[float] = []  # likelihood gain of each round's best map
-        self._judged = 0
-        self._images = 0
+        self._views = torch.zeros(2 * self._starts, DIRECTIONS, device=context.device)  # of each slot
+        self._view_weights: ViewWeights | None = None
 
     def request(self) -> BatchRequest:
-        """Some steps until the next checkpoint, or all batches that judge."""
-        left = self._end_of_round - self._step
-        self._images = 0
-        if not left:
-            return BatchRequest((self._pixels,), self._batch, start=0, batches=self._judging)
-        batches = min(SAVE_EVERY - self._step % SAVE_EVERY, left)
-        return BatchRequest((self._pixels,), self._batch, start=self._step, batches=batches)
-
-    def step(self, *images: ParticleImages) -> None:
-        """Learn from a batch, or judge by its held-out particles."""
-        (batch,) = images
-        self._images += len(batch)
-        held_out = self._context.partition.held_out(batch.rows)
-        if self._step == 0:
-            check_images(batch, self._context.config.run.data)
-        if self._step < self._end_of_round:
-            self._learn(batch.select(~held_out), self._context.world)
-            self._step += 1
-        else:
-            self._judge(batch.select(held_out))
-            self._judged += 1
+        """As every start's; its batches weigh views by how crowded they are by now."""
+        self._view_weights = ViewWeights.of(self._views)
+        return super().request()
 
     def finish_pass(self, world: World) -> PassReport:
         """Say how far it is; at the end choose the best map. Collective.
@@ -125,8 +84,7 @@ class Bootstrap:
         Raises:
             TrainingError: the maps explain held-out images no better than nothing, or the contrast is inverted.
         """
-        total = self._steps + self._judging
-        here = self._steps - (self._end_of_round - self._step) + self._judged
+        here, total = self._here
         message = f"start: {here} of {total} batches from random poses"
         if self._earlier:
             message = f"start, round {len(self._earlier) + 1}: {here} of {total} batches"
@@ -139,7 +97,9 @@ class Bootstrap:
                     note = f"the first map is weak: {told}: look at the result with care"
                     self._learned.notes += (note,)
                     logger.warning("%s", note)
-                self._learned.references = first_references("start", self._centred(pair), self._context, common=True)
+                self._learned.references = first_references(
+                    "start", self._to_centre(pair, pair.mean(0)), self._context, common=True
+                )
                 put_on_axes(self._context, self._learned)
             else:
                 message += f"; the halves' maps correlate by {agreement:.2f}: on"
@@ -154,23 +114,6 @@ class Bootstrap:
         done = self._step + min(more, self._step * (self._starts - 1))
         return done / (rounds * self._steps + more)
 
-    @property
-    def _end_of_round(self) -> int:
-        """Step at which the present round ends and is judged."""
-        return (len(self._earlier) + 1) * self._steps
-
-    def _centred(self, pair: Float[Tensor, "2 n n n"]) -> Float[Tensor, "2 n n n"]:
-        """Both maps moved so that their mean has its centre of mass at the box centre; shifts are searched about it.
-
-        Where particles are known to be centred, so is their map.
-        """
-        if not self._context.fit_shift:
-            return pair
-        mean = pair.mean(0)
-        off = centre_of_mass(mean, mask_from_map(mean, self._context.store.level_pixel_size(mean.shape[-1])))
-        still = torch.eye(3, device=pair.device)
-        return torch.stack([linear_map(one, still, -off) for one in pair])
-
     def _settled(self, agreement: float) -> bool:
         """Whether another round would bring nothing: the halves agree and stay, or nothing has moved for long."""
         gain, before = self._earlier[-1], [0.0, *self._earlier[:-1]]
@@ -181,67 +124,38 @@ class Bootstrap:
             or len(self._earlier) == self._most_rounds
         )
 
-    def done(self) -> bool:
-        """Whether a start was chosen."""
-        return self._ended
+    def _standing(self) -> dict[str, Any]:
+        return super()._standing() | {"going": list(self._going)}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sums and noise; the same on every worker."""
-        tensors = [tensor.cpu() for tensor in self._tensors()]
-        standing = {"step": self._step, "going": list(self._going), "earlier": list(self._earlier)}
-        return {"standing": standing, "settings": self._settings(), "tensors": tensors}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after so many steps; under other settings, from the beginning."""
-        if state["settings"] != self._settings():
-            return
-        self._step = int(state["standing"]["step"])
-        self._going = [(int(number), int(half)) for number, half in state["standing"]["going"]]
-        self._earlier = list(state["standing"]["earlier"])
-        for own, saved in zip(self._tensors(), state["tensors"], strict=True):
-            own.copy_(saved)
-
-    def _settings(self) -> str:
-        """What the random starts depend on."""
-        config = self._context.config
-        return f"{config.train.rows} {config.train.seed} {config.guided} {config.pose.centred}"
+    def _take_up(self, standing: Mapping[str, Any]) -> None:
+        super()._take_up(standing)
+        self._going = [(int(number), int(half)) for number, half in standing["going"]]
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._noise.tensors(), *self._sums.tensors()]
+        return [*super()._tensors(), self._views]
 
     def _learn(self, batch: ParticleImages, world: World) -> None:
         """One step of every start, and of the noise that they share; one reduction over the workers."""
-        noise, near = self._noise, self._near
-        if self._step == 0:
-            noise.add(batch.transforms, None, self._pixels)
-            world.all_reduce_(*noise.tensors())
-        noise.decay(DECAY)
-        residuals = NoiseSpectrum(len(noise.power), near.kx.device)
-        fresh = Backprojection(near.box_size, device=near.kx.device, classes=self._starts)
+        fresh, residuals = self._begin_step(batch, world)
+        views = ViewCounts(2 * self._starts, self._grid.device)
         for slot in self._going:
             images = batch.select(batch.half == slot[1]).within(RADIUS)
             if len(images):  # a worker that holds none of a half still takes part in the reduction
-                self._insert(images, slot, fresh, residuals)
-        # All sums on every worker, not each on its owner: in every step every worker slices every map, and worker 0
-        # saves all sums. Up to this radius they are half a megabyte a map.
-        parts = fresh.within(RADIUS)
-        world.all_reduce_(*residuals.tensors(), *parts)
-        noise.power += residuals.power
-        noise.count += residuals.count
-        fresh.put_within(RADIUS, *parts)
-        self._sums.decay(DECAY)
-        self._sums.numerator += fresh.numerator
-        self._sums.denominator += fresh.denominator
+                self._insert(images, slot, fresh, residuals, views)
+        self._end_step(world, fresh, residuals, views.counts)
+        self._views = VIEWS_DECAY * self._views + views.counts
 
-    def _insert(self, images: ParticleImages, slot: Slot, fresh: Backprojection, residuals: NoiseSpectrum) -> None:
-        """One step of one half-map on this worker: all of its images at all poses, by their posterior."""
-        (number, half), count, near, device = slot, len(images), self._near, self._grid.device
+    def _insert(
+        self, images: ParticleImages, slot: Slot, fresh: Backprojection, residuals: NoiseSpectrum, views: ViewCounts
+    ) -> None:
+        """One step of one half-map on this worker: all of its images at all poses, by their posterior.
+
+        Views that most images share count less: they would draw the map out along themselves (`view_balance`).
+        """
+        (number, half), count, near = slot, len(images), self._near
         if self._step == 0:
-            # Other poses on every worker; the turned grids of later steps are the same on all.
-            generator = torch.Generator().manual_seed(self._seed(number) + 1009 * self._context.world.rank)
-            rotation = random_rotations(count, generator).to(device)
-            shift = self._shifts[torch.randint(len(self._shifts), (count,), generator=generator)]
-            weighted, ones = ctf_weighted(images.transforms, images.ctf), torch.ones(count, device=device)
+            rotation, shift = self._random_poses(count, number)
+            weighted, ones = ctf_weighted(images.transforms, images.ctf), rotation.new_ones(count)
             fresh.insert(weighted, rotation, shift, ones, near, class_index=number, half=half)
             return
         reference = self._reference(slot)
@@ -249,17 +163,18 @@ class Bootstrap:
         bank = templates(reference.transform, grid, near, reference.scale)
         weight = reference.noise.pixel_weight(near)
         found = expected_slices(images.transforms, images.ctf, weight, bank, self._shifts, near)
-        centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
-        fresh.insert(found.slices, grid, centred, ones, near, class_index=number, half=half)
+        centred, weights = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
+        of_slot = torch.full((len(grid),), 2 * number + half - 1, device=grid.device)
+        views.add(grid, of_slot, found.mass.sum(0))
+        if self._view_weights is not None:
+            weights = self._view_weights(grid, of_slot)
+        fresh.insert(found.slices, grid, centred, weights, near, class_index=number, half=half)
         residuals.add_power(found.residual, count, near)
 
     def _reference(self, slot: Slot) -> Reference:
         """The present map of a start's half."""
         solved = self._sums.solve_one(*slot, REGULARISATION)
         return Reference(reference_transform(solved, self._sums.scale), self._sums.scale, self._noise)
-
-    def _seed(self, number: int) -> int:
-        return self._context.config.train.seed + number
 
     def _generator(self, slot: Slot, step: int) -> torch.Generator:
         """Of the step alone: a run that was taken up again turns its grids alike."""
@@ -306,11 +221,7 @@ class Bootstrap:
             f"held-out images gain {mean[best]:.2f} ± {error[best]:.2f} in log-likelihood over an empty map, and the "
             f"two halves' maps correlate by {agreement:.2f}"
         )
-        if mean[best] < NO_SIGNAL_ERRORS * error[best]:  # host sync
-            raise TrainingError(
-                f"{self._context.config.run.data}: the start found no structure: {told}: check contrast sign, pixel "
-                "size and box, use more particles, or raise guided.bootstrap_steps and guided.starts"
-            )
+        self._refuse_noise(float(mean[best]), float(error[best]), told)  # host sync
         check_contrast(pair.mean(0), self._context.config.run.data)
         return pair, agreement, told
 

@@ -23,7 +23,7 @@ class ClassMaps(ClassStart):
     """Rounds of a start whose first maps are known."""
 
     name = "class maps"
-    rounds = 2, 6
+    least_rounds, most_rounds = 2, 6
     balanced_rounds = 0
     _begins_with_maps = True
 

@@ -1,35 +1,13 @@
-"""How much of the particles each class holds, what is expected of a class, and which classes are the same."""
+"""How much of the particles each class holds, and what is expected of a class."""
 
-from collections.abc import Sequence
+import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-
-from scalecryo.evaluate.align_maps import align_maps, apply_alignment
-from scalecryo.physics.fsc import fsc
 
 LEAST_SHARE = 0.2  # of an even share, that a class counts at least with: a small one is still found
 RATE = 0.3  # of a class's distance from an even share, in nats, by which its prior follows in a step
-
-ALIKE, SHELLS = 0.85, slice(2, 9)  # mean correlation over these shells, aligned, of maps that are the same structure
-
-
-def alike(maps: Sequence[Float[Tensor, "n n n"]], shares: Sequence[float]) -> list[bool]:
-    """Which maps show, in any frame and of either hand, what a map with a larger share shows; not maps of nothing."""
-    kept: list[int] = []
-    found = [False] * len(maps)
-    for number in sorted(range(len(maps)), key=lambda n: -shares[n]):
-        if not bool(maps[number].any()):
-            continue
-        for other in kept:
-            laid = apply_alignment(maps[number], align_maps(maps[number], maps[other]))
-            if float(fsc(laid, maps[other])[SHELLS].mean()) >= ALIKE:
-                found[number] = True
-                break
-        else:
-            kept.append(number)
-    return found
 
 
 def floored(mass: Float[Tensor, "starts classes"]) -> Float[Tensor, "starts classes"]:
@@ -45,11 +23,12 @@ class Balance:
     Attributes:
         mass: decaying sums.
         log_prior: up to a constant of each start.
+        gone: 1 where a class was given up, and stays empty; else 0.
     """
 
     def __init__(self, starts: int, classes: int, device: torch.device | str) -> None:
         self.mass = torch.zeros(starts, classes, dtype=torch.float64, device=device)
-        self.log_prior = torch.zeros_like(self.mass)
+        self.log_prior, self.gone = torch.zeros_like(self.mass), torch.zeros_like(self.mass)
 
     @property
     def share(self) -> Float[Tensor, "starts classes"]:
@@ -67,11 +46,17 @@ class Balance:
         self.mass = keep * self.mass + mass
         if even:
             off = (self.share * self.mass.shape[1]).clamp_min(1e-2).log()
-            self.log_prior = self.log_prior - RATE * off
-            self.log_prior -= self.log_prior.mean(1, keepdim=True)
+            prior = self.log_prior.where(self.gone == 0, 0) - RATE * off
+            self.log_prior = prior - prior.mean(1, keepdim=True)
         else:
             self.log_prior = floored(self.mass).log()
+        self.log_prior[self.gone > 0] = -math.inf
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def give_up(self, start: int, classes: Int[Tensor, " g"]) -> None:
+        """Some classes of a start get no particle any more."""
+        self.mass[start, classes], self.gone[start, classes] = 0, 1
+        self.log_prior[start, classes] = -math.inf
+
+    def tensors(self) -> tuple[Tensor, ...]:
         """What a checkpoint keeps."""
-        return self.mass, self.log_prior
+        return self.mass, self.log_prior, self.gone

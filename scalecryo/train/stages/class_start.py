@@ -12,7 +12,7 @@ shares; then the prior is the share itself, and a class that explains nothing ma
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,103 +21,67 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.errors import TrainingError
-from scalecryo.evaluate.align_maps import linear_map
+from scalecryo.evaluate.classes import effective_classes
+from scalecryo.evaluate.likeness import alike
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import ReferenceSet, reference_transform
+from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import ctf_weighted
-from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.rotation import random_rotations
-from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.expectation import Expectation, expected_slices
 from scalecryo.pose.search import templates, turned_grid
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.bootstrap import (
-    DECAY,
-    FIRST_REFERENCE_RADIUS,
-    HALF_GRID,
-    JUDGED,
-    NO_SIGNAL_ERRORS,
-    RADIUS,
-    READ_RADIUS,
-    REGULARISATION,
-    SAVE_EVERY,
-)
-from scalecryo.train.stages.checks import check_contrast, check_count, check_images
-from scalecryo.train.stages.class_shares import Balance, alike
+from scalecryo.train.stages.checks import check_contrast
+from scalecryo.train.stages.class_shares import Balance
+from scalecryo.train.stages.start_rounds import DECAY, FIRST_REFERENCE_RADIUS, RADIUS, REGULARISATION, StartRounds
 
 logger = logging.getLogger(__name__)
-ROUNDS_EXPECTED = 8  # of most runs, for the time left
-SETTLED = 1.02  # factor in likelihood gain over the last two rounds below which the start ends
+ROUNDS_EXPECTED = 9  # of most runs, for the time left
+SETTLED = 1.02  # factor in likelihood gain over the last two rounds below which classes have settled
+ALIKE, SHELLS = 0.9, slice(2, 9)  # of what two maps of one structure correlate by, over these shells: the same
+SETTLED_AGAIN = 2  # rounds at least after maps were replaced
 
 
-class ClassStart:
-    """K maps from each of several random starts; the held-out likelihood of the mixtures tells which goes on."""
+class ClassStart(StartRounds):
+    """K maps from each of several random starts; the held-out likelihood of the mixtures tells which goes on.
 
-    name = "start"
-    rounds = 4, 12  # at least and at most, each of `guided.bootstrap_steps`
+    The maps of a start are one *set*; set s holds its classes' sums from place s K on.
+    """
+
+    least_rounds = 4
+    most_rounds: int | None = None  # None: `guided.bootstrap_rounds` alone
     _begins_with_maps = False
     balanced_rounds = 2  # in which every class gets the same share
 
-    def __init__(self, context: RunContext, learned: Learned, *, starts: int = 0) -> None:
+    def __init__(self, context: RunContext, learned: Learned, *, starts: int = 0, sets: int = 0) -> None:
         """
         Args:
             context: of the run.
             learned: gets the best start's references.
             starts: random starts; 0: as many as the settings say.
+            sets: of maps that there is room for; the starts are the first of them.
 
         Raises:
             TrainingError: too few particles take part.
         """
-        check_count(context.count, context.config.run.data)
-        self._context, self._learned = context, learned
-        settings, level = context.config.guided, min(context.store.levels)
+        settings = context.config.guided
         starts = starts or settings.starts
-        self._classes, self._steps = context.config.train.classes, settings.bootstrap_steps
+        sets = max(sets, starts)
+        self._classes = context.config.train.classes
         # Both halves serve one map: half as many particles for each class as where each half has its own.
-        self._batch = max(settings.bootstrap_batch, settings.bootstrap_batch * self._classes // 2)
-        self._judging = max(1, min(JUDGED, context.count) // self._batch)
-        self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
-        self._near = self._pixels.prefix(RADIUS)
-        self._shifts = context.shift_grid_px(level)
-        self._grid = so3_grid(HALF_GRID).to(context.device)
-        self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
-        self._sums = Backprojection(level, device=context.device, classes=starts * self._classes)
-        self._balance = Balance(starts, self._classes, context.device)
+        batch = max(settings.bootstrap_batch, settings.bootstrap_batch * self._classes // 2)
+        super().__init__(context, learned, batch=batch, maps=sets * self._classes)
+        self._most = min(self.most_rounds or settings.bootstrap_rounds, settings.bootstrap_rounds)
+        self._balance = Balance(sets, self._classes, context.device)
         self._going = list(range(starts))
         self._banks: dict[int, Complex[Tensor, "h p"]] = {}
-        self._gains = torch.zeros(starts, 3, dtype=torch.float64, device=context.device)
+        self._gains = torch.zeros(sets, 3, dtype=torch.float64, device=context.device)
         """Of each start's held-out particles: sum of the likelihood gains, of their squares, number."""
-        self._earlier: list[float] = []  # mean gain of the best start in each round
-        self._round, self._step, self._judged, self._images = 1, 0, 0, 0
-        self._ended = self._joined = False
-
-    def request(self) -> BatchRequest:
-        """Some steps until the next checkpoint, or all batches that judge."""
-        left = self._round * self._steps - self._step
-        self._images = 0
-        if not left:
-            return BatchRequest((self._pixels,), self._batch, start=0, batches=self._judging)
-        batches = min(SAVE_EVERY - self._step % SAVE_EVERY, left)
-        return BatchRequest((self._pixels,), self._batch, start=self._step, batches=batches)
-
-    def step(self, *images: ParticleImages) -> None:
-        """Learn from a batch, or judge by its held-out particles."""
-        (batch,) = images
-        self._images += len(batch)
-        held_out = self._context.partition.held_out(batch.rows)
-        if self._step == 0:
-            check_images(batch, self._context.config.run.data)
-        if self._step < self._round * self._steps:
-            self._learn(batch.select(~held_out), self._context.world)
-            self._step += 1
-        else:
-            self._judge(batch.select(held_out))
-            self._judged += 1
+        self._since = 0  # round from which on classes settle
+        self._joined = False
 
     def finish_pass(self, world: World) -> PassReport:
         """Say how far it is; after a round choose the best start, and end where nothing gets better. Collective.
@@ -125,78 +89,50 @@ class ClassStart:
         Raises:
             TrainingError: the maps explain held-out images no better than nothing, or the contrast is inverted.
         """
-        total = self._steps + self._judging
-        here = self._step - (self._round - 1) * self._steps + self._judged
-        message = f"start of {self._classes} classes, round {self._round}: {here} of {total} batches"
+        (here, total), number = self._here, len(self._earlier) + 1
+        message = f"start of {self._classes} classes, round {number}: {here} of {total} batches"
         judged = self._judged > 0
         if judged:
             message += f"; {self._choose(world)}"
-            settled = self._joined or self._settled()
-            # A class that shows what another shows goes; the other has a round to take over its particles.
-            self._ended = settled and (self._joined or not self._join_alike(world))
-            self._joined = settled
+            self._ended = self._ends(world)
             if self._ended:
                 self._learned.references = self._first_references()
-            self._round += 1
             self._judged = 0
-        rounds = self._round - 1 + here / total * (not judged)
-        share = 1.0 if self._ended else rounds / max(ROUNDS_EXPECTED, self._round)
+        rounds = number - 1 + (1 if judged else here / total)
+        share = 1.0 if self._ended else rounds / max(ROUNDS_EXPECTED, number + 1)
         return PassReport(message, self._images, checkpoint=not judged, progress=share)
 
-    def done(self) -> bool:
-        """Whether a start was chosen."""
-        return self._ended
+    def _ends(self, world: World) -> bool:
+        """Whether a round was the last; if not, what it leads to. Collective."""
+        if not self._joined and not self._settled():
+            return False
+        # A class that shows what another shows goes; the other has a round to take over its particles.
+        self._joined = not self._joined and self._join_alike(world)
+        return not self._joined
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sums, noise and shares; the same on every worker."""
-        standing = {"step": self._step, "round": self._round, "going": self._going, "earlier": self._earlier,
-                    "joined": self._joined}  # fmt: skip
-        tensors = [tensor.cpu() for tensor in self._tensors()]
-        return {"standing": standing, "settings": self._settings(), "tensors": tensors}
+    def _standing(self) -> dict[str, Any]:
+        return super()._standing() | {"going": list(self._going), "since": self._since, "joined": self._joined}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after so many steps; under other settings, from the beginning."""
-        if state["settings"] != self._settings():
-            return
-        standing = state["standing"]
-        self._step, self._round, self._joined = standing["step"], standing["round"], standing["joined"]
-        self._going, self._earlier = list(standing["going"]), list(standing["earlier"])
-        for own, saved in zip(self._tensors(), state["tensors"], strict=True):
-            own.copy_(saved)
-
-    def _settings(self) -> str:
-        """What the random starts depend on."""
-        config = self._context.config
-        return f"{config.train.rows} {config.train.seed} {config.train.classes} {config.guided} {config.pose.centred}"
+    def _take_up(self, standing: Mapping[str, Any]) -> None:
+        super()._take_up(standing)
+        self._going = list(standing["going"])
+        self._since, self._joined = int(standing["since"]), bool(standing["joined"])
 
     def _tensors(self) -> list[Tensor]:
-        return [*self._noise.tensors(), *self._sums.tensors(), *self._balance.tensors()]
+        return [*super()._tensors(), *self._balance.tensors()]
 
     def _learn(self, batch: ParticleImages, world: World) -> None:
         """One step of every start, and of the noise that they share; one reduction over the workers."""
-        noise, near = self._noise, self._near
-        if self._step == 0:
-            self._begin(batch, world)
-        noise.decay(DECAY)
-        residuals = NoiseSpectrum(len(noise.power), near.kx.device)
-        fresh = Backprojection(near.box_size, device=near.kx.device, classes=self._sums.classes)
+        fresh, residuals = self._begin_step(batch, world)
         mass = self._gains.new_zeros(len(self._gains), self._classes)
         for start in self._going:
             mass[start] = self._insert(batch, start, fresh, residuals)
-        parts = fresh.within(RADIUS)  # all on every worker: see `Bootstrap._learn`
-        world.all_reduce_(*residuals.tensors(), mass, *parts)
-        noise.power += residuals.power
-        noise.count += residuals.count
-        fresh.put_within(RADIUS, *parts)
-        self._sums.decay(DECAY)
-        self._sums.numerator += fresh.numerator
-        self._sums.denominator += fresh.denominator
-        self._balance.add(mass, DECAY, even=self._round <= self.balanced_rounds)
+        self._end_step(world, fresh, residuals, mass, *self._beside())
+        self._balance.add(mass, DECAY, even=len(self._earlier) < self.balanced_rounds)
 
-    def _begin(self, batch: ParticleImages, world: World) -> None:
-        """The noise before the first step: the power of the images. Collective."""
-        self._noise.add(batch.transforms, None, self._pixels)
-        world.all_reduce_(*self._noise.tensors())
+    def _beside(self) -> Sequence[Tensor]:
+        """What else a step sums up over the workers."""
+        return ()
 
     def _insert(
         self, batch: ParticleImages, start: int, fresh: Backprojection, residuals: NoiseSpectrum
@@ -219,14 +155,18 @@ class ClassStart:
                     fresh.insert(slices, grid, centred, ones, near, class_index=first + number, half=half)
                 mass += found.mass.sum(0).view(self._classes, -1).sum(1)
                 residuals.add_power(found.residual, len(images), near)
+                self._insert_beside(images, half, found, grid, fresh)
         return mass
+
+    def _insert_beside(
+        self, images: ParticleImages, half: int, found: Expectation, grid: Float[Tensor, "h 3 3"], fresh: Backprojection
+    ) -> None:
+        """What else is learnt from the images of a half whose classes and poses were found."""
 
     def _insert_at_random(self, images: ParticleImages, start: int, fresh: Backprojection) -> None:
         """The first step: classes in turn, random poses, others on every worker."""
         count, device = len(images), images.rows.device
-        generator = torch.Generator().manual_seed(self._seed(start) + 1009 * self._context.world.rank)
-        rotation = random_rotations(count, generator).to(device)
-        shift = self._shifts[torch.randint(len(self._shifts), (count,), generator=generator)]
+        rotation, shift = self._random_poses(count, start)
         index = start * self._classes + torch.arange(count, device=device) % self._classes
         weighted, ones = ctf_weighted(images.transforms, images.ctf), torch.ones(count, device=device)
         fresh.add(weighted, rotation, shift, ones, images.half, self._near, index)
@@ -250,8 +190,9 @@ class ClassStart:
         joined, first = self._sums.joined(), start * self._classes
         return [joined.solve_one(first + number, 1, REGULARISATION) for number in range(self._classes)]
 
-    def _seed(self, number: int) -> int:
-        return self._context.config.train.seed + number
+    def _halves(self, place: int) -> list[Float[Tensor, "n n n"]]:
+        """The present half-maps at a place of the sums."""
+        return [self._sums.solve_one(place, half, REGULARISATION) for half in (1, 2)]
 
     def _generator(self, start: int) -> torch.Generator:
         """Of the step alone: a run that was taken up again turns its grids alike."""
@@ -264,9 +205,15 @@ class ClassStart:
             if self._judged == 0:
                 self._banks[start] = self._bank(start, turned_grid(self._grid, self._generator(start)))
             if len(batch):
-                gain = self._expected(batch.within(RADIUS), start, self._banks[start]).log_evidence.double()
+                images = batch.within(RADIUS)
+                found = self._expected(images, start, self._banks[start])
+                self._judge_beside(images, found)
+                gain = found.log_evidence.double()
                 gain = gain - hypotheses - self._balance.log_prior[start].logsumexp(0)
                 self._gains[start] += torch.stack([gain.sum(), gain.square().sum(), gain.new_tensor(len(gain))])
+
+    def _judge_beside(self, images: ParticleImages, found: Expectation) -> None:
+        """What else is asked of held-out images."""
 
     def _choose(self, world: World) -> str:
         """The start that held-out particles like best goes on alone; how it stands, in words.
@@ -285,21 +232,19 @@ class ClassStart:
         logger.info("start: held-out log-likelihood gain per image of each random start: %s",
                     ", ".join(f"{gain:.2f}" for gain in mean.tolist()))  # fmt: skip
         told = f"held-out images gain {mean[best]:.2f} ± {error[best]:.2f} in log-likelihood over an empty map"
-        if mean[best] < NO_SIGNAL_ERRORS * error[best]:
-            raise TrainingError(
-                f"{self._context.config.run.data}: the start found no structure: {told}: check contrast sign, pixel "
-                "size and box, use more particles, or raise guided.bootstrap_steps and guided.starts"
-            )
+        self._refuse_noise(float(mean[best]), float(error[best]), told)
         self._going = [self._going[best]]
-        shares = " ".join(f"{100 * share:.0f}" for share in self._balance.share[self._going[0]].tolist())
-        return f"{told}; classes hold {shares} %"
+        shares = self._balance.share[self._going[0]].cpu().numpy()
+        held = " ".join(f"{100 * share:.0f}" for share in shares)
+        return f"{told}; classes hold {held} % (effective number {effective_classes(shares):.1f})"
 
     def _settled(self) -> bool:
         """Whether two more rounds brought next to nothing."""
-        least, most = self.rounds
-        if self._round < least:
-            return False
-        return self._earlier[-1] < SETTLED * self._earlier[-3:][0] or self._round == most
+        if len(self._earlier) >= self._most:
+            return True
+        rounds = self._earlier[self._since :]
+        least = SETTLED_AGAIN if self._since else self.least_rounds
+        return len(rounds) >= least and rounds[-1] < SETTLED * rounds[-3:][0]
 
     def _join_alike(self, world: World) -> bool:
         """Empty the classes whose map is another, larger class's, in whatever frame and hand. Collective."""
@@ -307,12 +252,14 @@ class ClassStart:
         gone = torch.zeros(self._classes, device=device)
         if world.is_leader:
             maps = [volume.cpu() for volume in self._solved(start)]
-            gone += torch.tensor(alike(maps, self._balance.share[start].tolist()), device=device)
+            halves = [fsc(*self._halves(start * self._classes + number)).cpu() for number in range(self._classes)]
+            same = alike(maps, halves, self._balance.share[start].tolist(), SHELLS, ALIKE)
+            gone += torch.tensor([float(other is not None) for other in same], device=device)
         world.all_reduce_(gone)
         at = gone.nonzero()[:, 0]  # host sync
         for tensor in self._sums.tensors():
             tensor[start * self._classes + at] = 0
-        self._balance.mass[start, at] = 0
+        self._balance.give_up(start, at)
         if len(at):
             note = (
                 f"{len(at)} of {self._classes} classes showed the same structure as another one and were given up: "
@@ -330,12 +277,9 @@ class ClassStart:
         check_contrast(joint[int(self._balance.share[start].argmax())], context.config.run.data)
         maps = []
         for number, volume in enumerate(joint):
-            halves = [self._sums.solve_one(first + number, half, REGULARISATION) for half in (1, 2)]
-            maps.append(torch.stack([volume, *halves]))
-            if context.fit_shift and float(volume.amax()) > 0:  # shifts are searched about the centre of mass
-                off = centre_of_mass(volume, mask_from_map(volume, pixel_size))
-                still = torch.eye(3, device=volume.device)
-                maps[-1] = torch.stack([linear_map(one, still, -off) for one in maps[-1]])
+            maps.append(torch.stack([volume, *self._halves(first + number)]))
+            if float(volume.amax()) > 0:
+                maps[-1] = self._to_centre(maps[-1], volume)
         all_maps, noise = torch.stack(maps), torch.ones(self._sums.box_size // 2 + 1, device=self._grid.device)
         found = ReferenceSet.of_maps(
             all_maps[:, 1:], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, solvent=context.solvent

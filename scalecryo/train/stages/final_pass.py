@@ -12,14 +12,15 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError
-from scalecryo.evaluate.cones import ConicalFsc
+from scalecryo.evaluate.verdict import short_of_signal
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, ctf_weighted_on_padded_box
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import newest_step
-from scalecryo.runs.final_results import FinalParticles
+from scalecryo.runs.class_results import figures_of, told_of
+from scalecryo.runs.final_results import FinalParticles, FinalResults
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.pictures import Examples
@@ -125,20 +126,23 @@ class FinalPass:
         if world.is_leader:
             notes = self._uncertain()
             with world.timer.part("results"):
-                cones = self._write(solved, notes)
+                results = self._write(solved, notes)
+            cones = results.cones
             followed = self._out is context.run and self._remember and context.config.train.components > 0
             if not followed:  # components go on from them
                 self._found.remove_pass(self._pass)
-            for warning in (*notes, cones.warning):
+            for warning in (*notes, cones.warning, short_of_signal(cones.angstrom, self._learned.signal_angstrom)):
                 if warning:
                     logger.warning("%s", warning)
             message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
+            if results.classes:
+                message += f"; {told_of(results.classes)}"
             figures = {
                 "final/resolution_angstrom": cones.angstrom,
                 "final/worst_cone_angstrom": cones.worst_angstrom,
                 "final/worst_cone_ratio": cones.worst_ratio,
                 "final/cone_area_ratio": cones.area_ratio,
-            }
+            } | figures_of(results.classes)
         self._done = True
         self._learned.posed, self._learned.identity = self._found, self._pass
         return PassReport(message, self._images, checkpoint=False, figures=figures)
@@ -177,7 +181,7 @@ class FinalPass:
             "on average (rlnMaxValueProbDistribution); the map can be right where single poses are not",
         )
 
-    def _write(self, solved: Float[Tensor, "classes 2 n n n"], notes: tuple[str, ...]) -> ConicalFsc:
+    def _write(self, solved: Float[Tensor, "classes 2 n n n"], notes: tuple[str, ...]) -> FinalResults:
         context, model = self._context, self._learned.model
         level, radius = solved.shape[-1], solved.shape[-1] / 2 - 1
         noise = torch.ones(level // 2 + 1, device=context.device)
@@ -189,7 +193,7 @@ class FinalPass:
         found, half = self._found.all()
         maps, found = _largest_first(maps, found)
         notes = context.partition.notes + self._learned.notes + told + notes
-        particles = FinalParticles(found, half, self._examples, notes)
+        particles = FinalParticles(found, half, self._examples, notes, self._learned.signal_angstrom)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 

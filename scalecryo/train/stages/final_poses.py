@@ -24,9 +24,9 @@ from scalecryo.runs.pictures import EXAMPLES, Pairs, correlation, pictures_of
 from scalecryo.train.encoder_training import MODES, PoseLearner
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
-from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.on_axes import moved_poses
 from scalecryo.train.stages.schedule import FIRST_PASSES, PASSES, PROBABILITY_RADIUS, SEARCH_RADIUS
+from scalecryo.train.stages.start_rounds import HALF_GRID
 
 # Radius and passes of the local refinement of a particle never seen, and the passes at the last radius. Measured on G
 # with shifts: as accurate as 2 last passes and a tenth of the gain, in half the time.

@@ -19,13 +19,14 @@ from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, fine
 from scalecryo.pose.estimator import SAME, PoseEstimator, map_weight
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainFit, strained_poses
+from scalecryo.pose.view_balance import ViewCounts, ViewWeights
 from scalecryo.runs.pictures import EXAMPLES, Pairs, pictures_of
 from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.bootstrap import HALF_GRID
 from scalecryo.train.stages.schedule import IterationPlan
+from scalecryo.train.stages.start_rounds import HALF_GRID
 
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0
@@ -47,6 +48,7 @@ class Iteration:
         parts: Parts | None,
         strain: Tensor | None,
         related: RelatedRotations | None,
+        balance: ViewWeights | None,
     ) -> None:
         """
         Args:
@@ -57,6 +59,7 @@ class Iteration:
             references: that poses are refined against.
             strain: of each half's map since its poses were found, or None.
             related: poses that the map's symmetry or pseudo-symmetry relates; None: not known.
+            balance: weights of crowded views in the sums; None: all views weigh alike.
             parts: maps of each half without one of its parts; None: those who are searched are posed against whole
                 halves.
         """
@@ -71,6 +74,8 @@ class Iteration:
         """Particles that changed their mode, that turned visibly, seen before; summed likelihood gain, of how many."""
         self.class_counts = torch.zeros(references.classes, dtype=torch.float64, device=context.device)
         self.creep = StrainFit(context.device)
+        self.views = ViewCounts(references.classes, context.device)
+        self._balance, self.weighted = balance, balance is not None
         self._strain = strain
         self.images = 0
         self._shown: tuple[Tensor, Tensor] | None = None
@@ -156,8 +161,11 @@ class Iteration:
         index = found.class_index
         if self.plan.searched:
             index = PARTS * index + self._context.partition.part(batch.rows)
-        shift_px = found.shift_px(batch.pixel_size)
-        self._sums.add(weighted, found.rotation, shift_px, map_weight(found), batch.half, self.pixels, index)
+        shift_px, weight = found.shift_px(batch.pixel_size), map_weight(found)
+        self.views.add(found.rotation, found.class_index, weight)
+        if self._balance is not None:
+            weight = weight * self._balance(found.rotation, found.class_index)
+        self._sums.add(weighted, found.rotation, shift_px, weight, batch.half, self.pixels, index)
 
     def _train_encoder(
         self, encoder: PoseLearner, reference: Reference, batch: ParticleImages, found: PoseEstimates
@@ -210,7 +218,8 @@ class Iteration:
         del self._whole, self._parts  # their transforms take more memory than the sums
         self._owned = OwnedSums(self._sums, world, parts=PARTS if self.plan.searched else 1)
         self._owned.reduce_(self.pixels.radius_limit)
-        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), self.counts, self.class_counts)
+        counts = self.counts, self.class_counts, self.views.counts
+        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), *counts)
         if self._group is not None:
             with world.timer.part("symmetrise"):
                 self._owned.symmetrise(self._group.others, self.pixels.radius_limit)

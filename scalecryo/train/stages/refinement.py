@@ -10,16 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.align_maps import linear_map
+from scalecryo.evaluate.classes import effective_classes
 from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainSteps
+from scalecryo.pose.view_balance import ViewWeights
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
@@ -45,7 +48,7 @@ class Refinement:
         """
         settings = context.config.guided
         self._context, self._learned = context, learned
-        learned.groups = ImageGroups(context.store.box_size, context.device)
+        learned.groups = learned.groups or ImageGroups(context.store.box_size, context.device)
         searches = settings.search_iterations if settings.start == "nothing" else 0
         docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
         self._posed = settings.start == "poses" or docked  # well from the first iteration on
@@ -56,6 +59,7 @@ class Refinement:
         self._parts: Parts | None = None
         self._related: RelatedRotations | None = None
         self._iteration: Iteration | None = None
+        self._views: Tensor | None = None  # of each class, along the directions of `ViewCounts`
 
     def request(self) -> BatchRequest:
         """Plan the next iteration; its batches come from an epoch of its own."""
@@ -75,8 +79,9 @@ class Refinement:
         if self._strain is not None:
             references = _strained_maps(references, self._strain)
         self._iteration = Iteration(
-            plan, schedule.number, context, self._learned, references, parts, self._strain, self._related
-        )
+            plan, schedule.number, context, self._learned, references, parts, self._strain, self._related,
+            self._balance(),
+        )  # fmt: skip
         epoch = context.order(plan.level, settings.batch_size).steps_per_epoch
         batches = min(epoch, -(-settings.iteration_particles // settings.batch_size))
         return BatchRequest(
@@ -97,8 +102,9 @@ class Refinement:
         counts = iteration.counts.tolist()  # host sync
         gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
         creep = self._creep_on(iteration)
+        self._views = iteration.views.counts
         self._schedule.update(
-            iteration.plan, creep=creep, reach=after.resolution(SIGNAL)[0], gain=gain,
+            iteration.plan, creep=creep, weighted=iteration.weighted, reach=after.resolution(SIGNAL)[0], gain=gain,
             moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
         )  # fmt: skip
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
@@ -108,6 +114,15 @@ class Refinement:
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
         return self._report(iteration, after, counts)
+
+    def _balance(self) -> ViewWeights | None:
+        """Weights of the views of the last iteration's poses, while they creep."""
+        if self._views is None or not self._schedule.balanced:
+            return None
+        weights = ViewWeights.of(self._views, self._context.point_group)
+        if weights is not None and self._schedule.number == 1:
+            logger.info("some views are seen often: they count less in the maps until the poses settle")
+        return weights
 
     def _creep_on(self, iteration: Iteration) -> float:
         """Follow a creep of poses and maps to where it would end; returns the iteration's strain."""
@@ -135,11 +150,13 @@ class Refinement:
             "references": references.state_dict(),
             "steps": self._learned.steps,
             "notes": list(self._learned.notes),
+            "signal_angstrom": self._learned.signal_angstrom,
             "half_parts": None if self._parts is None else [part.state_dict() for part in self._parts],
             "encoder": None if encoder is None else encoder.state_dict(),
             "parts": list(self._learned.particles.parts),
             "creep": self._creep.state_dict(),
             "strain": self._strain,
+            "views": self._views,
             "related": None if self._related is None else (self._related.similar, self._related.equivalent),
             "schedule": self._schedule.state_dict(),
             "count": self._context.store.count,
@@ -156,6 +173,7 @@ class Refinement:
         learned.references = ReferenceSet.from_state_dict(state["references"], device)
         learned.steps = state["steps"]
         learned.notes = tuple(state["notes"])
+        learned.signal_angstrom = state.get("signal_angstrom")  # older checkpoints have none
         if state["half_parts"] is not None:
             self._parts = [ReferenceSet.from_state_dict(part, device) for part in state["half_parts"]]
         if learned.encoder is not None and state["encoder"] is not None:
@@ -165,6 +183,8 @@ class Refinement:
             learned.groups.load_state_dict(state["groups"])
         self._creep.load_state_dict(state["creep"])
         self._strain = None if state["strain"] is None else state["strain"].to(device)
+        views = state.get("views")  # older checkpoints have none
+        self._views = None if views is None else views.to(device)
         if state["related"] is not None:
             self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
         self._schedule.load_state_dict(state["schedule"])
@@ -200,7 +220,9 @@ class Refinement:
         if after.classes > 1:
             shares = (iteration.class_counts / iteration.class_counts.sum()).tolist()  # host sync
             scalars |= {f"classes/share_{number}": share for number, share in enumerate(shares, 1)}
-            message += f", classes hold {' '.join(f'{100 * share:.0f}' for share in shares)} %"
+            scalars["classes/effective"] = effective = effective_classes(np.array(shares))
+            held = " ".join(f"{100 * share:.0f}" for share in shares)
+            message += f", classes hold {held} % (effective number {effective:.1f})"
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(

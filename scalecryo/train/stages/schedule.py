@@ -117,6 +117,7 @@ class Schedule:
         settled: iterations in a row that brought no progress.
         moved: share of the particles seen before that changed their mode; of the last two searches (None: nobody was
             seen before).
+        balanced: whether crowded views count less in the maps: until the poses creep no more.
         ended: whether nothing more is to be done.
     """
 
@@ -129,6 +130,7 @@ class Schedule:
     searches: int = 0
     settled: int = 0
     moved: list[float | None] = field(default_factory=list)
+    balanced: bool = True
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -150,6 +152,7 @@ class Schedule:
         plan: IterationPlan,
         *,
         creep: float,
+        weighted: bool,
         reach: float,
         gain: float | None,
         moved: float | None,
@@ -160,18 +163,26 @@ class Schedule:
         Args:
             plan: of that iteration.
             creep: strain of the maps that the iteration brought.
+            weighted: whether crowded views counted less in its maps, which are not the last then.
             reach: shell at which the halves' correlation falls to 0.143.
             gain: mean FSC over that of the iteration before; None where their levels differ.
             moved: share of those searched and seen before that changed their mode.
             restless: share of those seen before that turned by a visible angle.
         """
         self.number += 1
+        self.balanced = self.balanced and (plan.searched or creep >= CREEPING)
         if plan.searched or creep < CREEPING:
             self.radius = max(self.radius, plan.radius, min(reach + MARGIN, plan.insertion_radius))
         if plan.searched:
             self._after_search(moved, gain)
         else:
-            still = creep < CREEPING and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
+            still = (
+                creep < CREEPING
+                and not weighted
+                and self.radius <= plan.radius + 1
+                and gain is not None
+                and gain < SETTLED
+            )
             self.settled = self.settled + 1 if still and (restless is None or restless < RESTLESS) else 0
             self.ended = self.settled >= self.most_settled
 
@@ -199,7 +210,7 @@ class Schedule:
 
     def reopen(self) -> None:
         """Go on: there are particles that it has not seen. They start from modes of their own; no other is searched."""
-        self.settled, self.ended, self.searched = 0, False, False
+        self.settled, self.ended, self.searched, self.balanced = 0, False, False, True
 
     def state_dict(self) -> dict[str, Any]:
         """Its fields."""
@@ -207,5 +218,5 @@ class Schedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave, but for what the settings say now."""
-        for name in ("number", "radius", "searched", "searches", "settled", "moved", "ended"):
-            setattr(self, name, state[name])
+        for name in ("number", "radius", "searched", "searches", "settled", "moved", "balanced", "ended"):
+            setattr(self, name, state.get(name, True))  # older checkpoints do not say whether views are balanced
