@@ -67,6 +67,12 @@ def test_crowded_views_count_less_until_the_creep_ends() -> None:
     assert not schedule.balanced
     update(schedule, creep=0.01)
     assert not schedule.balanced  # and not again: all views together give the better map
+    resting = Schedule(most_searches=8, most_settled=1, searched=False, searches=2, radius=20.0, number=3)
+    update(resting, creep=0.003, restless=0.01)
+    assert resting.balanced  # with all views alike, poses at rest may still creep
+    update(resting, creep=0.003, restless=0.01, weighted=True, reach=28.0)
+    assert not resting.balanced
+    assert resting.radius == 30
 
 
 def test_radius_waits_while_poses_and_map_creep() -> None:

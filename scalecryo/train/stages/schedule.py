@@ -25,6 +25,7 @@ JUMPING = 0.02  # the search goes on while more particles than this change their
 PROGRESS = 1.02  # or while the mean FSC grows by this factor
 CALMER = 0.8  # and while their number falls below this share of what it was
 CREEPING = 2e-3  # strain of an iteration above which the radius waits
+RESTING = 0.05  # share of poses that still turn visibly, below which crowded views need not count less any more
 SETTLED = 1.005  # gain in mean FSC below which an iteration brought no progress
 SEARCHES_EXPECTED, LOCAL_EXPECTED = 3, 3  # iterations, of most runs
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
@@ -170,8 +171,10 @@ class Schedule:
             restless: share of those seen before that turned by a visible angle.
         """
         self.number += 1
-        self.balanced = self.balanced and (plan.searched or creep >= CREEPING)
-        if plan.searched or creep < CREEPING:
+        # Weighted, an iteration closes a third of a gap, so poses at rest are where they belong; unweighted, 4 %.
+        settled = creep < CREEPING or (weighted and restless is not None and restless < RESTING)
+        self.balanced = self.balanced and (plan.searched or not settled)
+        if plan.searched or settled:
             self.radius = max(self.radius, plan.radius, min(reach + MARGIN, plan.insertion_radius))
         if plan.searched:
             self._after_search(moved, gain)
