@@ -23,6 +23,7 @@ from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages import classification
 from scalecryo.train.stages import components as stage
 from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
@@ -169,6 +170,42 @@ def test_two_workers_and_a_killed_run_find_the_same(
         # Sums of 600 images in another order, single precision, five passes.
         torch.testing.assert_close(other.components.components, one.components.components, rtol=0, atol=1e-3)
         np.testing.assert_allclose(other.coordinates.z, one.coordinates.z, atol=1e-2)  # type: ignore[union-attr]
+
+
+def test_two_workers_tell_classes_apart_as_one_does(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two conformations as classes at imported poses: maps of both, and the labels, by one and by two workers."""
+    monkeypatch.setattr(classification, "STARTS", 2)
+    monkeypatch.setattr(classification, "MOST_PASSES", (3, 2))
+
+    def sorted_(out: Path, world: World) -> Learned:
+        settings = {"run.data": particles[0], "run.out": str(out), "guided.start": "poses", "train.classes": "2"}
+        config, run = load_config(None, settings), RunFolder(str(out))
+        if world.is_leader:
+            run.create(config, resume=True)
+        store = ParticleStore.open(config.run.data)
+        made, learned = stages_of(RunContext.of(config, store, run, world, torch.device("cpu")))
+        run_stages(made[:2], RunContext.of(config, store, run, world, torch.device("cpu")))
+        return learned
+
+    one = sorted_(tmp_path / "one", World())
+    assert one.references is not None
+    found = {}
+    workers = [
+        threading.Thread(target=lambda own=own: found.update({own.rank: sorted_(tmp_path / "two", own)}))
+        for own in ThreadWorld.of(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for other in found.values():
+        assert other.references is not None
+        # Sums in another order, single precision, a few passes; a few images that lie between the classes may change.
+        torch.testing.assert_close(other.references.maps, one.references.maps, rtol=0, atol=1e-3)
+        labels = [learned.particles.all()[0].class_index for learned in (one, other)]
+        assert float((labels[0] == labels[1]).float().mean()) > 0.99
 
 
 def test_components_of_several_or_symmetric_structures_are_refused() -> None:
