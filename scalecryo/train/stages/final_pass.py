@@ -25,7 +25,7 @@ from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.pictures import Examples
 from scalecryo.runs.results import write_results
-from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
+from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
@@ -112,11 +112,12 @@ class FinalPass:
         """Sum over the workers, solve the maps; worker 0 writes the results. Collective."""
         context, sums = self._context, self._sums
         assert sums is not None, "request() comes first"
-        mine = reduce_to_owners_(sums, world, sums.box_size / 2 - 1)
+        owned, radius = OwnedSums(sums, world), sums.box_size / 2 - 1
+        owned.reduce_(radius)
         if context.point_group is not None:
-            sums.symmetrise(context.point_group.others, sums.box_size / 2 - 1, mine)
+            owned.symmetrise(context.point_group.others, radius)
         with world.timer.part("solve"):
-            solved = solve_by_owners(sums, world)
+            solved = owned.solve()
         # What is done with is let go of: the sums are the largest thing in memory.
         sums.release()
         self._sums = None
