@@ -62,7 +62,7 @@ def test_it_converges_from_random_poses(tmp_path: Path, monkeypatch: pytest.Monk
     # Random poses are 100° off modulo the two-fold; at the last shell, 15, a turn by 3.8° moves by one Fourier pixel.
     assert last[error] < 6
     assert last["truth/fsc_0.5_shell"] > 13
-    assert "signal in the images" in (tmp_path / "run" / "report.html").read_text()
+    assert "of the signal of right poses" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError
-from scalecryo.evaluate.verdict import short_of_signal
+from scalecryo.evaluate.verdict import incoherent
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, ctf_weighted_on_padded_box
@@ -131,7 +131,7 @@ class FinalPass:
             followed = self._out is context.run and self._remember and context.config.train.components > 0
             if not followed:  # components go on from them
                 self._found.remove_pass(self._pass)
-            for warning in (*notes, cones.warning, short_of_signal(cones.angstrom, self._learned.signal_angstrom)):
+            for warning in (*notes, cones.warning, incoherent(results.coherent_share)):
                 if warning:
                     logger.warning("%s", warning)
             message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
@@ -193,7 +193,7 @@ class FinalPass:
         found, half = self._found.all()
         maps, found = _largest_first(maps, found)
         notes = context.partition.notes + self._learned.notes + told + notes
-        particles = FinalParticles(found, half, self._examples, notes, self._learned.signal_angstrom)
+        particles = FinalParticles(found, half, self._examples, notes, self._learned.signal)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 
