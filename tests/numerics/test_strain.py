@@ -98,3 +98,12 @@ def test_steps_find_where_a_creep_ends() -> None:
         state = state + velocity + steps.follow(velocity)
     left = float((end - state)[:, 2, 2].abs().max())
     assert left < 0.1 * 0.3 * math.pow(0.97, 14)  # a tenth of what would be left
+
+
+def test_a_creep_that_grows_is_not_turned_back() -> None:
+    # Broyden's secant through two velocities of which the second is larger would point away from the end.
+    steps, velocity = StrainSteps(), torch.stack([strain(0.01), strain(-0.01)])
+    assert not steps.follow(velocity).any()
+    step = steps.follow(1.1 * velocity)
+    assert float((step * velocity).sum()) > 0
+    assert torch.allclose(step, step.abs().amax() / velocity.abs().amax() * velocity, atol=1e-9)
