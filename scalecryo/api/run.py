@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from scalecryo.config import Config
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.data.formats.relion import CLASS, CLASS_PROBABILITY, OwnColumns, read_poses
+from scalecryo.data.formats.relion import CLASS, CLASS_PROBABILITY, STATE, STATE_PROBABILITY, OwnColumns, read_poses
 from scalecryo.data.io import urls
 from scalecryo.errors import InputError, MissingInputError
 from scalecryo.runs.folder import RunFolder
@@ -106,7 +106,8 @@ class Run:
 
     def poses(self) -> Table:
         """Every particle's image name, rotation (n, 3, 3), shift (n, 2) in Å, half and confidence; of several classes
-        also `class` (from 1) and `class_probability`. Rows are the store's.
+        also `class` (from 1) and `class_probability`, of components `state` and `state_probability`. Rows are those of
+        the store.
 
         Raises:
             MissingInputError: no particle was posed yet.
@@ -123,6 +124,9 @@ class Run:
         if CLASS_PROBABILITY in columns.names:
             table["class"] = columns.numbers(CLASS).astype(np.int64)
             table["class_probability"] = columns.numbers(CLASS_PROBABILITY)
+        if STATE in columns.names:
+            table["state"] = columns.numbers(STATE).astype(np.int64)
+            table["state_probability"] = columns.numbers(STATE_PROBABILITY)
         return table
 
     def fsc(self, *, class_number: int | None = None) -> Table:

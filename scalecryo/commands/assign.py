@@ -17,6 +17,7 @@ from scalecryo.train.progress import RunProgress
 from scalecryo.train.recipes import VARIETY
 from scalecryo.train.stage import Stage
 from scalecryo.train.stages.final_pass import FinalPass
+from scalecryo.train.stages.placed import PlacedParticles
 
 
 def run(run: str, *, data: str | None, out: str | None) -> None:
@@ -34,9 +35,14 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     stages: list[Stage] = [FinalPass(context, learned, out=None if out is None else target, remember=same)]
     if out is not None:
         target.create(config, resume=urls.exists(target.path(PARTS)))  # a killed assignment goes on
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, components=0))
-    elif config.train.components and same:
+    if config.train.components and same and out is None:
         stages += [maker(context, learned) for maker in VARIETY]
+    elif config.train.components:
+        placed = PlacedParticles.of(context, learned, target)
+        stages += [] if placed is None else [placed]
+        if not same:
+            learned.groups = None  # those of another store are others
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, components=0))
     progress = RunProgress(Forecast(parts_of(config, store.count, store.levels)), line, 1)
     run_stages(stages, context, progress=progress)
     line.hide()

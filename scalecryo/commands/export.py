@@ -173,8 +173,9 @@ def _cryosparc(result: _Result, out: str, origin: _Origin) -> None:
         cryosparc.write_particles(path, table, _boxes(result), origin.sign, poses.confidence, pose, more)
     else:
         own = relion.OwnColumns(text_of(urls.join(result.run, "particles.star")), result.run)
-        # The source's own class comes back as it was; those of a run with several stand beside their probability.
-        classes = own.numbers(relion.CLASS).astype(np.int64) if relion.CLASS_PROBABILITY in own.names else None
+        # The source's own class comes back as it was; those of a run stand beside their probability, as states do.
+        ours = relion.CLASS_PROBABILITY in own.names or relion.STATE in own.names
+        classes = own.numbers(relion.CLASS).astype(np.int64) if ours else None
         cryosparc.write_with_poses(
             path, *origin.rows, poses.rotation, shift, poses.confidence, poses.half, classes, components
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,18 @@ class World:
 
     def all_reduce_(self, *tensors: Tensor) -> None:
         """Add each tensor over all workers, in place. Collective; small ones travel together."""
+        self._with_all(tensors, dist.all_reduce)
+
+    def reduce_(self, owner: int, *tensors: Tensor) -> None:
+        """Add each tensor over all workers, in place, on its owner alone: what the others hold is lost. Collective."""
+        self._with_all(tensors, partial(dist.reduce, dst=owner))
+
+    def broadcast_(self, owner: int, *tensors: Tensor) -> None:
+        """Give every worker the owner's tensors, in place. Collective."""
+        self._with_all(tensors, partial(dist.broadcast, src=owner))
+
+    def _with_all(self, tensors: tuple[Tensor, ...], collective: Callable[[Tensor], object]) -> None:
+        """A collective that works in place, of each tensor."""
         if self.size == 1:
             return
         with self.timer.part("reduce"):
@@ -45,29 +58,12 @@ class World:
                 if real.nbytes < TOGETHER_BYTES:
                     small.setdefault(real.dtype, []).append(real)
                 else:
-                    dist.all_reduce(real)
+                    collective(real)
             for group in small.values():
                 flat = torch.cat([tensor.reshape(-1) for tensor in group])
-                dist.all_reduce(flat)
+                collective(flat)
                 for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(part.view_as(tensor))
-
-    def reduce_(self, tensor: Tensor, owner: int) -> None:
-        """Add a tensor over all workers, in place, on its owner alone: what the others hold is lost. Collective."""
-        if self.size == 1:
-            return
-        with self.timer.part("reduce"):
-            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            self.timer.reduced_bytes += real.nbytes
-            dist.reduce(real, dst=owner)
-
-    def broadcast_(self, tensor: Tensor, owner: int) -> None:
-        """Give every worker the owner's tensor, in place. Collective."""
-        if self.size == 1:
-            return
-        with self.timer.part("reduce"):
-            self.timer.reduced_bytes += tensor.nbytes
-            dist.broadcast(tensor, src=owner)
 
     def all_reduce_async(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to add a tensor over all workers, in place; call what is returned before it is used. Collective."""

@@ -1,18 +1,20 @@
 """What a report shows of continuous variety: scree, correlation of the halves, the latent space."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import Tensor
 
 from scalecryo.evaluate.mixture import Mixture
-from scalecryo.evaluate.report import Section, fsc_figure
-from scalecryo.evaluate.report.figure import png_of
+from scalecryo.evaluate.report import Section, Surface, fsc_figure
+from scalecryo.evaluate.report.figure import film_of_pixels, png_of
 
 MOST_SHOWN = 5000
+FILM_STEPS, FILM_SIZE, FILM_SECONDS = 7, 128, 2.0  # positions, pixels across each side, there and back
 SIGNAL = 0.143
 
 
@@ -47,16 +49,19 @@ class ComponentCurves:
         where = "all of them pass: there may be more" if self.passing == count else f"stop after {self.passing}"
         return f"{self.passing} of {count} components pass: {where}"
 
+    def resolution(self, number: int) -> float | None:
+        """Å to which the halves agree on a component, from 0; None: nowhere."""
+        below = np.flatnonzero(self.fsc[number][1:] < SIGNAL)
+        shell = int(below[0]) if len(below) else self.fsc.shape[1] - 1
+        return self.box_size * self.pixel_size / shell if shell else None
+
     def text(self) -> str:
         """The verdict and a line for each component."""
         total = self.variance.sum() or 1.0
         lines = [self.verdict]
-        for number, (variance, gain, error, curve) in enumerate(
-            zip(self.variance, self.gain, self.error, self.fsc, strict=True), 1
-        ):
-            below = np.flatnonzero(curve[1:] < SIGNAL)
-            shell = int(below[0]) if len(below) else len(curve) - 1
-            reach = f"{self.box_size * self.pixel_size / shell:.1f} Å" if shell else "nowhere"
+        for number, (variance, gain, error) in enumerate(zip(self.variance, self.gain, self.error, strict=True), 1):
+            angstrom = self.resolution(number - 1)
+            reach = "nowhere" if angstrom is None else f"{angstrom:.1f} Å"
             lines.append(
                 f"component {number}: {100 * variance / total:.1f} % of what the components explain; halves agree "
                 f"(FSC {SIGNAL}) to {reach}; log-likelihood per image never seen {gain:+.2f} ± {error:.2f}"
@@ -126,6 +131,31 @@ def traversal_figure(
                 axes.set_title(f"{place:+g} sd", fontsize="small")
         row[0].set_ylabel(f"component {number + 1}", fontsize="small")
     return png_of(figure)
+
+
+def traversal_film(
+    mean: Float[Tensor, "n n n"],
+    component: Float[Tensor, "n n n"],
+    mask: Float[Tensor, "n n n"],
+    pixel_size: float,
+    angstrom: float,
+    reach: float,
+) -> bytes:
+    """The surface from three sides as it moves along a component and back, as bytes of an animated PNG.
+
+    Args:
+        mean: of all particles.
+        component: times the standard deviation of its coordinate.
+        mask: around both.
+        pixel_size: Å.
+        angstrom: resolution that both are low-passed to: what is finer is noise that a film would show as motion.
+        reach: standard deviations that it goes to either way.
+    """
+    # All that makes a surface's density of a map is linear: of mean and component once, then frames are their sums.
+    still, moving = (Surface.of_map(volume, mask, pixel_size, FILM_SIZE, angstrom) for volume in (mean, component))
+    places = np.linspace(-reach, reach, FILM_STEPS).tolist()
+    there = [replace(still, density=still.density + place * moving.density).picture(FILM_SIZE) for place in places]
+    return film_of_pixels([*there, *there[-2:0:-1]], FILM_SECONDS)
 
 
 def latent_figure(

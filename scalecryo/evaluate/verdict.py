@@ -11,9 +11,9 @@ NYQUIST_SHARE = 0.93
 # A particle's shape is decided by some shells within its diameter; below so many its map is a blob with any poses.
 LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
-# How many times coarser than the images' signal allows a resolution may be. Runs that found the structure reached 0.6
-# to 1.0 of it (README, *The auto-encoder*), local optima of the poses 5.
-FAR_FROM_SIGNAL = 2.0
+# Of the signal that right poses would add up. Auto-encoders that found the structure had 0.42 to 0.68 of it on a spike,
+# 1.5 to 6.2 on other sets; three that ended in a local optimum of the poses 0.13, 0.21 and 0.32 (README).
+LEAST_COHERENT = 0.37
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Evidence:
         junk: share of the images that show no particle.
         independent: whether the halves were posed against maps of their own.
         warnings: what was found otherwise, one sentence each.
-        signal: resolution that right poses would give by the images' power above their noise, Å; None: not known.
+        coherent: half-maps' share of the signal that right poses would add up; None: not known.
     """
 
     angstrom: float
@@ -57,7 +57,7 @@ class Evidence:
     junk: float
     independent: bool
     warnings: Sequence[str] = ()
-    signal: float | None = None
+    coherent: float | None = None
 
 
 HAND = "The hand cannot be known from images: compare with a known structure, or look at helices from about 7 Å on."
@@ -91,13 +91,13 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
     )  # fmt: skip
 
 
-def short_of_signal(angstrom: float, signal: float | None) -> str:
-    """What to say where a resolution is far from what the images' signal would give; else nothing. Both in Å."""
-    if signal is None or angstrom < FAR_FROM_SIGNAL * signal:
+def incoherent(share: float | None) -> str:
+    """What to say where half-maps hold too little of the signal that right poses would add up; else nothing."""
+    if share is None or share >= LEAST_COHERENT:
         return ""
     return (
-        f"the images hold signal to {signal:.1f} Å: with right poses the half-maps would agree about as far, and not "
-        f"to {angstrom:.1f} Å only. Many poses are likely to be wrong: try another train.seed, or pose.source = guided"
+        f"the half-maps hold {share:.0%} of the signal that right poses would add up, by the images' power above their "
+        "noise: many poses are likely to be wrong, alike in both halves. Try another train.seed, or pose.source guided"
     )
 
 
@@ -109,8 +109,8 @@ def _doubts(evidence: Evidence) -> list[str]:
             f"that is {evidence.diameter / evidence.angstrom:.1f} resolution elements across a particle of "
             f"{evidence.diameter:.0f} Å: a map so coarse can look alike with wrong poses"
         )
-    if short := short_of_signal(evidence.angstrom, evidence.signal):
-        found.append(short)
+    if told := incoherent(evidence.coherent):
+        found.append(told)
     if not evidence.independent:
         found.append("both halves were posed by one model, so their agreement is optimistic: it measures noise alone")
     if evidence.confidence is not None and evidence.confidence < UNCERTAIN:

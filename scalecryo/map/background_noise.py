@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scalecryo.map.image_signal import ImageSignal
 from scalecryo.physics.fft import FourierPixels
 
 INNER, OUTER = 0.375, 0.45  # of the box: the particle's circle (as in normalisation), and where the corners begin
@@ -14,7 +15,6 @@ GROUPS = 1024  # optics groups that are told apart; those beyond share the last 
 PRIOR_IMAGES = 64  # a group's spectrum is drawn to that of all by so many images
 LEAST_SHARE = 0.01  # of the images' mean power: images without noise get a flat spectrum
 SMOOTHING = 2  # shells on each side
-LEAST_SIGNAL = 0.02  # of the noise: corners are not so exactly like the noise in the middle that less could be told
 
 
 class BackgroundNoise:
@@ -64,20 +64,12 @@ class BackgroundNoise:
         """Mean power of the images in each shell, signal and noise."""
         return (self.image_power / self.count.sum().clamp_min(1)).float()
 
-    def signal_shell(self, particles: int) -> int:
-        """Shell up to which half-maps of so many of these images would agree (FSC 0.5), were every pose right.
-
-        A half's N/2 images lay N/(4k) samples on every voxel of shell k, so that its spectral signal-to-noise ratio is
-        N/(4k) times that of the images; the halves agree to 0.5 where it is 1 (Penczek 2010). A solvent mask only adds
-        to that. Host sync.
-        """
+    def signal(self) -> ImageSignal:
+        """Of the images, by what their power exceeds that of their corners. Host sync: once a run."""
         share = self.count / self.count.sum().clamp_min(1)
-        noise = share @ self.variance().double()
-        ratio = _smooth((self.mean_image_power() / noise - 1)[None])[0]
+        ratio = _smooth((self.mean_image_power() / (share @ self.variance().double()) - 1)[None])[0]
         ratio[: SMOOTHING + 1] = ratio[SMOOTHING + 1]  # normalisation took the mean off
-        least = 4 * torch.arange(len(ratio), device=ratio.device) / max(particles, 1)
-        enough = ratio >= least.clamp_min(LEAST_SIGNAL)
-        return int(enough[1:].long().cumprod(0).sum())
+        return ImageSignal(ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums."""

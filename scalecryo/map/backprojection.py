@@ -1,7 +1,7 @@
 """From images and poses to maps: weighted insertion of slices, and its Wiener-like solution."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from scalecryo.physics.mask import soft_sphere
 from scalecryo.physics.symmetrise import copies_correction, with_copies
 
 PADDING = 2.0
+REGULARISATION = 1e-3  # share of a shell's mean weight that is added to each voxel's
 TOGETHER = 128  # padded box up to which all sums are made symmetric at once
 
 
@@ -100,17 +101,16 @@ class Backprojection:
         self.numerator *= keep
         self.denominator *= keep
 
-    def merged(self, count: int, *, without: int | None = None) -> "Backprojection":
-        """The sums of every `count` neighbouring classes together, but for one of each."""
+    def merged(self, classes: Sequence[int], half: int | None = None) -> "Backprojection":
+        """A copy of the sums of some classes, added: one class, of one half (as its first and only one) or of both."""
         # On "meta", since both sums are replaced: nothing is allocated twice.
-        whole = Backprojection(self.box_size, self.scale, "meta", classes=self.classes // count)
-        wanted = [number for number in range(count) if number != without]
-        for name in ("numerator", "denominator"):
-            apart = getattr(self, name).unflatten(0, (-1, count))
-            total = apart[:, wanted[0]].clone()
-            for number in wanted[1:]:
-                total += apart[:, number]
-            setattr(whole, name, total)
+        whole = Backprojection(self.box_size, self.scale, "meta")
+        halves = slice(None) if half is None else slice(half - 1, half)
+        for name, grid in zip(("numerator", "denominator"), self.tensors(), strict=True):
+            total = grid[classes[0], halves].clone()
+            for number in classes[1:]:
+                total += grid[number, halves]
+            setattr(whole, name, total[None])
         whole._copies = self._copies
         return whole
 
@@ -172,17 +172,6 @@ class Backprojection:
         self.numerator.view(self.classes, 2, -1).index_copy_(2, where, numerator)
         self.denominator.view(self.classes, 2, -1).index_copy_(2, where, denominator)
 
-    def all_reduce_(self, all_reduce_: Callable[..., None], radius: float) -> None:
-        """Add what several workers inserted. Collective.
-
-        Args:
-            all_reduce_: adds tensors over the workers, in place.
-            radius: Fourier pixels up to which images were inserted.
-        """
-        parts = self.within(radius)
-        all_reduce_(*parts)
-        self.put_within(radius, *parts)
-
     def reached(self, radius: float) -> Int[Tensor, " k"]:
         """Flat positions of the grid within the radius and the neighbours that a sample is shared among."""
         line = torch.fft.fftfreq(self.padded_box, 1 / self.padded_box, device=self.denominator.device).square()
@@ -190,7 +179,7 @@ class Backprojection:
         squared = line[:, None, None] + line[:, None] + half
         return (squared.view(-1) <= (radius * self.scale + 2) ** 2).nonzero()[:, 0]  # host sync: once per reduction
 
-    def solve(self, regularisation: float = 1e-3) -> Float[Tensor, "classes 2 n n n"]:
+    def solve(self, regularisation: float = REGULARISATION) -> Float[Tensor, "classes 2 n n n"]:
         """The maps of every class and half; arguments as in `solve_one`."""
         shape = (self.classes, 2, *[self.box_size] * 3)
         maps = torch.empty(shape, dtype=torch.float32, device=self.denominator.device)
@@ -224,7 +213,9 @@ class Backprojection:
             count += torch.bincount(shell, minlength=len(count))
         return share * total / count.clamp_min(1) + 1e-6 * total.max() / denominator.numel()
 
-    def solve_one(self, class_index: int = 0, half: int = 1, regularisation: float = 1e-3) -> Float[Tensor, "n n n"]:
+    def solve_one(
+        self, class_index: int = 0, half: int = 1, regularisation: float = REGULARISATION
+    ) -> Float[Tensor, "n n n"]:
         """A map: numerator over denominator plus a share of the shell's mean weight, gridding-corrected, in a sphere.
 
         Conjugate gradients on the exact normal equations, with and without a Wiener prior, came within 0.2 % of this

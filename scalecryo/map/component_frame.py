@@ -71,17 +71,17 @@ def common_frame(components: Float[Tensor, "2 q n n n"]) -> Frame:
 
 
 def ridge_of(
-    curves: Float[Tensor, "q shells"] | None, mean_weight: Float[Tensor, "2 q weighed"]
-) -> Float[Tensor, "2 q weighed"]:
+    curves: Float[Tensor, "q shells"] | None, mean_weight: Float[Tensor, "q weighed"]
+) -> Float[Tensor, "q weighed"]:
     """Inverse prior variance by shell: what shrinks each shell of a component by the correlation of its halves.
 
     With the noise variance 1 / M of a coefficient and the prior variance τ, FSC = τ / (τ + 1 / M).
 
     Args:
         curves: of the frame that the halves were in; None: they were not compared yet.
-        mean_weight: of M's diagonal. Coordinates have unit variance, so it is much the same for all components.
+        mean_weight: of M's diagonal, of a half. Coordinates have unit variance: much the same for all components.
     """
-    weight = mean_weight.mean(1, keepdim=True).expand_as(mean_weight)
+    weight = mean_weight.mean(0, keepdim=True).expand_as(mean_weight)
     if curves is None:
         return weight * (1 - FIRST_FSC) / FIRST_FSC
     kernel = torch.ones(1, 1, SMOOTHED, device=curves.device) / SMOOTHED

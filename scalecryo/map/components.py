@@ -7,7 +7,6 @@ the q components, G = Wᴴ Aᴴ σ⁻² A W and h = Wᴴ Aᴴ σ⁻² (y − A �
 B = Σ A σ⁻² E[z] (y − A μ), which are insertions. All are sums over images, so those of several workers add.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -141,45 +140,39 @@ class ComponentSums:
                 insert = insert_channels_cpu if on_cpu else insert_channels
                 insert(values, powers, first, second, *where)
 
-    def all_reduce_(self, all_reduce_: Callable[..., None], radius: float) -> None:
-        """Add what several workers inserted up to a radius (Fourier pixels). Collective."""
-        where = (_squared_radius(self.padded_box, self.grid.device) <= (radius * self.scale + 2) ** 2).nonzero()[:, 0]
-        for half in self.grid.flatten(1, 3):
-            part = half.index_select(0, where)
-            all_reduce_(part)
-            half.index_copy_(0, where, part)
+    def reached(self, radius: float) -> Int[Tensor, " k"]:
+        """Flat positions of the grid within a radius (Fourier pixels) and the neighbours a sample is shared among."""
+        squared = _squared_radius(self.padded_box, self.grid.device)
+        return (squared <= (radius * self.scale + 2) ** 2).nonzero()[:, 0]  # host sync: once a pass
 
-    def mean_weight(self, radius: float) -> Float[Tensor, "2 q shells"]:
-        """Mean of M's diagonal in each shell of the image box, of each half."""
+    def mean_weight(self, half: int, radius: float) -> Float[Tensor, "q shells"]:
+        """Mean of M's diagonal in each shell of the image box, of a half (1 or 2)."""
         shells, last = self._shells(), int(radius) + 1
         diagonal = 2 * self.components + torch.arange(self.components) * (torch.arange(self.components) + 3) // 2
         count = torch.bincount(shells, minlength=last + 1)[: last + 1].clamp_min(1)
-        found = []
-        for grid in self.grid.flatten(1, 3):
-            sums = torch.zeros(int(shells.max()) + 1, self.components, device=grid.device)
-            found.append(sums.index_add_(0, shells, grid[:, diagonal.to(grid.device)])[: last + 1].T / count)
-        return torch.stack(found)
+        grid = self.grid[half - 1].flatten(0, 2)
+        sums = torch.zeros(int(shells.max()) + 1, self.components, device=grid.device)
+        return sums.index_add_(0, shells, grid[:, diagonal.to(grid.device)])[: last + 1].T / count
 
-    def solve(self, ridge: Float[Tensor, "2 q shells"], radius: float) -> Float[Tensor, "2 q n n n"]:
-        """Components of both halves, gridding-corrected: W = (M + ridge)⁻¹ B up to a radius (Fourier pixels).
+    def solve(self, half: int, ridge: Float[Tensor, "q shells"], radius: float) -> Float[Tensor, "q n n n"]:
+        """Components of a half, gridding-corrected: W = (M + ridge)⁻¹ B up to a radius (Fourier pixels).
 
         Args:
+            half: 1 or 2.
             ridge: inverse prior variance of each component's Fourier coefficients, by shell of the image box.
             radius: voxels beyond are zero.
         """
         shells = self._shells()
         inside = (_squared_radius(self.padded_box, self.grid.device) <= (radius * self.scale) ** 2).nonzero()[:, 0]
-        box, made = self.padded_box, []
+        box = self.padded_box
         correction = gridding_correction(self.box_size, self.scale, self.grid.device)
-        for number in (0, 1):
-            grid = _with_friedel_pairs(self.grid[number], 2 * self.components).flatten(0, 2)
-            solved = torch.zeros(self.components, len(grid), dtype=torch.complex64, device=grid.device)
-            for where in inside.split(SOLVED_AT_ONCE):
-                prior = ridge[number][:, shells[where].clamp_max(ridge.shape[-1] - 1)].T
-                solved[:, where] = self._solve(grid[where], prior).T
-            for transform in solved.unflatten(1, (box, box, box // 2 + 1)):
-                made.append(irfft3_centred(transform, self.box_size) * correction)
-        return torch.stack(made).unflatten(0, (2, self.components))
+        grid = _with_friedel_pairs(self.grid[half - 1], 2 * self.components).flatten(0, 2)
+        solved = torch.zeros(self.components, len(grid), dtype=torch.complex64, device=grid.device)
+        for where in inside.split(SOLVED_AT_ONCE):
+            prior = ridge[:, shells[where].clamp_max(ridge.shape[-1] - 1)].T
+            solved[:, where] = self._solve(grid[where], prior).T
+        made = solved.unflatten(1, (box, box, box // 2 + 1))
+        return torch.stack([irfft3_centred(transform, self.box_size) * correction for transform in made])
 
     def _solve(self, voxels: Float[Tensor, "v c"], prior: Float[Tensor, "v q"]) -> Complex[Tensor, "v q"]:
         count = self.components

@@ -84,6 +84,8 @@ class RunningMaps:
             joined_radius: below it both halves' sums are used for both maps, so that they keep one frame.
         """
         if all_reduce_ is not None:
+            # Each half's sums on both halves' workers: below the joined radius either map is made of both, and worker 0
+            # saves all. There are two maps, so that further workers would own none.
             parts = [grid.flatten(2).index_select(2, self._reached) for grid in self._fresh.tensors()]
             all_reduce_(*parts)
             for grid, part in zip(self._fresh.tensors(), parts, strict=True):

@@ -38,6 +38,8 @@ def check_even_box(box_size: int) -> None:
 def rfft2_centred(image: Float[Tensor, "... n n"]) -> Complex[Tensor, "... n n//2+1"]:
     """Unscaled half-complex transform of images centred at index n//2 (inverse: `irfft2_centred`)."""
     check_even_box(image.shape[-1])
+    if image.numel() == 0:  # a worker that has none of a batch: MKL refuses it
+        return torch.empty((*image.shape[:-1], image.shape[-1] // 2 + 1), dtype=torch.complex64, device=image.device)
     return torch.fft.rfft2(torch.fft.ifftshift(image, dim=_PLANE))
 
 

@@ -13,6 +13,7 @@ from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.evaluate.cones import ConicalFsc
 from scalecryo.evaluate.report.surface import GRID, Surface
+from scalecryo.map.image_signal import ImageSignal
 from scalecryo.map.postprocess import FinalMap
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
@@ -35,14 +36,14 @@ class FinalParticles:
         half: 1 or 2.
         examples: the surest and the least sure images and their predictions.
         notes: what a person should know of the halves and of the start.
-        signal_angstrom: resolution that right poses would give by the images' power above their noise; None: not known.
+        signal: of the images; None: not known.
     """
 
     poses: PoseEstimates
     half: Int[Tensor, " n"]
     examples: Examples
     notes: tuple[str, ...] = ()
-    signal_angstrom: float | None = None
+    signal: ImageSignal | None = None
 
     @property
     def confidence(self) -> Float[Tensor, " n"]:
@@ -92,6 +93,12 @@ class FinalResults:
     def angstrom(self, threshold: float = SIGNAL) -> float:
         """Resolution of the masked, corrected correlation, Å."""
         return resolution(self.final.fsc_corrected, self.maps.level, self.pixel_size, threshold)[1]
+
+    @cached_property
+    def coherent_share(self) -> float | None:
+        """Of the signal that right poses would add up, by `ImageSignal`; None: not known."""
+        signal = self.particles.signal
+        return None if signal is None else signal.coherent_share(self.maps.fsc[0], len(self.particles.poses))
 
     @cached_property
     def diameter(self) -> float:

@@ -160,7 +160,7 @@ def verdict_of(results: FinalResults) -> Verdict:
         angstrom=results.angstrom(), pixel_size=results.pixel_size, diameter=results.diameter,
         confidence=results.mean_confidence if certain else None, junk=results.junk if certain else 0.0,
         independent=results.config.recipe in (*INDEPENDENT, "known"),
-        warnings=tuple(filter(None, [results.cones.warning])), signal=results.particles.signal_angstrom,
+        warnings=tuple(filter(None, [results.cones.warning])), coherent=results.coherent_share,
     )  # fmt: skip
     figures = {
         "resolution (FSC 0.143)": f"{results.angstrom():.2f} Å", "Nyquist": f"{2 * results.pixel_size:.2f} Å",
@@ -169,8 +169,8 @@ def verdict_of(results: FinalResults) -> Verdict:
     if certain:
         figures |= {"kept": f"{results.kept:,}", "no particle": f"{results.junk:.1%}",
                     "mean confidence": f"{results.mean_confidence:.0%}"}  # fmt: skip
-    if results.particles.signal_angstrom is not None:
-        figures["signal in the images"] = f"to {results.particles.signal_angstrom:.2f} Å"
+    if results.coherent_share is not None:
+        figures["of the signal of right poses"] = f"{results.coherent_share:.0%}"
     figures["worst direction"] = f"{results.cones.worst_angstrom:.2f} Å"
     figures["symmetry"] = _group_name(results)
     if results.classes:

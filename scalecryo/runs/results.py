@@ -1,5 +1,6 @@
 """What a finished run leaves behind: maps, curves, the particle table and the report. Worker 0 only."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,9 +13,11 @@ from scalecryo.map.postprocess import FinalMap, freed_of_mask, postprocess
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.aberrations import recorded_shift
 from scalecryo.physics.fsc import resolution
+from scalecryo.physics.rotation import rotation_to_euler
 from scalecryo.runs.class_results import ClassSummary, fsc_table, write_classes, write_maps
 from scalecryo.runs.final_results import FinalParticles, FinalResults, as_numpy
 from scalecryo.runs.folder import RunFolder
+from scalecryo.runs.projector import write_points
 from scalecryo.runs.report import write_report
 
 
@@ -58,9 +61,24 @@ def write_results(
     classes: list[ClassSummary] = []
     if maps.classes > 1:
         finals, classes = write_classes(run, particles.poses, maps, final, generator)
+    _write_projector(run, particles, many=maps.classes > 1)
     results = FinalResults(config, store, run, particles, maps, finals, cones, classes)
     write_report(results)
     return results
+
+
+def _write_projector(run: RunFolder, particles: FinalParticles, *, many: bool) -> None:
+    """Views for TensorBoard's projector: on the unit sphere, with the angle of the image's turn in its plane."""
+    rotation = as_numpy(particles.poses.rotation)
+    labels = {
+        "row": np.arange(len(rotation)),
+        "confidence": as_numpy(particles.confidence),
+        "half": as_numpy(particles.half),
+        "in_plane_deg": as_numpy(rotation_to_euler(particles.poses.rotation))[:, 2],
+    }
+    if many:
+        labels |= {"class": particles.classes[0], "class_probability": particles.classes[1]}
+    write_points(run, "views", rotation[:, :, 2], labels)
 
 
 def _cones(maps: ReferenceSet, final: FinalMap) -> ConicalFsc:

@@ -165,6 +165,10 @@ class ComponentModel:
         self._pixels, self._transforms = pixels, {}
         self.begin_moments()
 
+    def release(self) -> None:
+        """Let go of the transforms that a pass sliced."""
+        self._transforms = {}
+
     def means_at(self, level: int) -> Float[Tensor, "2 n n n"]:
         """Both means in another box."""
         return torch.stack([fourier_resize_3d(mean, level) for mean in self.means])

@@ -21,6 +21,9 @@ SLABS = 256 << 20
 POSING = 400 << 20  # scores and templates of a search, the encoder and its moments; measured at 64 and 128 px
 SEARCH_LEVEL, PARTS = 64, 4
 COMPONENT_LEVEL = 128  # box at which components are learnt, at most
+SHELLS = 40  # bytes by which voxels of the grid are sorted into shells
+STATES, STATE_SUMS = 20, 1 << 30  # at most; bytes of the sums that one pass makes of their maps
+PARTS_OF_IMAGES = 256 << 20  # slices of a part of a batch, and what is made of them; measured
 _GIB = 2**30
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -82,7 +85,7 @@ def need_of(config: Config, levels: Sequence[int]) -> Need:
     sums = sums_bytes(full, 2 * classes)
     posing = found + sums + max(_images(full, FINAL_BATCH, FINAL_COPIES), _solving(full, classes))
     writing = 4 * full**3 * (RESULT_GRIDS + 4 * classes)
-    variety = _components(min(level, COMPONENT_LEVEL), config.train.components)
+    variety = _components(min(level, COMPONENT_LEVEL), level, config.train.components)
     return Need(_whole(read + training), _whole(read + max(posing, writing, variety)))
 
 
@@ -90,10 +93,22 @@ def _whole(held: int) -> int:
     return PROCESS + round(MARGIN * held)
 
 
-def _components(level: int, count: int) -> int:
-    """Sums of both halves' M-steps and a copy of one, transforms of means and components, and what is solved."""
-    channels = 2 * count + count * (count + 1) // 2
-    return grid(level) * (3 * 4 * channels + 2 * 8 * (count + 1) + 8 * count) if count else 0
+def _components(low: int, full: int, count: int) -> int:
+    """The largest of the passes that learn components, that place particles, and that make maps of states.
+
+    Args:
+        low: box that components are learnt at, at most.
+        full: box of the states' maps.
+        count: of components.
+    """
+    if not count:
+        return 0
+    channels, transforms = 2 * count + count * (count + 1) // 2, 8 * (count + 1)
+    # Sums of both halves; then the transforms of both, or a copy of one, what is solved and each voxel's shell.
+    learning = grid(low) * (2 * 4 * channels + max(2 * transforms, 4 * channels + 8 * count + SHELLS))
+    placing = grid(low) * 3 * transforms  # of both halves, and of their mean
+    maps = min(max(STATE_SUMS, sums_bytes(full, 2)), sums_bytes(full, 2 * STATES)) + grid(full) * 2 * transforms
+    return PARTS_OF_IMAGES + max(learning, placing, maps)
 
 
 def _refinement(level: int, classes: int, batch: int) -> int:

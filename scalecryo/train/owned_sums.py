@@ -1,58 +1,135 @@
 """Sums that several workers inserted into: each map's are added on one worker, which solves it for all."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.backprojection import REGULARISATION, TOGETHER, Backprojection
+from scalecryo.map.component_frame import ridge_of
+from scalecryo.map.components import ComponentSums
 
 
-def reduce_to_owners_(sums: Backprojection, world: World, radius: float, *, together: int = 1) -> list[int]:
-    """Add what several workers inserted, each map's on its owner alone: half the bytes of an all-reduce. Collective.
+class OwnedSums:
+    """Who owns which map's sums: half the bytes of an all-reduce, and every worker solves its share.
+
+    Attributes:
+        sums: of this worker; once they are reduced, what it does not own is lost.
+    """
+
+    def __init__(self, sums: Backprojection, world: World, *, parts: int = 1, joined: bool = False) -> None:
+        """
+        Args:
+            sums: of this worker.
+            world: all workers.
+            parts: number of neighbouring classes of the sums that are parts of one map.
+            joined: whether something is made of both halves of a map together, so that one worker needs both.
+        """
+        self.sums, self._world, self._parts, self._joined = sums, world, parts, joined
+
+    def owner(self, number: int, half: int = 1) -> int:
+        """The worker that owns a half, 1 or 2, of a map."""
+        return (number if self._joined else 2 * number + half - 1) % self._world.size
+
+    def reduce_(self, radius: float) -> None:
+        """Add what the workers inserted, up to a radius (Fourier pixels), each map's on its owner. Collective."""
+        if self._world.size == 1:
+            return
+        where = self.sums.reached(radius)
+        for owner, maps in self._by_owner().items():
+            classes = [(part, half) for number, half in maps for part in self._classes(number)]
+            grids = [grid[place, half - 1].view(-1) for place, half in classes for grid in self.sums.tensors()]
+            # Small ones travel together: a reduction costs a round trip.
+            together = len(grids) if self.sums.padded_box <= TOGETHER else 1
+            for first in range(0, len(grids), together):
+                _reduce_(grids[first : first + together], where, self._world, owner)
+
+    def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float) -> None:
+        """`Backprojection.symmetrise` of the sums that this worker owns."""
+        mine = self._by_owner().get(self._world.rank, [])
+        which = [2 * part + half - 1 for number, half in mine for part in self._classes(number)]
+        self.sums.symmetrise(rotations, radius, sorted(which))
+
+    def solve(
+        self, regularisation: float = REGULARISATION, *, without: int | None = None
+    ) -> Float[Tensor, "maps 2 n n n"]:
+        """Both halves of every map, each solved by its owner, on every worker. Collective.
+
+        Args:
+            regularisation: as in `Backprojection.solve_one`.
+            without: part that is left out.
+        """
+        found = self._empty(self.sums.classes // self._parts, 2)
+        owners = self._by_owner()
+        for number, half in owners.get(self._world.rank, []):
+            # Merged one at a time, and only by those who own it: a copy of all would take as much as a pass's sums.
+            whole = self.sums if self._parts == 1 else self.sums.merged(self._classes(number, without), half)
+            place = (number, half) if self._parts == 1 else (0, 1)
+            found[number, half - 1] = whole.solve_one(*place, regularisation)
+        for owner, maps in owners.items():
+            self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
+        return found
+
+    def solve_joined(
+        self, regularisation: float = REGULARISATION, *, without: int | None = None
+    ) -> Float[Tensor, "maps n n n"]:
+        """Every map from both halves together; arguments as in `solve`. Collective."""
+        assert self._joined, "one worker needs both halves"
+        found = self._empty(self.sums.classes // self._parts)
+        owners = {owner: maps[::2] for owner, maps in self._by_owner().items()}
+        for number, _ in owners.get(self._world.rank, []):
+            both = self.sums.merged(self._classes(number, without)).joined()
+            found[number] = both.solve_one(0, 1, regularisation)
+        for owner, maps in owners.items():
+            self._world.broadcast_(owner, *(found[number] for number, _ in maps))
+        return found
+
+    def _by_owner(self) -> dict[int, list[tuple[int, int]]]:
+        """Maps and halves of each worker that owns any, in order."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for number in range(self.sums.classes // self._parts):
+            for half in (1, 2):
+                found.setdefault(self.owner(number, half), []).append((number, half))
+        return found
+
+    def _classes(self, number: int, without: int | None = None) -> list[int]:
+        return [self._parts * number + part for part in range(self._parts) if part != without]
+
+    def _empty(self, *count: int) -> Tensor:
+        device = self.sums.denominator.device
+        return torch.empty((*count, *[self.sums.box_size] * 3), dtype=torch.float32, device=device)
+
+
+def solve_components(
+    sums: ComponentSums, world: World, radius: float, curves: Float[Tensor, "q shells"] | None
+) -> Float[Tensor, "2 q n n n"]:
+    """Components of both halves on every worker; each half's sums are added on one, which solves it. Collective.
 
     Args:
         sums: of this worker; what it does not own is lost.
         world: all workers.
         radius: Fourier pixels up to which images were inserted.
-        together: neighbouring classes that one worker needs all of.
-
-    Returns:
-        2 class + half - 1 of the sums that this worker owns.
+        curves: correlation of the halves' components by shell; None: see `ridge_of`.
     """
-    pairs = [(number, half) for number in range(sums.classes) for half in (0, 1)]
-    mine = [2 * number + half for number, half in pairs if _owner(number // together, half, world) == world.rank]
-    if world.size == 1:
-        return mine
-    where = sums.reached(radius)
-    for number, half in pairs:
-        owner = _owner(number // together, half, world)
-        for grid in sums.tensors():
-            own = grid[number, half].view(-1)
-            part = own.index_select(0, where)
-            world.reduce_(part, owner)
-            if owner == world.rank:
-                own.index_copy_(0, where, part)
-    return mine
+    shape = (2, sums.components, *[sums.box_size] * 3)
+    found = torch.empty(shape, dtype=torch.float32, device=sums.grid.device)
+    if world.size > 1:
+        where = sums.reached(radius)
+        for half in (1, 2):
+            _reduce_([sums.grid[half - 1].flatten(0, 2)], where, world, (half - 1) % world.size)
+    for half in (1, 2):
+        if (half - 1) % world.size == world.rank:
+            ridge = ridge_of(curves, sums.mean_weight(half, radius))
+            found[half - 1] = sums.solve(half, ridge, radius)
+    for half in (1, 2):
+        world.broadcast_((half - 1) % world.size, found[half - 1])
+    return found
 
 
-def solve_by_owners(sums: Backprojection, world: World) -> Float[Tensor, "classes 2 n n n"]:
-    """The maps of every class and half, each solved by its owner, on every worker. Collective.
-
-    Args:
-        sums: after `reduce_to_owners_`; those of classes that stayed together are merged to one.
-        world: all workers.
-    """
-    shape = (sums.classes, 2, *[sums.box_size] * 3)
-    maps = torch.empty(shape, dtype=torch.float32, device=sums.denominator.device)
-    pairs = [(number, half) for number in range(sums.classes) for half in (0, 1)]
-    for number, half in pairs:
-        if _owner(number, half, world) == world.rank:
-            maps[number, half] = sums.solve_one(number, half + 1)
-    for number, half in pairs:
-        world.broadcast_(maps[number, half], _owner(number, half, world))
-    return maps
-
-
-def _owner(class_index: int, half: int, world: World) -> int:
-    return (2 * class_index + half) % world.size
+def _reduce_(grids: list[Tensor], where: Int[Tensor, " k"], world: World, owner: int) -> None:
+    """Add some rows of grids over all workers, on their owner alone."""
+    parts = [grid.index_select(0, where) for grid in grids]
+    world.reduce_(owner, *parts)
+    if owner == world.rank:
+        for grid, part in zip(grids, parts, strict=True):
+            grid.index_copy_(0, where, part)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from scalecryo.distributed.world import World
 from scalecryo.map.image_groups import ImageGroups
+from scalecryo.map.image_signal import ImageSignal
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.model.autoencoder import AutoEncoder
 from scalecryo.physics.particle_images import ParticleImages
@@ -34,7 +35,7 @@ class Learned:
         identity: of the particles and the checkpoint that these poses are of.
         components: the linear model of continuous variety.
         coordinates: every particle's place in it, and what it shows.
-        signal_angstrom: resolution that right poses would give by the images' power above their noise; None: not known.
+        signal: of the images; None: not known.
         notes: what a person who looks at the result should know of how it was found.
     """
 
@@ -48,7 +49,7 @@ class Learned:
     identity: str = ""
     components: "ComponentModel | None" = None
     coordinates: "Coordinates | None" = None
-    signal_angstrom: float | None = None
+    signal: ImageSignal | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -9,7 +9,7 @@ import pytest
 import starfile
 import torch
 
-from scalecryo.commands import convert, export, select, simulate
+from scalecryo.commands import assign, convert, export, select, simulate
 from scalecryo.config import load_config
 from scalecryo.data.formats.mrc import write_map
 from scalecryo.data.formats.plainpickle import load as load_pickle
@@ -23,6 +23,7 @@ from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages import classification
 from scalecryo.train.stages import components as stage
 from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
@@ -46,7 +47,8 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.Tens
     return str(folder / "store.zarr"), mean, component, np.where(label == 1, 1, -1)
 
 
-def learn(data: str, out: Path, world: World | None = None, stages: int = 5, **more: str) -> Learned:
+def learn(data: str, out: Path, world: World | None = None, stages: int = 5, first: int = 1, **more: str) -> Learned:
+    """The map's gradient descent plays no part but for a checkpoint; it is left out."""
     settings = {"run.data": data, "run.out": str(out), "pose.source": "known", "train.steps": "1",
                 "train.components": "2", **more}  # fmt: skip
     config, run = load_config(None, settings), RunFolder(str(out))
@@ -54,7 +56,7 @@ def learn(data: str, out: Path, world: World | None = None, stages: int = 5, **m
         run.create(config, resume=True)
     context = RunContext.of(config, ParticleStore.open(data), run, world or World(), torch.device("cpu"))
     made, learned = stages_of(context)
-    run_stages(made[1:stages], context)  # the map's gradient descent plays no part
+    run_stages(made[first:stages], context)
     return learned
 
 
@@ -79,17 +81,56 @@ def test_two_conformations_are_found_and_told_apart(
     table = starfile.read(tmp_path / "run" / "particles.star")["particles"]
     state = table["scalecryoState"].to_numpy()
     assert abs(np.corrcoef(state, sign)[0, 1]) > 0.85
+    np.testing.assert_array_equal(table["rlnClassNumber"], state)
     assert "Continuous variety" in (tmp_path / "run" / "report.html").read_text()
     for name in ("states/state2/half1.mrc", "components/traversal1/09.mrc", "scree.png", "latent.png"):
         assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run" / "film1.png").exists()
+    assert not (tmp_path / "run" / "film2.png").exists()  # no component that does not pass
+    points = np.loadtxt(tmp_path / "run" / "tb" / "projector" / "components" / "points.tsv")
+    np.testing.assert_allclose(points, coordinates.z, rtol=1e-3, atol=1e-4)  # five digits
     select.run(str(tmp_path / "run"), str(tmp_path / "two.star"), query="state == 2")
     assert len(starfile.read(tmp_path / "two.star")["particles"]) == (state == 2).sum()
     export.run(str(tmp_path / "run"), format="cryodrgn", out=str(tmp_path / "drgn"))
     np.testing.assert_allclose(load_pickle(urls.read_bytes(str(tmp_path / "drgn" / "z.pkl")), "z.pkl"),
                                coordinates.z, atol=1e-5)  # fmt: skip
+    exported = starfile.read(tmp_path / "drgn" / "particles.star")["particles"]
+    np.testing.assert_array_equal(exported["rlnClassNumber"], state)
     export.run(str(tmp_path / "run"), format="cryosparc", out=str(tmp_path / "cs"))
     rows = np.load(tmp_path / "cs" / "particles.cs")
     np.testing.assert_allclose(rows["components_mode_1/value"], coordinates.z[:, 1], atol=1e-5)
+    np.testing.assert_array_equal(rows["alignments3D/class"], state - 1)  # cryoSPARC counts from 0
+
+
+def test_an_assignment_places_particles_of_another_store(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path
+) -> None:
+    """A part of the same particles, as a store of its own: what they are does not depend on which others are there."""
+    data = particles[0]
+    run = tmp_path / "run"
+    learned = learn(data, run, stages=5, first=0)
+    assert learned.coordinates is not None
+    source = Path(data).parent / "data" / "truth.star"
+    np.savetxt(tmp_path / "rows.txt", np.arange(100, 300), fmt="%d")
+    part, table = str(tmp_path / "part.star"), tmp_path / "placed" / "particles.star"
+    select.run(str(source), part, index=str(tmp_path / "rows.txt"))
+    convert.run(part, str(tmp_path / "part.zarr"), data_dir=str(source.parent), box=None, dtype="float32",
+                workers=1, overwrite=False, invert=False, uninvert=True)  # fmt: skip
+    assign.run(str(run), data=str(tmp_path / "part.zarr"), out=str(tmp_path / "placed"))
+    placed, whole = (starfile.read(path)["particles"] for path in (table, run / "particles.star"))
+    whole = whole.iloc[100:300]
+    z, before = placed["scalecryoComponent1"].to_numpy(), whole["scalecryoComponent1"].to_numpy()
+    # Each half has a mean of its own, and a store deals its particles out to halves by itself.
+    same = placed["rlnRandomSubset"].to_numpy() == whole["rlnRandomSubset"].to_numpy()
+    assert 0 < same.sum() < 200
+    np.testing.assert_allclose(z[same], before[same], atol=1e-3)
+    assert np.corrcoef(z, before)[0, 1] > 0.98
+    state = placed["rlnClassNumber"].to_numpy()
+    assert (state == placed["scalecryoState"]).all()
+    assert (state == whole["rlnClassNumber"].to_numpy()).mean() > 0.97
+    assert "Latent space" in (tmp_path / "placed" / "report.html").read_text()
+    select.run(str(tmp_path / "placed"), str(tmp_path / "two.star"), query="state == 2")
+    assert len(starfile.read(tmp_path / "two.star")["particles"]) == (state == 2).sum()
 
 
 def test_no_component_passes_where_there_is_one_structure(
@@ -129,6 +170,42 @@ def test_two_workers_and_a_killed_run_find_the_same(
         # Sums of 600 images in another order, single precision, five passes.
         torch.testing.assert_close(other.components.components, one.components.components, rtol=0, atol=1e-3)
         np.testing.assert_allclose(other.coordinates.z, one.coordinates.z, atol=1e-2)  # type: ignore[union-attr]
+
+
+def test_two_workers_tell_classes_apart_as_one_does(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two conformations as classes at imported poses: maps of both, and the labels, by one and by two workers."""
+    monkeypatch.setattr(classification, "STARTS", 2)
+    monkeypatch.setattr(classification, "MOST_PASSES", (3, 2))
+
+    def sorted_(out: Path, world: World) -> Learned:
+        settings = {"run.data": particles[0], "run.out": str(out), "guided.start": "poses", "train.classes": "2"}
+        config, run = load_config(None, settings), RunFolder(str(out))
+        if world.is_leader:
+            run.create(config, resume=True)
+        store = ParticleStore.open(config.run.data)
+        made, learned = stages_of(RunContext.of(config, store, run, world, torch.device("cpu")))
+        run_stages(made[:2], RunContext.of(config, store, run, world, torch.device("cpu")))
+        return learned
+
+    one = sorted_(tmp_path / "one", World())
+    assert one.references is not None
+    found = {}
+    workers = [
+        threading.Thread(target=lambda own=own: found.update({own.rank: sorted_(tmp_path / "two", own)}))
+        for own in ThreadWorld.of(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for other in found.values():
+        assert other.references is not None
+        # Sums in another order, single precision, a few passes; a few images that lie between the classes may change.
+        torch.testing.assert_close(other.references.maps, one.references.maps, rtol=0, atol=1e-3)
+        labels = [learned.particles.all()[0].class_index for learned in (one, other)]
+        assert float((labels[0] == labels[1]).float().mean()) > 0.99
 
 
 def test_components_of_several_or_symmetric_structures_are_refused() -> None:

@@ -7,13 +7,10 @@ collective ends the run.
 import dataclasses
 import json
 import re
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from scalecryo.config import Config, load_config
 from scalecryo.data.storage.store import ParticleStore
@@ -23,8 +20,10 @@ from scalecryo.train import loop
 from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.recipes import stages_of
+from scalecryo.train.stages import classification, components
 from tests.conftest import SimulatedParticles
 from tests.support.emulated_device import DEVICE, EmulatedDevice, HostTensorRefusedError
+from tests.support.gloo import by_workers
 
 RECIPES = {
     "autoencoder": {"pose.source": "encoder", "autoencoder.starts": "2", "autoencoder.start_steps": "2",
@@ -86,28 +85,47 @@ def test_every_recipe_keeps_its_tensors_on_the_device(
     assert re.search(r"^scalecryo_step\{run=\S+\} [1-9]", text, flags=re.MULTILINE)
 
 
-def worker(rank: int, port: int, config: Config, counts: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        with EmulatedDevice() as device:
-            with pytest.raises(HostTensorRefusedError):
-                World(rank, 2).all_reduce_(torch.ones(2))
-            loop.train(config, World(rank, 2), DEVICE)
-    finally:
-        dist.destroy_process_group()
-    Path(counts).with_suffix(f".{rank}").write_text(json.dumps(device.collectives | {"objects": device.objects}))
+def train_on_device(world: World, given: dict[str, Config], folder: str) -> None:
+    """Train one run after the other; each leaves how often it called which collective."""
+    components.PASSES, classification.STARTS, classification.MOST_PASSES = 4, 2, (1, 1)
+    with EmulatedDevice() as device:
+        with pytest.raises(HostTensorRefusedError):
+            world.all_reduce_(torch.ones(2))
+        for name, config in given.items():
+            device.collectives.clear()
+            device.objects = 0
+            if name == "guided":
+                loop.train(config, world, DEVICE)
+            else:
+                store, run = ParticleStore.open(config.run.data), RunFolder(config.run.out)
+                context = RunContext.of(config, store, run, world, DEVICE)
+                stages, _ = stages_of(context)
+                wanted = {"classes": stages[:2], "components": stages[1:], "symmetry": stages[:1]}[name]
+                run_stages(wanted, context)
+            counts = device.collectives | {"objects": device.objects}
+            Path(folder, f"{name}.{world.rank}").write_text(json.dumps(counts))
 
 
 def test_two_workers_reduce_nothing_that_lies_on_the_host(simulated: SimulatedParticles, tmp_path: Path) -> None:
-    config = made(GUIDED, simulated.store, tmp_path / "run", 2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, args=(port, config, str(tmp_path / "counts.json")), nprocs=2)
-    assert (tmp_path / "run" / "map.mrc").exists()
-    first, second = (json.loads((tmp_path / f"counts.{rank}").read_text()) for rank in range(2))
-    assert first == second  # every collective is everyone's
-    assert first["allreduce_"] > 8
+    """From nothing; and the other ways on which each map's sums are added and solved by its owner."""
+    chosen = {
+        "guided": GUIDED,
+        "classes": RECIPES["poses"] | {"train.classes": "2"},
+        "components": {"pose.source": "known", "train.steps": "1", "train.components": "2"},
+        "symmetry": RECIPES["poses"] | {"train.symmetry": "C2"},
+    }
+    given = {
+        name: made(settings, simulated.store if name == "guided" else simulated.posed_store, tmp_path / name, 2)
+        for name, settings in chosen.items()
+    }
+    by_workers(train_on_device, given, str(tmp_path))
+    assert (tmp_path / "guided" / "map.mrc").exists()
+    assert (tmp_path / "components" / "components" / "component2.mrc").exists()
+    found = {name: [json.loads((tmp_path / f"{name}.{rank}").read_text()) for rank in range(2)] for name in given}
+    for first, second in found.values():
+        assert first == second  # every collective is everyone's
+        assert first["reduce_"] >= 1
+        assert first["broadcast_"] >= 1
+    assert found["guided"][0]["allreduce_"] > 8
     # Names of parts, once a pass that finds poses: the iteration and the final pass.
-    assert first["objects"] == 2
+    assert found["guided"][0]["objects"] == 2

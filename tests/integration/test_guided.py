@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import socket
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import numpy as np
 import pytest
 import starfile
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from scipy.spatial.transform import Rotation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scalecryo.commands import assign, convert, evaluate, simulate, train
-from scalecryo.config import Config, load_config
+from scalecryo.config import load_config
 from scalecryo.data.formats.relion import read_poses
 from scalecryo.distributed.world import World
 from scalecryo.errors import TrainingError
@@ -25,11 +22,12 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import load_checkpoint
 from scalecryo.runs.folder import RunFolder
-from scalecryo.train import loop, particle_state
+from scalecryo.train import particle_state
 from scalecryo.train.stages import bootstrap, final_pass
 from scalecryo.train.stages.bootstrap import Bootstrap
 from scalecryo.train.stages.final_poses import ReferencePoses
 from tests.conftest import SimulatedParticles
+from tests.support.gloo import train_by_workers
 
 ROWS, EXTRA, BOX, PIXEL_SIZE = 1200, 100, 32, 3.2
 
@@ -286,15 +284,6 @@ def test_pure_noise_is_not_sold_as_a_structure(tmp_path: Path) -> None:
     assert "What the images look like" in report
 
 
-def gloo_worker(rank: int, port: int, config: Config) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        loop.train(config, World(rank, 2), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_workers_converge_as_well(
     particles: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,9 +291,6 @@ def test_two_workers_converge_as_well(
     run = dataclasses.replace(config.run, data=particles[1], out=str(tmp_path / "run"), workers="2")
     config = dataclasses.replace(config, run=run)
     RunFolder(str(tmp_path / "run")).create(config, resume=False)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(gloo_worker, args=(port, config), nprocs=2)
+    train_by_workers(config)
     found = errors(tmp_path / "run", particles[0], capsys)
     assert found["rotation_error_mod_pseudosymmetry_median_deg"] < 2.3

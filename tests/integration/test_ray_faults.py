@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +13,14 @@ import psutil
 import pytest
 import s3fs
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scalecryo.config import Config, config_to_toml, load_config
+from scalecryo.config import config_to_toml, load_config
 from scalecryo.data.formats.mrc import read_map
-from scalecryo.distributed.world import World
 from scalecryo.physics.fsc import fsc
 from scalecryo.runs.folder import RunFolder
-from scalecryo.train import loop
 from tests.conftest import Seaweed, SimulatedParticles
+from tests.support.gloo import train_by_workers
 from tests.support.ray_nodes import PATIENCE_SECONDS, RayNodes, kill_tree, wait_for
 
 pytestmark = pytest.mark.ray
@@ -39,16 +35,6 @@ ENCODER = {"pose.source": "encoder", "encoder.network": "cnn",
 ITERATIONS = 5
 GUIDED = {"guided.iterations": str(ITERATIONS), "guided.bootstrap_steps": "12", "guided.bootstrap_rounds": "1",
           "guided.starts": "1", "guided.shift_radius_a": "6", "guided.batch_size": "100"}  # fmt: skip
-
-
-def gloo_worker(rank: int, port: int, configs: list[Config]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        for config in configs:
-            loop.train(config, World(rank, 2), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +54,7 @@ def cluster(seaweed_server: Seaweed, simulated: SimulatedParticles, folder: Path
             run = dataclasses.replace(config.run, data=simulated.store, out=str(folder / name), workers="2")
             configs.append(dataclasses.replace(config, run=run))
             RunFolder(run.out).create(configs[-1], resume=False)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        undisturbed = mp.spawn(gloo_worker, args=(port, configs), nprocs=2, join=False)
+        undisturbed = train_by_workers(*configs, join=False)
         cluster.wait_for_head()
         cluster.add_node()
         while not undisturbed.join():

@@ -1,19 +1,16 @@
 """Runs with a point group: from nothing and from poses that came with the particles, refused, resumed, expanded."""
 
 import json
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import starfile
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from scipy.spatial.transform import Rotation
 
 from scalecryo.commands import assign, convert, evaluate, export, select, simulate, train
-from scalecryo.config import Config, load_config
+from scalecryo.config import load_config
 from scalecryo.data.formats import cryosparc
 from scalecryo.data.formats.cryosparc_axes import turn_of_axes
 from scalecryo.data.formats.mrc import read_map
@@ -27,6 +24,7 @@ from scalecryo.physics.fsc import fsc
 from scalecryo.physics.symmetry import PointGroup, symmetry_rotations
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop
+from tests.support.gloo import train_by_workers
 
 BOX, PIXEL_SIZE, COUNT, GROUP = 32, 4.0, 900, "D3"
 # From RELION's axes to cryoSPARC's, whose Dn has a two-fold on y (Scipion's plugin calls it SYM_DIHEDRAL_Y).
@@ -152,15 +150,6 @@ def test_poses_of_one_asymmetric_unit_are_on_the_axes_already(
         _train(store, tmp_path / "other", **settings, train__symmetry="C4")
 
 
-def _gloo_worker(rank: int, port: int, config: Config) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        loop.train(config, World(rank, 2), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_workers_find_the_same(posed: str, tmp_path: Path) -> None:
     settings = QUICK | {"guided.start": "poses", "train.symmetry": GROUP, "guided.iterations": "1"}
     settings["guided.encoder_steps"] = "0"
@@ -171,10 +160,7 @@ def test_two_workers_find_the_same(posed: str, tmp_path: Path) -> None:
         if workers == "0":
             loop.train(config, World(), torch.device("cpu"))
             continue
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(_gloo_worker, args=(port, config), nprocs=2)
+        train_by_workers(config)
     first, second = (torch.from_numpy(read_map(str(tmp_path / name / "map.mrc"))[0]) for name in ("one", "two"))
     # Sums are added in another order, and each worker's noise is of its own images.
     assert float(fsc(first, second)[1:13].min()) > 0.99

@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import math
-import socket
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scalecryo.cli import main
@@ -38,6 +35,7 @@ from scalecryo.train import loop
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stages import gradient_descent
 from tests.conftest import SimulatedParticles
+from tests.support.gloo import train_by_workers
 
 RUN_FILES = ["map.mrc", "map_unsharpened.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "particles.star", "fsc.csv",
              "metrics.jsonl", "config.toml", "report.html", "fsc.png", "slices.png", "checkpoints", "tb",
@@ -294,28 +292,13 @@ def test_out_of_memory_names_the_settings_to_lower(
         start(simulated.store, tmp_path / "run")
 
 
-def gloo_worker(rank: int, size: int, port: int, config: Config) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    try:
-        loop.train(config, World(rank, size), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_two_workers_of_half_a_batch_equal_one(simulated: SimulatedParticles, tmp_path: Path) -> None:
     # Gradients are sums over particles, so only the order of additions differs: single precision, five steps.
     one, two = tmp_path / "one", tmp_path / "two"
     for out, workers in ((one, 1), (two, 2)):
         RunFolder(str(out)).create(config_of(simulated, out, workers), resume=False)
     loop.train(config_of(simulated, one, 1), World(), torch.device("cpu"))
-    mp.spawn(gloo_worker, args=(2, free_port(), config_of(simulated, two, 2)), nprocs=2)
+    train_by_workers(config_of(simulated, two, 2))
     assert losses(two) == pytest.approx(losses(one), rel=2e-5)
     # The learnt volume: in the reconstruction a particle whose two heads tie may fall either way.
     maps = [read_map(str(out / "volume.mrc"))[0] for out in (one, two)]
@@ -328,7 +311,7 @@ def test_gradients_may_travel_in_bfloat16(simulated: SimulatedParticles, tmp_pat
         config = config_of(simulated, tmp_path / name, 2)
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, reduce_dtype=reduce_dtype))
         RunFolder(config.run.out).create(config, resume=False)
-        mp.spawn(gloo_worker, args=(2, free_port(), config), nprocs=2)
+        train_by_workers(config)
     assert losses(tmp_path / "brief") == pytest.approx(losses(tmp_path / "single"), rel=2**-8)
     assert losses(tmp_path / "brief") != losses(tmp_path / "single")
     mib = []

@@ -50,6 +50,6 @@ def test_nothing_along_the_mean_is_left() -> None:
 
 
 def test_the_ridge_shrinks_a_shell_by_its_correlation() -> None:
-    weight, curve = torch.full((2, 1, 6), 5.0), torch.full((1, 6), 0.6)
+    weight, curve = torch.full((1, 6), 5.0), torch.full((1, 6), 0.6)
     ridge = ridge_of(curve, weight)
     torch.testing.assert_close(weight / (weight + ridge), torch.full_like(weight, 0.6))

@@ -87,7 +87,8 @@ def test_m_step_is_the_solution_of_the_normal_equations() -> None:
         return scattered[len(scattered) - 1]
 
     sums._solve = kept  # type: ignore[method-assign]
-    sums.solve(ridge, BOX / 2 - 1)
+    for half_number in (1, 2):
+        sums.solve(half_number, ridge[half_number - 1], BOX / 2 - 1)
     d = sums.padded_box
     line = torch.fft.fftfreq(d, 1 / d)
     squared = (line[:, None, None] ** 2 + line[:, None] ** 2 + line[: d // 2 + 1] ** 2).flatten()

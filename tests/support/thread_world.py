@@ -49,12 +49,13 @@ class ThreadWorld(World):
         for tensor, total in zip(tensors, self._sums(tensors), strict=True):
             tensor.copy_(total)
 
-    def reduce_(self, tensor: Tensor, owner: int) -> None:
-        (total,) = self._sums((tensor,))
-        tensor.copy_(total if self.rank == owner else torch.full_like(total, torch.nan))
+    def reduce_(self, owner: int, *tensors: Tensor) -> None:
+        for tensor, total in zip(tensors, self._sums(tensors), strict=True):
+            tensor.copy_(total if self.rank == owner else torch.full_like(total, torch.nan))
 
-    def broadcast_(self, tensor: Tensor, owner: int) -> None:
-        tensor.copy_(self.all_gather(tensor)[owner])
+    def broadcast_(self, owner: int, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            tensor.copy_(self.all_gather(tensor)[owner])
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return self.meeting.exchange(self.rank, tensor.clone())

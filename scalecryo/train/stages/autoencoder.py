@@ -196,9 +196,7 @@ class AutoEncoding:
     def _know_noise(self) -> None:
         """What follows from the images' noise and power."""
         self._white = Whitening(self._noise)
-        shell, level = self._noise.signal_shell(self._context.count), max(self._march.levels)
-        size = level * self._context.store.level_pixel_size(level)
-        self._learned.signal_angstrom = size / shell if shell else None
+        self._learned.signal = self._noise.signal()
 
     def _learn(self, batch: ParticleImages, step: int, *, first: bool = False) -> None:
         """One step; the first of a start begins it."""

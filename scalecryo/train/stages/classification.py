@@ -28,6 +28,7 @@ from scalecryo.physics.poses import PoseEstimates
 from scalecryo.pose.estimator import empty_cost, map_weight
 from scalecryo.pose.search import templates
 from scalecryo.runs.monitor import PassReport
+from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_shares import floored
@@ -113,15 +114,16 @@ class Classification:
 
     def finish_pass(self, world: World) -> PassReport:
         """Solve the maps; choose among the labels and go on to the next radius when nothing gets better. Collective."""
-        if world.size > 1:
-            self._sums.all_reduce_(world.all_reduce_, self._pixels.radius_limit)
+        # Both halves' sums of a class on one worker: its maps in passes but the last are made of both.
+        owned = OwnedSums(self._sums, world, parts=PARTS, joined=True)
+        owned.reduce_(self._pixels.radius_limit)
         world.all_reduce_(self._counts, self._gain)
         self._share[self._going] = floored(self._counts).float()
         report = f"classes: pass {self._pass}"
         if self._last:
-            self._end(world)
+            self._end(owned, world)
             return PassReport(f"{report}, {self._told()}", self._images, checkpoint=False)
-        self._solve()
+        self._solve(owned)
         if self._pass > 1:  # the first one only spread random labels
             gain = (self._gain[:, 0] / self._gain[:, 1]).tolist()  # host sync
             self._gains.append(max(gain))
@@ -175,17 +177,16 @@ class Classification:
         predicted = form_images(slices, images.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
         return empty_cost(images.transforms - predicted, self._pixel_weight)
 
-    def _solve(self) -> None:
+    def _solve(self, owned: OwnedSums) -> None:
         """Maps of every start and class without each part: of both halves, within the common map's density."""
         self._maps, self._references = {}, {}
         common = self._common
         mean, curve = common.mean(), common.curve()
         mask = mask_from_map(fourier_resize_3d(mean, self._sums.box_size), 1.0)
         for own in range(PARTS):
-            others = self._sums.merged(PARTS, without=own).joined()
-            for place, start in enumerate(self._going):
-                for number in range(self._classes):
-                    solved = others.solve_one(place * self._classes + number, 1, REGULARISATION)
+            others = owned.solve_joined(REGULARISATION, without=own).unflatten(0, (-1, self._classes))
+            for start, maps in zip(self._going, others, strict=True):
+                for number, solved in enumerate(maps):
                     filtered = weight_shells(solved, curve[: solved.shape[-1] // 2].clamp(0, 1))
                     self._maps[start, number, own] = filtered * mask
 
@@ -200,14 +201,14 @@ class Classification:
         if not further:
             self._at_radius, self._last = self._at_radius - 1, True
 
-    def _end(self, world: World) -> None:
+    def _end(self, owned: OwnedSums, world: World) -> None:
         """Half-maps of every class, and the labels."""
-        common, sums = self._common, self._sums.merged(PARTS)
-        maps, joint = sums.solve(), sums.joined().solve()
+        common, maps, joint = self._common, owned.solve(), owned.solve_joined()
         # What a class is, both halves begin with: apart they could lay an unfinished one into different frames.
         low = (torch.arange(maps.shape[-1] // 2 + 1, device=maps.device) <= RADII[0]).float()
-        for own, both in zip(maps.flatten(0, 1), joint.flatten(0, 1), strict=True):
-            own += weight_shells(both - own, low)
+        for own, both in zip(maps, joint, strict=True):
+            for half in own:
+                half += weight_shells(both - half, low)
         pixel_size = self._context.store.level_pixel_size(self._sums.box_size)
         found = ReferenceSet.of_maps(
             maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent

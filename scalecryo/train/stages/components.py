@@ -14,7 +14,7 @@ import torch
 
 from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import PADDING, Backprojection
-from scalecryo.map.component_frame import common_frame, ridge_of, scaled, without_mean
+from scalecryo.map.component_frame import common_frame, scaled, without_mean
 from scalecryo.map.components import ComponentSums
 from scalecryo.map.reference import ReferenceSet, weight_shells
 from scalecryo.physics.image_formation import CtfWeightedImages
@@ -22,6 +22,7 @@ from scalecryo.physics.mask import density_radius, soft_sphere
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.component_model import ComponentModel, PosedImages, mean_of
+from scalecryo.train.owned_sums import OwnedSums, solve_components
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 
@@ -186,9 +187,9 @@ class Components:
     def _finish_means(self, world: World, radius: float) -> str:
         context, means = self._context, self._means
         assert means is not None, "request() comes first"
-        if world.size > 1:
-            means.all_reduce_(world.all_reduce_, radius)
-        maps = means.solve()
+        owned = OwnedSums(means, world)
+        owned.reduce_(radius)
+        maps = owned.solve()
         pixel_size = context.store.level_pixel_size(means.box_size)
         noise = torch.ones(means.box_size // 2 + 1, device=context.device)
         found = ReferenceSet.of_maps(maps, pixel_size, noise=noise, radius=radius, solvent=context.solvent)
@@ -206,10 +207,11 @@ class Components:
         """Directions that the residuals scatter in, at low frequencies."""
         model = self._model
         assert model is not None, "the means come first"
-        if world.size > 1:
-            self._sketch.all_reduce_(world.all_reduce_, radius)
+        owned = OwnedSums(self._sketch, world)
+        owned.reduce_(radius)
         model.update_noise(world)
-        solved = self._sketch.solve(regularisation=0.1).transpose(0, 1)
+        solved = owned.solve(regularisation=0.1).transpose(0, 1)
+        self._sketch.release()
         low = torch.arange(solved.shape[-1] // 2 + 1, device=solved.device)
         filtered = torch.exp(-0.5 * (low / (LOW_LEVEL / 4)).square())
         halves = []
@@ -227,13 +229,11 @@ class Components:
         model, sums = self._model, self._sums
         assert model is not None, "the means come first"
         assert sums is not None, "request() comes first"
-        if world.size > 1:
-            sums.all_reduce_(world.all_reduce_, radius)
         moments = model.update_moments(world)
         free = self._pass <= FREE_PASSES + 2
-        ridge = ridge_of(None if free else model.curves, sums.mean_weight(radius))
-        solved = sums.solve(ridge, radius)
-        self._sums = None
+        model.release()
+        solved = solve_components(sums, world, radius, None if free else model.curves)
+        self._sums = sums = None
         level, halves = solved.shape[-1], []
         mask, means = model.mask_at(level), model.means_at(level)
         for half, mean, moment in zip(solved, means, moments, strict=True):

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.mixture import Mixture, best_mixture
-from scalecryo.map.components import nested_evidence, products
+from scalecryo.map.components import Latents, nested_evidence, products
+from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.component_model import ComponentModel, PosedImages
 from scalecryo.train.particle_source import BatchRequest, RunContext
@@ -61,6 +63,23 @@ class Coordinates:
         return self.table.columns()["sd"]
 
 
+def pixels_of(model: ComponentModel, context: RunContext) -> FourierPixels:
+    """What a pass that places particles reads: the smallest level that the model's resolution fits into."""
+    reach = min(model.resolution, max(context.levels) / 2 - 1)
+    return context.pixels(min(level for level in context.levels if level / 2 - 1 >= reach), reach)
+
+
+def coordinate_table(run: RunFolder, count: int, components: int) -> RowColumns:
+    """For coordinates `z` and their standard deviations `sd` of every particle."""
+    return RowColumns(run, count, {"z": (components,), "sd": (components,)})
+
+
+def note_coordinates(table: RowColumns, rows: Int[Tensor, " b"], latents: Latents) -> None:
+    """Keep what a batch's E-step found."""
+    spread = latents.covariance.diagonal(dim1=1, dim2=2).sqrt()
+    table.note_columns(rows, {"z": latents.mean, "sd": spread})
+
+
 class CoordinatePass:
     """One pass over all particles, each seen with the mean of both halves' components."""
 
@@ -77,12 +96,9 @@ class CoordinatePass:
     def request(self) -> BatchRequest:
         """Every particle in order."""
         context, model = self._context, self._model
-        level = min(one for one in context.levels if one / 2 - 1 >= min(model.resolution, max(context.levels) / 2 - 1))
-        level = min(level, model.level)
-        self._pixels = context.pixels(level, min(model.resolution, level / 2 - 1))
+        self._pixels = pixels_of(model, context)
         model.begin(self._pixels)
-        schema = {"z": (model.count,), "sd": (model.count,)}
-        self._table = RowColumns(context.run, context.store.count, schema)
+        self._table = coordinate_table(context.run, context.store.count, model.count)
         self._table.begin(f"coordinates_{self._learned.identity[-12:]}")
         self._sums = torch.zeros(3, model.count, dtype=torch.float64, device=context.device)
         """Of the components: gain, its square, second moment."""
@@ -97,8 +113,7 @@ class CoordinatePass:
         for posed in PosedImages.of(images[0], self._context, self._learned, model.count):
             residual, predicted = model.residual(posed)
             latents = model.expect_with(residual, predicted, model.slices(posed, "joint")).latents
-            spread = latents.covariance.diagonal(dim1=1, dim2=2).sqrt()
-            self._table.note_columns(posed.images.rows, {"z": latents.mean, "sd": spread})
+            note_coordinates(self._table, posed.images.rows, latents)
             gain = self._held_out_gain(residual, predicted, model.slices(posed, "other"))
             weight = posed.weight.double()
             second = latents.second_moment.diagonal(dim1=1, dim2=2).double()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError
-from scalecryo.evaluate.verdict import short_of_signal
+from scalecryo.evaluate.verdict import incoherent
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, ctf_weighted_on_padded_box
@@ -25,7 +25,7 @@ from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.pictures import Examples
 from scalecryo.runs.results import write_results
-from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
+from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
@@ -112,11 +112,12 @@ class FinalPass:
         """Sum over the workers, solve the maps; worker 0 writes the results. Collective."""
         context, sums = self._context, self._sums
         assert sums is not None, "request() comes first"
-        mine = reduce_to_owners_(sums, world, sums.box_size / 2 - 1)
+        owned, radius = OwnedSums(sums, world), sums.box_size / 2 - 1
+        owned.reduce_(radius)
         if context.point_group is not None:
-            sums.symmetrise(context.point_group.others, sums.box_size / 2 - 1, mine)
+            owned.symmetrise(context.point_group.others, radius)
         with world.timer.part("solve"):
-            solved = solve_by_owners(sums, world)
+            solved = owned.solve()
         # What is done with is let go of: the sums are the largest thing in memory.
         sums.release()
         self._sums = None
@@ -130,7 +131,7 @@ class FinalPass:
             followed = self._out is context.run and self._remember and context.config.train.components > 0
             if not followed:  # components go on from them
                 self._found.remove_pass(self._pass)
-            for warning in (*notes, cones.warning, short_of_signal(cones.angstrom, self._learned.signal_angstrom)):
+            for warning in (*notes, cones.warning, incoherent(results.coherent_share)):
                 if warning:
                     logger.warning("%s", warning)
             message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
@@ -192,7 +193,7 @@ class FinalPass:
         found, half = self._found.all()
         maps, found = _largest_first(maps, found)
         notes = context.partition.notes + self._learned.notes + told + notes
-        particles = FinalParticles(found, half, self._examples, notes, self._learned.signal_angstrom)
+        particles = FinalParticles(found, half, self._examples, notes, self._learned.signal)
         learned_map = None if model is None else model.volume.density()
         return write_results(context.config, context.store, self._out, particles, maps, learned_map)
 

@@ -8,6 +8,7 @@ from scalecryo.map.backprojection import Backprojection
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
+from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.bootstrap import first_references
@@ -55,16 +56,16 @@ class ImportedPoses:
         Raises:
             TrainingError: the contrast is inverted.
         """
-        if world.size > 1:
-            self._sums.all_reduce_(world.all_reduce_, self._pixels.radius_limit)
-        maps = self._sums.solve()[0]
+        # Under a point group each half's images are compared with the other half's map: one worker needs both.
+        owned = OwnedSums(self._sums, world, joined=self._context.point_group is not None)
+        owned.reduce_(self._pixels.radius_limit)
+        maps = owned.solve()[0]
         check_contrast(maps.mean(0), self._context.store.url)
         self._learned.references = first_references("imported poses", maps, self._context)
-        symmetric = symmetric_where_on_axes(self._sums, self._context, self._learned.references)
-        if symmetric is None:
-            put_on_axes(self._context, self._learned)
+        if symmetric_where_on_axes(owned, self._context, self._learned.references):
+            self._learned.references = first_references("imported poses", owned.solve()[0], self._context)
         else:
-            self._learned.references = first_references("imported poses", symmetric.solve()[0], self._context)
+            put_on_axes(self._context, self._learned)
         return PassReport("imported poses: first maps", self._images, checkpoint=False)
 
     def done(self) -> bool:

@@ -22,7 +22,7 @@ from scalecryo.pose.strain import StrainFit, strained_poses
 from scalecryo.pose.view_balance import ViewCounts, ViewWeights
 from scalecryo.runs.pictures import EXAMPLES, Pairs, pictures_of
 from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
-from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
+from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.schedule import IterationPlan
@@ -216,25 +216,25 @@ class Iteration:
     def finish(self, world: World) -> ReferenceSet:
         """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
         del self._whole, self._parts  # their transforms take more memory than the sums
-        together = PARTS if self.plan.searched else 1
-        mine = reduce_to_owners_(self._sums, world, self.pixels.radius_limit, together=together)
+        self._owned = OwnedSums(self._sums, world, parts=PARTS if self.plan.searched else 1)
+        self._owned.reduce_(self.pixels.radius_limit)
         counts = self.counts, self.class_counts, self.views.counts
         world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), *counts)
         if self._group is not None:
             with world.timer.part("symmetrise"):
-                self._sums.symmetrise(self._group.others, self.pixels.radius_limit, mine)
-        return self._compared(self._sums.merged(PARTS) if self.plan.searched else self._sums)
+                self._owned.symmetrise(self._group.others, self.pixels.radius_limit)
+        return self._compared()
 
     def parts_left_out(self) -> Parts:
         """The same of each half without one of its parts, which an iteration that searches sums apart. Collective."""
-        return [self._compared(self._sums.merged(PARTS, without=part)) for part in range(PARTS)]
+        return [self._compared(without=part) for part in range(PARTS)]
 
-    def _compared(self, sums: Backprojection) -> ReferenceSet:
+    def _compared(self, without: int | None = None) -> ReferenceSet:
         noise = self._residuals.variance() / self.plan.level**2
         with self._context.world.timer.part("solve"):
-            solved = solve_by_owners(sums, self._context.world)
+            solved = self._owned.solve(without=without)
         if not self.plan.searched:  # which sums parts apart, for `parts_left_out`
-            sums.release()
+            self._sums.release()
         pixel_size = self._context.store.level_pixel_size(self.plan.level)
         return ReferenceSet.of_maps(
             solved, pixel_size, noise=noise, radius=self.plan.radius, solvent=self._context.solvent

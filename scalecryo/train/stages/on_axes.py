@@ -20,6 +20,7 @@ from scalecryo.physics.fsc import shell_index_3d
 from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.symmetry import PointGroup, generated_group
+from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 
@@ -69,24 +70,32 @@ def put_on_axes(context: RunContext, learned: Learned) -> None:
     _turn_poses(context, learned, axes.alignment, references.pixel_size)
 
 
-def symmetric_where_on_axes(
-    sums: Backprojection, context: RunContext, references: ReferenceSet
-) -> Backprojection | None:
-    """Sums made symmetric, where poses that came with the particles have the group's axes already; else None.
+def symmetric_where_on_axes(owned: OwnedSums, context: RunContext, references: ReferenceSet) -> bool:
+    """Make sums symmetric where poses that came with the particles have the group's axes already. Collective.
 
     Poses of a refinement with symmetry may lie in one asymmetric unit. Their map lacks most of Fourier space, and does
     not agree with itself: but each half's images agree with the other half's symmetric map, where they are.
+
+    Returns:
+        Whether they were.
     """
-    group = context.point_group
+    group, sums = context.point_group, owned.sums
     if group is None:
-        return None
-    symmetric = sums.merged(1)
-    symmetric.symmetrise(group.others, sums.box_size / 2 - 1)
-    radius = int(max(references.resolution(SHOWN)[0], 4.0))
-    share = _agreement(symmetric, sums, radius) / max(_agreement(sums, sums, radius), 1e-6)
+        return False
+    symmetric, owner = sums, owned.owner(0)
+    told = torch.zeros((), dtype=torch.float64, device=context.device)
+    if context.world.rank == owner:
+        symmetric, radius = sums.merged([0]), int(max(references.resolution(SHOWN)[0], 4.0))
+        symmetric.symmetrise(group.others, sums.box_size / 2 - 1)
+        told += _agreement(symmetric, sums, radius) / max(_agreement(sums, sums, radius), 1e-6)
+    context.world.broadcast_(owner, told)
+    share = float(told)  # host sync: once a run
     logger.info("imported poses: images agree with the map made symmetric about RELION's axes (%s) at %.2f of how they "
                 "agree with the map", group.name, share)  # fmt: skip
-    return symmetric if share >= ON_AXES else None
+    if share < ON_AXES:
+        return False
+    owned.sums = symmetric
+    return True
 
 
 def _agreement(model: Backprojection, images: Backprojection, radius: int) -> float:

@@ -18,6 +18,7 @@ from scalecryo.distributed.world import World
 from scalecryo.evaluate.align_maps import linear_map
 from scalecryo.evaluate.classes import effective_classes
 from scalecryo.map.image_groups import ImageGroups
+from scalecryo.map.image_signal import ImageSignal
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.related import RelatedRotations
@@ -150,7 +151,7 @@ class Refinement:
             "references": references.state_dict(),
             "steps": self._learned.steps,
             "notes": list(self._learned.notes),
-            "signal_angstrom": self._learned.signal_angstrom,
+            "signal": None if self._learned.signal is None else self._learned.signal.ratio,
             "half_parts": None if self._parts is None else [part.state_dict() for part in self._parts],
             "encoder": None if encoder is None else encoder.state_dict(),
             "parts": list(self._learned.particles.parts),
@@ -173,7 +174,8 @@ class Refinement:
         learned.references = ReferenceSet.from_state_dict(state["references"], device)
         learned.steps = state["steps"]
         learned.notes = tuple(state["notes"])
-        learned.signal_angstrom = state.get("signal_angstrom")  # older checkpoints have none
+        if state.get("signal") is not None:  # older checkpoints have none
+            learned.signal = ImageSignal(state["signal"].to(device))
         if state["half_parts"] is not None:
             self._parts = [ReferenceSet.from_state_dict(part, device) for part in state["half_parts"]]
         if learned.encoder is not None and state["encoder"] is not None:

@@ -167,6 +167,8 @@ class StartRounds(ABC):
 
     def _end_step(self, world: World, fresh: Backprojection, residuals: NoiseSpectrum, *more: Tensor) -> None:
         """Take in the step's sums of all workers; `more` is added up in the same reduction. Collective."""
+        # All sums on every worker, not each on its owner: in every step every worker slices every map, and worker 0
+        # saves all sums. Up to this radius they are half a megabyte a map.
         parts = fresh.within(RADIUS)
         world.all_reduce_(*residuals.tensors(), *more, *parts)
         self._noise.power += residuals.power

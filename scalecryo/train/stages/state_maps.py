@@ -23,7 +23,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.component_results import Variety, write_variety
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.component_model import PosedImages
-from scalecryo.train.owned_sums import reduce_to_owners_, solve_by_owners
+from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 
@@ -118,8 +118,9 @@ class StateMaps:
         """Solve; after the last pass worker 0 writes. Collective."""
         assert self._centres is not None, "request() comes first"
         if len(self._centres):
-            reduce_to_owners_(self._sums, world, self._pixels.radius_limit)
-            self._maps.append(solve_by_owners(self._sums, world))
+            owned = OwnedSums(self._sums, world)
+            owned.reduce_(self._pixels.radius_limit)
+            self._maps.append(owned.solve())
         made = sum(len(maps) for maps in self._maps)
         self._done = made == len(self._centres)
         if self._done and self._given is None and world.is_leader:
@@ -172,7 +173,12 @@ class StateMaps:
             context.store.level_pixel_size(2 * (model.curves.shape[1] - 1)),
         )  # fmt: skip
         references = self.references if self._maps else None
-        found = Variety(mean, components, curves, coordinates.z, coordinates.sd, coordinates.mixture, references)
+        poses, _ = learned.posed.all()
+        confidence = (poses.confidence * poses.particle_probability).cpu().numpy()
+        found = Variety(
+            mean, components, model.mask, confidence, curves, coordinates.z, coordinates.sd, coordinates.mixture,
+            references,
+        )  # fmt: skip
         write_variety(context.run, context.store, found, context.config.train.seed)
         learned.posed.remove_pass(learned.identity)
         coordinates.table.remove_pass()
