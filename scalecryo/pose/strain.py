@@ -21,7 +21,7 @@ MOST_TURN_DEG = 10.0  # particles that turned further changed their mode, and te
 STILL = 1e-3  # strain of an iteration that is none
 LASTING = 0.7  # share of it that the next one must bring as well: what dies away by itself is no creep
 SIGNIFICANT = 9.0  # squared strain, in units of what chance gives
-FIRST_STEP = 8.0  # times the first iteration's strain: less than what a creep of 10 % an iteration needs
+FIRST_STEP = 8.0  # times an iteration's strain at most: less than what a creep of 10 % an iteration needs
 MOST_STRAIN = 0.15  # that is followed at once
 
 
@@ -114,8 +114,9 @@ class StrainSteps:
             self._moved += velocity
             self._recovering = False
             return torch.zeros(2, 3, 3, dtype=torch.float64)
-        if not self._creeping:
-            self._creeping = self._lasts(velocity)
+        if not self._creeping and self._lasts(velocity):
+            self._creeping = True
+            self._inverse = -(self._first_step(velocity) + 1)[:, None, None] * torch.eye(5, dtype=torch.float64)
         steps = torch.zeros_like(velocity)
         if self._creeping:
             steps = torch.stack([self._step(number, own) for number, own in enumerate(velocity)])
@@ -129,6 +130,13 @@ class StrainSteps:
             return False
         same, before = (velocity * self._velocity).sum(), self._velocity.square().sum()
         return float(before.sqrt()) > STILL and float(same) > LASTING * float(before)
+
+    def _first_step(self, velocity: Float[Tensor, "2 5"]) -> Float[Tensor, " 2"]:
+        """Times an iteration's strain, of each half: what is left if it goes on to fall as it did (Aitken)."""
+        assert self._velocity is not None, "a creep lasts two iterations"
+        power = self._velocity.square().sum(1).clamp_min(STILL**2)
+        ratio = ((velocity * self._velocity).sum(1) / power).clamp(0, FIRST_STEP / (FIRST_STEP + 1))
+        return ratio / (1 - ratio)
 
     def _step(self, number: int, velocity: Float[Tensor, " 5"]) -> Float[Tensor, " 5"]:
         if float(velocity.norm()) < STILL:

@@ -33,6 +33,7 @@ from scalecryo.train.stages.schedule import FIRST_RADIUS, Schedule
 logger = logging.getLogger(__name__)
 SIGNAL = 0.143  # correlation of the halves that shows signal (Rosenthal & Henderson 2003)
 RELATED_ITERATION = 2  # before which it is seen which poses the map's symmetry relates
+AFTER_STEP = 4  # iterations that must be left after a step along a strain
 SAMPLE = 4000  # particles whose poses are looked at after each iteration
 
 
@@ -102,12 +103,14 @@ class Refinement:
         after = iteration.finish(world)
         counts = iteration.counts.tolist()  # host sync
         gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
-        creep = self._creep_on(iteration)
+        velocity = self._velocity(iteration)
+        creep = float(velocity.flatten(1).norm(dim=1).max())  # host sync
         self._views = iteration.views.counts
         self._schedule.update(
             iteration.plan, creep=creep, weighted=iteration.weighted, reach=after.resolution(SIGNAL)[0], gain=gain,
             moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
         )  # fmt: skip
+        self._follow(iteration, velocity)
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
         assert self._learned.groups is not None, "the refinement brings them"
         world.all_reduce_(*self._learned.groups.tensors())
@@ -125,18 +128,26 @@ class Refinement:
             logger.info("some views are seen often: they count less in the maps until the poses settle")
         return weights
 
-    def _creep_on(self, iteration: Iteration) -> float:
-        """Follow a creep of poses and maps to where it would end; returns the iteration's strain."""
+    def _velocity(self, iteration: Iteration) -> Tensor:
+        """Strain of each half's map that the iteration brought; none where modes were searched."""
+        if iteration.plan.searched:
+            return torch.zeros(2, 3, 3, dtype=torch.float64)
+        velocity, group = iteration.creep.strain(), self._context.point_group
+        return velocity if group is None else group.invariant(velocity)
+
+    def _follow(self, iteration: Iteration, velocity: Tensor) -> None:
+        """Follow a creep of poses and maps to where it would end.
+
+        It comes from crowded views: where none are, or poses have come to rest, a strain is noise, which no step may
+        follow. After a step poses need some iterations to be as good as before.
+        """
         self._strain = None
         if iteration.plan.searched:
             self._creep = StrainSteps()
-            return 0.0
-        velocity, group = iteration.creep.strain(), self._context.point_group
-        velocity = velocity if group is None else group.invariant(velocity)
-        steps = self._creep.follow(velocity)
-        if bool(steps.any()):
-            self._strain = steps.to(velocity.device, torch.float32)
-        return float(velocity.flatten(1).norm(dim=1).max())
+        elif iteration.weighted and self._schedule.balanced and self._schedule.number + AFTER_STEP <= self._most:
+            steps = self._creep.follow(velocity)
+            if bool(steps.any()):
+                self._strain = steps.to(velocity.device, torch.float32)
 
     def done(self) -> bool:
         """Whether all iterations were made, or the last ones brought nothing."""
