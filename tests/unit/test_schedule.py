@@ -73,6 +73,8 @@ def test_crowded_views_count_less_until_the_creep_ends() -> None:
     update(resting, creep=0.003, restless=0.01, weighted=True, reach=28.0)
     assert not resting.balanced
     assert resting.radius == 30
+    update(resting, creep=0.003, reach=28.0)
+    assert resting.ended
 
 
 def test_radius_waits_while_poses_and_map_creep() -> None:

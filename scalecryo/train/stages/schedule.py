@@ -119,6 +119,7 @@ class Schedule:
         moved: share of the particles seen before that changed their mode; of the last two searches (None: nobody was
             seen before).
         balanced: whether crowded views count less in the maps: until the poses creep no more.
+        crowded: whether there were any.
         ended: whether nothing more is to be done.
     """
 
@@ -132,6 +133,7 @@ class Schedule:
     settled: int = 0
     moved: list[float | None] = field(default_factory=list)
     balanced: bool = True
+    crowded: bool = False
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -171,6 +173,7 @@ class Schedule:
             restless: share of those seen before that turned by a visible angle.
         """
         self.number += 1
+        self.crowded = self.crowded or weighted
         # Weighted, an iteration closes a third of a gap, so poses at rest are where they belong; unweighted, 4 %.
         settled = creep < CREEPING or (weighted and restless is not None and restless < RESTING)
         self.balanced = self.balanced and (plan.searched or not settled)
@@ -179,13 +182,9 @@ class Schedule:
         if plan.searched:
             self._after_search(moved, gain)
         else:
-            still = (
-                creep < CREEPING
-                and not weighted
-                and self.radius <= plan.radius + 1
-                and gain is not None
-                and gain < SETTLED
-            )
+            # Where crowded views have counted less, the creep ended with that: with all alike it would go back.
+            straight = creep < CREEPING or (self.crowded and not self.balanced)
+            still = straight and not weighted and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
             self.settled = self.settled + 1 if still and (restless is None or restless < RESTLESS) else 0
             self.ended = self.settled >= self.most_settled
 
@@ -221,5 +220,6 @@ class Schedule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave, but for what the settings say now."""
-        for name in ("number", "radius", "searched", "searches", "settled", "moved", "balanced", "ended"):
-            setattr(self, name, state.get(name, True))  # older checkpoints do not say whether views are balanced
+        for name in ("number", "radius", "searched", "searches", "settled", "moved", "ended"):
+            setattr(self, name, state[name])
+        self.balanced, self.crowded = state.get("balanced", True), state.get("crowded", False)  # older ones have none
