@@ -12,7 +12,8 @@ NYQUIST_SHARE = 0.93
 LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
 # Of the signal that right poses would add up. Auto-encoders that found the structure had 0.42 to 0.68 of it on a spike,
-# 1.5 to 6.2 on other sets; three that ended in a local optimum of the poses 0.13, 0.21 and 0.32 (README).
+# 1.5 to 6.2 on other sets; three that ended in a local optimum of the poses 0.13, 0.21 and 0.32 (README). Chosen on
+# these runs, of which the failed ones are all of one set: others may need another.
 LEAST_COHERENT = 0.37
 
 
