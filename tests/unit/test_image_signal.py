@@ -12,10 +12,10 @@ def falling() -> ImageSignal:
     return ImageSignal(40 / torch.arange(64.0).clamp_min(1).square())
 
 
-@pytest.mark.parametrize(("particles", "shell"), [(801, 20), (6_401, 40), (10**9, 44)])
+@pytest.mark.parametrize(("particles", "shell"), [(420, 20), (3_353, 40), (10**9, 44)])
 def test_last_shell_is_where_right_poses_would_make_the_halves_agree(particles: int, shell: int) -> None:
-    # Closed form: N/(4k) · 40/k² is 1 at k = (10 N)^(1/3). Less than a fiftieth of the noise is not believed in: from
-    # k = 2000^(1/2) = 44.7 on.
+    # Closed form: 6/π · N/(4k) · 40/k² is 1 at k = (60 N / π)^(1/3). Less than a fiftieth of the noise is not
+    # believed in: from k = 2000^(1/2) = 44.7 on.
     assert falling().last_shell(particles) == shell
 
 
@@ -29,6 +29,12 @@ def curve(signal: ImageSignal, particles: int, right: float) -> Tensor:
 def test_wrong_poses_take_their_share_squared(right: float) -> None:
     found = falling().coherent_share(curve(falling(), 6_401, right), 6_401)
     assert found == pytest.approx(right**2, rel=1e-4)
+
+
+def test_uneven_views_are_no_wrong_poses() -> None:
+    signal, particles = falling(), 6_401
+    ratio = 0.3 * signal.expected(particles)
+    assert signal.coherent_share(ratio / (1 + ratio), particles, 0.3) == pytest.approx(1, rel=1e-4)
 
 
 def test_nothing_is_said_where_images_hold_little() -> None:
