@@ -11,8 +11,8 @@ NYQUIST_SHARE = 0.93
 # A particle's shape is decided by some shells within its diameter; below so many its map is a blob with any poses.
 LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
-# Of the signal that right poses would add up: where the images of a share p do and the others' signal is lost it is p²,
-# so less than half of the images do. Runs that found the structure had 0.75 or more (README).
+# Of the signal that right poses of even views would add up: as if three of four particles were not there. Where the
+# images of a share p add up and the others' signal is lost it is p²: half of the images do.
 LEAST_COHERENT = 0.25
 
 
@@ -47,7 +47,8 @@ class Evidence:
         junk: share of the images that show no particle.
         independent: whether the halves were posed against maps of their own.
         warnings: what was found otherwise, one sentence each.
-        coherent: half-maps' share of the signal that right poses would add up; None: not known.
+        coherent: half-maps' share of the signal that right poses of even views would add up; None: not known.
+        coverage: what the views leave of that signal.
     """
 
     angstrom: float
@@ -58,6 +59,7 @@ class Evidence:
     independent: bool
     warnings: Sequence[str] = ()
     coherent: float | None = None
+    coverage: float = 1.0
 
 
 HAND = "The hand cannot be known from images: compare with a known structure, or look at helices from about 7 Å on."
@@ -91,13 +93,25 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
     )  # fmt: skip
 
 
-def incoherent(share: float | None) -> str:
-    """What to say where half-maps hold too little of the signal that right poses would add up; else nothing."""
+def incoherent(share: float | None, coverage: float) -> str:
+    """What to say where half-maps hold too little of the signal that right poses would add up; else nothing.
+
+    Args:
+        share: of that signal; None: not known.
+        coverage: what would be left of it by the views alone.
+    """
     if share is None or share >= LEAST_COHERENT:
         return ""
+    held = f"the half-maps hold {share:.0%} of the signal that right poses of even views would add up, by the images' "
+    if coverage < share / coverage:
+        return (
+            f"{held}power above their noise: by how uneven the found views are {coverage:.0%} would be left. Most "
+            "particles lie alike, or the map has a symmetry that was not asked for (--symmetry), or it is distorted "
+            "alike in both halves: try another train.seed, or pose.source guided"
+        )
     return (
-        f"the half-maps hold {share:.0%} of the signal that right poses would add up, by the images' power above their "
-        "noise: many poses are likely to be wrong, alike in both halves. Try another train.seed, or pose.source guided"
+        f"{held}power above their noise: many poses are likely to be wrong, alike in both halves. Try another "
+        "train.seed, or pose.source guided"
     )
 
 
@@ -109,7 +123,7 @@ def _doubts(evidence: Evidence) -> list[str]:
             f"that is {evidence.diameter / evidence.angstrom:.1f} resolution elements across a particle of "
             f"{evidence.diameter:.0f} Å: a map so coarse can look alike with wrong poses"
         )
-    if told := incoherent(evidence.coherent):
+    if told := incoherent(evidence.coherent, evidence.coverage):
         found.append(told)
     if not evidence.independent:
         found.append("both halves were posed by one model, so their agreement is optimistic: it measures noise alone")

@@ -3,7 +3,8 @@
 A half's N/2 images lay N/(4k) samples on every voxel of shell k. At right poses the half-maps' spectral signal-to-noise
 ratio, FSC/(1 − FSC), is therefore N/(4k) times that of the images (Penczek 2010), and larger by the share of the box
 that a solved map keeps: noise fills the box, the particle lies in its sphere. Wrong poses add signal incoherently, and
-less of it is left. Halves that went wrong alike agree none the less: this asks not whether they agree, but how well.
+uneven views (`slice_coverage`) leave directions bare: less of it is left. Halves that went wrong alike agree none the
+less: this asks not whether they agree, but how well.
 
 What the CTF carries into the corners of an image counts as noise, so that small boxes hold more than is asked for.
 """
@@ -40,8 +41,8 @@ class ImageSignal:
         enough = (self.expected(particles) >= 1) & (self.ratio >= LEAST_SIGNAL)
         return int(enough[1:].long().cumprod(0).sum())
 
-    def coherent_share(self, fsc: Float[Tensor, " n"], particles: int, coverage: float = 1.0) -> float | None:
-        """Signal-to-noise ratio of half-maps over what right poses would give; None: too little signal to tell.
+    def coherent_share(self, fsc: Float[Tensor, " n"], particles: int) -> float | None:
+        """Signal-to-noise ratio of half-maps over what right poses of even views would give; None: too little signal.
 
         The median over the upper half of the shells with signal, where wrong poses tell most. Where the images of a
         share p add up and the others' signal is lost, it is p². Host sync.
@@ -49,11 +50,10 @@ class ImageSignal:
         Args:
             fsc: of the half-maps, cut to the sphere and not masked further.
             particles: in both.
-            coverage: what their views leave of the ratio that even views would give (`slice_coverage`).
         """
         last = min(self.last_shell(particles), len(fsc) - 1)
         if last < LEAST_SHELLS:
             return None
         upper = slice(last // 2, last + 1)
         agreed = fsc[upper].to(self.ratio).clamp(0, 0.999)
-        return float((agreed / (1 - agreed) / (coverage * self.expected(particles)[upper])).median())
+        return float((agreed / (1 - agreed) / self.expected(particles)[upper]).median())

@@ -20,7 +20,7 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.mask import density_radius
 from scalecryo.physics.poses import PoseEstimates
-from scalecryo.physics.symmetry import PointGroup
+from scalecryo.physics.symmetry import symmetry_rotations
 from scalecryo.runs.class_results import ClassSummary
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Examples
@@ -98,15 +98,23 @@ class FinalResults:
 
     @cached_property
     def coherent_share(self) -> float | None:
-        """Of the signal that right poses would add up, by `ImageSignal`; None: not known."""
-        signal, poses = self.particles.signal, self.particles.poses
+        """Of the signal that right poses of even views would add up, by `ImageSignal`; None: not known."""
+        signal = self.particles.signal
         if signal is None:
             return None
         # Under a point group every image lies in the map at all g R.
-        group = PointGroup.of(self.config.train.symmetry, poses.rotation.device)
-        loss = [1 / slice_coverage(poses.rotation[own], poses.particle_probability[own], group.rotations)
+        count = len(self.particles.poses) * len(symmetry_rotations(self.config.train.symmetry))
+        return signal.coherent_share(self.maps.fsc[0], count)
+
+    @cached_property
+    def coverage(self) -> float:
+        """What the views leave of that signal, by `slice_coverage`, the halves' noises adding up; 1 if it is not known."""
+        if self.particles.signal is None:
+            return 1.0
+        poses, group = self.particles.poses, symmetry_rotations(self.config.train.symmetry)
+        loss = [1 / slice_coverage(poses.rotation[own], poses.particle_probability[own], group)
                 for own in (self.particles.half == 1, self.particles.half == 2)]  # fmt: skip
-        return signal.coherent_share(self.maps.fsc[0], len(poses) * len(group), 2 / sum(loss))
+        return 2 / sum(loss)
 
     @cached_property
     def diameter(self) -> float:

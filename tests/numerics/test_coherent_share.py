@@ -51,8 +51,8 @@ def test_share_is_that_of_the_right_poses_squared(right: float, uneven: bool) ->
     packed = CtfWeightedImages(pixels.pack(rfft2_centred(images)), None)
     sums.add(packed, found, torch.zeros(COUNT, 2), one, half, pixels)
     first, second = sums.solve()[0]
-    share = noise.signal().coherent_share(fsc(first, second), COUNT, slice_coverage(found))
+    share = noise.signal().coherent_share(fsc(first, second), COUNT)
     # Closed form: of signal S and noise 1 in a coefficient right² S is added up, and S (1 − right²) is more noise.
     expected = right**2 / (1 + float(noise.signal().ratio[8:].mean()) * (1 - right**2)) * CUT
     # A tenth: 3,000 images tell the noise to 1 %, which is a tenth of the signal.
-    assert share == pytest.approx(expected, rel=0.1)
+    assert share == pytest.approx(expected * slice_coverage(found), rel=0.1)

@@ -31,12 +31,6 @@ def test_wrong_poses_take_their_share_squared(right: float) -> None:
     assert found == pytest.approx(right**2, rel=1e-4)
 
 
-def test_uneven_views_are_no_wrong_poses() -> None:
-    signal, particles = falling(), 6_401
-    ratio = 0.3 * signal.expected(particles)
-    assert signal.coherent_share(ratio / (1 + ratio), particles, 0.3) == pytest.approx(1, rel=1e-4)
-
-
 def test_nothing_is_said_where_images_hold_little() -> None:
     assert falling().coherent_share(torch.ones(65), 10) is None
 

@@ -131,7 +131,7 @@ class FinalPass:
             followed = self._out is context.run and self._remember and context.config.train.components > 0
             if not followed:  # components go on from them
                 self._found.remove_pass(self._pass)
-            for warning in (*notes, cones.warning, incoherent(results.coherent_share)):
+            for warning in (*notes, cones.warning, incoherent(results.coherent_share, results.coverage)):
                 if warning:
                     logger.warning("%s", warning)
             message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
