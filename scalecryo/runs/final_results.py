@@ -108,7 +108,7 @@ class FinalResults:
 
     @cached_property
     def coverage(self) -> float:
-        """What the views leave of that signal, by `slice_coverage`, the halves' noises adding up; 1 if it is not known."""
+        """What the views leave of that signal, by `slice_coverage`; the halves' noises add. 1 where it is not known."""
         if self.particles.signal is None:
             return 1.0
         poses, group = self.particles.poses, symmetry_rotations(self.config.train.symmetry)
