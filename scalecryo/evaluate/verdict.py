@@ -11,9 +11,10 @@ NYQUIST_SHARE = 0.93
 # A particle's shape is decided by some shells within its diameter; below so many its map is a blob with any poses.
 LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
-# Of the signal that right poses of even views would add up: as if three of four particles were not there. Where the
-# images of a share p add up and the others' signal is lost it is p²: half of the images do.
-LEAST_COHERENT = 0.25
+# Of the signal that right poses of even views would add up: as if four of five particles were not there. Right runs had
+# 0.9 to 1.2 of it, and 0.22 to 0.6 where a symmetric particle's poses gathered in a part of the sphere; runs in a local
+# optimum of the poses 0.07 to 0.18 (README).
+LEAST_COHERENT = 0.2
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def test_a_map_at_nyquist_is_limited_by_its_pixels() -> None:
         ({"confidence": 0.3}, "probability of 30%"),
         ({"junk": 0.7}, "70% of the images"),
         ({"independent": False}, "optimistic"),
-        ({"coherent": 0.2}, "many poses are likely to be wrong"),
-        ({"coherent": 0.2, "coverage": 0.22}, "--symmetry"),
+        ({"coherent": 0.15}, "many poses are likely to be wrong"),
+        ({"coherent": 0.15, "coverage": 0.2}, "--symmetry"),
     ],
 )
 def test_doubts_are_named(change: dict, reason: str) -> None:
