@@ -134,7 +134,7 @@ class GuidedConfig(Section):
     bootstrap_batch: int = option(100, "particles in its batches, over both halves and all workers", GUIDED, least=1)
     shift_radius_a: float = option(
         0.0,
-        "largest shift that is searched, Å; 0: 5 % of the box (at least 12), up to 20 % where particles lie farther off",
+        "largest shift searched, Å; 0: 5 % of the box (at least 12), up to 20 % where particles lie farther off",
         EM,
         least=0,
     )
