@@ -10,8 +10,8 @@ from scalecryo.pose.related import RelatedPoses
 from scalecryo.train.particle_source import RunContext
 
 MOST = 60  # poses: what an icosahedron relates
-FARTHER = 1.1  # times the radius at which they were found: what the map relates may be told apart there
-RARE = 0.01  # share of the offers to either half that are taken, below which no more are made at that radius
+FARTHER = 1.1  # times the radius at which they were found, beyond which they are found anew
+RARE = 0.01  # share of the offers to either half that are taken, below which no more are made
 
 
 class RelatedOffers:
@@ -22,19 +22,20 @@ class RelatedOffers:
     def __init__(self) -> None:
         self._poses: RelatedPoses | None = None
         self._radius = 0.0
-        self._taken: list[float] = []  # shares of the offers since the poses were found
+        self._taken: list[float] = []  # shares of the offers of each iteration that made any
 
     def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
         """Poses to offer in an iteration with references of one class; None: none. Collective."""
+        if len(self._taken) > 1 and max(self._taken[-2:]) < RARE:
+            return None
         if self._poses is None or radius > FARTHER * self._radius:
             with context.world.timer.part("symmetry"):
                 self._poses = RelatedPoses.of_leader(
                     references.mean() * references.mask[0], MOST, context.world, centred=not context.fit_shift,
                     group=context.point_group,
                 )  # fmt: skip
-            self._radius, self._taken = radius, []
-        few = len(self._taken) > 1 and max(self._taken[-2:]) < RARE
-        return None if few or len(self._poses) == 1 else self._poses
+            self._radius = radius
+        return self._poses if len(self._poses) > 1 else None
 
     def note(self, share: float | None) -> None:
         """Which share of an iteration's offers was taken; None: there were none."""
