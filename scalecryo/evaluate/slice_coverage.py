@@ -17,11 +17,7 @@ FLOOR = 1e-3  # of the mean, what solving a map adds to the weight of each voxel
 CHUNK = 4096  # views compared with all directions at a time
 
 
-def slice_coverage(
-    rotation: Float[Tensor, "n 3 3"],
-    weight: Float[Tensor, " n"] | None = None,
-    symmetry: Float[Tensor, "g 3 3"] | None = None,
-) -> float:
+def slice_coverage(rotation: Float[Tensor, "n 3 3"], weight: Float[Tensor, " n"] | None = None) -> float:
     """Signal-to-noise ratio of a shell over that of as many slices spread evenly: 1 for even views, less for others.
 
     1 as well where there is no slice at all. Host sync.
@@ -29,18 +25,15 @@ def slice_coverage(
     Args:
         rotation: of the images.
         weight: of each in the map; None: all alike.
-        symmetry: rotations g that the map was made symmetric with: every image lies at all g R; None: none.
     """
     directions = cone_directions(DIRECTIONS).to(rotation)
     weight = torch.ones_like(rotation[:, 0, 0]) if weight is None else weight.to(rotation)
-    along = [directions] if symmetry is None else [directions @ one.to(rotation) for one in symmetry]
     passing = directions.new_zeros(DIRECTIONS, dtype=torch.float64)
     for view, own in zip(rotation[:, :, 2].split(CHUNK), weight.split(CHUNK), strict=True):
-        for axes in along:
-            passing += ((axes @ view.T).abs() < HALF_WIDTH).to(own) @ own
+        passing += ((directions @ view.T).abs() < HALF_WIDTH).to(own) @ own
     if not bool(passing.any()):
         return 1.0
-    density = passing / (len(along) * HALF_WIDTH * weight.sum(dtype=torch.float64))
+    density = passing / (HALF_WIDTH * weight.sum(dtype=torch.float64))
     # A direction that no slice passes has neither noise nor signal.
     solved = density / (density + FLOOR)
     return float(solved.square().mean() / (solved / (density + FLOOR)).mean())

@@ -20,7 +20,6 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.mask import density_radius
 from scalecryo.physics.poses import PoseEstimates
-from scalecryo.physics.symmetry import symmetry_rotations
 from scalecryo.runs.class_results import ClassSummary
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Examples
@@ -100,19 +99,15 @@ class FinalResults:
     def coherent_share(self) -> float | None:
         """Of the signal that right poses of even views would add up, by `ImageSignal`; None: not known."""
         signal = self.particles.signal
-        if signal is None:
-            return None
-        # Under a point group every image lies in the map at all g R.
-        count = len(self.particles.poses) * len(symmetry_rotations(self.config.train.symmetry))
-        return signal.coherent_share(self.maps.fsc[0], count)
+        return None if signal is None else signal.coherent_share(self.maps.fsc[0], len(self.particles.poses))
 
     @cached_property
     def coverage(self) -> float:
         """What the views leave of that signal, by `slice_coverage`; the halves' noises add. 1 where it is not known."""
         if self.particles.signal is None:
             return 1.0
-        poses, group = self.particles.poses, symmetry_rotations(self.config.train.symmetry)
-        loss = [1 / slice_coverage(poses.rotation[own], poses.particle_probability[own], group)
+        poses = self.particles.poses
+        loss = [1 / slice_coverage(poses.rotation[own], poses.particle_probability[own])
                 for own in (self.particles.half == 1, self.particles.half == 2)]  # fmt: skip
         return 2 / sum(loss)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from scalecryo.evaluate.slice_coverage import HALF_WIDTH, slice_coverage
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.physics.symmetry import symmetry_rotations
 
 
 def seen_along(azimuth: Float[Tensor, " n"], height: Float[Tensor, " n"]) -> Float[Tensor, "n 3 3"]:
@@ -33,20 +32,8 @@ def test_views_round_one_axis() -> None:
     assert slice_coverage(seen_along(azimuth, torch.zeros(20_000))) == pytest.approx(8 / math.pi**2, rel=0.01)
 
 
-def third(count: int) -> Float[Tensor, "n 3 3"]:
-    """Views from above, within a third: with their opposites and C3's turns they are even."""
-    drawn = torch.rand(2, count, generator=torch.Generator().manual_seed(1))
-    return seen_along(2 * math.pi / 3 * drawn[0], drawn[1])
-
-
-def test_symmetry_spreads_views() -> None:
-    rotation, group = third(20_000), symmetry_rotations("C3")
-    assert slice_coverage(rotation) < 0.5
-    assert slice_coverage(rotation, symmetry=group) == pytest.approx(1, abs=5e-3)
-
-
 def test_images_without_weight_are_not_there() -> None:
-    rotation = torch.cat([third(5_000), random_rotations(5_000, torch.Generator().manual_seed(2))])
+    rotation = torch.cat([torch.eye(3).expand(5_000, 3, 3), random_rotations(5_000, torch.Generator().manual_seed(2))])
     weight = torch.cat([torch.zeros(5_000), torch.ones(5_000)])
     assert slice_coverage(rotation, weight) == pytest.approx(slice_coverage(rotation[5_000:]), rel=1e-5)
 

@@ -31,7 +31,7 @@ def test_a_map_at_nyquist_is_limited_by_its_pixels() -> None:
         ({"junk": 0.7}, "70% of the images"),
         ({"independent": False}, "optimistic"),
         ({"coherent": 0.15}, "many poses are likely to be wrong"),
-        ({"coherent": 0.15, "coverage": 0.2}, "--symmetry"),
+        ({"coherent": 0.15, "coverage": 0.2}, "how uneven the found views are"),
     ],
 )
 def test_doubts_are_named(change: dict, reason: str) -> None:
