@@ -107,8 +107,8 @@ def incoherent(share: float | None, coverage: float) -> str:
     if coverage < share / coverage:
         return (
             f"{held}power above their noise: by how uneven the found views are {coverage:.0%} would be left. Most "
-            "particles lie alike, or the map is symmetric and its poses are not spread over its copies, or it is distorted "
-            "alike in both halves: try another train.seed, or pose.source guided, with --symmetry if it has one"
+            "particles lie alike, or the map is symmetric and its poses are not spread over its copies, or both halves "
+            "are distorted alike: try another train.seed, or pose.source guided, with --symmetry if it has one"
         )
     return (
         f"{held}power above their noise: many poses are likely to be wrong, alike in both halves. Try another "
