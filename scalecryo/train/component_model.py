@@ -205,6 +205,11 @@ class ComponentModel:
         flat = [fourier_resize_3d(volume, level) for volume in self.components.flatten(0, 1)]
         return torch.stack(flat).unflatten(0, (2, self.count))
 
+    def transform_at(self, half: int, place: Float[Tensor, " q"]) -> Complex[Tensor, "d d h"]:
+        """Padded transform of a half's map at a place of the latent space, at the level of the pass."""
+        mean, components = self._prepared(half)[0], self._prepared(half)[1:]
+        return mean + torch.einsum("q,qzyx->zyx", place.to(components), components)
+
     def residual(self, posed: PosedImages) -> tuple[Complex[Tensor, "b p"], Complex[Tensor, "b p"]]:
         """y − A μ and A μ, each image with its half's mean."""
         predicted = torch.empty_like(posed.centred)

@@ -95,6 +95,12 @@ def refine_with_states(
     return posed
 
 
+@torch.no_grad()
+def evidence_cost(model: ComponentModel, posed: PosedImages, which: Components = "own") -> Float[Tensor, " b"]:
+    """Negative logarithm of the evidence of each image at its pose, up to a constant of the image."""
+    return _Fit.of(model, posed, which).cost
+
+
 def _step(
     model: ComponentModel, posed: PosedImages, now: _Fit, which: Components, damping: Tensor, *, fit_shift: bool
 ) -> Float[Tensor, "b 5"]:

@@ -15,7 +15,8 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle, random_rotations, rotation_from_vector
 from scalecryo.train.component_model import ComponentModel, PosedImages
-from scalecryo.train.state_poses import refine_with_states
+from scalecryo.train.state_poses import evidence_cost, refine_with_states
+from scalecryo.train.state_search import StateSearch, places_of
 from tests.support.blobs import blobs
 
 BOX, COUNT, NOISE = 24, 24, 1e-3
@@ -76,3 +77,41 @@ def test_shifts_that_are_known_stay() -> None:
     found = refine_with_states(model, posed, fit_shift=False)
     torch.testing.assert_close(found.poses.shift, start.shift)
     assert bool((geodesic_angle(found.rotation, start.rotation) > 0).any())
+
+
+def test_a_search_over_states_finds_poses_far_from_the_present_ones() -> None:
+    """Noise-free images in states ± 1.5, started 60° off: the search over both states' maps brings them home."""
+    rng, pixels, count = torch.Generator().manual_seed(6), fourier_pixels(BOX, 10.0), 12
+    mean, component = blobs(BOX, 1, count=6), 0.7 * blobs(BOX, 2, count=4) * soft_sphere(BOX, 8)
+    model = ComponentModel(torch.stack([mean, mean]), soft_sphere(BOX, 10), 1)
+    model.components = torch.stack([component[None], component[None]])
+    model.noise = torch.full_like(model.noise, 1e-2**2)
+    model.begin(pixels)
+    rotation, z = random_rotations(count, rng), torch.tensor([-1.5, 1.5]).repeat(count // 2)
+    slices = [
+        fourier_slice(reference_transform(volume, PADDING), rotation, None, None, pixels.kx, pixels.ky, PADDING, BOX)
+        for volume in (mean, component)
+    ]
+    transforms = slices[0] + z[:, None] * slices[1]
+    half = torch.arange(count) // 2 % 2 + 1
+    images = ParticleImages(torch.arange(count), half, torch.ones(count), half * 0, pixels, 1.0)
+    images.__dict__.update(transforms=transforms, ctf=None)
+    away = rotation @ rotation_from_vector(torch.tensor([1.0, 0.3, 0.0]).expand(count, 3))
+    start = replace(PoseEstimates.unknown(count), rotation=away, shift=torch.zeros(count, 2))
+    flat = torch.ones(count, len(pixels))
+    posed = PosedImages(images, start, transforms, flat, torch.ones(count)).at(away, start.shift)
+    search = StateSearch(model, torch.tensor([[-1.5], [1.5]]), pixels, 3, fit_shift=True)
+    found = search.refined(posed)
+    error = geodesic_angle(found.rotation, rotation)
+    # A grid of 15° reaches the basin of nearly every image; local refinement does the rest.
+    assert float((error < 3).float().mean()) > 0.8
+    assert bool((evidence_cost(model, found) <= evidence_cost(model, posed)).all())
+
+
+def test_places_are_the_means_of_separate_clusters() -> None:
+    rng = torch.Generator().manual_seed(2)
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    points = torch.cat([centre + 0.1 * torch.randn(50, 2, generator=rng) for centre in centres])
+    found = places_of(points, 3)
+    expected = torch.stack([points[k * 50 : (k + 1) * 50].mean(0) for k in range(3)])
+    torch.testing.assert_close(found, expected)

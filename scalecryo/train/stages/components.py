@@ -44,8 +44,6 @@ STATE_FILE = "components/state.npz"
 class Components:
     """Mean, sketch, expectation maximisation; then what is learnt of every particle follows (`Latents`)."""
 
-    name = "components"
-
     def __init__(self, context: RunContext, learned: Learned, rounds: int = 0) -> None:
         """
         Args:
@@ -54,6 +52,7 @@ class Components:
             rounds: how often the poses were refined with the components before: past 0 they are what it begins with.
         """
         self._context, self._learned, self._rounds = context, learned, rounds
+        self.name = "components" if rounds == 0 else f"components, round {rounds}"
         self._count = context.config.train.components
         self._model: ComponentModel | None = None
         self._before: ComponentModel | None = None
