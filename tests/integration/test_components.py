@@ -90,7 +90,7 @@ def test_two_conformations_are_found_and_told_apart(
     assert abs(np.corrcoef(state, sign)[0, 1]) > 0.85
     np.testing.assert_array_equal(table["rlnClassNumber"], state)
     assert "Continuous variety" in (report := (tmp_path / "run" / "report.html").read_text())
-    assert "the encoder's coordinates of particles that it has not learnt from" in report
+    assert "coordinates of particles that it has not learnt from correlate by" in report
     assert coordinates.encoder is not None
     correlation, error = coordinates.encoder
     # Sixty steps of half of a hundred images: what it says has to do with the truth, and what is said of it is so.

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 BATCH = 256
 LOW_LEVEL, MOST_LEVEL = 32, 128  # boxes of the first passes, and at most of the last ones
 LOW_PASSES, PASSES = 8, 18  # at most, at the low level and in all
-MORE_PASSES = 4  # at most, after poses were refined with the components
+MORE_PASSES = 4  # after poses were refined with the components
 FREE_PASSES = 4  # whose ridge does not follow the halves' correlation: a start that says little must be able to grow
 SETTLED = 0.01  # change of the halves' correlation that is none
 MOST_PARTICLES = 200_000  # that a pass reads
@@ -239,7 +239,7 @@ class Components:
         assert model is not None, "the means come first"
         assert sums is not None, "request() comes first"
         moments = model.update_moments(world)
-        free = self._before is None and self._pass <= FREE_PASSES + 2
+        free = self._rounds == 0 and self._pass <= FREE_PASSES + 2
         model.release()
         solved = solve_components(sums, world, radius, None if free else model.curves)
         self._sums = sums = None
@@ -254,7 +254,8 @@ class Components:
         if before is not None and not free:
             settled = float((frame.agreement - before).abs().amax()) < SETTLED  # host sync
         if model.at_last_level:
-            model.settled = settled or self._pass >= (PASSES if self._before is None else 1 + MORE_PASSES)
+            # At other poses the halves' correlation says nothing yet of whether components have come to rest.
+            model.settled = self._pass >= 1 + MORE_PASSES if self._rounds else settled or self._pass >= PASSES
         elif settled or self._pass >= LOW_PASSES + 2:
             model.at_last_level, model.agreement = True, None
         agreement = " ".join(f"{value:.2f}" for value in frame.agreement.tolist())
