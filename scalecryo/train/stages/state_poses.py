@@ -18,7 +18,7 @@ from scalecryo.train.state_poses import refine_with_states
 from scalecryo.train.state_search import StateSearch, places_of
 
 ROUNDS = 2  # of poses and components in turn
-PROBES = 3  # as many images of a part as if so many components were inserted: memory of the derivatives
+PROBES = 3  # a part of a batch is at most as large as with so many components: it has derivatives too
 LOOKED_AT, PLACES = 4096, 12  # particles that tell which places of the latent space are searched, and how many
 
 
@@ -68,7 +68,7 @@ class StatePoses:
         """Pose and coordinates together."""
         model, kept = self._model, self._learned.posed
         assert kept is not None, "the final pass comes first"
-        for posed in PosedImages.of(images[0], self._context, self._learned, PROBES):
+        for posed in PosedImages.of(images[0], self._context, self._learned, max(PROBES, model.count)):
             if self._searched and self._search is None:
                 self._images += len(posed.images)
                 self._seen.append(model.expect(posed).latents.mean)
