@@ -122,8 +122,8 @@ def test_junk_gets_low_confidence_and_does_not_ruin_the_map(
 
 
 def test_particles_far_off_centre_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Reference: the simulated shifts, of which a quarter lie beyond the 12 Å that are searched at first; a Gaussian with
-    # sigma = 7 Å, so that 4 sigma = 28 Å, and the limit of a fifth of the box is 25.6 Å. A particle at its edge is cut.
+    # Reference: the simulated shifts, of which a quarter lie beyond the 12 Å that are searched at first; a Gaussian
+    # with sigma = 7 Å, so 4 sigma = 28 Å, and the limit of a fifth of the box is 25.6 Å. A particle at its edge is cut.
     data, pixel_size = tmp_path / "far", 4.0
     with as_file(files("scalecryo.data") / "4ake.pdb.gz") as structure:
         simulate.run(str(structure), str(data), n=COUNT // 2, box=BOX, pixel_size=pixel_size, snr_db=3.0,
