@@ -177,6 +177,9 @@ def test_poses_are_refined_with_the_components(
     np.testing.assert_allclose(table["rlnOriginXAngst"], -poses.shift[:, 0], atol=1e-4)
     parts = tmp_path / "run" / "particles"
     assert not [path for path in parts.glob("*") if "states" in path.name or "final" in path.name]
+    assign.run(str(tmp_path / "run"), data=None, out=None)  # the components stay, the poses are made anew
+    anew = starfile.read(tmp_path / "run" / "particles.star")["particles"]
+    assert np.corrcoef(anew["scalecryoComponent1"], again.coordinates.z[:, 0])[0, 1] > 0.98
 
 
 def test_no_component_passes_where_there_is_one_structure(

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalecryo.data.io import urls
 from scalecryo.distributed.world import World
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.component_model import ComponentModel, PosedImages
 from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.particle_state import FOLDER
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.coordinates import BATCH, pixels_of
 from scalecryo.train.state_poses import refine_with_states
@@ -102,11 +104,18 @@ class StatePoses:
         return PassReport(message, self._images, checkpoint=False)
 
     def done(self) -> bool:
-        """Whether the pass was made, by a run that was killed too."""
-        if not self._done and self._model.rounds > self._rounds:
+        """Whether the pass was made, by a run that was killed too.
+
+        Of a run that was finished the components are there and the parts are not: its last round is made anew, without
+        a search.
+        """
+        ahead = self._model.rounds - self._rounds
+        if not self._done and ahead > 0:
             assert self._learned.posed is not None, "the final pass comes first"
-            self._learned.posed.load_pass(self._part)
-            self._done = True
+            kept = urls.exists(self._context.run.path(FOLDER, self._part))
+            if kept:
+                self._learned.posed.load_pass(self._part)
+            self._done, self._searched = kept or ahead > 1, False
         return self._done
 
     def state_dict(self) -> dict[str, Any]:
