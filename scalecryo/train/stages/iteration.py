@@ -10,6 +10,7 @@ from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference, ReferenceSet
+from scalecryo.physics.fsc import resolution
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
@@ -33,6 +34,7 @@ from scalecryo.train.stages.start_rounds import HALF_GRID
 FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0
+SURE = 0.5  # correlation of the halves, up to which one judges the related poses of the other
 CHANCES = 1 << 20  # of a random draw
 NOISE_IMAGES = 32  # of each half and batch, whose residuals give the noise spectrum
 SCALE_RADIUS = 24.0  # Fourier pixels that tell the scale of a micrograph's signal
@@ -110,7 +112,11 @@ class Iteration:
         self._exchange: RelatedExchange | None = None
         if related_poses is not None and not plan.searched:
             prepared = references.at(plan.level, self.pixels)
-            self._exchange = RelatedExchange(prepared, related_poses, plan.radius, context.fit_shift)
+            # Noise beyond must not choose: images chosen by the other half's noise would agree with it. No mask, which
+            # spreads a shell's correlation over the next ones.
+            sure, _ = resolution(references.fsc[0], references.level, references.pixel_size, SURE)  # host sync
+            radius = min(plan.radius, sure)
+            self._exchange = RelatedExchange(prepared, related_poses, radius, context.fit_shift)
         self._parts = None if parts is None else [self._estimator(others, left_out=True) for others in parts]
         self._encoder, self._encoder_reference = learned.encoder, None
         if self._encoder is not None:
