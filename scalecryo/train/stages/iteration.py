@@ -145,7 +145,7 @@ class Iteration:
         batch = self._learned.groups.corrected(batch)
         if len(batch):
             known, seen = self._learned.particles.read(batch.rows)
-            known = self._exchanged(batch, self._strained(known, batch.half), seen)
+            known, taken = self._exchanged(batch, self._strained(known, batch.half), seen)
             lost = seen & (known.particle_probability < FITTING) & self.plan.lost_searched
             found = self._estimate(batch, known, seen & ~lost)
             if self._group is not None:  # of the poses that show the same, the one that is remembered
@@ -153,7 +153,8 @@ class Iteration:
                 found = replace(found, rotation=torch.where(seen[:, None, None], near, found.rotation))
             with timer.part("insert"):
                 self._insert(batch, found)
-            self._measure(batch, found, known, seen)
+            # A related pose is only as exact as the relation: how it turns tells nothing of a creep.
+            self._measure(batch, found, known, seen & ~taken)
             again = lost & (found.particle_probability >= FITTING)
             self.lost += torch.stack([again.sum(), lost.sum()])
             self._learned.particles.note(batch.rows, found, batch.half)
@@ -168,17 +169,18 @@ class Iteration:
         first, second = (strained_poses(known.rotation, own) for own in self._strain)
         return replace(known, rotation=torch.where((half == 1)[:, None, None], first, second))
 
-    def _exchanged(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
-        """Known poses, or the related ones that were taken for them.
+    def _exchanged(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> tuple[PoseEstimates, Tensor]:
+        """Known poses, or the related ones that were taken for them; and which these are.
 
         One half an iteration: where the halves prefer different ones, both would change over, and back.
         """
+        changed = torch.zeros_like(seen)
         if self._exchange is None:
-            return known
+            return known, changed
         at = batch.rows_by_half[self._number % 2]
         at = at[seen[at]]  # host sync
         if not len(at):
-            return known
+            return known, changed
         draw, rows = self._context.partition.label, batch.rows[at]
         which = 1 + draw(rows, 2 * self._number, len(self._exchange.related) - 1)
         chance = draw(rows, 2 * self._number + 1, CHANCES) / CHANCES
@@ -186,8 +188,8 @@ class Iteration:
             taken, offered = self._exchange.accepted(batch.select(at), known.select(at), which, chance)
         self.exchanged += torch.stack([taken.sum(), torch.ones_like(taken).sum()])
         at, offered = at[taken], offered.select(taken)  # host sync
-        changed = replace(known.select(at), rotation=offered.rotation, shift=offered.shift)
-        return known.put(at, changed)
+        changed[at] = True
+        return known.put(at, replace(known.select(at), rotation=offered.rotation, shift=offered.shift)), changed
 
     def _estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
         """Against whole halves, or each against the other parts of its half."""
