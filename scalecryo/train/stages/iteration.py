@@ -10,6 +10,7 @@ from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference, ReferenceSet
+from scalecryo.physics.fsc import resolution
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
@@ -33,6 +34,7 @@ from scalecryo.train.stages.start_rounds import HALF_GRID
 FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0
+SURE = 0.5  # correlation of the halves, up to which one judges the related poses of the other
 CHANCES = 1 << 20  # of a random draw
 NOISE_IMAGES = 32  # of each half and batch, whose residuals give the noise spectrum
 SCALE_RADIUS = 24.0  # Fourier pixels that tell the scale of a micrograph's signal
@@ -110,7 +112,11 @@ class Iteration:
         self._exchange: RelatedExchange | None = None
         if related_poses is not None and not plan.searched:
             prepared = references.at(plan.level, self.pixels)
-            self._exchange = RelatedExchange(prepared, related_poses, plan.radius, context.fit_shift)
+            # Noise beyond must not choose: images chosen by the other half's noise would agree with it. No mask, which
+            # spreads a shell's correlation over the next ones.
+            sure, _ = resolution(references.fsc[0], references.level, references.pixel_size, SURE)  # host sync
+            radius = min(plan.radius, sure)
+            self._exchange = RelatedExchange(prepared, related_poses, radius, context.fit_shift)
         self._parts = None if parts is None else [self._estimator(others, left_out=True) for others in parts]
         self._encoder, self._encoder_reference = learned.encoder, None
         if self._encoder is not None:
@@ -139,7 +145,7 @@ class Iteration:
         batch = self._learned.groups.corrected(batch)
         if len(batch):
             known, seen = self._learned.particles.read(batch.rows)
-            known = self._exchanged(batch, self._strained(known, batch.half), seen)
+            known, taken = self._exchanged(batch, self._strained(known, batch.half), seen)
             lost = seen & (known.particle_probability < FITTING) & self.plan.lost_searched
             found = self._estimate(batch, known, seen & ~lost)
             if self._group is not None:  # of the poses that show the same, the one that is remembered
@@ -147,7 +153,8 @@ class Iteration:
                 found = replace(found, rotation=torch.where(seen[:, None, None], near, found.rotation))
             with timer.part("insert"):
                 self._insert(batch, found)
-            self._measure(batch, found, known, seen)
+            # A related pose is only as exact as the relation: how it turns tells nothing of a creep.
+            self._measure(batch, found, known, seen & ~taken)
             again = lost & (found.particle_probability >= FITTING)
             self.lost += torch.stack([again.sum(), lost.sum()])
             self._learned.particles.note(batch.rows, found, batch.half)
@@ -162,17 +169,18 @@ class Iteration:
         first, second = (strained_poses(known.rotation, own) for own in self._strain)
         return replace(known, rotation=torch.where((half == 1)[:, None, None], first, second))
 
-    def _exchanged(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
-        """Known poses, or the related ones that were taken for them.
+    def _exchanged(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> tuple[PoseEstimates, Tensor]:
+        """Known poses, or the related ones that were taken for them; and which these are.
 
         One half an iteration: where the halves prefer different ones, both would change over, and back.
         """
+        changed = torch.zeros_like(seen)
         if self._exchange is None:
-            return known
+            return known, changed
         at = batch.rows_by_half[self._number % 2]
         at = at[seen[at]]  # host sync
         if not len(at):
-            return known
+            return known, changed
         draw, rows = self._context.partition.label, batch.rows[at]
         which = 1 + draw(rows, 2 * self._number, len(self._exchange.related) - 1)
         chance = draw(rows, 2 * self._number + 1, CHANCES) / CHANCES
@@ -180,8 +188,8 @@ class Iteration:
             taken, offered = self._exchange.accepted(batch.select(at), known.select(at), which, chance)
         self.exchanged += torch.stack([taken.sum(), torch.ones_like(taken).sum()])
         at, offered = at[taken], offered.select(taken)  # host sync
-        changed = replace(known.select(at), rotation=offered.rotation, shift=offered.shift)
-        return known.put(at, changed)
+        changed[at] = True
+        return known.put(at, replace(known.select(at), rotation=offered.rotation, shift=offered.shift)), changed
 
     def _estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
         """Against whole halves, or each against the other parts of its half."""
