@@ -10,6 +10,8 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,6 +34,7 @@ from scalecryo.runs.exported import GAUGES, LOST_WORKERS, LOST_WORKERS_HELP, PRE
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.log import log_to_stderr
 from scalecryo.train.loop import Publish, train
+from scalecryo.train.stopping import Notice, leave_word, notice_of_sigterm, notice_of_word, remove_word
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20  # the particles never pass through it
@@ -70,12 +73,14 @@ def train_on_ray(config: Config) -> None:
     if not ray.is_initialized():
         _join_or_start()
     run, failures, wait = RunFolder(config.run.out), 0, config.run.wait_minutes
+    remove_word(run)
     losses = ray.util.metrics.Counter(f"{PREFIX}{LOST_WORKERS}", LOST_WORKERS_HELP, tag_keys=("run",))
     while True:
         workers = _await_workers(config, wait)
         before = newest_step(run)
         try:
-            _fit(config, workers)
+            with notice_of_sigterm(partial(leave_word, run)):
+                _fit(config, workers)
             return
         except ray.train.TrainingFailedError as error:
             cause = _purpose(error)
@@ -197,7 +202,9 @@ def _worker(settings: dict[str, Any]) -> None:
             raise _MoreWorkers
 
     publish = _gauges(urls.redacted(config.run.out))
-    train(config, world, torch.device(device), at_checkpoint=at_checkpoint, publish=publish)
+    # Worker 0 looks for the driver's word, and tells the others.
+    with notice_of_word(run) if world.is_leader else nullcontext(Notice()) as notice:
+        train(config, world, torch.device(device), at_checkpoint=at_checkpoint, publish=publish, notice=notice)
 
 
 def _gauges(run: str) -> Publish:

@@ -15,6 +15,7 @@ from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput, build_autoencoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
+from scalecryo.runs.paused import Pause
 from scalecryo.runs.pictures import pictures_of
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
@@ -103,6 +104,16 @@ class GradientDescent:
             **self._measured(loss, due["scalars"], due["pictures"]),
         )  # fmt: skip
         return report
+
+    def pause(self) -> Pause:
+        """A checkpoint between any two steps."""
+        return Pause({"state": self.state_dict(), "losses": self._losses.cpu()}, whole=True)
+
+    def resume_pass(self, pause: Pause) -> BatchRequest:
+        """The steps that are left of it."""
+        self.load_state_dict(pause.common["state"])
+        self._losses.copy_(pause.common["losses"])
+        return self.request()
 
     def done(self) -> bool:
         """Whether all steps were made."""

@@ -1,6 +1,7 @@
 """One iteration of the refinement: a streamed pass that poses particles and sums up the next half-maps."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from scalecryo.pose.estimator import SAME, PoseEstimator, map_weight
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainFit, strained_poses
 from scalecryo.pose.view_balance import ViewCounts, ViewWeights
+from scalecryo.runs.paused import Pause
 from scalecryo.runs.pictures import EXAMPLES, Pairs, pictures_of
 from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import OwnedSums
@@ -77,7 +79,7 @@ class Iteration:
         self.views = ViewCounts(references.classes, context.device)
         self._balance, self.weighted = balance, balance is not None
         self._strain = strain
-        self.images = 0
+        self.images, self._batches = 0, 0
         self._shown: tuple[Tensor, Tensor] | None = None
         self.encoder_loss: Tensor | None = None
         self._group = group = context.point_group
@@ -118,6 +120,7 @@ class Iteration:
     def step(self, batch: ParticleImages) -> None:
         """E-step, sums, and what is learnt from the batch."""
         self.images += len(batch)
+        self._batches += 1
         timer = self._context.world.timer
         assert self._learned.groups is not None, "the refinement brings them"
         batch = self._learned.groups.corrected(batch)
@@ -212,6 +215,39 @@ class Iteration:
         count = torch.tensor(float(true), device=self._context.device)
         world.all_reduce_(count)
         return int(count) == world.size  # host sync
+
+    def pause(self) -> Pause:
+        """What the batches so far came to."""
+        encoder = {} if self._encoder is None else dict(self._encoder.state_dict())
+        own: dict[str, Any] = {
+            "maps": [part.cpu() for part in self._sums.within(self.pixels.radius_limit)],
+            "sums": [tensor.cpu() for tensor in self._small_sums()],
+            "parts": self._learned.particles.noted(),
+            "loss": None if self.encoder_loss is None else self.encoder_loss.cpu(),
+            "generator": encoder.pop("generator", None),
+        }
+        return Pause({"batches": self._batches, "encoder": encoder}, own)
+
+    def take_up(self, pause: Pause) -> int:
+        """Go on after so many batches, whose number is returned."""
+        own, device = pause.own, self._context.device
+        self._sums.put_within(self.pixels.radius_limit, *(part.to(device) for part in own["maps"]))
+        for tensor, saved in zip(self._small_sums(), own["sums"], strict=True):
+            tensor.copy_(saved)
+        self._learned.particles.note_parts(own["parts"])
+        self.encoder_loss = own["loss"]
+        if self._encoder is not None:
+            generator = {} if own["generator"] is None else {"generator": own["generator"]}
+            self._encoder.load_state_dict(pause.common["encoder"] | generator)
+        self._batches = int(pause.common["batches"])
+        return self._batches
+
+    def _small_sums(self) -> tuple[Tensor, ...]:
+        """All sums but those of the maps, of this worker."""
+        groups = self._learned.groups
+        assert groups is not None, "the refinement brings them"
+        counts = self.counts, self.class_counts, self.views.counts
+        return (*self._residuals.tensors(), *self.creep.tensors(), *counts, *groups.tensors())
 
     def finish(self, world: World) -> ReferenceSet:
         """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""

@@ -25,6 +25,7 @@ from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainSteps
 from scalecryo.pose.view_balance import ViewWeights
 from scalecryo.runs.monitor import PassReport
+from scalecryo.runs.paused import Pause
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.iteration import Iteration, Parts
@@ -118,6 +119,19 @@ class Refinement:
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
         return self._report(iteration, after, counts)
+
+    def pause(self) -> Pause:
+        """Sums and poses of the iteration so far."""
+        assert self._iteration is not None, "request() comes first"
+        return self._iteration.pause()
+
+    def resume_pass(self, pause: Pause) -> BatchRequest:
+        """The batches that are left of the iteration."""
+        request = self.request()
+        assert self._iteration is not None, "request() makes it"
+        assert request.batches is not None, "request() says how many"
+        done = self._iteration.take_up(pause)
+        return replace(request, start=request.start + done, batches=request.batches - done)
 
     def _balance(self) -> ViewWeights | None:
         """Weights of the views of the last iteration's poses, while they creep."""
