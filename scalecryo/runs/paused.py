@@ -29,12 +29,13 @@ class Pause:
     Attributes:
         common: alike on every worker.
         own: this worker's: sums over its particles.
-        whole: whether it is all that was done since the newest checkpoint, not only what this pass added.
+        reached: step of the run's curves, where it is all that was done since the newest checkpoint; None: it is what
+            this pass added.
     """
 
     common: Mapping[str, Any] = field(default_factory=dict)
     own: Mapping[str, Any] = field(default_factory=dict)
-    whole: bool = False
+    reached: int | None = None
 
     @property
     def empty(self) -> bool:
@@ -48,6 +49,7 @@ class Place:
 
     Attributes:
         step: of the newest checkpoint.
+        reached: step that curves have come to.
         passes: to be made again from there, before it.
         stage: under way, by name.
         store_hash: of the particles.
@@ -56,6 +58,7 @@ class Place:
     """
 
     step: int
+    reached: int
     passes: int
     stage: str
     store_hash: str
@@ -80,6 +83,7 @@ def save_pause(run: RunFolder, world: World, place: Place, pause: Pause) -> None
     world.all_gather_names([])  # all is written
     if world.is_leader:
         run.write(_PLACE, json.dumps(asdict(place)).encode())
+    world.all_gather_names([])  # whoever looks now finds it
 
 
 def paused_place(run: RunFolder) -> Place | None:

@@ -66,15 +66,14 @@ def train(
         checkpoint = load_checkpoint(
             run, store_hash=context.data_hash, recipe=context.config.recipe, grown_from=store.grown_from
         )
-        step = 0 if checkpoint is None else checkpoint.step
+        stopping = Stopping(context, notice, step=0 if checkpoint is None else checkpoint.step)
         if world.is_leader:
             note_start(run)
             for note in context.partition.notes:
                 logger.warning("%s", note)
-            monitor = RunMonitor(config, store, run, start_step=step, publish=publish)
+            monitor = RunMonitor(config, store, run, start_step=stopping.reached, publish=publish)
             progress = RunProgress(Forecast(parts_of(config, context.count, store.levels)), line, world.size)
             progress.resumed = checkpoint is not None
-        stopping = Stopping(context, notice, step=step)
         run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint, progress, stopping)
         logger.info("time on worker %d: %s", world.rank, world.timer.summary())
         if world.is_leader:

@@ -46,9 +46,9 @@ class Pausable(Protocol):
     """A stage that may be left between two batches of a pass."""
 
     def pause(self) -> Pause | None:
-        """What the pass has come to, once `step` has returned; None: not here, but after one of the next batches.
+        """What the pass has come to, after a batch or between two passes; None: not here, but after a later batch.
 
-        An empty pause: what is of use lies in the run's folder already. The same on every worker.
+        An empty pause: what is of use lies in the run's folder already. None, or not, on all workers alike.
         """
 
     def resume_pass(self, pause: Pause) -> BatchRequest:
@@ -152,19 +152,26 @@ class Stopping:
         self._step, self._passes, self._told = step or 0, 0, False
         self._paused = None if step is None else paused_place(context.run)
 
+    @property
+    def reached(self) -> int:
+        """Step of the run's curves that it goes on from."""
+        return self._step if self._paused is None else max(self._step, self._paused.reached)
+
     def request(self, stage: Stage) -> BatchRequest:
         """What the next pass reads, or what is left of it.
 
         Raises:
             Stopped: the run was told to end.
         """
+        if self._told and not self._passes:
+            raise Stopped("stopped by SIGTERM, all that was done is saved: the same command with --resume goes on")
         if self._told:
-            raise Stopped("stopped by SIGTERM after a pass that is saved: the same command with --resume goes on")
+            self._leave(stage)
         place, found = self._place(stage), self._paused
         if found is None or (found.stage, found.passes) != (place.stage, place.passes):
             return stage.request()
         self._paused = None
-        if found != place or not isinstance(stage, Pausable):
+        if replace(found, reached=place.reached) != place or not isinstance(stage, Pausable):
             logger.info(
                 "%s: settings or workers are others than when it was stopped: this pass begins anew", stage.name
             )
@@ -179,21 +186,9 @@ class Stopping:
         Raises:
             Stopped: so it was, and what the pass has come to is kept.
         """
-        context = self._context
         self._told = self._told or self._question.answer()
-        if not self._told:
-            return
-        kept = isinstance(stage, Pausable)
-        pause = stage.pause() if isinstance(stage, Pausable) else Pause()
-        if pause is None:
-            return
-        if context.world.is_leader:
-            context.run.sync()
-        if not pause.empty:
-            place = self._place(stage)
-            save_pause(context.run, context.world, replace(place, passes=0) if pause.whole else place, pause)
-        told = "where it stands is saved" if kept else "the pass that it was in will be made again"
-        raise Stopped(f"stopped by SIGTERM in the {stage.name}, {told}: the same command with --resume goes on")
+        if self._told:
+            self._leave(stage)
 
     def after_pass(self, step: int | None) -> None:
         """A pass was made.
@@ -205,7 +200,23 @@ class Stopping:
         if step is not None:
             self._step, self._passes = step, 0
 
+    def _leave(self, stage: Stage) -> None:
+        """End here, or return where the stage cannot be left. Collective."""
+        context, kept = self._context, isinstance(stage, Pausable)
+        pause = stage.pause() if isinstance(stage, Pausable) else Pause()
+        if pause is None:
+            return
+        if context.world.is_leader:
+            context.run.sync()
+        if not pause.empty:
+            place = self._place(stage)
+            if pause.reached is not None:
+                place = replace(place, reached=pause.reached, passes=0)
+            save_pause(context.run, context.world, place, pause)
+        told = "where it stands is saved" if kept else "the pass that it was in will be made again"
+        raise Stopped(f"stopped by SIGTERM in the {stage.name}, {told}: the same command with --resume goes on")
+
     def _place(self, stage: Stage) -> Place:
         context = self._context
         settings = settings_digest(context.config)
-        return Place(self._step, self._passes, stage.name, context.data_hash, settings, context.world.size)
+        return Place(self._step, self._step, self._passes, stage.name, context.data_hash, settings, context.world.size)

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,21 @@ import torch
 from scalecryo import cli
 from scalecryo.commands import train
 from scalecryo.config import Config, load_config
-from scalecryo.data.formats.relion import read_poses
 from scalecryo.distributed.world import World
 from scalecryo.errors import Stopped
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import loop, stopping
+from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stages.autoencoder import AutoEncoding
-from scalecryo.train.stages.bootstrap import Bootstrap
 from scalecryo.train.stages.final_pass import FinalPass
-from scalecryo.train.stages.final_poses import ReferencePoses
 from scalecryo.train.stages.gradient_descent import GradientDescent
 from scalecryo.train.stages.refinement import Refinement
 from tests.conftest import SimulatedParticles
 from tests.support.gloo import by_workers
 
-# On 300 images: nothing that needs a structure. Five batches an iteration; the first two search all poses.
-GUIDED = {"train.rows": "300", "guided.shift_radius_a": "6", "guided.bootstrap_steps": "8",
-          "guided.bootstrap_rounds": "1", "guided.starts": "1", "guided.iterations": "4",
-          "guided.batch_size": "64"}  # fmt: skip
+# On few images: nothing that needs a structure. Four batches an iteration; the encoder learns in the third.
+GUIDED = {"train.rows": "200", "guided.start": "poses", "guided.shift_radius_a": "6", "guided.batch_size": "64",
+          "guided.iterations": "3", "guided.settled_iterations": "9", "train.final_pass": "false"}  # fmt: skip
 AUTOENCODER = {"pose.source": "encoder", "autoencoder.starts": "2", "autoencoder.start_steps": "4",
                "autoencoder.steps": "12", "autoencoder.batch_size": "32", "encoder.hidden": "32",
                "monitor.every": "6", "monitor.pictures_every": "6", "train.checkpoint_every": "12",
@@ -103,32 +101,34 @@ def test_a_guided_run_goes_on_within_its_iterations(
     simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setattr("scalecryo.train.stages.final_pass.BATCH", 100)
-    start(simulated.store, whole, GUIDED)
-    posed: list[int] = []
-    estimate = ReferencePoses.estimate
-
-    def counted(self: ReferencePoses, images: Any) -> Any:
-        posed.append(int(images.rows[0]))
-        return estimate(self, images)
-
-    monkeypatch.setattr(ReferencePoses, "estimate", counted)
-    # In its start, in the first iteration, in one whose encoder learns, in the next, and in the final pass.
-    stops = (Bootstrap, 3), (Refinement, 2), (Refinement, 3 + 5 + 4), (Refinement, 1 + 2), (FinalPass, 2)
-    stopped_and_resumed(monkeypatch, simulated.store, cut, GUIDED, *stops)
-    for name in ("map.mrc", "half1.mrc", "half2.mrc"):
-        assert (whole / name).read_bytes()[1024:] == (cut / name).read_bytes()[1024:]  # past the header's date
-    first, second = (read_poses(str(run / "particles.star")) for run in (whole, cut))
-    assert np.array_equal(first.rotation, second.rotation)
+    start(simulated.posed_store, whole, GUIDED)
+    # In the first iteration, and twice in the one whose encoder learns.
+    stops = (Refinement, 2), (Refinement, 2 + 4 + 1), (Refinement, 2)
+    stopped_and_resumed(monkeypatch, simulated.posed_store, cut, GUIDED, *stops)
+    first, second = newest_state(whole), newest_state(cut)
+    found = []
+    for run, state in ((whole, first), (cut, second)):
+        poses = ParticleState(RunFolder(str(run)), simulated.count)
+        poses.load(state.pop("parts"))  # which are others, since it was stopped
+        found.append(poses.columns())
+    assert_same(first, second)
+    for name in found[0]:
+        assert np.array_equal(found[0][name], found[1][name])
     told = "halves/fsc_mean", "encoder_loss", "likelihood_gain_per_image", "iteration/restless_share"
     assert rows_of(whole, *told) == rows_of(cut, *told)
-    assert posed.count(100) == 1  # the second batch of the final pass was not posed again
     assert not (cut / "checkpoints" / "paused").exists()
+    # The final pass keeps the poses that it found: its resumption takes them in (test_guided).
+    monkeypatch.setattr("scalecryo.train.stages.final_pass.BATCH", 100)
+    told_after(monkeypatch, FinalPass, 2)
+    with pytest.raises(Stopped, match="final pass, where it stands is saved"):
+        start(simulated.posed_store, cut, GUIDED | {"train.final_pass": "true"}, resume=True)
+    (part,) = (cut / "particles").glob("final_*/*.npz")
+    assert np.array_equal(np.load(part)["rows"], np.arange(200))
 
 
 @pytest.mark.parametrize(
     ("stage", "settings", "stops"),
-    [(GradientDescent, PAPER, (3, 1)), (AutoEncoding, AUTOENCODER, (4 + 2, 2 + 4 + 10 + 3))],
+    [(GradientDescent, PAPER, (3, 1)), (AutoEncoding, AUTOENCODER, (4 + 2, 2 + 4 + 2 + 5))],
 )
 def test_a_run_of_steps_goes_on_between_any_two(
     simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: type,
@@ -145,17 +145,16 @@ def test_a_run_of_steps_goes_on_between_any_two(
 
 
 def test_other_settings_begin_the_pass_anew(
-    simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patched:
         told_after(patched, Refinement, 2)
         with pytest.raises(Stopped):
-            start(simulated.store, tmp_path / "run", GUIDED)
+            start(simulated.posed_store, tmp_path / "run", GUIDED)
     assert (tmp_path / "run" / "checkpoints" / "paused" / "place.json").exists()
-    other = GUIDED | {"guided.batch_size": "100", "guided.iterations": "1", "train.final_pass": "false"}
-    with caplog.at_level("INFO"):
-        start(simulated.store, tmp_path / "run", other, resume=True)
-    assert "its pass begins anew" in caplog.text
+    other = GUIDED | {"guided.batch_size": "100", "guided.iterations": "1"}
+    start(simulated.posed_store, tmp_path / "run", other, resume=True)
+    assert "begins anew" in capfd.readouterr().err
     assert len(newest_state(tmp_path / "run")["parts"]) > 0
 
 
@@ -178,6 +177,9 @@ def test_the_command_ends_in_one_line(
     assert not (tmp_path / "run" / "report.html").exists()  # which is of runs that ended or failed
 
 
+NEVER = 1000
+
+
 class ToldLater(stopping.Notice):
     """Given from the question of this number on."""
 
@@ -195,32 +197,30 @@ class ToldLater(stopping.Notice):
         assert not value
 
 
-def train_until(world: World, config: Config, questions: int) -> None:
+def train_until(world: World, runs: Sequence[tuple[Config, int]]) -> None:
     stopping.ASK_SECONDS = 0.0  # all ask after each batch: nothing depends on the clock
-    notice = ToldLater(questions) if world.rank == 1 else stopping.Notice()
-    try:
-        loop.train(config, world, torch.device("cpu"), notice=notice)
-    except Stopped:
-        assert questions < 1000
+    for config, questions in runs:
+        notice = ToldLater(questions) if world.rank == 1 else stopping.Notice()
+        with suppress(Stopped):
+            loop.train(config, world, torch.device("cpu"), notice=notice)
+        if world.is_leader:
+            assert (Path(config.run.out) / "checkpoints" / "paused").exists() == (questions < NEVER)
 
 
 def test_two_workers_stop_at_the_same_batch_and_go_on(simulated: SimulatedParticles, tmp_path: Path) -> None:
     """Only the second worker is told; a batch later both leave the iteration."""
     configs = []
     for name in ("whole", "cut"):
-        config = load_config(None, GUIDED | {"train.rows": "200"})
-        run = dataclasses.replace(config.run, data=simulated.store, out=str(tmp_path / name), workers="2")
+        config = load_config(None, GUIDED | {"guided.iterations": "1"})
+        run = dataclasses.replace(config.run, data=simulated.posed_store, out=str(tmp_path / name), workers="2")
         configs.append(dataclasses.replace(config, run=run))
         RunFolder(str(tmp_path / name)).create(configs[-1], resume=False)
     whole, cut = configs
-    by_workers(train_until, whole, 1000)
-    by_workers(train_until, cut, 8 + 2 + 4 + 4 + 1)  # steps and judges of the start, four batches an iteration
-    paused = tmp_path / "cut" / "checkpoints" / "paused"
-    place = json.loads((paused / "place.json").read_text())
-    assert (place["stage"], place["workers"]) == ("refinement", 2)
-    assert sorted(path.name for path in paused.glob("worker_*.pt")) == ["worker_0.pt", "worker_1.pt"]
-    by_workers(train_until, cut, 1000)
-    for name in ("map.mrc", "half1.mrc"):
-        assert (tmp_path / "whole" / name).read_bytes()[1024:] == (tmp_path / "cut" / name).read_bytes()[1024:]
+    # One batch of imported poses, four of the iteration; it is told in the second of them.
+    by_workers(train_until, [(whole, NEVER), (cut, 1 + 1), (cut, NEVER)])
+    states = [newest_state(tmp_path / name) for name in ("whole", "cut")]
+    for state in states:
+        del state["parts"]  # which are others, since it was stopped
+    assert_same(*states)
     told = "halves/fsc_mean", "likelihood_gain_per_image"
     assert rows_of(tmp_path / "whole", *told) == rows_of(tmp_path / "cut", *told)

@@ -71,7 +71,7 @@ class AutoEncoding:
         learned.encoder, learned.steps = self._trainer, self._march.steps
         self._starts = RandomStarts(settings.starts, settings.start_steps, settings.steps)
         self._judges: list[tuple[Tensor, ParticleImages]] = []  # circles and white images of held-out particles
-        self._step = 0  # of the march
+        self._step, self._until = 0, -1  # of the march, and where the pass under way ends; -1: none is
         self._batches = 0  # read in all
         self._losses: list[Tensor] = []
         self._gains = torch.zeros(3, dtype=torch.float64, device=context.device)
@@ -94,7 +94,9 @@ class AutoEncoding:
         if self._step < self._march.steps:
             every = (config.monitor.every, config.monitor.pictures_every, config.train.checkpoint_every)
             due = min((self._step // period + 1) * period for period in every) - self._step
-            return self._read(self._march.at(self._step).level, min(due, self._march.rest(self._step)))
+            batches = min(due, self._march.rest(self._step))
+            self._until = self._step + batches
+            return self._read(self._march.at(self._step).level, batches)
         return self._read(max(self._march.levels), JUDGE_BATCHES, LOOK_SIZE)
 
     def step(self, *images: ParticleImages) -> None:
@@ -129,11 +131,14 @@ class AutoEncoding:
 
     def pause(self) -> Pause | None:
         """Between two steps where maps are solved, since it begins with solved ones; not while it looks or judges."""
-        step = self._step if self._starts.over else self._starts.steps + len(self._losses)
-        if not self._losses or not self._march.at(step - 1).refresh:
+        starts, learnt = self._starts, len(self._losses)
+        step = self._step if starts.over else starts.steps + learnt
+        within = 0 < step < self._march.steps if starts.over else 0 < learnt < starts.next_steps
+        if not within or self._step == self._until or not self._march.at(step - 1).refresh:
             return None
-        held = {"state": self.state_dict(), "maps": self._trainer.maps.state_dict()}
-        return Pause(held | {"losses": torch.stack(self._losses).cpu()}, whole=True)
+        losses = torch.tensor([float(loss) for loss in self._losses])
+        held = {"state": self.state_dict(), "maps": self._trainer.maps.state_dict(), "losses": losses}
+        return Pause(held, reached=self._step)
 
     def resume_pass(self, pause: Pause) -> BatchRequest:
         """The steps that are left."""
@@ -141,10 +146,8 @@ class AutoEncoding:
         self._trainer.set_maps(self._loaded_maps(pause.common["maps"]))
         request = self.request()
         self._losses = list(pause.common["losses"].to(self._context.device))
-        if self._starts.over:
-            return request
-        assert request.batches is not None, "request() says how many"
-        return replace(request, batches=request.batches - len(self._losses))
+        left = self._starts.next_steps - len(self._losses)
+        return request if self._starts.over else replace(request, batches=left)
 
     def done(self) -> bool:
         """Whether held-out particles were judged."""
@@ -317,6 +320,8 @@ class AutoEncoding:
     def _finish_steps(self) -> PassReport:
         config, step, last = self._context.config, self._step, self._step == self._march.steps
         loss = float(torch.stack(self._losses).mean())  # host sync: once a pass
+        self._until = -1
+        self._losses.clear()
         self._refuse_nan(loss)
         due = {name: step % period == 0 or last for name, period in (
             ("scalars", config.monitor.every), ("pictures", config.monitor.pictures_every),

@@ -44,7 +44,7 @@ class GradientDescent:
         self._replica: Replica | None = None
         self._pixels = context.pixels(level)
         learned.model = self._model
-        self._step = 0
+        self._step, self._until = 0, 0  # the last one of the pass under way; 0: none is
         self._losses = torch.zeros((), device=context.device)  # since the last checkpoint
         self._loss, self._images = self._losses, 0
         self._last: tuple[ParticleImages, AutoEncoderOutput] | None = None
@@ -55,7 +55,7 @@ class GradientDescent:
         config, step = self._context.config, self._step
         every = (config.monitor.every, config.monitor.pictures_every, config.train.checkpoint_every)
         last = min(config.train.steps, *((step // period + 1) * period for period in every))
-        self._images = 0
+        self._images, self._until = 0, last
         if self._replica is None:  # collective, and after the parameters were loaded
             volume = self._model.volume
             self._replica = Replica(
@@ -85,7 +85,7 @@ class GradientDescent:
             TrainingError: the loss is no longer a number.
         """
         config, step = self._context.config, self._step
-        last = step == config.train.steps
+        last, self._until = step == config.train.steps, 0
         due = {name: step % period == 0 or last for name, period in (
             ("scalars", config.monitor.every), ("pictures", config.monitor.pictures_every),
             ("checkpoint", config.train.checkpoint_every))}  # fmt: skip
@@ -105,9 +105,11 @@ class GradientDescent:
         )  # fmt: skip
         return report
 
-    def pause(self) -> Pause:
-        """A checkpoint between any two steps."""
-        return Pause({"state": self.state_dict(), "losses": self._losses.cpu()}, whole=True)
+    def pause(self) -> Pause | None:
+        """A checkpoint between any two steps; before the last one of a pass is reported, not yet."""
+        if self._step == self._until:
+            return None
+        return Pause({"state": self.state_dict(), "losses": self._losses.cpu()}, reached=self._step)
 
     def resume_pass(self, pause: Pause) -> BatchRequest:
         """The steps that are left of it."""

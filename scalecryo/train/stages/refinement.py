@@ -122,8 +122,7 @@ class Refinement:
 
     def pause(self) -> Pause:
         """Sums and poses of the iteration so far."""
-        assert self._iteration is not None, "request() comes first"
-        return self._iteration.pause()
+        return Pause() if self._iteration is None else self._iteration.pause()
 
     def resume_pass(self, pause: Pause) -> BatchRequest:
         """The batches that are left of the iteration."""
