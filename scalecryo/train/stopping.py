@@ -75,16 +75,20 @@ def notice_of_sigterm(tell: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def leave_word(run: RunFolder) -> None:
-    """Tell the workers of a run, wherever they are, that it should end."""
-    # From a thread of its own: a signal may come in the middle of a request.
-    threading.Thread(target=run.write, args=(WORD, b""), name="word-to-end").start()
+class DriversNotice(Notice):
+    """Told to the driver, which leaves word to the workers of its run, wherever they are."""
 
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__()
+        self._run = run
+        if urls.exists(run.path(WORD)):  # a word to an earlier run is not meant for this one
+            urls.remove_tree(run.path(WORD))
 
-def remove_word(run: RunFolder) -> None:
-    """A word to an earlier run is not meant for this one."""
-    if urls.exists(run.path(WORD)):
-        urls.remove_tree(run.path(WORD))
+    def give(self) -> None:
+        """Leave word."""
+        super().give()
+        # From a thread of its own: a signal may come in the middle of a request.
+        threading.Thread(target=self._run.write, args=(WORD, b""), name="word-to-end").start()
 
 
 @contextmanager
@@ -172,9 +176,7 @@ class Stopping:
             return stage.request()
         self._paused = None
         if replace(found, reached=place.reached) != place or not isinstance(stage, Pausable):
-            logger.info(
-                "%s: settings or workers are others than when it was stopped: this pass begins anew", stage.name
-            )
+            logger.info("%s: settings or workers are others than when it was stopped: the pass begins anew", stage.name)
             return stage.request()
         request = stage.resume_pass(load_pause(self._context.run, self._context.world))
         logger.info("%s: goes on within a pass, %s batches are left", stage.name, request.batches)
