@@ -133,7 +133,10 @@ class GuidedConfig(Section):
     bootstrap_rounds: int = option(20, "most rounds of the bootstrap, which ends sooner as a rule", GUIDED, least=1)
     bootstrap_batch: int = option(100, "particles in its batches, over both halves and all workers", GUIDED, least=1)
     shift_radius_a: float = option(
-        0.0, "largest shift that is searched, Å; 0: 5 % of the box, at least 12; pose.centred = true: none", EM, least=0
+        0.0,
+        "largest shift searched, Å; 0: 5 % of the box (at least 12), up to 20 % where particles lie farther off",
+        EM,
+        least=0,
     )
     iterations: int = option(20, "most iterations of the refinement", EM, least=1)
     search_iterations: int = option(8, "most of them that search all rotations, while particles jump", GUIDED, least=0)

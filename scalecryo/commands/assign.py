@@ -14,7 +14,7 @@ from scalecryo.train.forecast import Forecast, parts_of
 from scalecryo.train.loop import load_trained, run_stages
 from scalecryo.train.particle_state import FOLDER as PARTS
 from scalecryo.train.progress import RunProgress
-from scalecryo.train.recipes import VARIETY
+from scalecryo.train.recipes import variety_stages
 from scalecryo.train.stage import Stage
 from scalecryo.train.stages.final_pass import FinalPass
 from scalecryo.train.stages.placed import PlacedParticles
@@ -36,7 +36,7 @@ def run(run: str, *, data: str | None, out: str | None) -> None:
     if out is not None:
         target.create(config, resume=urls.exists(target.path(PARTS)))  # a killed assignment goes on
     if config.train.components and same and out is None:
-        stages += [maker(context, learned) for maker in VARIETY]
+        stages += variety_stages(context, learned)
     elif config.train.components:
         placed = PlacedParticles.of(context, learned, target)
         stages += [] if placed is None else [placed]

@@ -30,6 +30,8 @@ class ComponentCurves:
         passing: number of them that are confirmed.
         box_size: px, of the shells.
         pixel_size: Å.
+        encoder: of each passing component how the encoder's coordinates correlate with the exact ones, and their root
+            mean square error over the spread; None: there is no encoder.
     """
 
     variance: Float[NDArray, " q"]
@@ -39,6 +41,7 @@ class ComponentCurves:
     passing: int
     box_size: int
     pixel_size: float
+    encoder: tuple[Float[NDArray, " p"], Float[NDArray, " p"]] | None = None
 
     @property
     def verdict(self) -> str:
@@ -65,6 +68,12 @@ class ComponentCurves:
             lines.append(
                 f"component {number}: {100 * variance / total:.1f} % of what the components explain; halves agree "
                 f"(FSC {SIGNAL}) to {reach}; log-likelihood per image never seen {gain:+.2f} ± {error:.2f}"
+            )
+        if self.encoder is not None:
+            correlation, error = (" ".join(f"{value:.2f}" for value in values) for values in self.encoder)
+            lines.append(
+                f"the encoder's coordinates of particles that it has not learnt from correlate by {correlation} with "
+                f"the exact ones, with an error of {error} of their spread"
             )
         return "\n".join(lines)
 

@@ -11,10 +11,10 @@ NYQUIST_SHARE = 0.93
 # A particle's shape is decided by some shells within its diameter; below so many its map is a blob with any poses.
 LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
-# Of the signal that right poses would add up. Auto-encoders that found the structure had 0.42 to 0.68 of it on a spike,
-# 1.5 to 6.2 on other sets; three that ended in a local optimum of the poses 0.13, 0.21 and 0.32 (README). Chosen on
-# these runs, of which the failed ones are all of one set: others may need another.
-LEAST_COHERENT = 0.37
+# Of the signal that right poses of even views would add up: as if four of five particles were not there. Right runs had
+# 0.9 to 1.2 of it, and 0.22 to 0.6 where a symmetric particle's poses gathered in a part of the sphere; runs in a local
+# optimum of the poses 0.07 to 0.18 (README).
+LEAST_COHERENT = 0.2
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Evidence:
         junk: share of the images that show no particle.
         independent: whether the halves were posed against maps of their own.
         warnings: what was found otherwise, one sentence each.
-        coherent: half-maps' share of the signal that right poses would add up; None: not known.
+        coherent: half-maps' share of the signal that right poses of even views would add up; None: not known.
+        coverage: what the views leave of that signal.
     """
 
     angstrom: float
@@ -59,6 +60,7 @@ class Evidence:
     independent: bool
     warnings: Sequence[str] = ()
     coherent: float | None = None
+    coverage: float = 1.0
 
 
 HAND = "The hand cannot be known from images: compare with a known structure, or look at helices from about 7 Å on."
@@ -92,13 +94,25 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
     )  # fmt: skip
 
 
-def incoherent(share: float | None) -> str:
-    """What to say where half-maps hold too little of the signal that right poses would add up; else nothing."""
+def incoherent(share: float | None, coverage: float) -> str:
+    """What to say where half-maps hold too little of the signal that right poses would add up; else nothing.
+
+    Args:
+        share: of that signal; None: not known.
+        coverage: what would be left of it by the views alone.
+    """
     if share is None or share >= LEAST_COHERENT:
         return ""
+    held = f"the half-maps hold {share:.0%} of the signal that right poses of even views would add up, by the images' "
+    if coverage < share / coverage:
+        return (
+            f"{held}power above their noise: by how uneven the found views are {coverage:.0%} would be left. Most "
+            "particles lie alike, or the map is symmetric and its poses are not spread over its copies, or both halves "
+            "are distorted alike: try another train.seed, or pose.source guided, with --symmetry if it has one"
+        )
     return (
-        f"the half-maps hold {share:.0%} of the signal that right poses would add up, by the images' power above their "
-        "noise: many poses are likely to be wrong, alike in both halves. Try another train.seed, or pose.source guided"
+        f"{held}power above their noise: many poses are likely to be wrong, alike in both halves. Try another "
+        "train.seed, or pose.source guided"
     )
 
 
@@ -110,7 +124,7 @@ def _doubts(evidence: Evidence) -> list[str]:
             f"that is {evidence.diameter / evidence.angstrom:.1f} resolution elements across a particle of "
             f"{evidence.diameter:.0f} Å: a map so coarse can look alike with wrong poses"
         )
-    if told := incoherent(evidence.coherent):
+    if told := incoherent(evidence.coherent, evidence.coverage):
         found.append(told)
     if not evidence.independent:
         found.append("both halves were posed by one model, so their agreement is optimistic: it measures noise alone")

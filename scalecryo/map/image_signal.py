@@ -1,11 +1,15 @@
 """How much signal right poses would have added up, by the images' own power, and how much of it half-maps have.
 
 A half's N/2 images lay N/(4k) samples on every voxel of shell k. At right poses the half-maps' spectral signal-to-noise
-ratio, FSC/(1 − FSC), is therefore N/(4k) times that of the images (Penczek 2010); wrong poses add signal incoherently,
-and less of it is left. Halves that went wrong alike agree none the less: this does not ask whether they agree, but how
-well.
+ratio, FSC/(1 − FSC), is therefore N/(4k) times that of the images (Penczek 2010), and larger by the share of the box
+that a solved map keeps: noise fills the box, the particle lies in its sphere. Wrong poses add signal incoherently, and
+uneven views (`slice_coverage`) leave directions bare: less of it is left. Halves that went wrong alike agree none the
+less: this asks not whether they agree, but how well.
+
+What the CTF carries into the corners of an image counts as noise, so that small boxes hold more than is asked for.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +18,7 @@ from torch import Tensor
 
 LEAST_SIGNAL = 0.02  # of the noise: corners are not so exactly like the noise in the middle that less could be told
 LEAST_SHELLS = 8  # with signal, from which on anything is said
+SPHERE = math.pi / 6  # of the box: what maps are cut to (`Backprojection.solve`)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class ImageSignal:
     def expected(self, particles: int) -> Float[Tensor, " shells"]:
         """Spectral signal-to-noise ratio of half-maps of so many images at right poses."""
         shell = torch.arange(len(self.ratio), device=self.ratio.device).clamp_min(1)
-        return self.ratio * particles / (4 * shell)
+        return self.ratio * particles / (4 * SPHERE * shell)
 
     def last_shell(self, particles: int) -> int:
         """Up to which such half-maps would agree (FSC 0.5) in a row. Host sync."""
@@ -37,13 +42,13 @@ class ImageSignal:
         return int(enough[1:].long().cumprod(0).sum())
 
     def coherent_share(self, fsc: Float[Tensor, " n"], particles: int) -> float | None:
-        """Signal-to-noise ratio of half-maps over what right poses would give; None: too little signal to tell.
+        """Signal-to-noise ratio of half-maps over what right poses of even views would give; None: too little signal.
 
-        The median over the upper half of the shells with signal, where wrong poses tell most. Of particles that fill a
-        small part of the box it is above 1, since neighbouring samples are averaged. Host sync.
+        The median over the upper half of the shells with signal, where wrong poses tell most. Where the images of a
+        share p add up and the others' signal is lost, it is p². Host sync.
 
         Args:
-            fsc: of the half-maps, no mask.
+            fsc: of the half-maps, cut to the sphere and not masked further.
             particles: in both.
         """
         last = min(self.last_shell(particles), len(fsc) - 1)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from scalecryo.distributed.world import World
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import compare_turned, rotational_symmetry, symmetry_operations
 from scalecryo.map.reference import ReferenceSet
@@ -83,18 +84,42 @@ class RelatedPoses:
         return cls(torch.eye(3, device=device)[None], torch.zeros(1, 3, device=device))
 
     @classmethod
-    def of(cls, volume: Float[Tensor, "n n n"], most: int, *, centred: bool) -> "RelatedPoses":
+    def of(
+        cls, volume: Float[Tensor, "n n n"], most: int, *, centred: bool, group: PointGroup | None = None
+    ) -> "RelatedPoses":
         """Of a map.
 
         Args:
             volume: the map.
             most: operations kept, the identity among them.
             centred: no pose has a shift.
+            group: whose own operations are left out; None: C1.
         """
-        found = symmetry_operations(volume.cpu())[:most]
+        known = None if group is None else group.others.cpu()
+        found = symmetry_operations(volume.cpu(), others=known)[:most]
         offset = torch.stack([one.shift_px for one in found]) / volume.shape[-1]
         rotation = torch.stack([one.rotation.mT for one in found])
         return cls(rotation, torch.zeros_like(offset) if centred else offset)
+
+    @classmethod
+    def of_leader(
+        cls,
+        volume: Float[Tensor, "n n n"],
+        most: int,
+        world: World,
+        *,
+        centred: bool,
+        group: PointGroup | None = None,
+    ) -> "RelatedPoses":
+        """Of a map, found by worker 0 for all: others might round otherwise. Collective."""
+        found = torch.zeros(most, 3, 4)
+        if world.is_leader:
+            some = cls.of(volume, most, centred=centred, group=group)
+            found[: len(some)] = torch.cat([some.rotation, some.offset[..., None]], -1)
+        found = found.to(volume.device)
+        world.all_reduce_(found)
+        found = found[found[..., :3].abs().sum((1, 2)) > 0]  # host sync
+        return cls(found[..., :3].contiguous(), found[..., 3].contiguous())
 
     def __len__(self) -> int:
         return len(self.rotation)

@@ -24,7 +24,9 @@ from scalecryo.evaluate.mixture import Mixture
 from scalecryo.evaluate.report import Section, Surface, fsc_figure, with_sections
 from scalecryo.map.postprocess import postprocess
 from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.aberrations import recorded_shift
 from scalecryo.physics.fsc import resolution
+from scalecryo.physics.poses import Poses
 from scalecryo.runs.class_results import fsc_table, write_maps
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.projector import write_points
@@ -53,6 +55,7 @@ class Variety:
         sd: their standard deviations.
         mixture: states among the passing components; None where none passes.
         maps: half-maps of every state; None where there are none.
+        poses: of all particles, where they were refined with the components; else None.
     """
 
     mean: Float[Tensor, "n n n"]
@@ -64,6 +67,7 @@ class Variety:
     sd: Float[NDArray, "particles q"]
     mixture: Mixture | None
     maps: ReferenceSet | None
+    poses: Poses | None = None
 
     @property
     def states(self) -> "States":
@@ -115,7 +119,7 @@ def write_variety(run: RunFolder, store: ParticleStore, variety: Variety, seed: 
     _write_volumes(run, variety)
     states = variety.states.of(variety.z)
     variety.states.write(run)
-    _write_coordinates(run, store, variety.z, variety.sd, states)
+    _write_coordinates(run, store, variety.z, variety.sd, states, variety.poses)
     summaries, more = _write_states(run, variety, states, seed)
     label = None if states is None else states[0]
     places = np.linspace(-REACH, REACH, STEPS)[::2].tolist()
@@ -132,6 +136,7 @@ def write_placed(
     z: Float[NDArray, "particles q"],
     sd: Float[NDArray, "particles q"],
     known: States,
+    poses: Poses | None,
 ) -> None:
     """Write what particles are in a model that others were learnt from: columns of the table, z.npz, a section.
 
@@ -141,10 +146,11 @@ def write_placed(
         z: coordinates, by row of the store.
         sd: their standard deviations.
         known: states of the run that learnt the model.
+        poses: of the particles, where they were refined with the components; else None.
     """  # fmt: skip
     urls.make_folder(run.path(FOLDER))
     states = known.of(z)
-    _write_coordinates(run, store, z, sd, states)
+    _write_coordinates(run, store, z, sd, states, poses)
     if states is None or known.mixture is None:
         return
     label, count = states[0], len(known.mixture)
@@ -183,15 +189,24 @@ def _add_sections(run: RunFolder, sections: Sequence[Section]) -> None:
         run.write("report.html", page.encode())
 
 
-def _write_coordinates(run: RunFolder, store: ParticleStore, z: NDArray, sd: NDArray, states: Labels | None) -> None:
+def _write_coordinates(
+    run: RunFolder, store: ParticleStore, z: NDArray, sd: NDArray, states: Labels | None, poses: Poses | None
+) -> None:
     """components/z.npz and the columns of particles.star."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, z=z, sd=sd)
     run.write(f"{FOLDER}/z.npz", buffer.getvalue())
     # The table's rows are in the order of the source's.
-    order = np.argsort(store.table().columns["source_row"], kind="stable")
+    table = store.table().columns
+    order = np.argsort(table["source_row"], kind="stable")
     columns = {name: values[order] for name, values in _columns(z, sd, states).items()}
-    relion.add_columns(run.path("particles.star"), columns)
+    posed = None
+    if poses is not None:
+        shift = poses.shift.cpu()
+        if store.has_aberrations:  # the table's origins are of images as recorded
+            shift = recorded_shift(shift, torch.from_numpy(table["magnification"]))
+        posed = _array(poses.rotation)[order], _array(shift)[order]
+    relion.add_columns(run.path("particles.star"), columns, posed)
 
 
 def _write_volumes(run: RunFolder, variety: Variety) -> None:

@@ -13,6 +13,7 @@ from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.evaluate.cones import ConicalFsc
 from scalecryo.evaluate.report.surface import GRID, Surface
+from scalecryo.evaluate.slice_coverage import slice_coverage
 from scalecryo.map.image_signal import ImageSignal
 from scalecryo.map.postprocess import FinalMap
 from scalecryo.map.reference import ReferenceSet
@@ -96,9 +97,19 @@ class FinalResults:
 
     @cached_property
     def coherent_share(self) -> float | None:
-        """Of the signal that right poses would add up, by `ImageSignal`; None: not known."""
+        """Of the signal that right poses of even views would add up, by `ImageSignal`; None: not known."""
         signal = self.particles.signal
         return None if signal is None else signal.coherent_share(self.maps.fsc[0], len(self.particles.poses))
+
+    @cached_property
+    def coverage(self) -> float:
+        """What the views leave of that signal, by `slice_coverage`; the halves' noises add. 1 where it is not known."""
+        if self.particles.signal is None:
+            return 1.0
+        poses = self.particles.poses
+        loss = [1 / slice_coverage(poses.rotation[own], poses.particle_probability[own])
+                for own in (self.particles.half == 1, self.particles.half == 2)]  # fmt: skip
+        return 2 / sum(loss)
 
     @cached_property
     def diameter(self) -> float:

@@ -184,14 +184,8 @@ class AutoEncoderTrainer:
         """Find the maps' pseudo-symmetries: at low frequencies related poses look alike, and half the images would stay
         in the wrong one. Collective.
         """
-        found = torch.zeros(MOST_SYMMETRIES, 3, 4)
-        if self._world.is_leader:  # others might round otherwise
-            some = RelatedPoses.of(self.maps.maps().mean(0), MOST_SYMMETRIES, centred=self.encoder.centred)
-            found[: len(some)] = torch.cat([some.rotation, some.offset[..., None]], -1)
-        found = found.to(self.related.rotation.device)
-        self._world.all_reduce_(found)
-        found = found[found[..., :3].abs().sum((1, 2)) > 0]  # host sync: once a level
-        self.related = RelatedPoses(found[..., :3].contiguous(), found[..., 3].contiguous())
+        mean = self.maps.maps().mean(0)
+        self.related = RelatedPoses.of_leader(mean, MOST_SYMMETRIES, self._world, centred=self.encoder.centred)
 
     def insert_at_random(self, white: ParticleImages, generator: torch.Generator) -> None:
         """First maps: a batch at random rotations, the same for any number of workers. Collective."""

@@ -2,12 +2,12 @@
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.data.io import urls
@@ -73,16 +73,33 @@ class PosedImages:
             return [cls._part(images, context, learned)] if len(images) else []
         return [cls._part(images.select(some), context, learned) for some in order.split(at_once)]
 
+    def at(self, rotation: Float[Tensor, "b 3 3"], shift: Float[Tensor, "b 2"]) -> "PosedImages":
+        """The same images at other poses; shift in Å."""
+        poses, images = replace(self.poses, rotation=rotation, shift=shift), self.images
+        return replace(self, poses=poses, centred=_centred(images, poses))
+
+    def where(self, other: "PosedImages", at: Bool[Tensor, " b"]) -> "PosedImages":
+        """The same images at another record's poses where `at` is true."""
+        rotation = torch.where(at[:, None, None], other.rotation, self.rotation)
+        shift = torch.where(at[:, None], other.poses.shift, self.poses.shift)
+        centred = torch.where(at[:, None], other.centred, self.centred)
+        return replace(self, poses=replace(self.poses, rotation=rotation, shift=shift), centred=centred)
+
     @classmethod
     def _part(cls, images: ParticleImages, context: RunContext, learned: Learned) -> "PosedImages":
         assert learned.posed is not None, "the final pass comes first"
         poses, seen = learned.posed.read(images.rows)
         # A model's confidence is how well it explains the image, no probability.
         weight = poses.particle_probability if learned.references is None else map_weight(poses)
-        pixels = images.pixels
-        ramp = shift_ramp(-poses.shift_px(images.pixel_size), pixels.kx, pixels.ky, pixels.box_size)
         ctf = torch.ones_like(images.transforms.real) if images.ctf is None else images.ctf
-        return cls(images, poses, images.transforms * ramp, ctf, weight * seen * context.chosen(images.rows))
+        return cls(images, poses, _centred(images, poses), ctf, weight * seen * context.chosen(images.rows))
+
+
+def _centred(images: ParticleImages, poses: PoseEstimates) -> Complex[Tensor, "b p"]:
+    """Transforms with the shift undone."""
+    pixels = images.pixels
+    ramp = shift_ramp(-poses.shift_px(images.pixel_size), pixels.kx, pixels.ky, pixels.box_size)
+    return images.transforms * ramp
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +141,7 @@ class ComponentModel:
         resolution: shell that the mean is resolved to.
         at_last_level: whether components are made at the level that the mean is resolved at.
         settled: whether another pass brings nothing.
+        rounds: how often poses were refined with the components.
     """
 
     def __init__(self, means: Float[Tensor, "2 n n n"], mask: Float[Tensor, "n n n"], count: int) -> None:
@@ -134,6 +152,7 @@ class ComponentModel:
         self.agreement: Float[Tensor, " q"] | None = None
         self.spread, self.resolution = 0.0, float(means.shape[-1] // 2 - 1)
         self.at_last_level = self.settled = False
+        self.rounds = 0
         self._transforms: dict[int, Tensor] = {}
         self.begin_moments()
 
@@ -185,6 +204,11 @@ class ComponentModel:
         assert self.components is not None, "the sketch comes first"
         flat = [fourier_resize_3d(volume, level) for volume in self.components.flatten(0, 1)]
         return torch.stack(flat).unflatten(0, (2, self.count))
+
+    def transform_at(self, half: int, place: Float[Tensor, " q"]) -> Complex[Tensor, "d d h"]:
+        """Padded transform of a half's map at a place of the latent space, at the level of the pass."""
+        mean, components = self._prepared(half)[0], self._prepared(half)[1:]
+        return mean + torch.einsum("q,qzyx->zyx", place.to(components), components)
 
     def residual(self, posed: PosedImages) -> tuple[Complex[Tensor, "b p"], Complex[Tensor, "b p"]]:
         """y − A μ and A μ, each image with its half's mean."""
@@ -258,12 +282,20 @@ class ComponentModel:
         """The components of an M-step."""
         self.components, self.curves, self.agreement = frame.components, frame.fsc, frame.agreement
 
+    def go_on_from(self, before: "ComponentModel") -> None:
+        """Keep the components, noise and contrast of a model whose poses were refined since."""
+        self.components, self.curves, self.agreement = before.components, before.curves, before.agreement
+        shells = min(len(self.noise), len(before.noise))
+        self.noise[:shells], self.noise[shells:] = before.noise[:shells], before.noise[shells - 1]
+        self.spread, self.at_last_level, self.rounds = before.spread, True, before.rounds + 1
+
     def to_bytes(self, identity: str, passes: int) -> bytes:
         """The model as a file, with what it was made of and how many passes made it."""
         arrays = {name: getattr(self, name) for name in ARRAYS if name != "spread"}
         held = {name: value.cpu().numpy() for name, value in arrays.items() if value is not None}
         buffer = io.BytesIO()
-        numbers = np.array([passes, self.count, self.spread, self.resolution, self.at_last_level, self.settled])
+        where = passes, self.count, self.spread, self.resolution, self.at_last_level, self.settled, self.rounds
+        numbers = np.array(where)
         np.savez(buffer, allow_pickle=False, identity=np.array(identity), numbers=numbers, **held)
         return buffer.getvalue()
 
@@ -276,13 +308,14 @@ class ComponentModel:
         with np.load(io.BytesIO(urls.read_bytes(path)), allow_pickle=False) as held:
             if identity is not None and str(held["identity"]) != identity:
                 return None
-            passes, count, spread, resolution, last, settled = held["numbers"].tolist()
+            passes, count, spread, resolution, last, settled, *more = held["numbers"].tolist()
             tensors = {key: torch.from_numpy(held[key]).to(context.device) for key in ARRAYS if key in held}
         model = cls(tensors["means"], tensors["mask"], int(count))
         for key, value in tensors.items():
             setattr(model, key, value)
         model.spread, model.resolution = spread, resolution
         model.at_last_level, model.settled = bool(last), bool(settled)
+        model.rounds = int(more[0]) if more else 0  # older runs have none
         return model, int(passes)
 
     def _by_half(self, posed: PosedImages) -> Iterator[tuple[int, Tensor]]:

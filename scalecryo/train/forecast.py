@@ -20,6 +20,7 @@ SOLVE_SECONDS = 2.0  # of an iteration's maps at 128 px
 RESULT_SECONDS = 10.0  # maps, curves and pictures at 128 px
 LEARNT = 8000.0  # images a second and component of a pass that learns components, at 64 px
 COMPONENT_PASSES, COMPONENT_PARTICLES, COMPONENT_LEVEL = 10, 200_000, 128
+POSE_ROUNDS, ROUND_PASSES, POSED_AS, ENCODED_SECONDS = 2, 4, 8, 30.0
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
 CLASS_ROUNDS, FRESH_ROUNDS = 7, 2  # of the start of several classes, and of them with fresh maps; both FRESH at first
 FRESH = 2
@@ -79,8 +80,13 @@ def _variety(config: Config, particles: int, full: int) -> list[Part]:
     solving = 0.3 * SOLVE_SECONDS * count * (min(full, COMPONENT_LEVEL) / 128) ** 3
     one = min(particles, COMPONENT_PARTICLES) / (LEARNT / count * (64 / min(full, COMPONENT_LEVEL)) ** 1.3) + solving
     placed = particles / (4 * LEARNT / count * (64 / min(full, COMPONENT_LEVEL)) ** 1.3)
+    rounds = []
+    for number in range(1, (POSE_ROUNDS if config.recipe in ("guided", "poses") else 0) + 1):
+        rounds += [Part(f"poses of states, round {number}", POSED_AS * placed),
+                   Part(f"components, round {number}", ROUND_PASSES * one, 0, ROUND_PASSES)]  # fmt: skip
     return [
-        Part("components", COMPONENT_PASSES * one, 0, COMPONENT_PASSES), Part("coordinates", placed),
+        Part("components", COMPONENT_PASSES * one, 0, COMPONENT_PASSES), *rounds, Part("coordinates", placed),
+        Part("latent encoder", ENCODED_SECONDS, 0, 2),
         Part("state maps", particles / (POSED * (128 / full) ** 1.5), RESULT_SECONDS * (full / 128) ** 3),
     ]  # fmt: skip
 

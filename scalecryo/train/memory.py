@@ -108,7 +108,8 @@ def _components(low: int, full: int, count: int) -> int:
     learning = grid(low) * (2 * 4 * channels + max(2 * transforms, 4 * channels + 8 * count + SHELLS))
     placing = grid(low) * 3 * transforms  # of both halves, and of their mean
     maps = min(max(STATE_SUMS, sums_bytes(full, 2)), sums_bytes(full, 2 * STATES)) + grid(full) * 2 * transforms
-    return PARTS_OF_IMAGES + max(learning, placing, maps)
+    posing = grid(low) * 2 * transforms + POSING  # with the states of both halves that are searched
+    return PARTS_OF_IMAGES + max(learning, placing, maps, posing)
 
 
 def _refinement(level: int, classes: int, batch: int) -> int:

@@ -31,6 +31,7 @@ from scalecryo.runs.solvent_mask import load_solvent_mask
 from scalecryo.train.requirements import training_level
 
 SHIFT_SHARE, LEAST_SHIFT_RADIUS = 0.05, 12.0  # of the box, and Å: farther, and the start's grid of shifts is too coarse
+MOST_SHIFT_SHARE = 0.2  # of the box: a particle farther off is cut by its edge
 
 
 @dataclass(frozen=True)
@@ -147,16 +148,24 @@ class RunContext:
 
     @property
     def shift_radius(self) -> float:
-        """Largest shift that is searched, Å."""
-        given = self.config.guided.shift_radius_a
-        level = max(self.store.levels)
-        return given or max(LEAST_SHIFT_RADIUS, SHIFT_SHARE * level * self.store.level_pixel_size(level))
+        """Largest shift that is searched at first, Å."""
+        return self.config.guided.shift_radius_a or max(LEAST_SHIFT_RADIUS, SHIFT_SHARE * self._box_a)
 
-    def shift_grid_px(self, level: int) -> Float[Tensor, "t 2"]:
+    @property
+    def most_shift_radius(self) -> float:
+        """Largest shift that may be searched, Å: what the user says, or as far as the images suggest."""
+        return self.config.guided.shift_radius_a or max(self.shift_radius, MOST_SHIFT_SHARE * self._box_a)
+
+    @property
+    def _box_a(self) -> float:
+        level = max(self.store.levels)
+        return level * self.store.level_pixel_size(level)
+
+    def shift_grid_px(self, level: int, radius_a: float) -> Float[Tensor, "t 2"]:
         """Shift hypotheses in px of a level: none where particles are centred, else a disc, about 1.5 px apart."""
         if not self.fit_shift:
             return torch.zeros(1, 2, device=self.device)
-        radius = self.shift_radius / self.store.level_pixel_size(level)
+        radius = radius_a / self.store.level_pixel_size(level)
         return shift_grid(radius, min(1.5, max(radius / 2, 0.5))).to(self.device)
 
     def order(self, level: int, batch_size: int) -> BatchOrder:

@@ -23,11 +23,14 @@ from scalecryo.train.stages.coordinates import CoordinatePass
 from scalecryo.train.stages.final_pass import FinalPass
 from scalecryo.train.stages.gradient_descent import GradientDescent
 from scalecryo.train.stages.imported_poses import ImportedPoses
+from scalecryo.train.stages.latent_encoding import LatentEncoding
 from scalecryo.train.stages.refinement import Refinement
 from scalecryo.train.stages.start_rounds import HALF_GRID
 from scalecryo.train.stages.state_maps import StateMaps
+from scalecryo.train.stages.state_poses import ROUNDS, StatePoses
 
 ENCODER_RADIUS = 12.0  # Fourier pixels that the encoder sees
+REFINED = ("guided", "poses")  # recipes whose poses are of references, not of a model or known
 
 StageMaker = Callable[[RunContext, Learned], Stage]
 RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
@@ -48,8 +51,16 @@ CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     }
 )
 """With several classes: by `train.class_mode`, or from imported poses."""
-VARIETY: tuple[StageMaker, ...] = (Components, CoordinatePass, StateMaps)
-"""Behind the final pass, with `train.components`."""
+VARIETY: tuple[StageMaker, ...] = (CoordinatePass, LatentEncoding, StateMaps)
+"""Behind what learns components."""
+
+
+def variety_stages(context: RunContext, learned: Learned) -> list[Stage]:
+    """Behind the final pass, with `train.components`: poses that references gave are refined with the components."""
+    stages: list[Stage] = [Components(context, learned)]
+    for rounds in range(ROUNDS if context.config.recipe in REFINED else 0):
+        stages += [StatePoses(context, learned, rounds), Components(context, learned, rounds + 1)]
+    return [*stages, *(maker(context, learned) for maker in VARIETY)]
 
 
 def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
@@ -65,9 +76,8 @@ def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
     chosen = RECIPES[recipe]
     if many:
         chosen = CLASS_RECIPES["poses" if recipe == "poses" else config.train.class_mode]
-    chosen += VARIETY if config.train.components else ()
-    makers = [maker for maker in chosen if maker not in left_out]
-    return [maker(context, learned) for maker in makers], learned
+    stages = [maker(context, learned) for maker in chosen if maker not in left_out]
+    return stages + (variety_stages(context, learned) if config.train.components else []), learned
 
 
 def _encoder_trainer(context: RunContext) -> EncoderTrainer | None:

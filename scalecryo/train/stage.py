@@ -28,6 +28,7 @@ class Learned:
         particles: last pose of every particle.
         references: half-maps of every class.
         groups: noise of each optics group and scale of each micrograph; None: not sought.
+        shift_radius: of a disc that holds nearly all shifts, Å; None: not known.
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
         steps: that curves and checkpoints count before the refinement's first iteration.
@@ -42,6 +43,7 @@ class Learned:
     particles: ParticleState
     references: ReferenceSet | None = None
     groups: ImageGroups | None = None
+    shift_radius: float | None = None
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
     steps: int = 0

@@ -119,3 +119,22 @@ def test_junk_gets_low_confidence_and_does_not_ruin_the_map(
     evaluate.run(str(run), truth=str(good))
     found = json.loads(capsys.readouterr().out)
     assert found["fsc_0.5_shell"] > 12  # of 15: a fifth less data costs less than a shell of 960 good images' map
+
+
+def test_particles_far_off_centre_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Reference: the simulated shifts, of which a quarter lie beyond the 12 Å that are searched at first; a Gaussian
+    # with sigma = 7 Å, so 4 sigma = 28 Å, and the limit of a fifth of the box is 25.6 Å. A particle at its edge is cut.
+    data, pixel_size = tmp_path / "far", 4.0
+    with as_file(files("scalecryo.data") / "4ake.pdb.gz") as structure:
+        simulate.run(str(structure), str(data), n=COUNT // 2, box=BOX, pixel_size=pixel_size, snr_db=3.0,
+                     defocus_um=(1.0, 2.5), astigmatism_um=0.0, shift_a=7.0, seed=6)  # fmt: skip
+    run = run_on(str(data / "particles.star"), tmp_path, guided__shift_radius_a="0", guided__encoder_steps="0",
+                 guided__bootstrap_rounds="2", guided__iterations="5")  # fmt: skip
+    assert "particles lie up to 2" in capsys.readouterr().err
+    found, true = read_poses(str(run / "particles.star")), read_poses(str(data / "truth.star"))
+    assert found.shift is not None
+    assert true.shift is not None
+    off, distance = np.linalg.norm(true.shift, axis=1), np.linalg.norm(found.shift - true.shift, axis=1)
+    far = (off > 14) & (off < 22)
+    assert far.sum() > 30
+    assert np.mean(distance[far] < pixel_size) > 0.9

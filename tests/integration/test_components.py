@@ -19,16 +19,23 @@ from scalecryo.distributed.world import World
 from scalecryo.errors import ConfigError
 from scalecryo.physics.mask import soft_sphere
 from scalecryo.runs.folder import RunFolder
+from scalecryo.train import recipes
 from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages import classification
+from scalecryo.train.stages import classification, latent_encoding
 from scalecryo.train.stages import components as stage
 from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
 
 BOX, PIXEL_SIZE, COUNT = 16, 4.0, 600
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder's error is measured elsewhere."""
+    monkeypatch.setattr(latent_encoding, "STEPS", 60)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.Tens
     return str(folder / "store.zarr"), mean, component, np.where(label == 1, 1, -1)
 
 
-def learn(data: str, out: Path, world: World | None = None, stages: int = 5, first: int = 1, **more: str) -> Learned:
+def learn(data: str, out: Path, world: World | None = None, stages: int = 6, first: int = 1, **more: str) -> Learned:
     """The map's gradient descent plays no part but for a checkpoint; it is left out."""
     settings = {"run.data": data, "run.out": str(out), "pose.source": "known", "train.steps": "1",
                 "train.components": "2", **more}  # fmt: skip
@@ -82,7 +89,13 @@ def test_two_conformations_are_found_and_told_apart(
     state = table["scalecryoState"].to_numpy()
     assert abs(np.corrcoef(state, sign)[0, 1]) > 0.85
     np.testing.assert_array_equal(table["rlnClassNumber"], state)
-    assert "Continuous variety" in (tmp_path / "run" / "report.html").read_text()
+    assert "Continuous variety" in (report := (tmp_path / "run" / "report.html").read_text())
+    assert "coordinates of particles that it has not learnt from correlate by" in report
+    assert coordinates.encoder is not None
+    correlation, error = coordinates.encoder
+    # Sixty steps of half of a hundred images: what it says has to do with the truth, and what is said of it is so.
+    assert correlation[0] > 0.5
+    assert error[0] < 1
     for name in ("states/state2/half1.mrc", "components/traversal1/09.mrc", "scree.png", "latent.png"):
         assert (tmp_path / "run" / name).exists()
     assert (tmp_path / "run" / "film1.png").exists()
@@ -108,7 +121,7 @@ def test_an_assignment_places_particles_of_another_store(
     """A part of the same particles, as a store of its own: what they are does not depend on which others are there."""
     data = particles[0]
     run = tmp_path / "run"
-    learned = learn(data, run, stages=5, first=0)
+    learned = learn(data, run, first=0)
     assert learned.coordinates is not None
     source = Path(data).parent / "data" / "truth.star"
     np.savetxt(tmp_path / "rows.txt", np.arange(100, 300), fmt="%d")
@@ -131,6 +144,42 @@ def test_an_assignment_places_particles_of_another_store(
     assert "Latent space" in (tmp_path / "placed" / "report.html").read_text()
     select.run(str(tmp_path / "placed"), str(tmp_path / "two.star"), query="state == 2")
     assert len(starfile.read(tmp_path / "two.star")["particles"]) == (state == 2).sum()
+
+
+def test_poses_are_refined_with_the_components(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a refinement's poses; the table gets them, and a run that goes on after a kill finds the same."""
+    monkeypatch.setattr(recipes, "ROUNDS", 1)
+    monkeypatch.setattr(stage, "PASSES", 6)
+    data, _, _, sign = particles
+    given = {"pose.source": "guided", "guided.start": "poses", "guided.iterations": "1", "guided.encoder_steps": "0"}
+    settings = {"run.data": data, "run.out": str(tmp_path / "run"), "train.components": "2", **given}
+    found = []
+    for killed_before in (6, 9):  # the second round of components; the end
+        config, run = load_config(None, settings), RunFolder(str(tmp_path / "run"))
+        run.create(config, resume=True)
+        context = RunContext.of(config, ParticleStore.open(data), run, World(), torch.device("cpu"))
+        made, learned = stages_of(context)
+        assert [one.name for one in made[3:6]] == ["components", "poses of states, round 1", "components, round 1"]
+        if found:  # the start and the refinement stand in a checkpoint; the final pass, in parts
+            learned.references = found[0].references
+        run_stages(made[2 if found else 0 : killed_before], context)
+        found.append(learned)
+    first, again = found
+    assert again.coordinates is not None
+    assert abs(np.corrcoef(again.coordinates.z[:, 0], sign)[0, 1]) > 0.8
+    assert first.posed is not None
+    assert again.posed is not None
+    poses = again.posed.all()[0]
+    torch.testing.assert_close(poses.rotation, first.posed.all()[0].rotation)
+    table = starfile.read(tmp_path / "run" / "particles.star")["particles"]
+    np.testing.assert_allclose(table["rlnOriginXAngst"], -poses.shift[:, 0], atol=1e-4)
+    parts = tmp_path / "run" / "particles"
+    assert not [path for path in parts.glob("*") if "states" in path.name or "final" in path.name]
+    assign.run(str(tmp_path / "run"), data=None, out=None)  # the components stay, the poses are made anew
+    anew = starfile.read(tmp_path / "run" / "particles.star")["particles"]
+    assert np.corrcoef(anew["scalecryoComponent1"], again.coordinates.z[:, 0])[0, 1] > 0.98
 
 
 def test_no_component_passes_where_there_is_one_structure(

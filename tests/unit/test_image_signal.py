@@ -12,10 +12,10 @@ def falling() -> ImageSignal:
     return ImageSignal(40 / torch.arange(64.0).clamp_min(1).square())
 
 
-@pytest.mark.parametrize(("particles", "shell"), [(801, 20), (6_401, 40), (10**9, 44)])
+@pytest.mark.parametrize(("particles", "shell"), [(420, 20), (3_353, 40), (10**9, 44)])
 def test_last_shell_is_where_right_poses_would_make_the_halves_agree(particles: int, shell: int) -> None:
-    # Closed form: N/(4k) · 40/k² is 1 at k = (10 N)^(1/3). Less than a fiftieth of the noise is not believed in: from
-    # k = 2000^(1/2) = 44.7 on.
+    # Closed form: 6/π · N/(4k) · 40/k² is 1 at k = (60 N / π)^(1/3). Less than a fiftieth of the noise is not
+    # believed in: from k = 2000^(1/2) = 44.7 on.
     assert falling().last_shell(particles) == shell
 
 

@@ -12,7 +12,8 @@ def plan(schedule: Schedule) -> IterationPlan:
 
 
 def update(schedule: Schedule, **found: float | None) -> None:
-    told = {"creep": 0.0, "weighted": False, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0} | found
+    told = {"creep": 0.0, "weighted": False, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0,
+            "found_again": None} | found  # fmt: skip
     schedule.update(plan(schedule), **told)  # type: ignore[arg-type]
 
 
@@ -83,6 +84,20 @@ def test_radius_waits_while_poses_and_map_creep() -> None:
     assert schedule.radius == 20
     update(schedule, reach=60.0, creep=0.0)
     assert schedule.radius > 30
+
+
+def test_those_that_fit_nowhere_are_sought_as_long_as_some_are_found() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1)
+    update(schedule, moved=None)  # nobody was seen before
+    assert plan(schedule).lost_searched
+    update(schedule, moved=0.1, found_again=0.3)
+    assert plan(schedule).lost_searched
+    update(schedule, moved=0.1, found_again=0.01)
+    assert not plan(schedule).lost_searched
+    centred = schedule.plan(LEVELS, shifted=False, extent=0.75)
+    assert not centred.lost_searched
+    imported = Schedule(most_searches=0, most_settled=1)
+    assert not plan(imported).lost_searched
 
 
 def test_imported_poses_are_never_searched() -> None:

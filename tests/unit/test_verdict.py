@@ -30,7 +30,8 @@ def test_a_map_at_nyquist_is_limited_by_its_pixels() -> None:
         ({"confidence": 0.3}, "probability of 30%"),
         ({"junk": 0.7}, "70% of the images"),
         ({"independent": False}, "optimistic"),
-        ({"coherent": 0.3}, "hold 30% of the signal"),
+        ({"coherent": 0.15}, "many poses are likely to be wrong"),
+        ({"coherent": 0.15, "coverage": 0.2}, "how uneven the found views are"),
     ],
 )
 def test_doubts_are_named(change: dict, reason: str) -> None:
@@ -46,6 +47,6 @@ def test_a_warning_alone_is_told_and_makes_no_doubt() -> None:
     assert verdict.reasons == ("one direction is poor",)
 
 
-@pytest.mark.parametrize("coherent", [None, 0.4, 1.0, 8.0])
+@pytest.mark.parametrize("coherent", [None, 0.3, 1.0, 8.0])
 def test_half_maps_that_hold_the_images_signal_are_no_doubt(coherent: float | None) -> None:
     assert judge(replace(GOOD, coherent=coherent), {}).grade == "good"

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 BATCH = 256
 LOW_LEVEL, MOST_LEVEL = 32, 128  # boxes of the first passes, and at most of the last ones
 LOW_PASSES, PASSES = 8, 18  # at most, at the low level and in all
+MORE_PASSES = 4  # after poses were refined with the components
 FREE_PASSES = 4  # whose ridge does not follow the halves' correlation: a start that says little must be able to grow
 SETTLED = 0.01  # change of the halves' correlation that is none
 MOST_PARTICLES = 200_000  # that a pass reads
@@ -43,17 +44,18 @@ STATE_FILE = "components/state.npz"
 class Components:
     """Mean, sketch, expectation maximisation; then what is learnt of every particle follows (`Latents`)."""
 
-    name = "components"
-
-    def __init__(self, context: RunContext, learned: Learned) -> None:
+    def __init__(self, context: RunContext, learned: Learned, rounds: int = 0) -> None:
         """
         Args:
             context: of the run.
             learned: poses of all particles, from the final pass; gets the model.
+            rounds: how often the poses were refined with the components before: past 0 they are what it begins with.
         """
-        self._context, self._learned = context, learned
+        self._context, self._learned, self._rounds = context, learned, rounds
+        self.name = "components" if rounds == 0 else f"components, round {rounds}"
         self._count = context.config.train.components
         self._model: ComponentModel | None = None
+        self._before: ComponentModel | None = None
         self._pass, self._images, self._resumed = 0, 0, False
         self._means: Backprojection | None = None
         self._sums: ComponentSums | None = None
@@ -112,7 +114,8 @@ class Components:
         if not self._resumed:
             self._resumed = True
             self._take_up()
-        return self._model is not None and self._model.settled
+        model = self._model
+        return model is not None and (model.settled or model.rounds > self._rounds)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: each pass leaves the model in a file of the run."""
@@ -125,7 +128,11 @@ class Components:
         return f"{self._learned.identity}-{self._count}"
 
     def _take_up(self) -> None:
-        """Go on where a run that was killed stood."""
+        """Go on where a run that was killed stood, or behind the round before."""
+        known = self._learned.components
+        if known is not None and known.rounds < self._rounds:
+            self._before = known
+            return
         found = ComponentModel.load(self._context, STATE_FILE, self._identity())
         if found is not None:
             self._model, self._pass = found
@@ -198,6 +205,8 @@ class Components:
             extent = WIDER * density_radius(found.mean() * found.mask[0])
             own = soft_sphere(means.box_size, min(extent, means.box_size / 2 - 4), device=context.device)
         self._model = mean_of(found, own, self._count)
+        if self._before is not None:
+            self._model.go_on_from(self._before)
         self._means = None
         shell, angstrom = found.resolution(SIGNAL)
         self._model.resolution = shell
@@ -230,7 +239,7 @@ class Components:
         assert model is not None, "the means come first"
         assert sums is not None, "request() comes first"
         moments = model.update_moments(world)
-        free = self._pass <= FREE_PASSES + 2
+        free = self._rounds == 0 and self._pass <= FREE_PASSES + 2
         model.release()
         solved = solve_components(sums, world, radius, None if free else model.curves)
         self._sums = sums = None
@@ -245,7 +254,8 @@ class Components:
         if before is not None and not free:
             settled = float((frame.agreement - before).abs().amax()) < SETTLED  # host sync
         if model.at_last_level:
-            model.settled = settled or self._pass >= PASSES
+            # At other poses the halves' correlation says nothing yet of whether components have come to rest.
+            model.settled = self._pass >= 1 + MORE_PASSES if self._rounds else settled or self._pass >= PASSES
         elif settled or self._pass >= LOW_PASSES + 2:
             model.at_last_level, model.agreement = True, None
         agreement = " ".join(f"{value:.2f}" for value in frame.agreement.tolist())

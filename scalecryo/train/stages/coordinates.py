@@ -43,6 +43,8 @@ class Coordinates:
         moment: second moment of each coordinate.
         passing: number of components that both halves confirm; those after the first that fails do not count.
         mixture: states among the passing components; None where there are none.
+        encoder: of each passing component how the encoder's coordinates correlate with these, and their root mean
+            square error over the spread, of particles that it has not learnt from; None: there is none.
     """
 
     table: RowColumns
@@ -51,6 +53,7 @@ class Coordinates:
     moment: Float[NDArray, " q"]
     passing: int
     mixture: Mixture | None
+    encoder: tuple[Float[NDArray, " p"], Float[NDArray, " p"]] | None = None
 
     @property
     def z(self) -> Float[NDArray, "n q"]:

@@ -132,7 +132,7 @@ class FinalPass:
             followed = self._out is context.run and self._remember and context.config.train.components > 0
             if not followed:  # components go on from them
                 self._found.remove_pass(self._pass)
-            for warning in (*notes, cones.warning, incoherent(results.coherent_share)):
+            for warning in (*notes, cones.warning, incoherent(results.coherent_share, results.coverage)):
                 if warning:
                     logger.warning("%s", warning)
             message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
@@ -175,7 +175,7 @@ class FinalPass:
         if learned.references is None:
             raise CheckpointError(f"{context.run.url} holds no checkpoint: train it first")
         remembered = learned.particles if self._remember else None
-        return ReferencePoses(context, learned.references, remembered, learned.encoder)
+        return ReferencePoses(context, learned.references, remembered, learned.encoder, learned.shift_radius)
 
     def _classes(self) -> int:
         return 1 if self._learned.references is None else self._learned.references.classes

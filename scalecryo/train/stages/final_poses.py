@@ -64,6 +64,7 @@ class ReferencePoses:
         references: ReferenceSet,
         remembered: ParticleState | None,
         encoder: PoseLearner | None,
+        shift_radius: float | None = None,
     ) -> None:
         """
         Args:
@@ -71,6 +72,7 @@ class ReferencePoses:
             references: of the last iteration.
             remembered: poses of the particles seen before; None: every particle is new.
             encoder: that finds new particles' modes; None: they are searched.
+            shift_radius: largest shift that is searched, Å; None: that of the settings.
         """
         level = references.level
         self.pixels = context.pixels(level)
@@ -90,7 +92,7 @@ class ReferencePoses:
             prune_fraction=PRUNE_FRACTION,
             fit_shift=context.fit_shift,
             probability_radius=min(PROBABILITY_RADIUS, radius),
-            shift_radius=context.shift_radius,
+            shift_radius=shift_radius or context.shift_radius,
             equivalent=related[0].equivalent if references.classes == 1 else None,  # each class has its own
         )
         self._encoder, self._references = encoder, references
@@ -99,7 +101,7 @@ class ReferencePoses:
             source = encoder.source(references)
         else:
             grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)
-            shifts = context.shift_grid_px(level)
+            shifts = context.shift_grid_px(level, shift_radius or context.shift_radius)
             source = SearchSource(grid, min(SEARCH_RADIUS, radius), shifts, MODES, self._generator, group=group)
         prepared = references.at(level, self.pixels)
         self._estimator = PoseEstimator(prepared, plan, source, context.world.timer)

@@ -18,7 +18,9 @@ from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
 from scalecryo.pose.estimator import SAME, PoseEstimator, map_weight
-from scalecryo.pose.related import RelatedRotations
+from scalecryo.pose.exchange import RelatedExchange
+from scalecryo.pose.related import RelatedPoses, RelatedRotations
+from scalecryo.pose.shift_spread import ShiftSpread
 from scalecryo.pose.strain import StrainFit, strained_poses
 from scalecryo.pose.view_balance import ViewCounts, ViewWeights
 from scalecryo.runs.paused import Pause
@@ -30,8 +32,10 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.schedule import IterationPlan
 from scalecryo.train.stages.start_rounds import HALF_GRID
 
+FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0
+CHANCES = 1 << 20  # of a random draw
 NOISE_IMAGES = 32  # of each half and batch, whose residuals give the noise spectrum
 SCALE_RADIUS = 24.0  # Fourier pixels that tell the scale of a micrograph's signal
 Parts = list[ReferenceSet]  # maps of each half without one of its parts
@@ -51,6 +55,7 @@ class Iteration:
         strain: Tensor | None,
         related: RelatedRotations | None,
         balance: ViewWeights | None,
+        related_poses: RelatedPoses | None,
     ) -> None:
         """
         Args:
@@ -62,6 +67,7 @@ class Iteration:
             strain: of each half's map since its poses were found, or None.
             related: poses that the map's symmetry or pseudo-symmetry relates; None: not known.
             balance: weights of crowded views in the sums; None: all views weigh alike.
+            related_poses: that particles of one half are offered before they are refined; None: none.
             parts: maps of each half without one of its parts; None: those who are searched are posed against whole
                 halves.
         """
@@ -74,9 +80,15 @@ class Iteration:
         self._residuals = NoiseSpectrum(int(self.pixels.shell.max()) + 1, context.device)
         self.counts = torch.zeros(5, dtype=torch.float64, device=context.device)
         """Particles that changed their mode, that turned visibly, seen before; summed likelihood gain, of how many."""
+        self.exchanged = torch.zeros(2, dtype=torch.float64, device=context.device)
+        """Particles that took a related pose, that were offered one."""
+        self.lost = torch.zeros(2, dtype=torch.float64, device=context.device)
+        """Particles that fitted nowhere: found again, searched."""
         self.class_counts = torch.zeros(references.classes, dtype=torch.float64, device=context.device)
+        self._shift_radius = learned.shift_radius or context.shift_radius
         self.creep = StrainFit(context.device)
         self.views = ViewCounts(references.classes, context.device)
+        self.shifts = ShiftSpread(context.shift_radius, context.device)
         self._balance, self.weighted = balance, balance is not None
         self._strain = strain
         self.images, self._batches = 0, 0
@@ -92,11 +104,15 @@ class Iteration:
         else:
             grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)
             self._source = SearchSource(
-                grid, plan.search_radius, context.shift_grid_px(plan.level),
+                grid, plan.search_radius, context.shift_grid_px(plan.level, self._shift_radius),
                 plan.modes, torch.Generator().manual_seed(context.config.train.seed * 1000 + number),
                 None if related is None else related.similar, {}, group,
             )  # fmt: skip
         self._whole = self._estimator(references, left_out=plan.searched and parts is None)
+        self._exchange: RelatedExchange | None = None
+        if related_poses is not None and not plan.searched:
+            prepared = references.at(plan.level, self.pixels)
+            self._exchange = RelatedExchange(prepared, related_poses, plan.radius, context.fit_shift)
         self._parts = None if parts is None else [self._estimator(others, left_out=True) for others in parts]
         self._encoder, self._encoder_reference = learned.encoder, None
         if self._encoder is not None:
@@ -110,7 +126,7 @@ class Iteration:
         e_step = plan.e_step(
             left_out=left_out,
             fit_shift=context.fit_shift,
-            shift_radius=context.shift_radius,
+            shift_radius=self._shift_radius,
             equivalent=self._equivalent,
         )
         with context.world.timer.part("references"):
@@ -126,14 +142,17 @@ class Iteration:
         batch = self._learned.groups.corrected(batch)
         if len(batch):
             known, seen = self._learned.particles.read(batch.rows)
-            known = self._strained(known, batch.half)
-            found = self._estimate(batch, known, seen)
+            known = self._exchanged(batch, self._strained(known, batch.half), seen)
+            lost = seen & (known.particle_probability < FITTING) & self.plan.lost_searched
+            found = self._estimate(batch, known, seen & ~lost)
             if self._group is not None:  # of the poses that show the same, the one that is remembered
                 near = self._group.nearest(found.rotation, known.rotation)
                 found = replace(found, rotation=torch.where(seen[:, None, None], near, found.rotation))
             with timer.part("insert"):
                 self._insert(batch, found)
             self._measure(batch, found, known, seen)
+            again = lost & (found.particle_probability >= FITTING)
+            self.lost += torch.stack([again.sum(), lost.sum()])
             self._learned.particles.note(batch.rows, found, batch.half)
         if self._encoder is not None and self._encoder_reference is not None and self._everywhere(len(batch) > 0):
             with timer.part("encoder"):
@@ -145,6 +164,27 @@ class Iteration:
             return known
         first, second = (strained_poses(known.rotation, own) for own in self._strain)
         return replace(known, rotation=torch.where((half == 1)[:, None, None], first, second))
+
+    def _exchanged(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
+        """Known poses, or the related ones that were taken for them.
+
+        One half an iteration: where the halves prefer different ones, both would change over, and back.
+        """
+        if self._exchange is None:
+            return known
+        at = batch.rows_by_half[self._number % 2]
+        at = at[seen[at]]  # host sync
+        if not len(at):
+            return known
+        draw, rows = self._context.partition.label, batch.rows[at]
+        which = 1 + draw(rows, 2 * self._number, len(self._exchange.related) - 1)
+        chance = draw(rows, 2 * self._number + 1, CHANCES) / CHANCES
+        with self._context.world.timer.part("related_poses"):
+            taken, offered = self._exchange.accepted(batch.select(at), known.select(at), which, chance)
+        self.exchanged += torch.stack([taken.sum(), torch.ones_like(taken).sum()])
+        at, offered = at[taken], offered.select(taken)  # host sync
+        changed = replace(known.select(at), rotation=offered.rotation, shift=offered.shift)
+        return known.put(at, changed)
 
     def _estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
         """Against whole halves, or each against the other parts of its half."""
@@ -188,6 +228,7 @@ class Iteration:
         jumped = (turned > MOVED_DEG) & seen
         if len(self.class_counts) == 1:  # classes share no frame
             self.creep.add(known.rotation, found.rotation, seen, batch.half)
+        self.shifts.add(found.shift, found.particle_probability >= FITTING)
         self.class_counts += torch.bincount(found.class_index, minlength=len(self.class_counts))
         counts = jumped.sum(), restless.sum(), seen.sum(), gain.sum(), gain.new_tensor(float(len(batch)))
         self.counts += torch.stack([value.double() for value in counts])
@@ -246,16 +287,19 @@ class Iteration:
         """All sums but those of the maps, of this worker."""
         groups = self._learned.groups
         assert groups is not None, "the refinement brings them"
-        counts = self.counts, self.class_counts, self.views.counts
-        return (*self._residuals.tensors(), *self.creep.tensors(), *counts, *groups.tensors())
+        return (*self._common_sums(), *groups.tensors())
+
+    def _common_sums(self) -> tuple[Tensor, ...]:
+        """What is added up over the workers at the end, but for the maps."""
+        counts = self.counts, self.class_counts, self.views.counts, self.shifts.sums, self.lost, self.exchanged
+        return (*self._residuals.tensors(), *self.creep.tensors(), *counts)
 
     def finish(self, world: World) -> ReferenceSet:
         """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
         del self._whole, self._parts  # their transforms take more memory than the sums
         self._owned = OwnedSums(self._sums, world, parts=PARTS if self.plan.searched else 1)
         self._owned.reduce_(self.pixels.radius_limit)
-        counts = self.counts, self.class_counts, self.views.counts
-        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), *counts)
+        world.all_reduce_(*self._common_sums())
         if self._group is not None:
             with world.timer.part("symmetrise"):
                 self._owned.symmetrise(self._group.others, self.pixels.radius_limit)

@@ -21,7 +21,7 @@ from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.image_signal import ImageSignal
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.related import RelatedRotations
+from scalecryo.pose.related import RelatedPoses, RelatedRotations
 from scalecryo.pose.strain import StrainSteps
 from scalecryo.pose.view_balance import ViewWeights
 from scalecryo.runs.monitor import PassReport
@@ -29,12 +29,14 @@ from scalecryo.runs.paused import Pause
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.iteration import Iteration, Parts
-from scalecryo.train.stages.schedule import FIRST_RADIUS, Schedule
+from scalecryo.train.stages.related_offers import RelatedOffers
+from scalecryo.train.stages.schedule import FIRST_RADIUS, IterationPlan, Schedule
 
 logger = logging.getLogger(__name__)
 SIGNAL = 0.143  # correlation of the halves that shows signal (Rosenthal & Henderson 2003)
 RELATED_ITERATION = 2  # before which it is seen which poses the map's symmetry relates
 AFTER_STEP = 4  # iterations that must be left after a step along a strain
+WIDER = 1.2  # times the radius of shifts that was searched: worth a word
 SAMPLE = 4000  # particles whose poses are looked at after each iteration
 
 
@@ -61,6 +63,7 @@ class Refinement:
         self._strain: Tensor | None = None  # to be applied to maps and poses of each half
         self._parts: Parts | None = None
         self._related: RelatedRotations | None = None
+        self._offers = RelatedOffers()
         self._iteration: Iteration | None = None
         self._views: Tensor | None = None  # of each class, along the directions of `ViewCounts`
 
@@ -83,7 +86,7 @@ class Refinement:
             references = _strained_maps(references, self._strain)
         self._iteration = Iteration(
             plan, schedule.number, context, self._learned, references, parts, self._strain, self._related,
-            self._balance(),
+            self._balance(), self._related_poses(plan),
         )  # fmt: skip
         epoch = context.order(plan.level, settings.batch_size).steps_per_epoch
         batches = min(epoch, -(-settings.iteration_particles // settings.batch_size))
@@ -110,12 +113,16 @@ class Refinement:
         self._schedule.update(
             iteration.plan, creep=creep, weighted=iteration.weighted, reach=after.resolution(SIGNAL)[0], gain=gain,
             moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
+            found_again=_share(*iteration.lost.tolist()),
         )  # fmt: skip
         self._follow(iteration, velocity)
+        self._offers.note(_share(*iteration.exchanged.tolist()))  # host sync
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
         assert self._learned.groups is not None, "the refinement brings them"
         world.all_reduce_(*self._learned.groups.tensors())
         self._learned.groups.update()
+        if iteration.plan.searched:
+            self._reach_out(iteration.shifts.reach())  # host sync
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
         return self._report(iteration, after, counts)
@@ -132,6 +139,13 @@ class Refinement:
         done = self._iteration.take_up(pause)
         return replace(request, start=request.start + done, batches=request.batches - done)
 
+    def _related_poses(self, plan: IterationPlan) -> RelatedPoses | None:
+        """To offer to particles that are not searched any more. Collective."""
+        references = self._learned.references
+        if plan.searched or self._related is None or not len(self._related.similar) or references is None:
+            return None
+        return self._offers.at(references, plan.radius, self._context)
+
     def _balance(self) -> ViewWeights | None:
         """Weights of the views of the last iteration's poses, while they creep."""
         if self._views is None or not self._schedule.balanced:
@@ -140,6 +154,15 @@ class Refinement:
         if weights is not None and self._schedule.number == 1:
             logger.info("some views are seen often: they count less in the maps until the poses settle")
         return weights
+
+    def _reach_out(self, reach: float) -> None:
+        """Search shifts as far out as particles lie."""
+        before, most = self._learned.shift_radius or self._context.shift_radius, self._context.most_shift_radius
+        self._learned.shift_radius = now = min(max(reach, before), most)
+        if now > WIDER * before:
+            logger.info(
+                "particles lie up to %.0f Å from the centres of their images: shifts are searched up to there", now
+            )
 
     def _velocity(self, iteration: Iteration) -> Tensor:
         """Strain of each half's map that the iteration brought; none where modes were searched."""
@@ -182,7 +205,9 @@ class Refinement:
             "creep": self._creep.state_dict(),
             "strain": self._strain,
             "views": self._views,
+            "shift_radius": self._learned.shift_radius,
             "related": None if self._related is None else (self._related.similar, self._related.equivalent),
+            "offers": self._offers.state_dict(),
             "schedule": self._schedule.state_dict(),
             "count": self._context.store.count,
             "more": self._most - self._context.config.guided.iterations,
@@ -211,8 +236,11 @@ class Refinement:
         self._strain = None if state["strain"] is None else state["strain"].to(device)
         views = state.get("views")  # older checkpoints have none
         self._views = None if views is None else views.to(device)
+        learned.shift_radius = state.get("shift_radius")  # older checkpoints have none
         if state["related"] is not None:
             self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
+        if "offers" in state:  # older checkpoints have none
+            self._offers.load_state_dict(state["offers"], device)
         self._schedule.load_state_dict(state["schedule"])
         self._most += state.get("more", 0)
         count = self._context.store.count
@@ -249,6 +277,9 @@ class Refinement:
             scalars["classes/effective"] = effective = effective_classes(np.array(shares))
             held = " ".join(f"{100 * share:.0f}" for share in shares)
             message += f", classes hold {held} % (effective number {effective:.1f})"
+        if (taken := _share(*iteration.exchanged.tolist())) is not None:
+            scalars["iteration/related_share"] = taken
+            message += f", {100 * taken:.0f} % of half of them took a related pose"
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(

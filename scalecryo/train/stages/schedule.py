@@ -5,7 +5,7 @@ jump between modes; then they are refined locally against their whole half until
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -26,6 +26,7 @@ PROGRESS = 1.02  # or while the mean FSC grows by this factor
 CALMER = 0.8  # and while their number falls below this share of what it was
 CREEPING = 2e-3  # strain of an iteration above which the radius waits
 RESTING = 0.05  # share of poses that still turn visibly, below which crowded views need not count less any more
+FIRST_SEARCHES, FRUITFUL = 1, 0.05  # after so many iterations: share of those that fit nowhere which a search must find
 SETTLED = 1.005  # gain in mean FSC below which an iteration brought no progress
 SEARCHES_EXPECTED, LOCAL_EXPECTED = 3, 3  # iterations, of most runs
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
@@ -43,6 +44,7 @@ class IterationPlan:
             particles never posed before.
         modes: that the search offers each particle.
         search_radius: Fourier pixels of the search.
+        lost_searched: whether those that fit nowhere are sought anew, at all shifts.
     """
 
     radius: float
@@ -50,6 +52,7 @@ class IterationPlan:
     searched: bool
     modes: int
     search_radius: float
+    lost_searched: bool = False
 
     @property
     def insertion_radius(self) -> float:
@@ -120,6 +123,7 @@ class Schedule:
             seen before).
         balanced: whether crowded views count less in the maps: until the poses creep no more.
         crowded: whether there were any.
+        lost_searched: whether particles that fit nowhere are sought anew, at all shifts: as long as that finds some.
         ended: whether nothing more is to be done.
     """
 
@@ -134,6 +138,7 @@ class Schedule:
     moved: list[float | None] = field(default_factory=list)
     balanced: bool = True
     crowded: bool = False
+    lost_searched: bool = True
     ended: bool = False
 
     def __post_init__(self) -> None:
@@ -148,7 +153,8 @@ class Schedule:
             extent: diameter of the particle as a share of the box.
         """
         radius = self.radius or FIRST_RADIUS
-        return plan_iteration(radius, levels, self.number, searched=self.searched, shifted=shifted, extent=extent)
+        plan = plan_iteration(radius, levels, self.number, searched=self.searched, shifted=shifted, extent=extent)
+        return replace(plan, lost_searched=shifted and self.most_searches > 0 and self.lost_searched)
 
     def update(
         self,
@@ -160,6 +166,7 @@ class Schedule:
         gain: float | None,
         moved: float | None,
         restless: float | None,
+        found_again: float | None,
     ) -> None:
         """Take in what an iteration came to.
 
@@ -171,9 +178,11 @@ class Schedule:
             gain: mean FSC over that of the iteration before; None where their levels differ.
             moved: share of those searched and seen before that changed their mode.
             restless: share of those seen before that turned by a visible angle.
+            found_again: share of those sought anew that fit now; None: none was.
         """
         self.number += 1
         self.crowded = self.crowded or weighted
+        self.lost_searched = self.number <= FIRST_SEARCHES or (found_again or 0.0) >= FRUITFUL
         # Weighted, an iteration closes a third of a gap, so poses at rest are where they belong; unweighted, 4 %.
         settled = creep < CREEPING or (weighted and restless is not None and restless < RESTING)
         self.balanced = self.balanced and (plan.searched or not settled)
@@ -212,7 +221,7 @@ class Schedule:
 
     def reopen(self) -> None:
         """Go on: there are particles that it has not seen. They start from modes of their own; no other is searched."""
-        self.settled, self.ended, self.searched, self.balanced = 0, False, False, True
+        self.settled, self.ended, self.searched, self.balanced, self.lost_searched = 0, False, False, True, True
 
     def state_dict(self) -> dict[str, Any]:
         """Its fields."""
@@ -222,4 +231,5 @@ class Schedule:
         """What `state_dict` gave, but for what the settings say now."""
         for name in ("number", "radius", "searched", "searches", "settled", "moved", "ended"):
             setattr(self, name, state[name])
+        self.lost_searched = state.get("lost_searched", False)  # older ones have none
         self.balanced, self.crowded = state.get("balanced", True), state.get("crowded", False)  # older ones have none

@@ -62,7 +62,7 @@ class StartRounds(ABC):
         self._judging = max(1, min(JUDGED, context.count) // batch)
         self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
         self._near = self._pixels.prefix(RADIUS)
-        self._shifts = context.shift_grid_px(level)
+        self._shifts = context.shift_grid_px(level, context.shift_radius)
         self._grid = so3_grid(HALF_GRID).to(context.device)
         self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
         self._sums = Backprojection(level, device=context.device, classes=maps)

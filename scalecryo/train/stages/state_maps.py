@@ -26,6 +26,7 @@ from scalecryo.train.component_model import PosedImages
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.state_poses import states_part
 
 BATCH = 256
 BYTES = 1 << 30  # of the sums of one pass
@@ -170,17 +171,18 @@ class StateMaps:
         curves = ComponentCurves(
             components.square().sum((1, 2, 3)).cpu().numpy(), coordinates.gain, coordinates.error,
             model.curves.cpu().numpy(), coordinates.passing, 2 * (model.curves.shape[1] - 1),
-            context.store.level_pixel_size(2 * (model.curves.shape[1] - 1)),
+            context.store.level_pixel_size(2 * (model.curves.shape[1] - 1)), coordinates.encoder,
         )  # fmt: skip
         references = self.references if self._maps else None
         poses, _ = learned.posed.all()
         confidence = (poses.confidence * poses.particle_probability).cpu().numpy()
         found = Variety(
             mean, components, model.mask, confidence, curves, coordinates.z, coordinates.sd, coordinates.mixture,
-            references,
+            references, poses if model.rounds else None,
         )  # fmt: skip
         write_variety(context.run, context.store, found, context.config.train.seed)
-        learned.posed.remove_pass(learned.identity)
+        for name in (learned.identity, *(states_part(learned.identity, number) for number in range(model.rounds))):
+            learned.posed.remove_pass(name)
         coordinates.table.remove_pass()
 
 

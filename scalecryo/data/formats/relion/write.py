@@ -47,7 +47,7 @@ _NONE: Mapping[str, npt.NDArray] = MappingProxyType({})
 Edit = Callable[[Rows], Iterator[Sequence[bytes] | None]]
 
 
-def _pose_columns(rotation: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]) -> dict[str, Floats]:
+def pose_columns(rotation: npt.NDArray[np.floating], shift: npt.NDArray[np.floating]) -> dict[str, Floats]:
     """RELION's angles in degrees and origins in Å."""
     angles = matrix_to_euler(rotation)
     columns = {name: angles[:, axis] for axis, name in enumerate(ANGLES)}
@@ -169,7 +169,7 @@ def own_table(
     if table.has_ctf:
         frame |= {theirs: columns[ours] for ours, theirs in DEFOCUS.items()} | {"rlnPhaseShift": columns["phase_shift"]}
     frame |= {HALF: half} if half.any() else {}
-    frame |= _pose_columns(*pose) if pose is not None else {}
+    frame |= pose_columns(*pose) if pose is not None else {}
     frame |= {} if confidence is None else {MAX_CONFIDENCE: np.asarray(confidence, dtype=np.float64)}
     frame = {**more, **frame}
     yield _optics_text(optics) + b"\n" + VERSION + header(b"particles", [IMAGE_NAME, *frame])
@@ -227,7 +227,7 @@ def write_with_poses(
     count = sum(len(rows) for rows in text.rows(particle_block(text)))
     if len(place) > count or np.count_nonzero(place >= 0) < len(table):
         raise InputError(f"{text.where}: the source table has {count} rows, the poses are for {len(table)} others")
-    new: dict[str, npt.NDArray] = dict(_pose_columns(rotation, shift))
+    new: dict[str, npt.NDArray] = dict(pose_columns(rotation, shift))
     new |= {HALF: half.astype(np.int64), MAX_CONFIDENCE: np.asarray(confidence, dtype=np.float64)}
     new |= found
     _write_edited(url, text, place, new, table.pixel_size, box_size)

@@ -1,0 +1,54 @@
+"""Which iterations of the refinement offer particles related poses, and which poses these are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from scalecryo.map.reference import ReferenceSet
+from scalecryo.pose.related import RelatedPoses
+from scalecryo.train.particle_source import RunContext
+
+MOST = 60  # poses: what an icosahedron relates
+FARTHER = 1.1  # times the radius at which they were found, beyond which they are found anew
+RARE = 0.01  # share of the offers to either half that are taken, below which no more are made
+
+
+class RelatedOffers:
+    """Offers go to one half an iteration, as long as they are taken: where the halves prefer different poses of those
+    that their maps relate, both would change over, and back.
+    """
+
+    def __init__(self) -> None:
+        self._poses: RelatedPoses | None = None
+        self._radius = 0.0
+        self._taken: list[float] = []  # shares of the offers of each iteration that made any
+
+    def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
+        """Poses to offer in an iteration with references of one class; None: none. Collective."""
+        if len(self._taken) > 1 and max(self._taken[-2:]) < RARE:
+            return None
+        if self._poses is None or radius > FARTHER * self._radius:
+            with context.world.timer.part("symmetry"):
+                self._poses = RelatedPoses.of_leader(
+                    references.mean() * references.mask[0], MOST, context.world, centred=not context.fit_shift,
+                    group=context.point_group,
+                )  # fmt: skip
+            self._radius = radius
+        return self._poses if len(self._poses) > 1 else None
+
+    def note(self, share: float | None) -> None:
+        """Which share of an iteration's offers was taken; None: there were none."""
+        if share is not None:
+            self._taken.append(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        poses = None if self._poses is None else self._poses.state_dict()
+        return {"poses": poses, "radius": self._radius, "taken": list(self._taken)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """What `state_dict` gave."""
+        poses = state["poses"]
+        self._poses = None if poses is None else RelatedPoses(**{name: part.to(device) for name, part in poses.items()})
+        self._radius, self._taken = state["radius"], list(state["taken"])

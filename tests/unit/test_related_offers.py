@@ -1,0 +1,58 @@
+"""Offers of related poses end when neither half takes them, and go on from a checkpoint where they stood."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from scalecryo.distributed.world import World
+from scalecryo.pose.related import RelatedPoses
+from scalecryo.train.stages.related_offers import RelatedOffers
+
+POSES = RelatedPoses(torch.stack([torch.eye(3), torch.diag(torch.tensor([-1.0, -1.0, 1.0]))]), torch.zeros(2, 3))
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often related poses were looked for."""
+    seen: list[int] = []
+
+    def of_leader(*args: Any, **kwargs: Any) -> RelatedPoses:
+        seen.append(len(seen))
+        return POSES
+
+    monkeypatch.setattr(RelatedPoses, "of_leader", of_leader)
+    return seen
+
+
+def offered(offers: RelatedOffers, radius: float) -> RelatedPoses | None:
+    volume = torch.ones(1, 4, 4, 4)
+    references = SimpleNamespace(mean=lambda: volume[0], mask=volume)
+    context = SimpleNamespace(world=World(), fit_shift=True, point_group=None)
+    return offers.at(references, radius, context)  # type: ignore[arg-type]
+
+
+def test_offers_end_when_neither_half_takes_them(looks: list[int]) -> None:
+    offers = RelatedOffers()
+    for share, radius in ((0.2, 20.0), (0.0, 20.0), (0.02, 21.0), (0.0, 30.0)):
+        assert offered(offers, radius) is POSES
+        offers.note(share)
+    assert len(looks) == 2  # again where the radius had grown by half
+    offers.note(None)  # an iteration without offers
+    assert offered(offers, 30.0) is POSES
+    offers.note(0.0)
+    assert offered(offers, 60.0) is None
+
+
+def test_state_is_taken_up(looks: list[int]) -> None:
+    offers, again = RelatedOffers(), RelatedOffers()
+    offered(offers, 20.0)
+    offers.note(0.0)
+    again.load_state_dict(offers.state_dict(), torch.device("cpu"))
+    found = offered(again, 20.0)
+    assert found is not None
+    assert torch.equal(found.rotation, POSES.rotation)
+    assert len(looks) == 1
+    again.note(0.0)
+    assert offered(again, 20.0) is None

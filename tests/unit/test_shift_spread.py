@@ -1,0 +1,44 @@
+"""How far shifts reach, told from those within a disc: against the spread that they were drawn with."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalecryo.pose.shift_spread import ShiftSpread
+
+CPU = torch.device("cpu")
+
+
+def reach(shift: Tensor, radius: float, use: Tensor | None = None) -> float:
+    spread = ShiftSpread(radius, CPU)
+    spread.add(shift, torch.ones(len(shift), dtype=torch.bool) if use is None else use)
+    return spread.reach()
+
+
+@pytest.mark.parametrize("sigma", [6.0, 12.0, 18.0])
+def test_spread_is_found_from_the_disc_alone(sigma: float) -> None:
+    # Drawn from a Gaussian of 20,000: the mean of r²/R² has an error of 0.3/sqrt(n); at sigma = R that is 5 % of sigma.
+    shift = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1)) * sigma
+    assert reach(shift, 20.0) == pytest.approx(4 * sigma, rel=0.06)
+
+
+def test_the_disc_is_the_least_and_a_flat_spread_has_an_end() -> None:
+    generator = torch.Generator().manual_seed(2)
+    assert reach(torch.randn(5000, 2, generator=generator) * 2.0, 20.0) == 20.0
+    radius = 20.0 * torch.rand(20_000, generator=generator).sqrt()
+    angle = 2 * math.pi * torch.rand(20_000, generator=generator)
+    flat = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+    # Decay of 1/2 over the disc is the least: sigma = R, so 4 R.
+    assert reach(flat, 20.0) == pytest.approx(80.0)
+
+
+def test_few_and_those_that_are_not_to_be_used_tell_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    wide = torch.randn(4000, 2, generator=generator) * 12.0
+    assert reach(wide[:90], 20.0) == 20.0
+    assert reach(wide, 20.0, torch.zeros(4000, dtype=torch.bool)) == 20.0
+    # What lies outside the disc, right or wrong, changes nothing.
+    far = torch.full((4000, 2), 40.0)
+    assert reach(torch.cat([wide, far]), 20.0) == reach(wide, 20.0)
