@@ -1,7 +1,7 @@
 """A run that is told to end (SIGTERM): all workers stop between the same two batches, and what they did is kept.
 
-Nobody waits for it: every few seconds the workers add up, on the host and beside their work, whether any was told, and
-look at the sum when the next one is due.
+Every few seconds the workers add up, beside their work, whether any was told, and look at the sum when the next one is
+due.
 """
 
 import logging
@@ -114,9 +114,9 @@ def notice_of_word(run: RunFolder) -> Iterator[Notice]:
 class _Question:
     """Asks all workers, now and then, whether any was told. Each must call it after as many batches as the others."""
 
-    def __init__(self, world: World, notice: Notice) -> None:
-        self._world, self._notice = world, notice
-        self._asked = torch.zeros(2, dtype=torch.float64)
+    def __init__(self, world: World, notice: Notice, device: torch.device) -> None:
+        self._world, self._notice, self._device = world, notice, device
+        self._asked = torch.zeros(2, dtype=torch.float64, device=device)
         """Number of workers that were told; seconds since the last question on worker 0."""
         self._settle: Callable[[], None] | None = None
         self._every, self._batches, self._begun = 1, 0, time.monotonic()
@@ -130,14 +130,15 @@ class _Question:
             return False
         if self._settle is not None:
             self._settle()
-            told, seconds = self._asked.tolist()
+            told, seconds = self._asked.tolist()  # host sync: every few seconds
             if told:
                 return True
             # By worker 0's clock: all ask again at the same batch.
             self._every = int(min(max(ASK_SECONDS * self._batches / max(seconds, 1e-6), 1), MOST_BATCHES))
         now = time.monotonic()
         seconds = now - self._begun if self._world.is_leader else 0.0
-        self._asked = torch.tensor([float(self._notice.given), seconds], dtype=torch.float64)
+        asked = torch.tensor([float(self._notice.given), seconds], dtype=torch.float64)
+        self._asked = asked.to(self._device)  # NCCL reduces no tensor of the CPU
         self._settle, self._batches, self._begun = self._world.all_reduce_async(self._asked), 0, now
         return False
 
@@ -152,7 +153,7 @@ class Stopping:
             notice: that tells this worker to end; None: nobody does.
             step: of the newest checkpoint, whose run may have been left within a pass; None: of no use.
         """
-        self._context, self._question = context, _Question(context.world, notice or Notice())
+        self._context, self._question = context, _Question(context.world, notice or Notice(), context.device)
         self._step, self._passes, self._told = step or 0, 0, False
         self._paused = None if step is None else paused_place(context.run)
 
