@@ -42,3 +42,7 @@ class TrainingError(ScalecryoError, RuntimeError):
 
 class CheckpointError(ScalecryoError, ValueError):
     """A checkpoint is missing, damaged, or does not fit the run."""
+
+
+class Stopped(ScalecryoError):
+    """The run was told to end, and did; not a fault of it."""

@@ -50,6 +50,7 @@ def run(
     from scalecryo.distributed.world import World
     from scalecryo.runs.checkpoint import is_finished
     from scalecryo.train.loop import train
+    from scalecryo.train.stopping import Notice, notice_of_sigterm
 
     if settings.run.device == "cuda" and not torch.cuda.is_available() and settings.run.workers == "0":
         raise _no_device()
@@ -57,7 +58,9 @@ def run(
 
     def once() -> None:
         if settings.run.worker_range == (0, 0):
-            train(settings, World(), torch.device(settings.run.device), line=line)
+            notice = Notice()
+            with notice_of_sigterm(notice.give):
+                train(settings, World(), torch.device(settings.run.device), line=line, notice=notice)
         else:
             # Ray takes seconds to import: only when it is asked for.
             from scalecryo.train.ray_workers import train_on_ray

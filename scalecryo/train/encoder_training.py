@@ -59,7 +59,8 @@ class TrainingBatch:
         """
         count = len(pixels)
         order = images.half.argsort(stable=True)  # strides through both halves
-        at = order[torch.arange(number, len(images), max(1, len(images) // size), device=order.device)[:size]]
+        first = min(number, len(images) - 1)  # a worker may have one image, however many steps are made
+        at = order[torch.arange(first, len(images), max(1, len(images) // size), device=order.device)[:size]]
         transforms = images.transforms[at, :count] * (pixels.box_size / images.box_size)
         ctf = None if images.ctf is None else images.ctf[at, :count]
         return cls(transforms, ctf, Poses(found.rotation[at], found.shift[at]))

@@ -9,17 +9,19 @@ from scalecryo.config import Config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.throughput import Throughput
 from scalecryo.distributed.world import World
-from scalecryo.errors import CheckpointError, ScalecryoError, TrainingError
+from scalecryo.errors import CheckpointError, ScalecryoError, Stopped, TrainingError
 from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, note_end, note_start, save_checkpoint
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.log import LiveLine
 from scalecryo.runs.monitor import PassReport, RunMonitor
+from scalecryo.runs.paused import remove_pause
 from scalecryo.train.forecast import Forecast, parts_of
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.progress import RunProgress
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.requirements import check_particles
 from scalecryo.train.stage import Learned, Stage
+from scalecryo.train.stopping import Notice, Stopping
 
 AtCheckpoint = Callable[[int], None]
 Publish = Callable[[Mapping[str, float]], None]
@@ -35,6 +37,7 @@ def train(
     at_checkpoint: AtCheckpoint = lambda step: None,
     publish: Publish = lambda figures: None,
     line: LiveLine | None = None,
+    notice: Notice | None = None,
 ) -> None:
     """Train a run from its newest checkpoint, or from its start where it has none; then pose every particle.
 
@@ -45,10 +48,12 @@ def train(
         at_checkpoint: called by every worker with the step, after each checkpoint past the start.
         publish: called by worker 0 with the figures of each pass, by their names in `runs.exported`.
         line: of the terminal, that says how far the run is.
+        notice: that tells this worker to end; one that is told is enough.
 
     Raises:
         TrainingError: the particles lack what the configuration needs, or the loss stops being a number.
         CheckpointError: see `load_checkpoint`.
+        Stopped: it was told to end.
     """
     store = ParticleStore.open(config.run.data)
     check_particles(config, store)
@@ -61,15 +66,15 @@ def train(
         checkpoint = load_checkpoint(
             run, store_hash=context.data_hash, recipe=context.config.recipe, grown_from=store.grown_from
         )
-        step = 0 if checkpoint is None else checkpoint.step
+        stopping = Stopping(context, notice, step=0 if checkpoint is None else checkpoint.step)
         if world.is_leader:
             note_start(run)
             for note in context.partition.notes:
                 logger.warning("%s", note)
-            monitor = RunMonitor(config, store, run, start_step=step, publish=publish)
+            monitor = RunMonitor(config, store, run, start_step=stopping.reached, publish=publish)
             progress = RunProgress(Forecast(parts_of(config, context.count, store.levels)), line, world.size)
             progress.resumed = checkpoint is not None
-        run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint, progress)
+        run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint, progress, stopping)
         logger.info("time on worker %d: %s", world.rank, world.timer.summary())
         if world.is_leader:
             run.sync()
@@ -84,7 +89,7 @@ def train(
             monitor.failed(refused)
         raise refused from error
     except ScalecryoError as error:
-        if monitor is not None:
+        if monitor is not None and not isinstance(error, Stopped):
             monitor.failed(error)
         raise
     finally:
@@ -101,6 +106,7 @@ def run_stages(
     monitor: RunMonitor | None = None,
     at_checkpoint: AtCheckpoint = lambda step: None,
     progress: RunProgress | None = None,
+    stopping: Stopping | None = None,
 ) -> None:
     """Run stages until each is done. Collective.
 
@@ -110,8 +116,13 @@ def run_stages(
         monitor: gets the reports, on worker 0.
         at_checkpoint: see `train`.
         progress: is told of every batch, on worker 0.
+        stopping: whether and where to end before all is done; None: nowhere.
+
+    Raises:
+        Stopped: the run was told to end.
     """
     world, reader, throughput = context.world, ParticleReader(context), Throughput(context.world, context.device)
+    stopping = stopping or Stopping(context)
     try:
         for stage in stages:
             if progress is not None:
@@ -119,7 +130,7 @@ def run_stages(
             while not stage.done():
                 waited, batches = reader.metrics.wait_seconds, 0
                 throughput.begin()
-                request = stage.request()
+                request = stopping.request(stage)
                 if progress is not None:
                     progress.begin_pass(reader.count(request))
                 for images in reader.batches(request):
@@ -127,6 +138,9 @@ def run_stages(
                     batches += 1
                     if progress is not None:
                         progress.batch(len(images[0]))
+                    stopping.after_batch(stage)
+                for _ in range(batches, reader.most(request)):  # others have more
+                    stopping.after_batch(stage)
                 metrics = reader.metrics
                 wait = metrics.wait_seconds - waited
                 world.timer.add("read", wait)
@@ -135,6 +149,7 @@ def run_stages(
                 left = "" if progress is None else progress.end_pass(report.progress, done=stage.done())
                 if monitor is not None:
                     monitor.after_pass(report, rates, speed, left)
+                stopping.after_pass(report.step if report.checkpoint else None)
                 if report.checkpoint:
                     _save(stage, context, report)
                     if report.step:
@@ -156,6 +171,7 @@ def _save(stage: Stage, context: RunContext, report: PassReport) -> None:
     """Write a checkpoint, worker 0 alone; curves first, since a checkpoint vouches for those up to it."""
     if context.world.is_leader:
         context.run.sync()
+        remove_pause(context.run)
         checkpoint = Checkpoint(report.step, context.config.recipe, stage.name, context.data_hash, stage.state_dict())
         save_checkpoint(context.run, checkpoint, context.config.train.keep_checkpoints, score=report.score)
 

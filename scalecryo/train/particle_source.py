@@ -16,7 +16,7 @@ from scalecryo.data.selection.partition import Partition
 from scalecryo.data.selection.subset import Subset, choose
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.data.streaming.order import BatchOrder
-from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics, sequential
+from scalecryo.data.streaming.stream import Batch, ParticleStream, StreamMetrics, owned_rows, sequential
 from scalecryo.distributed.world import World
 from scalecryo.map.solvent import SolventMask
 from scalecryo.physics.aberrations import ImageAberrations, corrected_images, corrected_shift
@@ -274,6 +274,15 @@ class ParticleReader:
             return context.order(request.pixels[0].box_size, request.batch_size).steps_per_epoch
         rows = context.rows if request.training_rows else context.store.count
         return -(-rows // (context.world.size * request.batch_size))
+
+    def most(self, request: BatchRequest) -> int:
+        """How many batches a pass has for the worker that has most of them."""
+        if request.shuffled:
+            return self.count(request)
+        context = self._context
+        limit, size = context.rows if request.training_rows else None, context.world.size
+        owned = (len(owned_rows(context.store, rank, size, limit)) for rank in range(size))
+        return max(-(-rows // request.batch_size) for rows in owned)
 
     @property
     def metrics(self) -> StreamMetrics:

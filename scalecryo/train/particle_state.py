@@ -89,6 +89,15 @@ class RowColumns:
             self._new.append(name)
         self._noted.clear()
 
+    def noted(self) -> list[str]:
+        """The parts that hold what this worker noted in the pass so far, all of it."""
+        self.flush()
+        return list(self._new)
+
+    def note_parts(self, parts: Iterable[str]) -> None:
+        """Go on with a pass that has such parts."""
+        self._new = list(parts)
+
     def commit(self, world: World) -> None:
         """End a pass: take in the parts of all workers. Collective; a barrier."""
         self.flush()

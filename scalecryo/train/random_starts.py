@@ -120,3 +120,26 @@ class PairedGains:
         squares = self.sums[one, one] - 2 * self.sums[one, other] + self.sums[other, other]
         difference = (self.sums[one, -1] - self.sums[other, -1]) / count
         return math.sqrt(max(float((squares / count - difference.square()) / count), 0.0))
+
+
+def round_told(before: list[int], going: list[int], mean: Tensor, paired: PairedGains) -> str:
+    """How a round of random starts ended, in words."""
+    best = int(mean.argmax())
+    told = [f"{number + 1}: {float(mean[place]):.1f}" for place, number in enumerate(before) if place != best]
+    errors = [paired.error(best, place) for place in range(len(before)) if place != best]
+    left = f"{len(going)} of {len(before)} random starts go on" if len(going) > 1 else "the best random start goes on"
+    return (
+        f"auto-encoder: {left}; held-out images gain {float(mean[best]):.1f} nats in start {before[best] + 1} "
+        f"(others {', '.join(told)}; errors of the differences {min(errors):.1f} to {max(errors):.1f})"
+    )
+
+
+def copied(state: Any) -> Any:
+    """A state whose tensors are its own."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [copied(value) for value in state]
+    return state

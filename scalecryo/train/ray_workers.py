@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -26,12 +27,13 @@ from scalecryo.config import Config, config_from_dict
 from scalecryo.data.io import urls
 from scalecryo.data.io.filesystem import filesystem
 from scalecryo.distributed.world import World, process_group_backend
-from scalecryo.errors import ScalecryoError, TrainingError
+from scalecryo.errors import ScalecryoError, Stopped, TrainingError
 from scalecryo.runs.checkpoint import newest_step
 from scalecryo.runs.exported import GAUGES, LOST_WORKERS, LOST_WORKERS_HELP, PREFIX
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.log import log_to_stderr
 from scalecryo.train.loop import Publish, train
+from scalecryo.train.stopping import DriversNotice, Notice, notice_of_sigterm, notice_of_word
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20  # the particles never pass through it
@@ -65,23 +67,28 @@ def train_on_ray(config: Config) -> None:
 
     Raises:
         TrainingError: the cluster is too small, or the workers failed for good.
-        ScalecryoError: what a worker raised on purpose.
+        ScalecryoError: what a worker raised on purpose; Stopped, where SIGTERM told it to end.
     """
     if not ray.is_initialized():
         _join_or_start()
     run, failures, wait = RunFolder(config.run.out), 0, config.run.wait_minutes
+    notice = DriversNotice(run)
     losses = ray.util.metrics.Counter(f"{PREFIX}{LOST_WORKERS}", LOST_WORKERS_HELP, tag_keys=("run",))
     while True:
         workers = _await_workers(config, wait)
         before = newest_step(run)
         try:
-            _fit(config, workers)
+            with notice_of_sigterm(notice.give):
+                _fit(config, workers)
             return
         except ray.train.TrainingFailedError as error:
             cause = _purpose(error)
             if cause is not None:
                 raise cause from error
             reached = newest_step(run)
+            if notice.given:
+                lost = f"stopped by SIGTERM as workers were lost ({_reason(error)})"
+                raise Stopped(f"{lost}: --resume goes on from the newest checkpoint") from error
             if any(isinstance(failure, _MoreWorkers) for failure in _failures(error).values()):
                 logger.info("there is room for more workers: starting again from checkpoint %d", reached)
                 continue
@@ -197,7 +204,9 @@ def _worker(settings: dict[str, Any]) -> None:
             raise _MoreWorkers
 
     publish = _gauges(urls.redacted(config.run.out))
-    train(config, world, torch.device(device), at_checkpoint=at_checkpoint, publish=publish)
+    # Worker 0 looks for the driver's word, and tells the others.
+    with notice_of_word(run) if world.is_leader else nullcontext(Notice()) as notice:
+        train(config, world, torch.device(device), at_checkpoint=at_checkpoint, publish=publish, notice=notice)
 
 
 def _gauges(run: str) -> Publish:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from scalecryo.runs.exported import GAUGES, LOST_WORKERS
+from scalecryo.train.stopping import WORD
 from tests.unit.test_deploy import DEPLOY, IMAGE, MANIFESTS, README, SBATCH, cluster, groups, kuberay, load, one_of
 
 
@@ -141,12 +142,13 @@ def test_the_apptainer_recipe_is_made_of_the_image() -> None:
 
 
 def test_the_batch_script_requeues_itself_before_the_time_limit(tmp_path: Path) -> None:
-    """With stand-ins for SLURM's commands and the environment: USR1 requeues the job and ends its steps."""
+    """With stand-ins for SLURM's commands and the environment: USR1 tells the run to end, and then requeues the job."""
     assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", SBATCH.read_text(), flags=re.MULTILINE)
-    tools = tmp_path / "bin"
+    tools, word = tmp_path / "bin", tmp_path / "run" / WORD
     tools.mkdir()
+    works = f'touch "$0.started"; while [ ! -e {word} ]; do sleep 0.1; done; echo ended >> "$0.log"; exit 1'
     scripts = {
-        "srun": 'if [ "$1" = --nodes=1 ]; then echo 127.0.0.1; else touch "$0.started"; exec sleep 60; fi',
+        "srun": f'if [ "$1" = --nodes=1 ]; then echo 127.0.0.1; else {works}; fi',
         "scontrol": 'if [ "$1" = show ]; then echo here; else echo "$@" >> "$0.log"; fi',
         "activate": "true",
     }
@@ -155,11 +157,12 @@ def test_the_batch_script_requeues_itself_before_the_time_limit(tmp_path: Path) 
         (tools / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "SCALECRYO_ENV": str(tmp_path),
                    "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1"}  # fmt: skip
-    with subprocess.Popen(["bash", str(SBATCH), "store", "run"], env=environment, stdout=subprocess.DEVNULL) as job:
+    with subprocess.Popen(["bash", str(SBATCH), "store", str(tmp_path / "run")], env=environment) as job:
         deadline = time.monotonic() + 60
         while not (tools / "srun.started").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.2)  # from the step's start to the trap
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=300) != 0
+    assert (tools / "srun.log").read_text() == "ended\n"
     assert (tools / "scontrol.log").read_text() == "requeue 7\n"

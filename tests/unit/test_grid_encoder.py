@@ -82,6 +82,18 @@ def test_training_batches_are_at_the_encoders_scale() -> None:
     assert torch.equal(batch.poses.shift_px(4.0), poses.shift_px(2.0) / 2)
 
 
+def test_one_image_is_enough_for_every_step_of_a_batch() -> None:
+    # At the end of an epoch a worker may have one image, and all workers step together.
+    pixels = fourier_pixels(32, 12)
+    index = torch.zeros(1, dtype=torch.long)
+    images = ParticleImages(index, index + 1, torch.ones(1), index, pixels, 2.0).with_transforms(
+        torch.ones((1, len(pixels)), dtype=torch.complex64)
+    )
+    poses = Poses(torch.eye(3)[None], torch.zeros(1, 2))
+    for number in range(3):
+        assert len(TrainingBatch.of(images, poses, pixels, 6, number).transforms) == 1
+
+
 def test_training_brings_the_encoder_to_the_poses() -> None:
     # Reference: the poses that the images were made with. A grid of 1,152 rotations lies 23.5° apart ((8π²/n)^(1/3));
     # an untrained encoder errs by 126.5° on average (the mean angle of a uniform rotation, π/2 + 2/π), a trained one

@@ -25,10 +25,11 @@ from scalecryo.model.volume import Volume
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.circle_source import encoder_input
 from scalecryo.runs.monitor import PassReport
+from scalecryo.runs.paused import Pause
 from scalecryo.train.autoencoder_training import AutoEncoderTrainer, Maps, StepPlan, Whitening
 from scalecryo.train.march import March
 from scalecryo.train.particle_source import BatchRequest, RunContext
-from scalecryo.train.random_starts import PairedGains, RandomStarts
+from scalecryo.train.random_starts import PairedGains, RandomStarts, copied, round_told
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_contrast, check_count, check_images
 from scalecryo.train.voxel_maps import VoxelMaps
@@ -70,7 +71,7 @@ class AutoEncoding:
         learned.encoder, learned.steps = self._trainer, self._march.steps
         self._starts = RandomStarts(settings.starts, settings.start_steps, settings.steps)
         self._judges: list[tuple[Tensor, ParticleImages]] = []  # circles and white images of held-out particles
-        self._step = 0  # of the march
+        self._step, self._until = 0, -1  # of the march, and where the pass under way ends; -1: none is
         self._batches = 0  # read in all
         self._losses: list[Tensor] = []
         self._gains = torch.zeros(3, dtype=torch.float64, device=context.device)
@@ -93,7 +94,9 @@ class AutoEncoding:
         if self._step < self._march.steps:
             every = (config.monitor.every, config.monitor.pictures_every, config.train.checkpoint_every)
             due = min((self._step // period + 1) * period for period in every) - self._step
-            return self._read(self._march.at(self._step).level, min(due, self._march.rest(self._step)))
+            batches = min(due, self._march.rest(self._step))
+            self._until = self._step + batches
+            return self._read(self._march.at(self._step).level, batches)
         return self._read(max(self._march.levels), JUDGE_BATCHES, LOOK_SIZE)
 
     def step(self, *images: ParticleImages) -> None:
@@ -125,6 +128,26 @@ class AutoEncoding:
         if self._step < self._march.steps or self._losses:
             return self._finish_steps()
         return self._finish(world)
+
+    def pause(self) -> Pause | None:
+        """Between two steps where maps are solved, since it begins with solved ones; not while it looks or judges."""
+        starts, learnt = self._starts, len(self._losses)
+        step = self._step if starts.over else starts.steps + learnt
+        within = 0 < step < self._march.steps if starts.over else 0 < learnt < starts.next_steps
+        if not within or self._step == self._until or not self._march.at(step - 1).refresh:
+            return None
+        losses = torch.tensor([float(loss) for loss in self._losses])
+        held = {"state": self.state_dict(), "maps": self._trainer.maps.state_dict(), "losses": losses}
+        return Pause(held, reached=self._step)
+
+    def resume_pass(self, pause: Pause) -> BatchRequest:
+        """The steps that are left."""
+        self.load_state_dict(pause.common["state"])
+        self._trainer.set_maps(self._loaded_maps(pause.common["maps"]))
+        request = self.request()
+        self._losses = list(pause.common["losses"].to(self._context.device))
+        left = self._starts.next_steps - len(self._losses)
+        return request if self._starts.over else replace(request, batches=left)
 
     def done(self) -> bool:
         """Whether held-out particles were judged."""
@@ -258,7 +281,7 @@ class AutoEncoding:
         starts, loss = self._starts, float(torch.stack(self._losses).mean())  # host sync: once a pass
         self._refuse_nan(loss)
         number, steps = starts.current + 1, starts.steps + len(self._losses)
-        starts.learnt(_copied({"trainer": self._trainer.state_dict(), "maps": self._trainer.maps.state_dict()}))
+        starts.learnt(copied({"trainer": self._trainer.state_dict(), "maps": self._trainer.maps.state_dict()}))
         if starts.over:
             self._step = starts.steps
             starts.release()
@@ -292,11 +315,13 @@ class AutoEncoding:
             self._take_up(starts.states[starts.going[0]])
             self._step = starts.steps
             starts.release()
-        return PassReport(_round_told(before, starts.going, mean, paired), self._images)
+        return PassReport(round_told(before, starts.going, mean, paired), self._images)
 
     def _finish_steps(self) -> PassReport:
         config, step, last = self._context.config, self._step, self._step == self._march.steps
         loss = float(torch.stack(self._losses).mean())  # host sync: once a pass
+        self._until = -1
+        self._losses.clear()
         self._refuse_nan(loss)
         due = {name: step % period == 0 or last for name, period in (
             ("scalars", config.monitor.every), ("pictures", config.monitor.pictures_every),
@@ -357,29 +382,6 @@ class AutoEncoding:
                 f"loss is {loss} after {self._batches} batches: lower optim.encoder_rate or optim.volume_rate, then "
                 "--resume from the last checkpoint"
             )
-
-
-def _round_told(before: list[int], going: list[int], mean: Tensor, paired: PairedGains) -> str:
-    """How a round of random starts ended, in words."""
-    best = int(mean.argmax())
-    told = [f"{number + 1}: {float(mean[place]):.1f}" for place, number in enumerate(before) if place != best]
-    errors = [paired.error(best, place) for place in range(len(before)) if place != best]
-    left = f"{len(going)} of {len(before)} random starts go on" if len(going) > 1 else "the best random start goes on"
-    return (
-        f"auto-encoder: {left}; held-out images gain {float(mean[best]):.1f} nats in start {before[best] + 1} "
-        f"(others {', '.join(told)}; errors of the differences {min(errors):.1f} to {max(errors):.1f})"
-    )
-
-
-def _copied(state: Any) -> Any:
-    """A state whose tensors are its own."""
-    if isinstance(state, Tensor):
-        return state.detach().clone()
-    if isinstance(state, Mapping):
-        return {key: _copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [_copied(value) for value in state]
-    return state
 
 
 def autoencoder_trainer(context: RunContext) -> AutoEncoderTrainer:

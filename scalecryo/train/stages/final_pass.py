@@ -23,6 +23,7 @@ from scalecryo.runs.class_results import figures_of, told_of
 from scalecryo.runs.final_results import FinalParticles, FinalResults
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
+from scalecryo.runs.paused import Pause
 from scalecryo.runs.pictures import Examples
 from scalecryo.runs.results import write_results
 from scalecryo.train.owned_sums import OwnedSums
@@ -146,6 +147,15 @@ class FinalPass:
         self._done = True
         self._learned.posed, self._learned.identity = self._found, self._pass
         return PassReport(message, self._images, checkpoint=False, figures=figures)
+
+    def pause(self) -> Pause:
+        """Poses lie in parts, and are inserted again: sums at the full box may be too large for a notice of 30 s."""
+        self._found.flush()
+        return Pause()
+
+    def resume_pass(self, pause: Pause) -> BatchRequest:
+        """As `request`."""
+        return self.request()
 
     def done(self) -> bool:
         """Whether the pass was made."""

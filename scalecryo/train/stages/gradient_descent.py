@@ -15,6 +15,7 @@ from scalecryo.errors import CheckpointError, TrainingError
 from scalecryo.model.autoencoder import AutoEncoder, AutoEncoderOutput, build_autoencoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
+from scalecryo.runs.paused import Pause
 from scalecryo.runs.pictures import pictures_of
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
@@ -43,7 +44,7 @@ class GradientDescent:
         self._replica: Replica | None = None
         self._pixels = context.pixels(level)
         learned.model = self._model
-        self._step = 0
+        self._step, self._until = 0, 0  # the last one of the pass under way; 0: none is
         self._losses = torch.zeros((), device=context.device)  # since the last checkpoint
         self._loss, self._images = self._losses, 0
         self._last: tuple[ParticleImages, AutoEncoderOutput] | None = None
@@ -54,7 +55,7 @@ class GradientDescent:
         config, step = self._context.config, self._step
         every = (config.monitor.every, config.monitor.pictures_every, config.train.checkpoint_every)
         last = min(config.train.steps, *((step // period + 1) * period for period in every))
-        self._images = 0
+        self._images, self._until = 0, last
         if self._replica is None:  # collective, and after the parameters were loaded
             volume = self._model.volume
             self._replica = Replica(
@@ -84,7 +85,7 @@ class GradientDescent:
             TrainingError: the loss is no longer a number.
         """
         config, step = self._context.config, self._step
-        last = step == config.train.steps
+        last, self._until = step == config.train.steps, 0
         due = {name: step % period == 0 or last for name, period in (
             ("scalars", config.monitor.every), ("pictures", config.monitor.pictures_every),
             ("checkpoint", config.train.checkpoint_every))}  # fmt: skip
@@ -103,6 +104,18 @@ class GradientDescent:
             **self._measured(loss, due["scalars"], due["pictures"]),
         )  # fmt: skip
         return report
+
+    def pause(self) -> Pause | None:
+        """A checkpoint between any two steps; before the last one of a pass is reported, not yet."""
+        if self._step == self._until:
+            return None
+        return Pause({"state": self.state_dict(), "losses": self._losses.cpu()}, reached=self._step)
+
+    def resume_pass(self, pause: Pause) -> BatchRequest:
+        """The steps that are left of it."""
+        self.load_state_dict(pause.common["state"])
+        self._losses.copy_(pause.common["losses"])
+        return self.request()
 
     def done(self) -> bool:
         """Whether all steps were made."""

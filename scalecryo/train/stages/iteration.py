@@ -1,6 +1,7 @@
 """One iteration of the refinement: a streamed pass that poses particles and sums up the next half-maps."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from scalecryo.pose.related import RelatedPoses, RelatedRotations
 from scalecryo.pose.shift_spread import ShiftSpread
 from scalecryo.pose.strain import StrainFit, strained_poses
 from scalecryo.pose.view_balance import ViewCounts, ViewWeights
+from scalecryo.runs.paused import Pause
 from scalecryo.runs.pictures import EXAMPLES, Pairs, pictures_of
 from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import OwnedSums
@@ -91,7 +93,7 @@ class Iteration:
         self.shifts = ShiftSpread(context.shift_radius, context.device)
         self._balance, self.weighted = balance, balance is not None
         self._strain = strain
-        self.images = 0
+        self.images, self._batches = 0, 0
         self._shown: tuple[Tensor, Tensor] | None = None
         self.encoder_loss: Tensor | None = None
         self._group = group = context.point_group
@@ -140,6 +142,7 @@ class Iteration:
     def step(self, batch: ParticleImages) -> None:
         """E-step, sums, and what is learnt from the batch."""
         self.images += len(batch)
+        self._batches += 1
         timer = self._context.world.timer
         assert self._learned.groups is not None, "the refinement brings them"
         batch = self._learned.groups.corrected(batch)
@@ -262,13 +265,49 @@ class Iteration:
         world.all_reduce_(count)
         return int(count) == world.size  # host sync
 
+    def pause(self) -> Pause:
+        """What the batches so far came to."""
+        encoder = {} if self._encoder is None else dict(self._encoder.state_dict())
+        own: dict[str, Any] = {
+            "maps": [part.cpu() for part in self._sums.within(self.pixels.radius_limit)],
+            "sums": [tensor.cpu() for tensor in self._small_sums()],
+            "parts": self._learned.particles.noted(),
+            "loss": None if self.encoder_loss is None else self.encoder_loss.cpu(),
+            "generator": encoder.pop("generator", None),
+        }
+        return Pause({"batches": self._batches, "encoder": encoder}, own)
+
+    def take_up(self, pause: Pause) -> int:
+        """Go on after so many batches, whose number is returned."""
+        own, device = pause.own, self._context.device
+        self._sums.put_within(self.pixels.radius_limit, *(part.to(device) for part in own["maps"]))
+        for tensor, saved in zip(self._small_sums(), own["sums"], strict=True):
+            tensor.copy_(saved)
+        self._learned.particles.note_parts(own["parts"])
+        self.encoder_loss = own["loss"]
+        if self._encoder is not None:
+            generator = {} if own["generator"] is None else {"generator": own["generator"]}
+            self._encoder.load_state_dict(pause.common["encoder"] | generator)
+        self._batches = int(pause.common["batches"])
+        return self._batches
+
+    def _small_sums(self) -> tuple[Tensor, ...]:
+        """All sums but those of the maps, of this worker."""
+        groups = self._learned.groups
+        assert groups is not None, "the refinement brings them"
+        return (*self._common_sums(), *groups.tensors())
+
+    def _common_sums(self) -> tuple[Tensor, ...]:
+        """What is added up over the workers at the end, but for the maps."""
+        counts = self.counts, self.class_counts, self.views.counts, self.shifts.sums, self.lost, self.exchanged
+        return (*self._residuals.tensors(), *self.creep.tensors(), *counts)
+
     def finish(self, world: World) -> ReferenceSet:
         """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
         del self._whole, self._parts  # their transforms take more memory than the sums
         self._owned = OwnedSums(self._sums, world, parts=PARTS if self.plan.searched else 1)
         self._owned.reduce_(self.pixels.radius_limit)
-        counts = self.counts, self.class_counts, self.views.counts, self.shifts.sums, self.lost, self.exchanged
-        world.all_reduce_(*self._residuals.tensors(), *self.creep.tensors(), *counts)
+        world.all_reduce_(*self._common_sums())
         if self._group is not None:
             with world.timer.part("symmetrise"):
                 self._owned.symmetrise(self._group.others, self.pixels.radius_limit)

@@ -25,6 +25,7 @@ from scalecryo.pose.related import RelatedPoses, RelatedRotations
 from scalecryo.pose.strain import StrainSteps
 from scalecryo.pose.view_balance import ViewWeights
 from scalecryo.runs.monitor import PassReport
+from scalecryo.runs.paused import Pause
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.iteration import Iteration, Parts
@@ -125,6 +126,18 @@ class Refinement:
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
         return self._report(iteration, after, counts)
+
+    def pause(self) -> Pause:
+        """Sums and poses of the iteration so far."""
+        return Pause() if self._iteration is None else self._iteration.pause()
+
+    def resume_pass(self, pause: Pause) -> BatchRequest:
+        """The batches that are left of the iteration."""
+        request = self.request()
+        assert self._iteration is not None, "request() makes it"
+        assert request.batches is not None, "request() says how many"
+        done = self._iteration.take_up(pause)
+        return replace(request, start=request.start + done, batches=request.batches - done)
 
     def _related_poses(self, plan: IterationPlan) -> RelatedPoses | None:
         """To offer to particles that are not searched any more. Collective."""

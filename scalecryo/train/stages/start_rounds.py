@@ -22,6 +22,7 @@ from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.runs.paused import Pause
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_count, check_images
@@ -95,6 +96,14 @@ class StartRounds(ABC):
         else:
             self._judge(batch.select(held_out))
             self._judged += 1
+
+    def pause(self) -> Pause | None:
+        """Not before a checkpoint, which is near; what is judged is judged again."""
+        return Pause() if self._judged else None
+
+    def resume_pass(self, pause: Pause) -> BatchRequest:
+        """Nothing was kept within a pass."""
+        return self.request()
 
     def done(self) -> bool:
         """Whether a start was chosen."""
