@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scalecryo.distributed.world import World
-from scalecryo.pose.related import RelatedPoses
+from scalecryo.pose.related import RelatedPoses, RelatedRotations
 from scalecryo.train.stages.related_offers import RelatedOffers
 
 POSES = RelatedPoses(torch.stack([torch.eye(3), torch.diag(torch.tensor([-1.0, -1.0, 1.0]))]), torch.zeros(2, 3))
@@ -33,8 +33,20 @@ def offered(offers: RelatedOffers, radius: float) -> RelatedPoses | None:
     return offers.at(references, radius, context)  # type: ignore[arg-type]
 
 
+def offers_of(similar: int) -> RelatedOffers:
+    made = RelatedOffers()
+    made.look_at(RelatedRotations(torch.eye(3).expand(similar, 3, 3), torch.eye(3)[None]), World())
+    return made
+
+
+def test_a_map_that_relates_no_poses_is_not_looked_at_again(looks: list[int]) -> None:
+    assert offered(RelatedOffers(), 20.0) is None
+    assert offered(offers_of(0), 20.0) is None
+    assert not looks
+
+
 def test_offers_end_when_neither_half_takes_them(looks: list[int]) -> None:
-    offers = RelatedOffers()
+    offers = offers_of(1)
     for share, radius in ((0.2, 20.0), (0.0, 20.0), (0.02, 21.0), (0.0, 30.0)):
         assert offered(offers, radius) is POSES
         offers.note(share)
@@ -46,7 +58,7 @@ def test_offers_end_when_neither_half_takes_them(looks: list[int]) -> None:
 
 
 def test_state_is_taken_up(looks: list[int]) -> None:
-    offers, again = RelatedOffers(), RelatedOffers()
+    offers, again = offers_of(1), RelatedOffers()
     offered(offers, 20.0)
     offers.note(0.0)
     again.load_state_dict(offers.state_dict(), torch.device("cpu"))

@@ -80,6 +80,7 @@ class Refinement:
         parts = self._parts if plan.searched else None
         if plan.searched and schedule.number == RELATED_ITERATION and references.classes == 1:
             self._related = RelatedRotations.of(references, group=context.point_group)
+            self._offers.look_at(self._related, context.world)
             if told := self._related.told(context.point_group):
                 logger.info("%s", told)
         if self._strain is not None:
@@ -142,7 +143,7 @@ class Refinement:
     def _related_poses(self, plan: IterationPlan) -> RelatedPoses | None:
         """To offer to particles that are not searched any more. Collective."""
         references = self._learned.references
-        if plan.searched or self._related is None or not len(self._related.similar) or references is None:
+        if plan.searched or references is None:
             return None
         return self._offers.at(references, plan.radius, self._context)
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
+from scalecryo.distributed.world import World
 from scalecryo.map.reference import ReferenceSet
-from scalecryo.pose.related import RelatedPoses
+from scalecryo.pose.related import RelatedPoses, RelatedRotations
 from scalecryo.train.particle_source import RunContext
 
 MOST = 60  # poses: what an icosahedron relates
@@ -20,13 +21,22 @@ class RelatedOffers:
     """
 
     def __init__(self) -> None:
+        self._any = False
         self._poses: RelatedPoses | None = None
         self._radius = 0.0
         self._taken: list[float] = []  # shares of the offers of each iteration that made any
 
+    def look_at(self, related: RelatedRotations, world: World) -> None:
+        """Whether there is anything to offer, as worker 0 sees it: others might round otherwise. Collective."""
+        seen = torch.zeros(1, device=related.similar.device)
+        if world.is_leader and len(related.similar):
+            seen += 1
+        world.all_reduce_(seen)
+        self._any = bool(seen)  # host sync
+
     def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
         """Poses to offer in an iteration with references of one class; None: none. Collective."""
-        if len(self._taken) > 1 and max(self._taken[-2:]) < RARE:
+        if not self._any or (len(self._taken) > 1 and max(self._taken[-2:]) < RARE):
             return None
         if self._poses is None or radius > FARTHER * self._radius:
             with context.world.timer.part("symmetry"):
@@ -45,10 +55,10 @@ class RelatedOffers:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         poses = None if self._poses is None else self._poses.state_dict()
-        return {"poses": poses, "radius": self._radius, "taken": list(self._taken)}
+        return {"any": self._any, "poses": poses, "radius": self._radius, "taken": list(self._taken)}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """What `state_dict` gave."""
         poses = state["poses"]
         self._poses = None if poses is None else RelatedPoses(**{name: part.to(device) for name, part in poses.items()})
-        self._radius, self._taken = state["radius"], list(state["taken"])
+        self._any, self._radius, self._taken = state["any"], state["radius"], list(state["taken"])
