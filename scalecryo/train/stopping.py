@@ -151,10 +151,12 @@ class Stopping:
         Args:
             context: of the run.
             notice: that tells this worker to end; None: nobody does.
-            step: of the newest checkpoint, whose run may have been left within a pass; None: of no use.
+            step: of the newest checkpoint, whose run may have been left within a pass; None: of no use, and nobody
+                is asked.
         """
         self._context, self._question = context, _Question(context.world, notice or Notice(), context.device)
         self._step, self._passes, self._told = step or 0, 0, False
+        self._asks = step is not None
         self._paused = None if step is None else paused_place(context.run)
 
     @property
@@ -189,7 +191,8 @@ class Stopping:
         Raises:
             Stopped: so it was, and what the pass has come to is kept.
         """
-        self._told = self._told or self._question.answer()
+        if self._asks:
+            self._told = self._told or self._question.answer()
         if self._told:
             self._leave(stage)
 
