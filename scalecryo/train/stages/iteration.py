@@ -10,7 +10,7 @@ from scalecryo.data.selection.partition import PARTS
 from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
-from scalecryo.map.reference import Reference, ReferenceSet
+from scalecryo.map.reference import Reference, References, ReferenceSet
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
@@ -110,16 +110,18 @@ class Iteration:
                 plan.modes, torch.Generator().manual_seed(context.config.train.seed * 1000 + number),
                 None if related is None else related.similar, {}, group,
             )  # fmt: skip
-        self._whole = self._estimator(references, left_out=plan.searched and parts is None)
+        prepared = self._prepared(references)
+        self._whole = self._estimator(prepared, left_out=plan.searched and parts is None)
         self._exchange: RelatedExchange | None = None
         if related_poses is not None and not plan.searched:
-            prepared = references.at(plan.level, self.pixels)
             # Noise beyond must not choose: images chosen by the other half's noise would agree with it. No mask, which
             # spreads a shell's correlation over the next ones.
             sure, _ = resolution(references.fsc[0], references.level, references.pixel_size, SURE)  # host sync
             radius = min(plan.radius, sure)
             self._exchange = RelatedExchange(prepared, related_poses, radius, context.fit_shift)
-        self._parts = None if parts is None else [self._estimator(others, left_out=True) for others in parts]
+        self._parts = (
+            None if parts is None else [self._estimator(self._prepared(others), left_out=True) for others in parts]
+        )
         self._encoder, self._encoder_reference = learned.encoder, None
         if self._encoder is not None:
             self._encoder.begin(number)
@@ -127,7 +129,11 @@ class Iteration:
                 self._encoder_reference = references.mean_at(self._encoder.pixels.box_size, self._encoder.pixels)
         learned.particles.begin(f"iteration_{learned.steps + number + 1:04d}")
 
-    def _estimator(self, references: ReferenceSet, *, left_out: bool) -> PoseEstimator:
+    def _prepared(self, references: ReferenceSet) -> References:
+        with self._context.world.timer.part("references"):
+            return references.at(self.plan.level, self.pixels)
+
+    def _estimator(self, prepared: References, *, left_out: bool) -> PoseEstimator:
         context, plan = self._context, self.plan
         e_step = plan.e_step(
             left_out=left_out,
@@ -135,8 +141,6 @@ class Iteration:
             shift_radius=self._shift_radius,
             equivalent=self._equivalent,
         )
-        with context.world.timer.part("references"):
-            prepared = references.at(plan.level, self.pixels)
         return PoseEstimator(prepared, e_step, self._source, context.world.timer)
 
     def step(self, batch: ParticleImages) -> None:
@@ -304,7 +308,7 @@ class Iteration:
 
     def finish(self, world: World) -> ReferenceSet:
         """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
-        del self._whole, self._parts  # their transforms take more memory than the sums
+        del self._whole, self._parts, self._exchange  # their transforms take more memory than the sums
         self._owned = OwnedSums(self._sums, world, parts=PARTS if self.plan.searched else 1)
         self._owned.reduce_(self.pixels.radius_limit)
         world.all_reduce_(*self._common_sums())
