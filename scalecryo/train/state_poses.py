@@ -72,8 +72,9 @@ def combined(
 @torch.no_grad()
 def refine_with_states(
     model: ComponentModel, posed: PosedImages, *, fit_shift: bool, which: Components = "own", steps: int = STEPS
-) -> PosedImages:
-    """The images at poses refined together with their coordinates.
+) -> tuple[PosedImages, Float[Tensor, " b"]]:
+    """The images at poses refined together with their coordinates, and the negative logarithm of
+    the evidence of each at its pose, up to a constant of the image.
 
     Args:
         model: prepared for the images' pixels.
@@ -92,13 +93,7 @@ def refine_with_states(
         lower = found.cost < now.cost
         damping = torch.where(lower, damping, 10 * damping)
         posed, now = posed.where(trial, lower), now.better(found, lower)
-    return posed
-
-
-@torch.no_grad()
-def evidence_cost(model: ComponentModel, posed: PosedImages, which: Components = "own") -> Float[Tensor, " b"]:
-    """Negative logarithm of the evidence of each image at its pose, up to a constant of the image."""
-    return _Fit.of(model, posed, which).cost
+    return posed, now.cost
 
 
 def _step(

@@ -19,7 +19,7 @@ from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_sources import GridSearch
 from scalecryo.pose.estimator import refine_candidates
 from scalecryo.train.component_model import ComponentModel, PosedImages
-from scalecryo.train.state_poses import evidence_cost, refine_with_states
+from scalecryo.train.state_poses import refine_with_states
 
 HALF_GRID = 2304  # rotations, without their flips
 RADIUS, MODES = 12.0, 2  # Fourier pixels that are searched; modes of each state
@@ -68,10 +68,9 @@ class StateSearch:
             own = (posed.half == half).nonzero()[:, 0]  # host sync
             if len(own):
                 rotation[own], shift[own] = self._searched(posed, own, half)
-        present = refine_with_states(self._model, posed, fit_shift=self._fit_shift)
-        other = refine_with_states(self._model, posed.at(rotation, shift), fit_shift=self._fit_shift)
-        cost = [evidence_cost(self._model, one) for one in (present, other)]
-        return present.where(other, cost[1] < cost[0] - MARGIN)
+        present, cost = refine_with_states(self._model, posed, fit_shift=self._fit_shift)
+        other, elsewhere = refine_with_states(self._model, posed.at(rotation, shift), fit_shift=self._fit_shift)
+        return present.where(other, elsewhere < cost - MARGIN)
 
     def _searched(self, posed: PosedImages, own: Tensor, half: int) -> tuple[Tensor, Tensor]:
         """Rotation and shift of the likeliest pose over all states."""

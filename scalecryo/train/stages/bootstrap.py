@@ -71,6 +71,7 @@ class Bootstrap(StartRounds):
         self._searches: dict[Slot, GridSearch] = {}
         self._gains: dict[Slot, list[float]] = {}
         self._views = torch.zeros(2 * self._starts, DIRECTIONS, device=context.device)  # of each slot
+        self._step_views = ViewCounts(2 * self._starts, context.device)
         self._view_weights: ViewWeights | None = None
 
     def request(self) -> BatchRequest:
@@ -137,7 +138,8 @@ class Bootstrap(StartRounds):
     def _learn(self, batch: ParticleImages, world: World) -> None:
         """One step of every start, and of the noise that they share; one reduction over the workers."""
         fresh, residuals = self._begin_step(batch, world)
-        views = ViewCounts(2 * self._starts, self._grid.device)
+        views = self._step_views
+        views.counts.zero_()
         for slot in self._going:
             images = batch.select(batch.half == slot[1]).within(RADIUS)
             if len(images):  # a worker that holds none of a half still takes part in the reduction

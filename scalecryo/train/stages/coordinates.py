@@ -1,9 +1,7 @@
 """Every particle's place in the linear model of variety, what the model is worth on data never seen, and its states."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from scalecryo.train.component_model import ComponentModel, PosedImages
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import RowColumns
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.component_stage import ComponentStage
 
 logger = logging.getLogger(__name__)
 BATCH = 256
@@ -83,7 +82,7 @@ def note_coordinates(table: RowColumns, rows: Int[Tensor, " b"], latents: Latent
     table.note_columns(rows, {"z": latents.mean, "sd": spread})
 
 
-class CoordinatePass:
+class CoordinatePass(ComponentStage):
     """One pass over all particles, each seen with the mean of both halves' components."""
 
     name = "coordinates"
@@ -94,7 +93,8 @@ class CoordinatePass:
             context: of the run.
             learned: poses and components; gets the coordinates.
         """
-        self._context, self._learned, self._images = context, learned, 0
+        super().__init__(context, learned)
+        self._images = 0
 
     def request(self) -> BatchRequest:
         """Every particle in order."""
@@ -147,18 +147,6 @@ class CoordinatePass:
     def done(self) -> bool:
         """Whether the pass was made."""
         return self._learned.coordinates is not None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: it is one pass."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take up."""
-
-    @property
-    def _model(self) -> ComponentModel:
-        assert self._learned.components is not None, "the components come first"
-        return self._learned.components
 
     def _held_out_gain(self, residual: Tensor, predicted: Tensor, slices: Tensor) -> Float[Tensor, "b q"]:
         """Of each image, with components that were made without it; where the contrast varies, it is free."""

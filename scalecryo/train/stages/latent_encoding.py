@@ -1,8 +1,6 @@
 """A network learns from the exact E-step to give coordinates in one forward pass; its error on images never seen."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +9,7 @@ from scalecryo.distributed.world import World
 from scalecryo.model.latent_encoder import LatentEncoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import ComponentModel, PosedImages
+from scalecryo.train.component_model import PosedImages
 from scalecryo.train.latent_training import (
     HIDDEN,
     RADIUS,
@@ -24,6 +22,7 @@ from scalecryo.train.latent_training import (
 )
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.component_stage import ComponentStage
 from scalecryo.train.stages.coordinates import pixels_of
 
 BATCH = 256
@@ -32,7 +31,7 @@ HELD_OUT_SHARE, HELD_OUT_DRAW = 8, 1001  # one particle of so many is not learnt
 MOST_TESTED = 20_000  # particles that are read for those held out
 
 
-class LatentEncoding:
+class LatentEncoding(ComponentStage):
     """A pass that learns, and one over particles held out that says how well; none where no component passes."""
 
     name = "latent encoder"
@@ -43,7 +42,7 @@ class LatentEncoding:
             context: of the run.
             learned: poses, components and coordinates; gets what the encoder is worth.
         """
-        self._context, self._learned = context, learned
+        super().__init__(context, learned)
         self._trainer: LatentTrainer | None = None
         self._encoder: LatentEncoder | None = None
         self._images, self._done = 0, False
@@ -118,18 +117,6 @@ class LatentEncoding:
     def done(self) -> bool:
         """Whether the encoder has learnt and was tested."""
         return self._done
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: it is learnt anew."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take up."""
-
-    @property
-    def _model(self) -> ComponentModel:
-        assert self._learned.components is not None, "the components come first"
-        return self._learned.components
 
     def _examples(self, posed: PosedImages) -> Examples:
         coordinates = self._learned.coordinates

@@ -73,7 +73,7 @@ class PlacedParticles:
         assert kept is not None, "the final pass comes first"
         for posed in PosedImages.of(images[0], self._context, self._learned, model.count):
             if model.rounds:  # as those were that the model learnt from
-                posed = refine_with_states(model, posed, fit_shift=self._context.fit_shift, which="joint")
+                posed, _ = refine_with_states(model, posed, fit_shift=self._context.fit_shift, which="joint")
                 kept.note(posed.images.rows, posed.poses, posed.half)
             found = model.expect(posed, "joint").latents
             note_coordinates(self._table, posed.images.rows, found)

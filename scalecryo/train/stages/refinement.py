@@ -117,7 +117,8 @@ class Refinement:
             found_again=_share(*iteration.lost.tolist()),
         )  # fmt: skip
         self._follow(iteration, velocity)
-        self._offers.note(_share(*iteration.exchanged.tolist()))  # host sync
+        related = _share(*iteration.exchanged.tolist())  # host sync
+        self._offers.note(related)
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
         assert self._learned.groups is not None, "the refinement brings them"
         world.all_reduce_(*self._learned.groups.tensors())
@@ -126,7 +127,7 @@ class Refinement:
             self._reach_out(iteration.shifts.reach())  # host sync
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
-        return self._report(iteration, after, counts)
+        return self._report(iteration, after, counts, related)
 
     def pause(self) -> Pause:
         """Sums and poses of the iteration so far."""
@@ -250,7 +251,9 @@ class Refinement:
             self._schedule.reopen()
             self._most = self._schedule.number + self._context.config.guided.iterations
 
-    def _report(self, iteration: Iteration, after: ReferenceSet, counts: list[float]) -> PassReport:
+    def _report(
+        self, iteration: Iteration, after: ReferenceSet, counts: list[float], related: float | None
+    ) -> PassReport:
         plan, number = iteration.plan, self._schedule.number
         moved, restless = _share(counts[0], counts[2]), _share(counts[1], counts[2])
         shell, angstrom = after.resolution(SIGNAL)
@@ -278,9 +281,9 @@ class Refinement:
             scalars["classes/effective"] = effective = effective_classes(np.array(shares))
             held = " ".join(f"{100 * share:.0f}" for share in shares)
             message += f", classes hold {held} % (effective number {effective:.1f})"
-        if (taken := _share(*iteration.exchanged.tolist())) is not None:
-            scalars["iteration/related_share"] = taken
-            message += f", {100 * taken:.0f} % of half of them took a related pose"
+        if related is not None:
+            scalars["iteration/related_share"] = related
+            message += f", {100 * related:.0f} % of half of them took a related pose"
         if iteration.encoder_loss is not None:
             scalars["encoder_loss"] = float(iteration.encoder_loss)  # host sync
         return PassReport(

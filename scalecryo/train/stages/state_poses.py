@@ -1,8 +1,5 @@
 """Passes that refine the pose of every particle against the map of its own state, and seek others where that pays."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,10 +8,11 @@ from scalecryo.distributed.world import World
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import ComponentModel, PosedImages
+from scalecryo.train.component_model import PosedImages
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import FOLDER
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.component_stage import ComponentStage
 from scalecryo.train.stages.coordinates import BATCH, pixels_of
 from scalecryo.train.state_poses import refine_with_states
 from scalecryo.train.state_search import StateSearch, places_of
@@ -24,7 +22,7 @@ PROBES = 3  # a part of a batch is at most as large as with so many components: 
 LOOKED_AT, PLACES = 4096, 12  # particles that tell which places of the latent space are searched, and how many
 
 
-class StatePoses:
+class StatePoses(ComponentStage):
     """One pass over all particles, each with its own half's components; they are learnt on from its poses.
 
     Where poses were found from nothing, other ones are sought first: a pass over some particles finds the places of the
@@ -38,11 +36,12 @@ class StatePoses:
             learned: components and poses; gets better poses.
             rounds: how often that was done before.
         """
+        super().__init__(context, learned)
         self._seen: list[Tensor] = []
         self._points: Tensor | None = None
         self._search: StateSearch | None = None
         self._searched = context.config.guided.start == "nothing"
-        self._context, self._learned, self._rounds = context, learned, rounds
+        self._rounds = rounds
         self.name = f"poses of states, round {rounds + 1}"
         self._images, self._done = 0, False
 
@@ -78,7 +77,7 @@ class StatePoses:
             if self._search is not None:
                 found = self._search.refined(posed)
             else:
-                found = refine_with_states(model, posed, fit_shift=self._context.fit_shift)
+                found, _ = refine_with_states(model, posed, fit_shift=self._context.fit_shift)
             kept.note(posed.images.rows, found.poses, posed.half)
             turned = geodesic_angle(posed.rotation, found.rotation).double()
             self._turned += torch.stack([posed.weight.double() @ turned, posed.weight.double().sum()])
@@ -118,21 +117,9 @@ class StatePoses:
             self._done, self._searched = kept or ahead > 1, False
         return self._done
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: what is found lies in parts."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to take up."""
-
     @property
     def _part(self) -> str:
         return states_part(self._learned.identity, self._rounds)
-
-    @property
-    def _model(self) -> ComponentModel:
-        assert self._learned.components is not None, "the components come first"
-        return self._learned.components
 
 
 def states_part(identity: str, rounds: int) -> str:
