@@ -17,7 +17,7 @@ from scalecryo.commands import assign, convert, evaluate, simulate, train
 from scalecryo.config import load_config
 from scalecryo.data.formats.relion import read_poses
 from scalecryo.distributed.world import World
-from scalecryo.errors import TrainingError
+from scalecryo.errors import StoreError, TrainingError
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.checkpoint import load_checkpoint
@@ -191,6 +191,17 @@ def test_assign_of_a_guided_run(finished: Path, particles: tuple[Path, str], tmp
     assign.run(str(finished), data=None, out=str(tmp_path / "again"))
     first, second = (read_poses(str(path / "particles.star")) for path in (finished, tmp_path / "again"))
     assert np.abs(first.rotation - second.rotation).max() < 1e-5
+
+
+def test_assign_of_images_of_another_pixel_size_is_refused(
+    finished: Path, particles: tuple[Path, str], tmp_path: Path
+) -> None:
+    source, smaller = particles[0] / "particles.star", str(tmp_path / "smaller.zarr")
+    convert.run(str(source), smaller, data_dir=None, box=BOX - 8, dtype="float16", workers=1, overwrite=False,
+                invert=False, uninvert=True)  # fmt: skip
+    with pytest.raises(StoreError, match=f"24 px of 4.267 Å, the run's maps {BOX} px of 3.2 Å"):
+        assign.run(str(finished), data=smaller, out=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_imported_poses_are_refined(
