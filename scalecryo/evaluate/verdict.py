@@ -13,7 +13,7 @@ LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
 # Of the signal that right poses of even views would add up: as if four of five particles were not there. Right runs had
 # 0.9 to 1.2 of it, and 0.22 to 0.6 where a symmetric particle's poses gathered in a part of the sphere; runs in a local
-# optimum of the poses 0.07 to 0.18 (README).
+# optimum of the poses 0.07 to 0.18 (docs/measured.md).
 LEAST_COHERENT = 0.2
 
 

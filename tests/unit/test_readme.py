@@ -1,4 +1,4 @@
-"""README's promises that a test can hold: its commands exist, and CI runs the one that it shows."""
+"""README's promises that a test can hold: its commands and links exist, and CI runs the one that it shows."""
 
 import re
 import subprocess
@@ -23,6 +23,15 @@ def test_every_path_in_the_tree_exists() -> None:
         name = line.split()[0]
         folder = ROOT if not line.startswith("  ") else ROOT / "scalecryo"
         assert (folder / name).exists(), name
+
+
+def test_every_link_leads_to_a_page_or_a_heading() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "scalecryo" / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+            name, _, heading = target.partition("#")
+            text = (page.parent / name).read_text()
+            headings = {line.lstrip("# ").lower().replace(" ", "-") for line in text.splitlines() if line[:1] == "#"}
+            assert not heading or heading in headings, f"{page.name}: {target}"
 
 
 def test_ci_finds_the_test_command() -> None:
