@@ -27,6 +27,7 @@ THRESHOLD = 0.143
 # signal knew no direction (boxes 48 to 96, masks of 0.4 to 0.6 of the box across, 75 pairs resolved to shell 12 or
 # beyond) had worst cones of up to 1 + 16 / shell times the whole map's resolution; two, of shells 14 and 15, more.
 WORST_RATIO, SCATTER_SHELLS, LEAST_SHELL = 1.5, 16.0, 15
+UNEVEN = 0.5  # area ratio below which cryoSPARC's guide speaks of preferred orientations («Orientation Diagnostics»)
 
 
 def cone_directions(count: int = DIRECTIONS) -> Float[Tensor, "d 3"]:
@@ -167,6 +168,11 @@ class ConicalFsc:
             f"{self.area_ratio:.2f}): views across that direction are too few, or show no particle; see fsc_cones.png "
             "and orientations.png"
         )
+
+    @property
+    def uneven(self) -> bool:
+        """Whether directions differ so much that the whole map's resolution says little."""
+        return self.warning is not None and self.area_ratio < UNEVEN
 
     @property
     def text(self) -> str:

@@ -48,6 +48,7 @@ class Evidence:
         junk: share of the images that show no particle.
         independent: whether the halves were posed against maps of their own.
         warnings: what was found otherwise, one sentence each.
+        uneven: what to say where directions are resolved very differently; nothing where they are not.
         coherent: half-maps' share of the signal that right poses of even views would add up; None: not known.
         coverage: what the views leave of that signal.
     """
@@ -59,6 +60,7 @@ class Evidence:
     junk: float
     independent: bool
     warnings: Sequence[str] = ()
+    uneven: str = ""
     coherent: float | None = None
     coverage: float = 1.0
 
@@ -126,6 +128,11 @@ def _doubts(evidence: Evidence) -> list[str]:
         )
     if told := incoherent(evidence.coherent, evidence.coverage):
         found.append(told)
+    if evidence.uneven:
+        found.append(
+            f"{evidence.uneven}. Where the views do not explain it, the poses of both halves are distorted alike: try "
+            "another train.seed, or pose.source guided"
+        )
     if not evidence.independent:
         found.append("both halves were posed by one model, so their agreement is optimistic: it measures noise alone")
     if evidence.confidence is not None and evidence.confidence < UNCERTAIN:

@@ -156,12 +156,13 @@ def write_report(results: FinalResults, makers: Sequence[SectionMaker] = SECTION
 def verdict_of(results: FinalResults) -> Verdict:
     """What a run came to, in words."""
     certain = _has_probability(results)
+    told = results.cones.warning or ""
     evidence = Evidence(
         angstrom=results.angstrom(), pixel_size=results.pixel_size, diameter=results.diameter,
         confidence=results.mean_confidence if certain else None, junk=results.junk if certain else 0.0,
         independent=results.config.recipe in (*INDEPENDENT, "known"),
-        warnings=tuple(filter(None, [results.cones.warning])), coherent=results.coherent_share,
-        coverage=results.coverage,
+        warnings=(told,) if told and not results.cones.uneven else (), uneven=told if results.cones.uneven else "",
+        coherent=results.coherent_share, coverage=results.coverage,
     )  # fmt: skip
     figures = {
         "resolution (FSC 0.143)": f"{results.angstrom():.2f} Å", "Nyquist": f"{2 * results.pixel_size:.2f} Å",

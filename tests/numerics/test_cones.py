@@ -120,6 +120,16 @@ def test_resolution_is_the_crossing_of_a_falling_curve_and_ignores_single_shells
     assert (BOX * PIXEL_SIZE / flat.resolutions).tolist() == [31.0, 1.0]
 
 
+@pytest.mark.parametrize(("worst", "uneven"), [(13.0, False), (8.0, True)])
+def test_directions_are_uneven_below_half_of_the_area(worst: float, uneven: bool) -> None:
+    # Steps to 1 that end at shell 20 and at a shell of the worst one: areas of 20 and of so many shells.
+    shells = torch.arange(33).double()
+    curves = torch.stack([(shells <= last).double() for last in (20.0, 20.0, worst)])
+    found = ConicalFsc(cone_directions(3), curves, BOX, PIXEL_SIZE, BOX * PIXEL_SIZE / 20)
+    assert found.area_ratio == pytest.approx(worst / 20)
+    assert found.uneven == uneven
+
+
 @pytest.mark.pictures
 def test_table_and_picture() -> None:
     found = cones_of(falling(0) + white(1), falling(0) + white(2))

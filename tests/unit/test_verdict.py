@@ -32,6 +32,7 @@ def test_a_map_at_nyquist_is_limited_by_its_pixels() -> None:
         ({"independent": False}, "optimistic"),
         ({"coherent": 0.15}, "many poses are likely to be wrong"),
         ({"coherent": 0.15, "coverage": 0.2}, "how uneven the found views are"),
+        ({"uneven": "only to 24 Å in one direction"}, "only to 24 Å in one direction. Where the views"),
     ],
 )
 def test_doubts_are_named(change: dict, reason: str) -> None:
