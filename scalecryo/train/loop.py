@@ -196,9 +196,10 @@ def load_trained(
     )
     if checkpoint is None:
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
+    saved = checkpoint.state.get("references")
+    if not same_store and saved is not None:
+        _check_images(store, ReferenceSet.from_state_dict(saved, torch.device("cpu")))
     _remaining(stages, checkpoint)
-    if not same_store and learned.references is not None:
-        _check_images(store, learned.references)
     return context, learned
 
 
