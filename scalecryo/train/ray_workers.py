@@ -247,7 +247,7 @@ def _lost(error: BaseException) -> dict[int, ray.exceptions.RayError]:
 
 def _loss(failure: ray.exceptions.RayError) -> str:
     """Where a worker was lost, and why, as far as Ray tells."""
-    said = str(failure)
+    said = re.sub(r"Some common causes include:.*", "", str(failure))  # Ray's guesses, of memory among others
     found = re.search(r"\bip: *([0-9A-Fa-f.:]+[0-9A-Fa-f])", said) or re.search(r"\b(\d+(?:\.\d+){3})\b", said)
     where = f"on node {found[1]}" if found else "on an unknown node"
     causes = [cause for pattern, cause in _CAUSES if re.search(pattern, said, re.IGNORECASE)]

@@ -90,7 +90,9 @@ DIED = (
         (DIED + "\tip: 10.0.0.7\nThe actor is dead because its node has died. Node Id: 5f",
          "10.0.0.7 was lost: its node is gone"),
         (DIED + "\tip: 10.0.0.8\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
-         "Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file.",
+         "Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file. Some common "
+         "causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) ray stop --force "
+         "was called, or (3) the worker crashed unexpectedly due to SIGSEGV or another unexpected error.",
          "10.0.0.8 was lost: its process was killed"),
         (DIED + "\tip: 10.0.0.6\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
          "Worker exit detail: Worker exits unexpectedly by a signal. SystemExit is raised (sys.exit is called). Exit "
