@@ -45,6 +45,7 @@ _CAUSES = (
     (r"out.?of.?memory|memory usage threshold|\boom\b", "killed for memory: give workers more, or lower the batch"),
     (r"preempt", "its node was taken back (spot)"),
     (r"node (?:has )?died|node .{0,80}(?:dead|terminated|was removed)|missed too many heartbeats", "its node is gone"),
+    (r"SIGTERM", "its process was told to end (SIGTERM: its pod or node is taken away)"),
     (r"SIGKILL|exit(?:ed)? with signal 9|connection error code 2|SYSTEM_ERROR|unexpectedly",
      "its process was killed (by the kernel for memory, by someone, or with its node)"),
 )  # fmt: skip
@@ -224,8 +225,14 @@ def _gauges(run: str) -> Publish:
 
 def _failures(error: BaseException) -> dict[int, BaseException]:
     """What befell each worker, without Ray's wrapping."""
-    wrapped = getattr(error, "worker_failures", {})
-    return {rank: getattr(failure, "_base_exc", None) or failure for rank, failure in wrapped.items()}
+    return {rank: _unwrapped(failure) for rank, failure in getattr(error, "worker_failures", {}).items()}
+
+
+def _unwrapped(failure: BaseException) -> BaseException:
+    """What a worker raised, or what Ray's look after it met with."""
+    for wrapping in ("_base_exc", "health_check_failure"):
+        failure = getattr(failure, wrapping, None) or failure
+    return failure
 
 
 def _purpose(error: BaseException) -> ScalecryoError | None:
@@ -240,7 +247,7 @@ def _lost(error: BaseException) -> dict[int, ray.exceptions.RayError]:
 
 def _loss(failure: ray.exceptions.RayError) -> str:
     """Where a worker was lost, and why, as far as Ray tells."""
-    said = str(failure)
+    said = re.sub(r"Some common causes include:.*", "", str(failure))  # Ray's guesses, of memory among others
     found = re.search(r"\bip: *([0-9A-Fa-f.:]+[0-9A-Fa-f])", said) or re.search(r"\b(\d+(?:\.\d+){3})\b", said)
     where = f"on node {found[1]}" if found else "on an unknown node"
     causes = [cause for pattern, cause in _CAUSES if re.search(pattern, said, re.IGNORECASE)]

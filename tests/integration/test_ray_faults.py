@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -163,6 +164,8 @@ def test_a_worker_and_then_the_driver_are_killed(
     victim = kill_leader(cluster, out)
     kept = max(steps(out)) // EVERY * EVERY
     run.reaches(kept + KILL_AFTER)
+    told = r"worker 0 on node [\d.]+ was lost: its process was killed .*: starting again from checkpoint"
+    assert re.search(told, run.log.read_text()), run.tail()
     workers = cluster.training()
     assert len(workers) == 2
     assert victim not in workers

@@ -103,7 +103,8 @@ def test_kustomize_puts_the_values_in(tmp_path: Path) -> None:
     folder = tmp_path / "kubernetes"
     shutil.copytree(DEPLOY / "kubernetes", folder)
     values = folder / "values.env"
-    values.write_text(values.read_text().replace("s3://BUCKET/particles", "gs://mine/set").replace("2:8", "1:3"))
+    text = values.read_text().replace("s3://BUCKET/particles", "gs://mine/set").replace("2:8", "1:3")
+    values.write_text(text.replace(f"CPU_IMAGE={IMAGE}", "CPU_IMAGE=mine:cpu"))
     result = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     made = {one["kind"]: one for one in yaml.safe_load_all(result.stdout)}
@@ -112,6 +113,12 @@ def test_kustomize_puts_the_values_in(tmp_path: Path) -> None:
     assert "--workers 1:3 " in job["entrypoint"]
     assert not [error.message for error in kuberay("RayJob").iter_errors(job)]
     assert made["Job"]["spec"]["template"]["spec"]["containers"][0]["args"][1] == "gs://mine/set.zarr"
+    ray = job["rayClusterSpec"]
+    with_gpu = [group["template"]["spec"]["containers"][0]["image"] for group in ray["workerGroupSpecs"]]
+    assert with_gpu == [IMAGE, IMAGE]
+    pods = [ray["headGroupSpec"]["template"], job["submitterPodTemplate"],
+            *(made[kind]["spec"]["template"] for kind in ("Job", "Deployment"))]  # fmt: skip
+    assert {pod["spec"]["containers"][0]["image"] for pod in pods} == {"mine:cpu"}
 
 
 def test_the_dashboard_shows_what_runs_export() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from scalecryo.runs.exported import GAUGES, LOST_WORKERS, PREFIX, exported_values, write_text_file
 from scalecryo.train.ray_workers import _reason
@@ -89,15 +90,22 @@ DIED = (
         (DIED + "\tip: 10.0.0.7\nThe actor is dead because its node has died. Node Id: 5f",
          "10.0.0.7 was lost: its node is gone"),
         (DIED + "\tip: 10.0.0.8\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
-         "Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file.",
+         "Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file. Some common "
+         "causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) ray stop --force "
+         "was called, or (3) the worker crashed unexpectedly due to SIGSEGV or another unexpected error.",
          "10.0.0.8 was lost: its process was killed"),
+        (DIED + "\tip: 10.0.0.6\nThe actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
+         "Worker exit detail: Worker exits unexpectedly by a signal. SystemExit is raised (sys.exit is called). Exit "
+         "code: 1. The process receives a SIGTERM.", "10.0.0.6 was lost: its process was told to end (SIGTERM"),
         (DIED + "\tip: 10.0.0.9\nTask was killed due to the node running low on memory: memory usage threshold 0.95",
          "10.0.0.9 was lost: killed for memory"),
         ("The node was preempted.", "on an unknown node was lost: its node was taken back"),
     ],
 )  # fmt: skip
 def test_a_lost_worker_is_named_with_its_node_and_the_cause(said: str, line: str) -> None:
-    reason = _reason(Failed({3: ray.exceptions.RayActorError(None, said)}))
+    # As Ray Train hands it over; another worker's collective fails with it.
+    met = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.RayActorError(None, said))
+    reason = _reason(Failed({1: RuntimeError("Connection closed by peer"), 3: met}))
     assert reason.startswith("worker 3 on")
     assert line in reason
     assert "\n" not in reason
