@@ -161,7 +161,7 @@ def verdict_of(results: FinalResults) -> Verdict:
         confidence=results.mean_confidence if certain else None, junk=results.junk if certain else 0.0,
         independent=results.config.recipe in (*INDEPENDENT, "known"),
         warnings=tuple(filter(None, [results.cones.warning])), coherent=results.coherent_share,
-        coverage=results.coverage,
+        coverage=results.coverage, noticed=any(results.particles.notes),
     )  # fmt: skip
     figures = {
         "resolution (FSC 0.143)": f"{results.angstrom():.2f} Å", "Nyquist": f"{2 * results.pixel_size:.2f} Å",
