@@ -91,8 +91,7 @@ def _write_images(path: str, recording: Recording) -> None:
     progress = Progress("made")
     progress(0, count)
     with StackWriter(path, count, recording.box_size, recording.pixel_size) as stack:
-        while done < count:
-            images = recording.chunk(done)
+        for images in recording.chunks():
             stack.append(images.numpy())
             done += len(images)
             progress(done, count)

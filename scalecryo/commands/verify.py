@@ -4,12 +4,12 @@ import time
 from collections.abc import Iterable
 
 from scalecryo.commands.console import note, say
-from scalecryo.data.conversion.normalise import one_torch_thread
 from scalecryo.data.conversion.shard_task import PENDING
 from scalecryo.data.conversion.verify import Finding, check_objects, compare_with_source
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, MissingInputError, StoreError
+from scalecryo.physics.threads import one_torch_thread
 
 
 def run(store: str, *, full: bool) -> None:

@@ -51,6 +51,7 @@ class Evidence:
         uneven: what to say where directions are resolved very differently; nothing where they are not.
         coherent: half-maps' share of the signal that right poses of even views would add up; None: not known.
         coverage: what the views leave of that signal.
+        noticed: whether the page tells of anything else that was found on the way.
     """
 
     angstrom: float
@@ -63,6 +64,7 @@ class Evidence:
     uneven: str = ""
     coherent: float | None = None
     coverage: float = 1.0
+    noticed: bool = False
 
 
 HAND = "The hand cannot be known from images: compare with a known structure, or look at helices from about 7 Å on."
@@ -89,9 +91,12 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
             "smaller pixels to see more. " + HAND, tuple(evidence.warnings), figures,
         )  # fmt: skip
     certain = "" if evidence.confidence is None else "most poses are certain, "
+    checks = "and no check found anything against the map"
+    if evidence.warnings or evidence.noticed:
+        checks = "but read what was noticed on the way"
     return Verdict(
         "good", f"Good: the half-maps agree to {angstrom:.2f} Å", "The halves agree within the mask after correction "
-        f"for it, {certain}and no check found anything against the map. " + HAND,
+        f"for it, {certain}{checks}. " + HAND,
         tuple(evidence.warnings), figures,
     )  # fmt: skip
 

@@ -83,16 +83,15 @@ class RunMonitor:
         Raises:
             InputError, MissingInputError: see `Truth.load`.
         """
-        self._store, self._folder = store, config.monitor.truth
-        self._folder_of_run = run
+        self._store, self._folder_of_run = store, run
         self._run, self._publish, self._text_file = config.run.out, publish, config.monitor.prometheus
         self._figures: dict[str, float] = {}
         self._config, self._seen = config, Seen()
         self._ear = _Ear(self._seen.messages)
         logging.getLogger("scalecryo").addHandler(self._ear)
         self._truth: Truth | None = None
-        if self._folder:  # before anything is opened that would have to be closed
-            self._truth = Truth.load(self._folder, store, min(store.levels))
+        if config.monitor.truth:  # before anything is opened that would have to be closed
+            self._truth = Truth.load(config.monitor.truth, store, min(store.levels))
         self._recorder = Recorder(config, run, start_step=start_step)
 
     def after_pass(
@@ -165,12 +164,11 @@ class RunMonitor:
         self._recorder.close()
 
     def _errors(self, rows: Tensor, rotation: Tensor, density: Tensor) -> dict[str, float | list[float]]:
-        """Errors against the truth at the map's level; none where no truth is known."""
+        """Errors against the truth; none where no truth is known."""
         if self._truth is None:
             return {}
-        if self._truth.volume.shape[-1] != density.shape[-1]:
-            self._truth = Truth.load(self._folder, self._store, density.shape[-1])
-        return self._truth.compare(rows.cpu(), rotation.cpu(), density.cpu())
+        pixel_size = self._store.level_pixel_size(density.shape[-1])
+        return self._truth.compare(rows.cpu(), rotation.cpu(), density.cpu(), pixel_size)
 
 
 class _Ear(logging.Handler):

@@ -1,6 +1,7 @@
 """A known truth to follow while training on a simulation: pose errors and FSC, as in the paper's figures 2 and 3."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -18,16 +19,27 @@ from scalecryo.physics.fft import fourier_resize_3d
 
 @dataclass(frozen=True)
 class Truth:
-    """True rotations by row of the store, the true map at the training level, and its pseudo-symmetry."""
+    """True rotations by row of the store, and the true map."""
 
     rotation: Float[Tensor, "particles 3 3"]
     volume: Float[Tensor, "n n n"]
-    pixel_size: float
-    symmetry: Float[Tensor, "g 3 3"]
+    """Of the file's own box."""
+    _at_level: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """The map at the level that was asked for last."""
+
+    @cached_property
+    def symmetry(self) -> Float[Tensor, "g 3 3"]:
+        """Rotations of the map's pseudo-symmetry; searched for a second or two when it is first asked for."""
+        return rotational_symmetry(self.volume)
 
     @classmethod
     def load(cls, folder: str, store: ParticleStore, level: int) -> "Truth":
         """Read truth.star and truth.mrc and match their rows to the store's by image name.
+
+        Args:
+            folder: where they lie.
+            store: of the particles.
+            level: the largest at which maps are to be compared, px.
 
         Raises:
             MissingInputError: a file is missing.
@@ -49,23 +61,29 @@ class Truth:
         volume, _, _ = mrc.read_map(urls.join(folder, "truth.mrc"))
         if volume.shape[-1] < level:
             raise InputError(f"{folder}/truth.mrc: box {volume.shape[-1]} px, the run trains at {level} px")
-        resized = fourier_resize_3d(torch.from_numpy(volume), level)
-        rotation = torch.from_numpy(poses.rotation[rows]).float()
-        return cls(rotation, resized, store.level_pixel_size(level), rotational_symmetry(resized))
+        return cls(torch.from_numpy(poses.rotation[rows]).float(), torch.from_numpy(volume))
 
     def compare(
         self,
         rows: Int[Tensor, " b"],
         rotation: Float[Tensor, "b 3 3"],
-        volume: Float[Tensor, "n n n"],
+        volume: Float[Tensor, "m m m"],
+        pixel_size: float,
     ) -> dict[str, float | list[float]]:
-        """Errors of some particles' rotations, and of the map: its own origin and frame are refined from theirs."""
-        truth = self.rotation[rows]
+        """Errors of some particles' rotations, and of the map: its own origin and frame are refined from theirs.
+
+        Args:
+            rows: of the particles.
+            rotation: found for them.
+            volume: the map, of any level.
+            pixel_size: of that level, Å.
+        """
+        truth, true_map = self.rotation[rows], self._resized(volume.shape[-1])
         alignment = align_poses(rotation, truth)
         aligned = alignment.rotations(rotation)
         errors, modulo = rotation_errors(aligned, truth), rotation_errors(aligned, truth, self.symmetry)
-        laid = align_maps(volume, self.volume, [alignment], search=False)
-        found = map_errors(apply_alignment(volume, laid), self.volume, self.pixel_size)
+        laid = align_maps(volume, true_map, [alignment], search=False)
+        found = map_errors(apply_alignment(volume, laid), true_map, pixel_size)
         return {
             "truth/rotation_error_median_deg": errors.median_deg,
             "truth/rotation_error_mean_deg": errors.mean_deg,
@@ -75,3 +93,9 @@ class Truth:
             "truth/fsc_mean": found.mean,
             "truth/fsc": [round(float(value), 4) for value in found.curve],
         }
+
+    def _resized(self, level: int) -> Float[Tensor, "m m m"]:
+        if level not in self._at_level:
+            self._at_level.clear()
+            self._at_level[level] = fourier_resize_3d(self.volume, level)
+        return self._at_level[level]

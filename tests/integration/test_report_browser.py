@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scalecryo.evaluate.report import Section, Surface, report_html, viewer_html
+from scalecryo.evaluate.verdict import Verdict
 from scalecryo.physics.mask import soft_sphere
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -53,7 +54,9 @@ def test_the_surface_is_drawn_and_follows_the_slider(browser: str, tmp_path: Pat
     z, y, x = torch.meshgrid(line, line, line, indexing="ij")
     density = torch.exp(-(x**2 / 60 + y**2 / 30 + z**2 / 20))
     surface = Surface.of_map(density, soft_sphere(box, 15), 2.0, size=48)
-    page = report_html("Run", [Section("The map", body=viewer_html(surface))]).replace("</body>", f"{PROBE}</body>")
+    verdict = Verdict("failed", "No result", f"{'/a_folder_with_a_long_name' * 4}: what an error begins with")
+    page = report_html("Run", [Section("The map", body=viewer_html(surface))], verdict)
+    page = page.replace("</body>", f"{PROBE}</body>")
     (tmp_path / "report.html").write_text(page)
     done = subprocess.run(
         [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--use-angle=swiftshader",

@@ -160,7 +160,7 @@ class Specimen:
         projector = Projector(self.volume, PIXEL_SIZE)
         generator = torch.Generator().manual_seed(2)
         recording = Recording([projector], self.diameter, table, conditions, wanted, snr_db, generator, 9)
-        images = torch.cat([recording.chunk(first) for first in range(0, len(table), 64)])
+        images = torch.cat(list(recording.chunks()))
         return images.double().numpy(), conditions
 
 
@@ -269,3 +269,21 @@ def test_imperfections_that_mean_nothing() -> None:
     ):
         with pytest.raises(InputError, match=message):
             Imperfections(**settings)  # type: ignore[arg-type]
+
+
+def test_threads_change_no_bit(specimen: Specimen) -> None:
+    """Whether images were made ahead on threads or kept since the noise was measured by them."""
+    table, wanted, threads = (
+        drawn(600, defocus_um=(0.8, 1.6), shift_a=2.0),
+        Imperfections(junk=0.2),
+        torch.get_num_threads(),
+    )
+    found = []
+    for number in (1, 3):
+        torch.set_num_threads(number)
+        try:
+            found.append(specimen.recorded(table, wanted, snr_db=0.0)[0])
+            assert torch.get_num_threads() == number
+        finally:
+            torch.set_num_threads(threads)
+    np.testing.assert_array_equal(*found)

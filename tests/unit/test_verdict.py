@@ -46,6 +46,14 @@ def test_a_warning_alone_is_told_and_makes_no_doubt() -> None:
     verdict = judge(replace(GOOD, warnings=("one direction is poor",)), {})
     assert verdict.grade == "good"
     assert verdict.reasons == ("one direction is poor",)
+    assert "no check found anything" not in verdict.text
+
+
+def test_what_was_noticed_on_the_way_is_not_denied() -> None:
+    assert "no check found anything" in judge(GOOD, {}).text
+    verdict = judge(replace(GOOD, noticed=True), {})
+    assert verdict.grade == "good"
+    assert "read what was noticed" in verdict.text
 
 
 @pytest.mark.parametrize("coherent", [None, 0.3, 1.0, 8.0])

@@ -4,8 +4,7 @@ The background is what lies outside a circle of 0.375 box around the centre (the
 Stacks without noise, simulations mostly, have no background σ worth dividing by: they share one scale.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -40,17 +39,6 @@ class Normalisation:
     sign: int = 1
     kind: Literal["background", "common"] = "background"
     common_scale: float = 1.0
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Torch's own threads off for a while: with one task for each core they make small transforms ten times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=8)

@@ -11,9 +11,9 @@ from dask.base import compute
 from dask.callbacks import Callback
 from dask.delayed import delayed
 
-from scalecryo.data.conversion.normalise import one_torch_thread
 from scalecryo.data.conversion.shard_task import Done, ShardTask
 from scalecryo.errors import InputError
+from scalecryo.physics.threads import one_torch_thread
 
 if TYPE_CHECKING:
     from distributed import Future

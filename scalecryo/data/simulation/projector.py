@@ -108,7 +108,7 @@ def _spline_weights(t: float, weights: NDArray[np.float32]) -> None:
     weights[3] = t**3 / 6
 
 
-@numba.njit(cache=True, fastmath=True)
+@numba.njit(cache=True, fastmath=True, nogil=True)
 def _slice_cubic(
     transform: NDArray[np.complex64],
     rotation: NDArray[np.float64],

@@ -1,6 +1,8 @@
 """Simulated images: particles, junk and neighbours under the conditions of each, with noise."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from scalecryo.data.simulation.imperfections import BLOB, EMPTY, Conditions, str
 from scalecryo.data.simulation.noise import Noise, noise_sigma
 from scalecryo.data.simulation.projector import Projector
 from scalecryo.data.simulation.settings import Imperfections
+from scalecryo.physics.threads import one_torch_thread
 
 _CHUNK = 64
 _SAMPLE = 512
@@ -63,9 +66,10 @@ class Recording:
         self._blobs = stream(seed, "blobs")
         self._noise: Noise | None = None
         self._signal_sd = self._sigma = 0.0
+        self._first: deque[Tensor] = deque()  # noise-free images of the first particles, once they were looked at
         if snr_db is not None or wanted.junk > 0 or wanted.gain_sd > 0:
-            starts = range(0, min(len(table), _SAMPLE), _CHUNK)
-            sample = torch.cat([self._particles(self._rows(start)) for start in starts])
+            self._first.extend(self._made(range(0, min(len(table), _SAMPLE), _CHUNK)))
+            sample = torch.cat(list(self._first))
             self._signal_sd = float(sample.double().var(dim=(1, 2), correction=0).mean().sqrt())
             self._sigma = self._signal_sd if snr_db is None else noise_sigma(sample, snr_db)
         if snr_db is not None:
@@ -75,10 +79,29 @@ class Recording:
     def __len__(self) -> int:
         return len(self._table)
 
-    def chunk(self, first: int) -> Float[Tensor, "b n n"]:
-        """Some images from row `first` on; to be asked for in order, since the noise is drawn in order."""
-        rows = self._rows(first)
-        images = self._particles(rows)
+    def chunks(self) -> Iterator[Float[Tensor, "b n n"]]:
+        """All images, in order, some at a time; once, since the noise and what is random are drawn as they come."""
+        begun = range(0, _CHUNK * len(self._first), _CHUNK)
+        later = range(begun.stop, len(self._table), _CHUNK)
+        for first in begun:
+            yield self._imaged(self._first.popleft(), self._rows(first))
+        for first, images in zip(later, self._made(later), strict=True):
+            yield self._imaged(images, self._rows(first))
+
+    def _made(self, starts: Iterable[int]) -> Iterator[Float[Tensor, "b n n"]]:
+        """`_particles` of the chunks that begin there, made ahead on as many threads as torch has."""
+        threads = torch.get_num_threads()
+        with one_torch_thread(), ThreadPoolExecutor(threads) as pool:
+            waiting: deque[Future[Tensor]] = deque()
+            for start in starts:
+                waiting.append(pool.submit(self._particles, self._rows(start)))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    def _imaged(self, images: Float[Tensor, "b n n"], rows: Int[NDArray, " b"]) -> Float[Tensor, "b n n"]:
+        """The noise-free images of some particles with what else is seen in them."""
         images = self._with_junk(images, rows)
         images = self._with_neighbours(images, rows)
         conditions = self._conditions

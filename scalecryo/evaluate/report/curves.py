@@ -36,7 +36,8 @@ def fsc_figure(
         axes.plot(shells[shown] / length, np.asarray(curve)[shown], linewidth=1.8, label=name)
     for threshold in thresholds:
         axes.axhline(threshold, color="0.45", linewidth=0.9, linestyle="--")
-        label = axes.text(0.995, threshold + 0.01, f"{threshold:g}", color="0.35", ha="right")
+        # Beside the axes: within them a crossing's resolution may stand.
+        label = axes.text(1.005, threshold, f"{threshold:g}", color="0.35", va="center")
         label.set_transform(axes.get_yaxis_transform())
     nyquist = 0.5 / pixel_size
     axes.axvline(nyquist, color="tab:red", linewidth=1.0, linestyle=":")
