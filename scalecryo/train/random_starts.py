@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 # The best start has settled when a round gains less than this share. On seven sets of different noise the third round
-# gained 0.1 to 0.7 %; on a symmetric particle, whose poses leave a smooth distortion slowly, 5 to 20 %.
-SETTLED = 0.05
+# gained 0.1 to 0.7 %; on a symmetric particle, whose poses leave a smooth distortion slowly, 4 to 20 % for five rounds.
+SETTLED = 0.015
 MOST_ALONE = 12  # rounds of the best start alone
 
 
