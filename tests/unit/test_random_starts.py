@@ -5,7 +5,7 @@ import torch
 
 from scalecryo.settings import AutoencoderConfig
 from scalecryo.train.forecast import _of_random_starts
-from scalecryo.train.random_starts import PairedGains, RandomStarts
+from scalecryo.train.random_starts import MOST_ALONE, PairedGains, RandomStarts
 
 
 def run(starts: RandomStarts, goodness: dict[int, float]) -> tuple[list[list[int]], int]:
@@ -40,6 +40,44 @@ def test_none_learns_longer_than_it_may_and_the_forecast_knows(count: int, most:
     assert len(starts.going) == 1
     settings = AutoencoderConfig(starts=count, start_steps=80, steps=most)
     assert _of_random_starts(settings)[1] == steps - starts.steps
+
+
+def test_the_best_one_learns_on_alone_while_it_gains() -> None:
+    # Gains of a start by its steps, of the fourth a tenth more: 20, 15 and 10 % more a round, then 1 %.
+    curve = [40.0, 48.0, 55.2, 60.7, 61.3, 70.0]
+    starts, seen, places = RandomStarts(4, 80, 600), 0, []
+    while not starts.over:
+        while not starts.judging:
+            places.append(starts.place(79))
+            starts.learnt({})
+        starts.judged(torch.tensor([curve[seen] * (1.1 if number == 3 else 1.0) for number in starts.going]))
+        seen += 1
+    assert starts.going == [3]
+    assert seen == 5  # two rounds of several, then those that gained 15, 10 and 1 %
+    assert starts.rounds_alone == 3
+    assert places == [79] * 4 + [159] * 2 + [160] * 3  # alone it stays where it is in the march
+    assert starts.steps == 160
+
+
+def test_alone_it_ends_after_so_many_rounds_and_is_taken_up_there() -> None:
+    starts = RandomStarts(4, 80, 600)
+    value = 1.0
+    while not starts.over:
+        again = RandomStarts(4, 80, 600)
+        again.load_state_dict(starts.state_dict())
+        starts = again
+        while not starts.judging:
+            starts.learnt({})
+        value *= 2
+        starts.judged(torch.full((len(starts.going),), value))
+    assert starts.rounds_alone == MOST_ALONE
+    assert starts.steps == 160
+
+
+def test_without_a_gain_nobody_learns_on() -> None:
+    starts = RandomStarts(4, 80, 600)
+    run(starts, dict.fromkeys(range(4), -3.0))
+    assert starts.rounds_alone == 0
 
 
 def test_it_is_taken_up_where_it_stood() -> None:

@@ -108,7 +108,7 @@ class AutoEncoding:
         elif not self._starts.over and self._starts.judging:
             self._hold(batch)
         elif not self._starts.over:
-            self._learn(batch, self._starts.steps + len(self._losses), first=not self._losses)
+            self._learn(batch, self._starts.place(len(self._losses)), first=not self._losses)
         elif self._step < self._march.steps:
             self._learn(batch, self._step)
             self._step += 1
@@ -132,7 +132,7 @@ class AutoEncoding:
     def pause(self) -> Pause | None:
         """Between two steps where maps are solved, since it begins with solved ones; not while it looks or judges."""
         starts, learnt = self._starts, len(self._losses)
-        step = self._step if starts.over else starts.steps + learnt
+        step = self._step if starts.over else starts.place(learnt)
         within = 0 < step < self._march.steps if starts.over else 0 < learnt < starts.next_steps
         if not within or self._step == self._until or not self._march.at(step - 1).refresh:
             return None
@@ -280,14 +280,12 @@ class AutoEncoding:
     def _finish_start(self) -> PassReport:
         starts, loss = self._starts, float(torch.stack(self._losses).mean())  # host sync: once a pass
         self._refuse_nan(loss)
-        number, steps = starts.current + 1, starts.steps + len(self._losses)
+        turn = starts.turn(len(self._losses))
         starts.learnt(copied({"trainer": self._trainer.state_dict(), "maps": self._trainer.maps.state_dict()}))
         if starts.over:
             self._step = starts.steps
             starts.release()
-        return PassReport(
-            f"auto-encoder: random start {number} of {starts.count}, step {steps}: loss {loss:.4f}", self._images
-        )
+        return PassReport(f"auto-encoder: {turn}: loss {loss:.4f}", self._images)
 
     @torch.no_grad()
     def _hold(self, batch: ParticleImages) -> None:
@@ -298,7 +296,7 @@ class AutoEncoding:
         self._judges.append((encoder_input(some, self._trainer.circles), self._white(some)))
 
     def _finish_round(self, world: World) -> PassReport:
-        """The starts that explain held-out images better go on. Collective."""
+        """The starts that explain held-out images better go on, the best one until it gains no more. Collective."""
         starts = self._starts
         paired = PairedGains(len(starts.going), self._context.device)
         gains = []
