@@ -24,7 +24,8 @@ class ParticleDataset(IterableDataset[dict[str, Tensor]]):
         Args:
             url: of the store.
             level: box, px.
-            shuffle, seed: see `Store.torch_dataset`.
+            shuffle: see `Store.torch_dataset`.
+            seed: see there too.
 
         Raises:
             StoreError: there is no such level.
