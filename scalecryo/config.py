@@ -93,7 +93,10 @@ class TrainConfig(Section):
     symmetry: str = option(
         "C1", "point group: C7, D7, T, O, I, I1 to I4, about RELION's axes, which are found in the first map", POSED
     )
-    classes: int = option(1, "structures that the particles are sorted into", POSED, least=1, most=64)
+    classes: int = option(
+        1, "structures that the particles are sorted into; auto (0): many cheap starts find how many there are", POSED,
+        words={"auto": 0}, least=0, most=64,
+    )  # fmt: skip
     class_mode: Literal["independent", "docked"] = option(
         "independent", "independent: unrelated structures, each from random poses; docked: one assembly in several "
         "compositions or conformations, told apart at the poses of one common map", GUIDED,
@@ -117,6 +120,13 @@ class TrainConfig(Section):
         repair = "components are of one structure in C1 (a symmetric one: `select --expand`, guided.start = poses)"
         require(alone, "train.components", self.components, repair)
         require(not self.components or self.final_pass, "train.components", self.components, "needs train.final_pass")
+        alone = self.classes != 0 or self.class_mode == "independent"
+        require(alone, "train.class_mode", self.class_mode, "--classes auto finds independent structures: say how many")
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one structure."""
+        return self.classes != 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +141,9 @@ class GuidedConfig(Section):
         60, "batches that each round of the bootstrap learns from; rounds go on until the halves agree", GUIDED, least=1
     )
     bootstrap_rounds: int = option(20, "most rounds of the bootstrap, which ends sooner as a rule", GUIDED, least=1)
+    ensemble_classes: tuple[int, ...] = option((4, 8, 16), "classes of the cheap starts of --classes auto", GUIDED)
+    ensemble_starts: int = option(4, "cheap starts of --classes auto with each of these numbers", GUIDED, least=1)
+    ensemble_steps: int = option(50, "batches that each of them learns from", GUIDED, least=2)
     bootstrap_batch: int = option(100, "particles in its batches, over both halves and all workers", GUIDED, least=1)
     shift_radius_a: float = option(
         0.0,
@@ -147,6 +160,13 @@ class GuidedConfig(Section):
     encoder_batch: int = option(256, "real particles in such a step, with as many projections of the map", EM, least=1)
     encoder_hidden: int = option(1024, "units in each hidden layer of the grid encoder", EM, least=1)
     encoder_rate: float = option(1e-3, "learning rate of the grid encoder", EM, least=1e-7)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within = len(self.ensemble_classes) > 0 and all(2 <= classes <= 64 for classes in self.ensemble_classes)
+        require(within, "guided.ensemble_classes", self.ensemble_classes, "name numbers of 2 to 64 classes")
+        enough = len(self.ensemble_classes) * self.ensemble_starts >= 3
+        require(enough, "guided.ensemble_starts", self.ensemble_starts, "fewer than three starts in all say nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +214,9 @@ class Config:
             require(high <= value, key, value, f"must be at least the number of workers ({high})")
         turned = self.encoder.network == "circles" or self.copies <= 8
         require(turned, "pose.copies", self.copies, "the cnn turns images by 90 degrees: use 1, 2, 4 or 8")
+        found = self.train.classes != 0 or self.recipe == "guided"
+        repair = f"only the recipe guided ({RECIPES['guided']}) finds how many: say how many"
+        require(found, "train.classes", "auto", repair)
         fits = not self.train.box or self.encoder.input_box <= self.train.box
         require(fits, "encoder.input_box", self.encoder.input_box, f"must not exceed train.box ({self.train.box})")
 
@@ -205,6 +228,11 @@ class Config:
         if self.pose.source == "encoder":
             return "autoencoder" if self.encoder.network == "circles" else "paper"
         return self.pose.source
+
+    @property
+    def foreseen_classes(self) -> int:
+        """How many structures time and memory are foreseen for: where it is found, the fewest of any start."""
+        return self.train.classes or min(self.guided.ensemble_classes)
 
     @property
     def heads(self) -> int:
@@ -281,6 +309,8 @@ def config_to_toml(config: Config) -> str:
         section, _, key = dotted.partition(".")
         if f"[{section}]" not in lines:
             lines += ["", f"[{section}]"]
+        words = {number: word for word, number in SETTINGS[dotted].metadata["words"].items()}
+        value = words.get(value, value) if words else value
         # JSON's texts, lists and truth values are TOML's, but not its infinity.
         text = repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
         lines.append(f"{key} = {text}")
@@ -340,7 +370,10 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def _convert(value: Any, kind: Any, key: str) -> Any:
-    """Check a value against the field's type; whole numbers may stand for floats, lists for tuples."""
+    """Check a value against the field's type; whole numbers may stand for floats, lists for tuples, and words."""
+    words = SETTINGS[key].metadata["words"]
+    if isinstance(value, str) and value in words:
+        return words[value]
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         require(value in choices, key, value, f"choose one of {', '.join(choices)}")
@@ -352,7 +385,7 @@ def _convert(value: Any, kind: Any, key: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     repair = "write true or false" if kind is bool else f"must be of type {kind.__name__}"
-    require(type(value) is kind, key, value, repair)
+    require(type(value) is kind, key, value, f"{repair}{''.join(f', or {word}' for word in words)}")
     return value
 
 

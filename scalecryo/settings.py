@@ -4,7 +4,9 @@ Imports no torch.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal
 
 from scalecryo.errors import ConfigError
@@ -40,9 +42,16 @@ ENCODER: tuple[Recipe, ...] = ("autoencoder", "paper")
 POINT_GROUP = re.compile(r"[CD][1-9][0-9]{0,3}|T|O|I[1-4]?")
 
 
-def option(default: Any, help: str, recipes: tuple[Recipe, ...] = tuple(RECIPES), **limits: float) -> Any:
-    """A field with its default, one line of help, the recipes that read it, and its `least` and `most` value."""
-    return field(default=default, metadata={"help": help, "recipes": recipes, **limits})
+NO_WORDS: Mapping[str, Any] = MappingProxyType({})
+
+
+def option(
+    default: Any, help: str, recipes: tuple[Recipe, ...] = tuple(RECIPES), *, words: Mapping[str, Any] = NO_WORDS,
+    **limits: float,
+) -> Any:  # fmt: skip
+    """A field with its default, one line of help, the recipes that read it, and its `least` and `most` value; `words`
+    stand for values."""
+    return field(default=default, metadata={"help": help, "recipes": recipes, "words": words, **limits})
 
 
 def require(ok: bool, key: str, value: object, repair: str) -> None:

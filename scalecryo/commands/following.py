@@ -22,7 +22,7 @@ def check_following(config: Config) -> None:
         ConfigError: the recipe cannot take in new particles.
     """
     train = config.train
-    if config.recipe not in FOLLOWING or train.classes > 1 or train.components or train.rows:
+    if config.recipe not in FOLLOWING or train.several or train.components or train.rows:
         raise ConfigError(
             "config: --follow goes with the recipes guided and poses, one class, no components and train.rows = 0: "
             "leave out what says otherwise"

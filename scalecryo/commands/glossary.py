@@ -14,6 +14,7 @@ TERMS: Mapping[str, str] = MappingProxyType(
         "contrast": "whether protein is bright or dark in the images; stores are protein-bright",
         "CTF": "contrast transfer function: how the microscope weights and turns the frequencies of an image",
         "encoder": "network from an image to its pose",
+        "ensemble": "many cheap starts of several classes; what they agree on tells how many classes there are",
         "final pass": "the last pass: every particle gets a pose, and the half-maps are made at the full box",
         "Fourier pixel": "one cycle per box: shell s of a box of N pixels of p Å is N·p/s Å",
         "frequency marching": "refining at rising resolution, as far as the half-maps agree",

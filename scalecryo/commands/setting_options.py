@@ -32,7 +32,8 @@ def _option(name: str, field: Field[Any], group: Group, shared: Sequence[str]) -
         show_default=default or False,
         metavar="INT,..." if many else None,
     )
-    return Annotated[str if many else field.type, parameter]
+    kind = str if many or field.metadata["words"] else field.type
+    return Annotated[kind, parameter]
 
 
 def _shared_readers(section: Any) -> tuple[str, ...]:

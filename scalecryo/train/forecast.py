@@ -6,7 +6,7 @@ GPU of `cost_model`. How much slower or faster the run goes than that is learnt 
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scalecryo.config import Config
 from scalecryo.settings import AutoencoderConfig
@@ -24,6 +24,7 @@ POSE_ROUNDS, ROUND_PASSES, POSED_AS, ENCODED_SECONDS = 2, 4, 8, 30.0
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
 CLASS_ROUNDS, FRESH_ROUNDS = 7, 2  # of the start of several classes, and of them with fresh maps; both FRESH at first
 FRESH = 2
+ENSEMBLE, LABELLED = 3400.0, 20_000  # images a second and class of a cheap start; particles that are labelled at most
 SEARCHES, LOCAL = 3, 3
 JUDGING = 8000  # particles that a round of the start reads to judge, at most
 SEARCH_LEVEL = 64
@@ -67,7 +68,7 @@ def parts_of(config: Config, particles: int, levels: Sequence[int]) -> list[Part
     if config.train.final_pass:
         full = max(levels)
         posing = particles / (POSED * (128 / full) ** 1.5)
-        parts.append(Part("final pass", posing, RESULT_SECONDS * speed * (full / 128) ** 3 * config.train.classes))
+        parts.append(Part("final pass", posing, RESULT_SECONDS * speed * (full / 128) ** 3 * config.foreseen_classes))
         parts += _variety(config, particles, max(levels))
     return [Part(part.name, part.seconds / speed, part.tail / speed, part.passes) for part in parts]
 
@@ -93,11 +94,13 @@ def _variety(config: Config, particles: int, full: int) -> list[Part]:
 
 def _starts(config: Config, particles: int, levels: Sequence[int]) -> list[Part]:
     """What comes before a refinement, or in its place."""
-    guided, many = config.guided, config.train.classes
+    guided, many = config.guided, config.foreseen_classes
     if config.recipe == "guided":
         judged = ROUNDS * min(JUDGING, particles) / JUDGED
         learnt = guided.bootstrap_steps * guided.bootstrap_batch / START * (guided.starts + ROUNDS - 1)
         passes = ROUNDS * (guided.bootstrap_steps // 20 + 1)
+        if not config.train.classes:
+            return [_ensemble(config, particles), replace(_class_start(config, particles), name="class start")]
         if many > 1 and config.train.class_mode == "independent":
             return [_class_start(config, particles)]
         return [Part("start", learnt + judged, 0, passes), *_class_parts(config, particles)]
@@ -127,7 +130,7 @@ def _of_random_starts(settings: AutoencoderConfig) -> tuple[int, int]:
 
 def _class_start(config: Config, particles: int) -> Part:
     """Each image is compared with a map of every class, and for some rounds with fresh ones of its own class too."""
-    guided, many = config.guided, config.train.classes
+    guided, many = config.guided, config.foreseen_classes
     rounds = min(CLASS_ROUNDS + FRESH_ROUNDS, guided.bootstrap_rounds)
     images = guided.bootstrap_steps * guided.bootstrap_batch * max(1, many / 2)
     learnt = images / START * (many * (guided.starts + rounds - 1) + FRESH + FRESH_ROUNDS - 1)
@@ -135,17 +138,27 @@ def _class_start(config: Config, particles: int) -> Part:
     return Part("start", learnt + judged, 0, rounds * (guided.bootstrap_steps // 20 + 1))
 
 
+def _ensemble(config: Config, particles: int) -> Part:
+    """Cheap starts, and the labels that each gives."""
+    guided = config.guided
+    images = [guided.ensemble_steps * guided.bootstrap_batch * max(1, k / 4) * k for k in guided.ensemble_classes]
+    labelled = min(particles, LABELLED) * sum(guided.ensemble_classes)
+    starts = guided.ensemble_starts
+    passes = -(-starts * len(guided.ensemble_classes) // max(config.run.worker_range[1], 1)) + 1
+    return Part("ensemble", starts * (sum(images) + labelled) / ENSEMBLE, 0, passes)
+
+
 def _class_parts(config: Config, particles: int) -> list[Part]:
-    if config.train.classes == 1:
+    if not config.train.several:
         return []
-    read = min(particles, config.guided.iteration_particles) * config.train.classes
+    read = min(particles, config.guided.iteration_particles) * config.foreseen_classes
     return [Part("classes", 4 * read / SEARCHED, 0, 4), Part("class maps", 2 * read / SEARCHED, 0, 2)]
 
 
 def _refinements(config: Config, particles: int, box: int) -> list[Part]:
     if config.recipe not in ("guided", "poses") and not (config.recipe == "autoencoder" and config.autoencoder.refine):
         return []
-    settings, many = config.guided, config.train.classes
+    settings, many = config.guided, config.foreseen_classes
     read = min(particles, settings.iteration_particles)
     searches = min(SEARCHES, settings.search_iterations) if settings.start == "nothing" else 0
     local = max(min(LOCAL, settings.iterations - searches), 0)

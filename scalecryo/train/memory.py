@@ -64,7 +64,7 @@ def need_of(config: Config, levels: Sequence[int]) -> Need:
         levels: boxes of the store, px.
     """
     full = max(levels)
-    level, classes = config.train.box or full, config.train.classes
+    level, classes = config.train.box or full, config.foreseen_classes
     _, workers = config.run.worker_range
     read = config.stream.prefetch_mib << 20
     if config.recipe in ("guided", "poses"):

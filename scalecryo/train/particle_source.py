@@ -45,6 +45,7 @@ class BatchRequest:
         start: batch to begin with, counted over epochs (shuffled only).
         batches: in the pass; None: one epoch, or all.
         training_rows: only the first `train.rows` (always where shuffled).
+        whole: whether every worker reads whole batches by itself (shuffled only); else its share of each.
         padding: whether padding rows are kept, so that every batch has the same shape.
     """
 
@@ -54,6 +55,7 @@ class BatchRequest:
     start: int = 0
     batches: int | None = None
     training_rows: bool = True
+    whole: bool = False
     padding: bool = False
 
 
@@ -180,11 +182,11 @@ class RunContext:
             subset=self.subset,
         )
 
-    def stream(self, level: int, batch_size: int, start: int) -> ParticleStream:
-        """This worker's stream of shuffled batches at a level from a global step on."""
-        stream = self.config.stream
+    def stream(self, level: int, batch_size: int, start: int, *, whole: bool = False) -> ParticleStream:
+        """This worker's stream of shuffled batches, or of its share of them, at a level from a global step on."""
+        stream, world = self.config.stream, World() if whole else self.world
         return ParticleStream(
-            self.store, level, self.order(level, batch_size), rank=self.world.rank, world_size=self.world.size,
+            self.store, level, self.order(level, batch_size), rank=world.rank, world_size=world.size,
             start_step=start, columns=stream_columns(self.store), threads=stream.threads, device=self.device,
             prefetch_bytes=stream.prefetch_mib << 20, patience=RetryPolicy(seconds=stream.retry_seconds),
         )  # fmt: skip
@@ -247,7 +249,7 @@ class ParticleReader:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._stream: ParticleStream | None = None
-        self._kind: tuple[int, int] | None = None
+        self._kind: tuple[int, int, bool] | None = None
         self._closed = StreamMetrics(0.0, 0, 0, 0, 0, 0)
 
     def batches(self, request: BatchRequest) -> Iterator[tuple[ParticleImages, ...]]:
@@ -301,10 +303,10 @@ class ParticleReader:
         self._stream = None
 
     def _shuffled(self, request: BatchRequest) -> ParticleStream:
-        kind = (request.pixels[0].box_size, request.batch_size)
+        level, size, whole = kind = (request.pixels[0].box_size, request.batch_size, request.whole)
         if self._stream is None or self._kind != kind or self._stream.step != request.start:
             self.close()
-            self._stream, self._kind = self._context.stream(*kind, request.start), kind
+            self._stream, self._kind = self._context.stream(level, size, request.start, whole=whole), kind
         return self._stream
 
     def _in_order(self, pixels: FourierPixels, request: BatchRequest) -> Iterator[Batch]:

@@ -20,7 +20,9 @@ from scalecryo.train.stages.classification import Classification
 from scalecryo.train.stages.common_map import CommonMap
 from scalecryo.train.stages.components import Components
 from scalecryo.train.stages.coordinates import CoordinatePass
+from scalecryo.train.stages.ensemble import Ensemble
 from scalecryo.train.stages.final_pass import FinalPass
+from scalecryo.train.stages.found_classes import FoundClassStart
 from scalecryo.train.stages.gradient_descent import GradientDescent
 from scalecryo.train.stages.imported_poses import ImportedPoses
 from scalecryo.train.stages.latent_encoding import LatentEncoding
@@ -46,11 +48,12 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
 CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     {
         "independent": (ClassRestarts, Refinement, FinalPass),
+        "auto": (Ensemble, FoundClassStart, Refinement, FinalPass),
         "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, FinalPass),
         "poses": (ImportedPoses, Classification, Refinement, FinalPass),
     }
 )
-"""With several classes: by `train.class_mode`, or from imported poses."""
+"""With several classes: by `train.class_mode`, or from imported poses; `auto` where their number is sought too."""
 VARIETY: tuple[StageMaker, ...] = (CoordinatePass, LatentEncoding, StateMaps)
 """Behind what learns components."""
 
@@ -67,7 +70,7 @@ def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
     """The stages of a run, and what they will learn; but for those that the settings leave out."""
     recipe = context.config.recipe
     learned = Learned(ParticleState(context.run, context.store.count))
-    many = context.config.train.classes > 1
+    many = context.config.train.several
     if recipe in ("guided", "poses") and not many:  # the encoder knows one map
         learned.encoder = _encoder_trainer(context)
     config = context.config
@@ -75,7 +78,8 @@ def stages_of(context: RunContext) -> tuple[list[Stage], Learned]:
     left_out += [Refinement] if recipe == "autoencoder" and not config.autoencoder.refine else []
     chosen = RECIPES[recipe]
     if many:
-        chosen = CLASS_RECIPES["poses" if recipe == "poses" else config.train.class_mode]
+        mode = config.train.class_mode if config.train.classes else "auto"
+        chosen = CLASS_RECIPES["poses" if recipe == "poses" else mode]
     stages = [maker(context, learned) for maker in chosen if maker not in left_out]
     return stages + (variety_stages(context, learned) if config.train.components else []), learned
 

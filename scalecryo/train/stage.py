@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jaxtyping import Float
+from torch import Tensor
+
 from scalecryo.distributed.world import World
 from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.image_signal import ImageSignal
@@ -20,6 +23,17 @@ if TYPE_CHECKING:
     from scalecryo.train.stages.coordinates import Coordinates
 
 
+@dataclass(frozen=True)
+class FoundClasses:
+    """Classes whose number was not known before (`train.classes = auto`).
+
+    Attributes:
+        maps: a first one of each, at the store's smallest level.
+    """
+
+    maps: Float[Tensor, "k n n n"]
+
+
 @dataclass
 class Learned:
     """What stages hand on.
@@ -27,6 +41,7 @@ class Learned:
     Attributes:
         particles: last pose of every particle.
         references: half-maps of every class.
+        found: classes that an ensemble found, before they have references.
         groups: noise of each optics group and scale of each micrograph; None: not sought.
         shift_radius: of a disc that holds nearly all shifts, Å; None: not known.
         encoder: that learns to pose while references are refined.
@@ -42,6 +57,7 @@ class Learned:
 
     particles: ParticleState
     references: ReferenceSet | None = None
+    found: FoundClasses | None = None
     groups: ImageGroups | None = None
     shift_radius: float | None = None
     encoder: PoseLearner | None = None

@@ -45,10 +45,9 @@ SEED = 1000  # of the first fresh start; the starts of the mixture have those be
 class ClassRestarts(ClassStart):
     """The start of several classes, and fresh starts of each."""
 
-    def __init__(self, context: RunContext, learned: Learned) -> None:
+    def __init__(self, context: RunContext, learned: Learned, *, classes: int = 0, starts: int = 0) -> None:
         """See `ClassStart`."""
-        starts = context.config.guided.starts
-        super().__init__(context, learned, sets=max(starts, 1 + FRESH))
+        super().__init__(context, learned, classes=classes, starts=starts, sets=1 + FRESH)
         self._fresh: dict[int, list[int]] = {}  # places of the fresh maps of each class that still learn
         self._gained: dict[int, float] = {}  # by the best of them in the round before
         self._begun = 0  # the step at which they began

@@ -36,7 +36,7 @@ from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_contrast
 from scalecryo.train.stages.class_shares import Balance
-from scalecryo.train.stages.start_rounds import DECAY, FIRST_REFERENCE_RADIUS, RADIUS, REGULARISATION, StartRounds
+from scalecryo.train.stages.start_rounds import DECAY, FIRST_REFERENCE_RADIUS, REGULARISATION, StartRounds
 
 logger = logging.getLogger(__name__)
 ROUNDS_EXPECTED = 9  # of most runs, for the time left
@@ -56,11 +56,14 @@ class ClassStart(StartRounds):
     _begins_with_maps = False
     balanced_rounds = 2  # in which every class gets the same share
 
-    def __init__(self, context: RunContext, learned: Learned, *, starts: int = 0, sets: int = 0) -> None:
+    def __init__(
+        self, context: RunContext, learned: Learned, *, classes: int = 0, starts: int = 0, sets: int = 0
+    ) -> None:
         """
         Args:
             context: of the run.
             learned: gets the best start's references.
+            classes: of each start; 0: as many as the settings say.
             starts: random starts; 0: as many as the settings say.
             sets: of maps that there is room for; the starts are the first of them.
 
@@ -70,7 +73,7 @@ class ClassStart(StartRounds):
         settings = context.config.guided
         starts = starts or settings.starts
         sets = max(sets, starts)
-        self._classes = context.config.train.classes
+        self._classes = classes or context.config.train.classes
         # Both halves serve one map: half as many particles for each class as where each half has its own.
         batch = max(settings.bootstrap_batch, settings.bootstrap_batch * self._classes // 2)
         super().__init__(context, learned, batch=batch, maps=sets * self._classes)
@@ -128,7 +131,12 @@ class ClassStart(StartRounds):
         for start in self._going:
             mass[start] = self._insert(batch, start, fresh, residuals)
         self._end_step(world, fresh, residuals, mass, *self._beside())
-        self._balance.add(mass, DECAY, even=len(self._earlier) < self.balanced_rounds)
+        self._balance.add(mass, DECAY, even=self._even)
+
+    @property
+    def _even(self) -> bool:
+        """Whether every class is still to get the same share."""
+        return len(self._earlier) < self.balanced_rounds
 
     def _beside(self) -> Sequence[Tensor]:
         """What else a step sums up over the workers."""
@@ -141,13 +149,13 @@ class ClassStart(StartRounds):
         near, first = self._near, start * self._classes
         mass = self._gains.new_zeros(self._classes)
         if self._step == 0 and not self._begins_with_maps:
-            self._insert_at_random(batch.within(RADIUS), start, fresh)
+            self._insert_at_random(batch.within(self.radius), start, fresh)
             return mass + len(batch) / self._classes
         grid = turned_grid(self._grid, self._generator(start))
         bank = self._bank(start, grid)
         centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
         for half in (1, 2):
-            images = batch.select(batch.half == half).within(RADIUS)
+            images = batch.select(batch.half == half).within(self.radius)
             if len(images):  # a worker that holds none of a half still takes part in the reduction
                 found = self._expected(images, start, bank)
                 for number in range(self._classes):
@@ -205,7 +213,7 @@ class ClassStart(StartRounds):
             if self._judged == 0:
                 self._banks[start] = self._bank(start, turned_grid(self._grid, self._generator(start)))
             if len(batch):
-                images = batch.within(RADIUS)
+                images = batch.within(self.radius)
                 found = self._expected(images, start, self._banks[start])
                 self._judge_beside(images, found)
                 gain = found.log_evidence.double()

@@ -55,10 +55,10 @@ class Refinement:
         self._context, self._learned = context, learned
         learned.groups = learned.groups or ImageGroups(context.store.box_size, context.device)
         searches = settings.search_iterations if settings.start == "nothing" else 0
-        docked = context.config.train.classes > 1 and context.config.train.class_mode == "docked"
+        docked = context.config.train.several and context.config.train.class_mode == "docked"
         self._posed = settings.start == "poses" or docked  # well from the first iteration on
         self._most = settings.iterations  # as many more each time that the store has grown
-        self._schedule = Schedule(searches, settings.settled_iterations, patient=context.config.train.classes > 1)
+        self._schedule = Schedule(searches, settings.settled_iterations, patient=context.config.train.several)
         self._creep = StrainSteps()
         self._strain: Tensor | None = None  # to be applied to maps and poses of each half
         self._parts: Parts | None = None

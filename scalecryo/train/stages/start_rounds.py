@@ -42,6 +42,8 @@ class StartRounds(ABC):
     """Batches in rounds, the maps' sums and their noise; what is learnt and how it is judged, subclasses say."""
 
     name = "start"
+    radius = RADIUS
+    half_grid = HALF_GRID
 
     def __init__(self, context: RunContext, learned: Learned, *, batch: int, maps: int) -> None:
         """
@@ -61,9 +63,9 @@ class StartRounds(ABC):
         self._steps = context.config.guided.bootstrap_steps
         self._judging = max(1, min(JUDGED, context.count) // batch)
         self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
-        self._near = self._pixels.prefix(RADIUS)
+        self._near = self._pixels.prefix(self.radius)
         self._shifts = context.shift_grid_px(level, context.shift_radius)
-        self._grid = so3_grid(HALF_GRID).to(context.device)
+        self._grid = so3_grid(self.half_grid).to(context.device)
         self._noise = NoiseSpectrum(int(self._pixels.shell.max()) + 1, context.device)
         self._sums = Backprojection(level, device=context.device, classes=maps)
         self._step = 0  # batches learnt from
@@ -178,11 +180,11 @@ class StartRounds(ABC):
         """Take in the step's sums of all workers; `more` is added up in the same reduction. Collective."""
         # All sums on every worker, not each on its owner: in every step every worker slices every map, and worker 0
         # saves all sums. Up to this radius they are half a megabyte a map.
-        parts = fresh.within(RADIUS)
+        parts = fresh.within(self.radius)
         world.all_reduce_(*residuals.tensors(), *more, *parts)
         self._noise.power += residuals.power
         self._noise.count += residuals.count
-        fresh.put_within(RADIUS, *parts)
+        fresh.put_within(self.radius, *parts)
         self._sums.decay(DECAY)
         self._sums.numerator += fresh.numerator
         self._sums.denominator += fresh.denominator
