@@ -263,6 +263,9 @@ def _reason(error: BaseException) -> str:
     failures, lost = _failures(error), _lost(error)
     if lost:
         return "; ".join(f"worker {rank} {_loss(failure)}" for rank, failure in sorted(lost.items()))
+    starting = getattr(error, "controller_failure", None)
+    if isinstance(starting, ray.exceptions.RayActorError):  # Ray tells no rank
+        return f"as the workers started, one {_loss(starting)}"
     text = str(next(iter(failures.values()), error))
     if "gloo" in text.lower() and ("address" in text or "interface" in text):
         return "gloo found no network interface to reach the other workers by: set GLOO_SOCKET_IFNAME on every node"

@@ -5,13 +5,17 @@ tensors of the host in one operation, and a collective takes no tensor of the ho
 the reference's: what is tested is where tensors lie, not what a GPU computes.
 """
 
+import ast
+import sys
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,6 +25,8 @@ GATHER_OBJECTS = dist.all_gather_object
 # What copies between devices, or takes indices and a bound from the host.
 _COPIES = {"_to_copy", "copy_", "copy", "lift_fresh", "index", "index_put", "index_put_", "_index_put_impl_",
            "_has_compatible_shallow_copy_type", "set_"}  # fmt: skip
+_COLLECTIVES = {"all_reduce_", "reduce_", "broadcast_", "all_reduce_async", "all_gather", "all_gather_names"}
+PACKAGE = Path(__file__).resolve().parents[2] / "scalecryo"
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 
 
@@ -109,6 +115,7 @@ class EmulatedDevice(TorchDispatchMode):
         waits: how often the host waited for the device, by operation.
         collectives: how often tensors of the device were reduced or gathered.
         objects: how often Python objects were gathered, which is done on the host.
+        places: the package's functions, as `file: function`, that such a call came from, by way of others or not.
     """
 
     def __init__(self) -> None:
@@ -116,6 +123,7 @@ class EmulatedDevice(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.collectives: Counter[str] = Counter()
         self.objects = 0
+        self.places: set[str] = set()
         # Adam's fused kernel asks for the name of the device.
         supported = [DEVICE.type, "cpu", "cuda"]
         self._gathered = patch("torch.distributed.all_gather_object", self._gather_objects)
@@ -138,10 +146,57 @@ class EmulatedDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self.collectives[func.overloadpacket.__name__] += 1
+            self.places |= set(_callers())
         return run(func, args, kwargs or {}, self.waits)
 
     def _gather_objects(self, gathered: list[Any], mine: Any) -> None:
         """By the group's backend of the host, as `cpu:gloo,cuda:nccl` has one."""
         self.objects += 1
+        self.places |= set(_callers())
         with _disable_current_modes():
             GATHER_OBJECTS(gathered, mine)
+
+
+def _callers() -> Iterator[str]:
+    """The package's functions that are being executed."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            yield f"{path.relative_to(PACKAGE)}: {frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def collective_places() -> set[str]:
+    """The package's functions that name a collective of `World`, or torch's own, as `file: function`."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any(map(_is_collective, ast.walk(node))):
+                found.add(f"{path.relative_to(PACKAGE)}: {node.name}")
+    return found
+
+
+def _is_collective(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Attribute):
+        return False
+    owner = node.value
+    name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+    torchs_own = name == "dist" and node.attr.startswith(("all_", "reduce", "broadcast"))
+    return torchs_own or (node.attr in _COLLECTIVES and "world" in name)
+
+
+def averaging(module: nn.Module, _reduce_dtype: str) -> nn.Module:
+    """In the place of DDP, which looks at a device's name by itself: workers start alike, gradients are averaged."""
+    own = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and name not in own:
+            dist.broadcast(parameter.data, 0)
+            parameter.register_post_accumulate_grad_hook(_average)
+    return module
+
+
+def _average(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()

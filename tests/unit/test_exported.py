@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+import ray.train
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from scalecryo.runs.exported import GAUGES, LOST_WORKERS, PREFIX, exported_values, write_text_file
@@ -109,6 +110,12 @@ def test_a_lost_worker_is_named_with_its_node_and_the_cause(said: str, line: str
     assert reason.startswith("worker 3 on")
     assert line in reason
     assert "\n" not in reason
+
+
+def test_a_worker_lost_as_the_group_starts_has_no_rank_yet() -> None:
+    said = DIED + "\tip: 10.0.0.6\nThe actor is dead. The process receives a SIGTERM."
+    reason = _reason(ray.train.ControllerError(ray.exceptions.RayActorError(None, said)))
+    assert reason.startswith("as the workers started, one on node 10.0.0.6 was lost: its process was told to end")
 
 
 def test_an_error_of_a_workers_own_is_not_a_loss() -> None:
