@@ -21,7 +21,12 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from scalecryo.config import Config, config_from_dict
 from scalecryo.data.io import urls
@@ -158,7 +163,7 @@ def _free(resource: str) -> int:
 def _fit(config: Config, workers: int) -> None:
     """One attempt: start the workers, wait for their end. Meanwhile the cluster is asked for room for those missing."""
     storage, path = filesystem(config.run.out)
-    missing = config.run.worker_range[1] - workers
+    missing, before = config.run.worker_range[1] - workers, set(_held_groups())
     room = [placement_group([{_resource(config): 1}]) for _ in range(missing)]
     trainer = TorchTrainer(
         _worker,
@@ -178,6 +183,18 @@ def _fit(config: Config, workers: int) -> None:
     finally:
         for group in room:
             remove_placement_group(group)
+        for name in set(_held_groups()) - before:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+
+def _held_groups() -> list[str]:
+    """Placement groups of this driver that hold resources.
+
+    Ray Train 2.60 forgets its own where a worker is lost as it starts the loop: the next attempt would wait in vain.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    return [name for name, group in placement_group_table().items()
+            if name.endswith(job) and group["state"] != "REMOVED"]  # fmt: skip
 
 
 def _worker(settings: dict[str, Any]) -> None:

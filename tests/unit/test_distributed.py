@@ -41,7 +41,11 @@ def test_eight_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
         def fit(self) -> None:
             pass
 
+    held = iter([["ours"], ["ours", "0a" * 18]])  # before the attempt, and after it
+    removed: list[str] = []
     monkeypatch.setattr(ray_workers, "TorchTrainer", Trainer)
+    monkeypatch.setattr(ray_workers, "_held_groups", lambda: next(held))
+    monkeypatch.setattr(ray_workers, "remove_placement_group", lambda group: removed.append(group.id.hex()))
     config = config_from_dict({"run": {"workers": "8", "device": "cuda", "out": "/tmp/never"}})
     ray_workers._fit(config, 8)
     scaling = asked["scaling_config"]
@@ -49,3 +53,4 @@ def test_eight_workers_take_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scaling.total_resources["GPU"] == 8
     assert asked["torch_config"].backend == "cpu:gloo,cuda:nccl"
     assert ray_workers._resource(config) == "GPU"
+    assert removed == ["0a" * 18]  # what Ray Train forgot would hold the GPUs of the next attempt
