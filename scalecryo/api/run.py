@@ -89,9 +89,7 @@ class Run:
     @property
     def classes(self) -> int:
         """Number of structures; of a run that was to find it, what it found: 1 before the final pass."""
-        folders = urls.list_folder(self._folder.url) if not self._config.train.classes else ()
-        found = sum(name.startswith("class") and name[5:].isdecimal() for name in folders)
-        return self._config.train.classes or max(found, 1)
+        return self._config.train.classes or max(len(self._folder.class_folders()), 1)
 
     def map(self, name: str = "map", *, class_number: int | None = None) -> Map:
         """A map: `map`, `map_unsharpened`, `half1`, `half2`, `mask`, or `volume` of the paper's recipe.

@@ -18,7 +18,7 @@ def say_results(run: RunFolder) -> None:
         say(f"next: scalecryo assign {where}   (a pose for every particle, and the map)")
         return
     reached = run.final_resolution()
-    classes = sum(name.startswith("class") and name[5:].isdecimal() for name in urls.list_folder(run.url))
+    classes = len(run.class_folders())
     say(f"resolution: {reached:.2f} Å (FSC 0.143)" if reached else "resolution: see the report")
     say(f"report: {urls.redacted(run.path('report.html'))}")
     more = f"; of each class in class1/ to class{classes}/" if classes else ""

@@ -1,6 +1,5 @@
 """`scalecryo export`: a run's map and poses as another package reads them."""
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from scalecryo.errors import InputError, MissingInputError, OutputExistsError
 from scalecryo.runs.folder import RunFolder
 
 _MAPS = ("map.mrc", "map_unsharpened.mrc", "half1.mrc", "half2.mrc", "mask.mrc")
-_CLASS_FOLDER = re.compile(r"class\d+$")
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def run(run: str, *, format: str, out: str, data: str | None = None, data_dir: s
         result = replace(result, poses=result.poses._replace(rotation=turn @ result.poses.rotation))
     # Refused before anything is written.
     origin = _origin(result, data) if format == "cryosparc" else None
-    for folder in ("", *filter(_CLASS_FOLDER.match, urls.list_folder(run))):
+    for folder in ("", *RunFolder(run).class_folders()):
         for name in _MAPS:
             if urls.exists(urls.join(run, folder, name) if folder else urls.join(run, name)):
                 _copy_map(run, out, axes, *filter(None, (folder, name)))

@@ -5,6 +5,7 @@ Files that are appended to (event files, metrics.jsonl) need a disk: a run at a 
 """
 
 import json
+import re
 import tempfile
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ from scalecryo.data.io import urls
 from scalecryo.errors import MissingInputError, OutputError, OutputExistsError
 
 RESOLUTION = "final/resolution_angstrom"
+_CLASS = re.compile(r"class\d+")
 
 
 class RunFolder:
@@ -65,6 +67,10 @@ class RunFolder:
     def path(self, *names: str) -> str:
         """URL of a file in the run."""
         return urls.join(self.url, *names)
+
+    def class_folders(self) -> list[str]:
+        """Names of the folders of single structures; none of a run that sought one, or before its final pass."""
+        return list(filter(_CLASS.fullmatch, urls.list_folder(self.url)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; none where there is none yet."""

@@ -82,7 +82,7 @@ class RandomStarts:
 
     def turn(self, learnt: int) -> str:
         """Who is learning, in words, after so many steps of this round."""
-        where = f"round {self.rounds_alone + 1} alone" if self.alone else f"step {self.steps + learnt}"
+        where = f"round {self.rounds_alone + 1} alone" if self.alone else f"step {self.place(learnt)}"
         return f"random start {self.current + 1} of {self.count}, {where}"
 
     @property
@@ -131,10 +131,8 @@ class RandomStarts:
         """Go on there."""
         self.going, self.states = list(state["going"]), dict(state["states"])
         self.steps, self._trained = int(state["steps"]), int(state["trained"])
-        self.gains, self.rounds_alone = (
-            list(state.get("gains", [])),
-            int(state.get("alone", 0)),
-        )  # older ones have neither
+        self.gains = list(state.get("gains", []))  # older checkpoints have none
+        self.rounds_alone = int(state.get("alone", 0))
 
 
 class PairedGains:

@@ -184,11 +184,11 @@ class Ensemble:
             world.all_reduce_(*self._groups.tensors())
             self._groups.update()
         for number in range(first, min(first + world.size, len(self._plan))):
-            own = number == first + world.rank and self._start is not None
-            device, pixels = self._context.device, len(self._near)
-            learnt = LearntStart.empty(self._plan[number], self._level, pixels, device)
-            if own and self._start is not None:
+            if number == first + world.rank and self._start is not None:
                 learnt = self._start.learnt()
+            else:
+                device, pixels = self._context.device, len(self._near)
+                learnt = LearntStart.empty(self._plan[number], self._level, pixels, device)
             world.all_reduce_(*learnt.tensors())
             self._learnt.append(learnt)
         self._start, count = None, len(self._learnt)
