@@ -160,7 +160,7 @@ def stress(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, int,
         yield name, seed, run_one(wanted, store, data, folder / f"scratch{seed}{tag}", settings, arguments.again), known
 
 
-def _setting(text: str) -> tuple[str, str]:
+def setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     key = key.strip("-").replace("-", "_")
     if not equals or key not in SETTINGS:
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs from nothing, of one draw of the data")
     parser.add_argument("--draw", type=int, default=0, help="seed of the simulation")
     parser.add_argument("--quick", action="store_true", help="short forms: fewer, smaller images")
-    parser.add_argument("--set", nargs="+", type=_setting, default=[], metavar="KEY=VALUE", help="settings of training")
+    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="settings of training")
     parser.add_argument("--tag", default="", help="of the runs' folders")
     parser.add_argument("--again", action="store_true", help="run again what is finished")
     parser.add_argument("--structures", type=Path, default=STRUCTURES, help="folder of the structures")

@@ -1,0 +1,173 @@
+"""Several structures at once: how many particles get the right label, and what each class reaches.
+
+    python tools/classes.py OUT [--only two 'four-*'] [--seeds 1] [--draw 0] [--alone] [--set guided.starts=4 …]
+
+For each set: simulate and convert (once), train from nothing with the classes that the set asks for, compare with the
+truth, and print a table. Goals: share of right labels; pose error of each class at most 1.5 times that of the same
+structure alone (`--alone`: as many of its particles, one class); area under the curve of 0.99 that tells junk from
+particles. With more classes than structures, purity stands for labels: a structure that is split is not mixed up.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from stress import AUC, POSE_SHARE, STRUCTURES, Row, converted, run_one, setting, simulated
+from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, SPIKE, StressSet, Structure
+
+OPEN: Structure = ("4ake.pdb", "A")
+CLOSED: Structure = ("1ake_chainA.pdb", "")
+PROTOMER: Structure = ("6vxx.pdb", "A")
+LARGE_RNA: Structure = ("6zu5.cif.gz", "L50")
+SMALL_RNA: Structure = ("6zu5.cif.gz", "S60")
+HEAD: Structure = ("6zu5.cif.gz", "SD0,SP0,SQ0,SS0,ST0,SU0,SGG,SDD,SEE,SK0,SF0,SZ0")
+EXIT: Structure = ("6zu5.cif.gz", "LA0,LE0,LF0,LC0,LG0,LL0,LN0,LO0,LAA,LEE,LFF,LQ0,LS0,LT0,LI0,LY0")
+SUBUNITS: Structure = ("1mnf.pdb.gz", "A,B,C,D")
+FOUR = ((SPIKE,), (PROTOMER,), (GROEL,), (COMPLEX,))
+EIGHT = ((LARGE_RNA,), (SMALL_RNA,), (COMPLEX,), (DIMER,), (PROTOMER,), (SUBUNITS,), (HEAD,), (EXIT,))
+TWO = ((DIMER,), CUT_DIMER)
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """One set, and how it is to be sorted.
+
+    Attributes:
+        data: what is simulated.
+        classes: of the run.
+        accuracy: share of right labels to be reached; None: there is but one structure.
+        settings: of the run.
+    """
+
+    data: StressSet
+    classes: str
+    accuracy: float | None
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+DOCKED = {"train.class_mode": "docked"}
+_two = StressSet("two chains of 6VXX, a third of one missing", TWO, 5000, 64, 4.0, -8.0)
+_kinases = StressSet("adenylate kinase, open and closed", ((OPEN,), (CLOSED,)), 5000, 64, 1.6, 0.0)
+_four = StressSet("6VXX, its chain, GroEL, 20 proteins of 6ZU5", FOUR, 10_000, 64, 4.0, -10.0)
+_junk = StressSet("two chains of 6VXX, 30 % junk", ((DIMER,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
+_eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0)
+SETS = {
+    "two": ClassSet(_two, "2", 0.95, DOCKED),
+    "two-80": ClassSet(replace(_two, added={"shares": (80, 20)}), "2", 0.95, DOCKED),
+    "kinases": ClassSet(_kinases, "2", 0.9, DOCKED),
+    "kinases-5": ClassSet(replace(_kinases, snr_db=-5.0), "2", 0.9, DOCKED),
+    "four": ClassSet(_four, "4", 0.98),
+    "four-k6": ClassSet(_four, "6", 0.98),
+    "four-auto": ClassSet(_four, "auto", 0.98),
+    "junk": ClassSet(_junk, "2", None),
+    "eight": ClassSet(_eight, "8", 0.95),
+}
+
+
+def missed(wanted: ClassSet, row: Row, alone: Sequence[Row]) -> list[str]:
+    """Which goals a run misses."""
+    if "error" in row:
+        return ["refused"]
+    found = []
+    more = wanted.classes not in ("auto", str(len(wanted.data.specimens)))
+    if wanted.accuracy is not None and row["class_purity" if more else "class_accuracy"] < wanted.accuracy:
+        found.append("labels")
+    if row["junk_auc"] is not None and row["junk_auc"] < AUC:
+        found.append("AUC")
+    for error, single in zip(row.get("class_rotation_error_median_deg", ()), alone, strict=False):
+        if error is None or error > POSE_SHARE * own_error(single):
+            found.append("pose")
+    return found
+
+
+def own_error(single: Row) -> float:
+    """Degrees, modulo the map's symmetry, of a run of one class."""
+    modulo = single["rotation_error_mod_pseudosymmetry_median_deg"]
+    return float(single["rotation_error_median_deg"] if modulo is None else modulo)
+
+
+def table(rows: Sequence[tuple[str, int, Row, Sequence[Row]]]) -> str:
+    """Markdown: (set, seed, run, the run of each of its structures alone)."""
+    head = ("set", "seed", "labels", "purity", "confusion (true × found)", "pose error of each class (alone), °",
+            "FSC 0.5, Å", "junk AUC", "s", "goals")  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, seed, row, alone in rows:
+        failed = ", ".join(missed(SETS[name], row, alone))
+        cells = [name, str(seed)]
+        if "error" in row:
+            cells += [row["error"], *"-----"]
+        elif row["class_accuracy"] is None:
+            cells += [*"---", f"{own_error(row):.2f}", f"{row['fsc_0.5_angstrom']:.2f}", _text(row["junk_auc"], 4)]
+        else:
+            errors = [_text(error, 2) for error in row["class_rotation_error_median_deg"]]
+            beside = f" ({', '.join(f'{own_error(single):.2f}' for single in alone)})" if alone else ""
+            cells += [
+                f"{row['class_accuracy']:.2%}", f"{row['class_purity']:.2%}",
+                " / ".join(" ".join(map(str, of_class)) for of_class in row["class_confusion"]),
+                ", ".join(errors) + beside,
+                ", ".join(_text(reached, 2) for reached in row["class_fsc_0.5_angstrom"]), _text(row["junk_auc"], 4),
+            ]  # fmt: skip
+        cells += [f"{row['seconds']:.0f}", f"missed: {failed}" if failed else "met"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _text(value: Any, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row, list[Row]]:
+    """The run of a set, and that of each of its structures alone if they are asked for."""
+    wanted = SETS[name]
+    shared = next(key for key, other in SETS.items() if other.data == wanted.data)  # sets of the same particles
+    folder = arguments.out / shared / f"draw{arguments.draw}"
+    data = simulated(wanted.data, folder, arguments.structures, arguments.draw)
+    store = converted(data / "particles.star", folder / "store.zarr", dark=False)
+    tag = f"-{arguments.tag}" if arguments.tag else ""
+    settings = {"train.classes": wanted.classes, "train.seed": str(seed)} | wanted.settings | arguments.set
+    row = run_one(wanted.data, store, data, arguments.out / f"{name}-{arguments.draw}-{seed}{tag}", settings, False)
+    return row, [
+        single(wanted.data, number, folder, arguments) for number in range(len(wanted.data.specimens))
+    ] if arguments.alone else []
+
+
+def single(several: StressSet, number: int, folder: Path, arguments: argparse.Namespace) -> Row:
+    """One structure of a set alone: as many of its particles as the set has on average, one class."""
+    specimens = several.specimens
+    own = replace(several, specimens=(specimens[number],), n=several.n // len(specimens),
+                  added={key: value for key, value in several.added.items() if key != "shares"})  # fmt: skip
+    place = folder / f"alone{number + 1}"
+    data = simulated(own, place, arguments.structures, arguments.draw)
+    store = converted(data / "particles.star", place / "store.zarr", dark=False)
+    return run_one(own, store, data, place / "run", {"train.seed": "0"}, False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help=f"{', '.join(SETS)}; * and ? will do")
+    parser.add_argument("--seeds", type=int, default=1, help="runs from nothing, of one draw of the data")
+    parser.add_argument("--draw", type=int, default=0, help="seed of the simulation")
+    parser.add_argument("--alone", action="store_true", help="each structure alone, too")
+    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="settings of training")
+    parser.add_argument("--tag", default="", help="of the runs' folders")
+    parser.add_argument("--structures", type=Path, default=STRUCTURES, help="folder of the structures")
+    arguments = parser.parse_args()
+    arguments.set = dict(arguments.set)
+    names = [name for name in SETS if any(fnmatch(name, pattern) for pattern in arguments.only)]
+    if not names:
+        parser.error(f"no set is called {', '.join(arguments.only)}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in names:
+        for seed in range(arguments.seeds):
+            rows.append((name, seed, *sorted_set(name, seed, arguments)))
+            (arguments.out / "classes.md").write_text(table(rows) + "\n")
+            print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()
