@@ -68,7 +68,9 @@ class StressSet:
             _append(folder, folder / "second", self.n // 2)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [_structure(parts, structures, folder / f"specimen{i + 1}") for i, parts in enumerate(self.specimens)]
+        paths = [
+            structure_file(parts, structures, folder / f"specimen{i + 1}") for i, parts in enumerate(self.specimens)
+        ]
         simulate.run(paths[0], str(folder), mix=paths[1:], n=self.n, box=self.box, pixel_size=self.pixel_size,
                      snr_db=self.snr_db, defocus_um=self.defocus_um, shift_a=self.shift_a, seed=seed,
                      **({"astigmatism_um": 0.05} | self.added))  # fmt: skip
@@ -98,7 +100,7 @@ def _append(folder: Path, second: Path, count: int) -> None:
         (folder / name).write_text("\n".join(lines) + "\n")
 
 
-def _structure(parts: tuple[Structure, ...], structures: Path, stem: Path) -> str:
+def structure_file(parts: tuple[Structure, ...], structures: Path, stem: Path) -> str:
     """The file of a specimen; parts of structures are written as one."""
     (name, selection), *others = parts
     if not selection and not others:

@@ -1,0 +1,54 @@
+"""tools/classes.py: which goals a run misses, and the table."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture
+def classes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    spec = importlib.util.spec_from_file_location("class_sets", TOOLS / "classes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "class_sets", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def a_run(**changed: Any) -> dict[str, Any]:
+    row = {"class_accuracy": 0.99, "class_purity": 0.99, "class_confusion": [[50, 1], [0, 49]], "junk_auc": None,
+           "class_rotation_error_median_deg": [0.8, 1.0], "class_fsc_0.5_angstrom": [8.1, None],
+           "seconds": 12.3}  # fmt: skip
+    return row | changed
+
+
+ALONE = [{"rotation_error_mod_pseudosymmetry_median_deg": None, "rotation_error_median_deg": 0.7},
+         {"rotation_error_mod_pseudosymmetry_median_deg": 0.9, "rotation_error_median_deg": 40.0}]  # fmt: skip
+
+
+def test_goals(classes: ModuleType) -> None:
+    two, more = classes.SETS["two"], classes.SETS["four-k6"]
+    assert classes.missed(two, a_run(), ALONE) == []
+    assert classes.missed(two, a_run(class_accuracy=0.94), ()) == ["labels"]
+    # More classes than structures: a structure that is split is no mistake, one that is mixed is.
+    assert classes.missed(more, a_run(class_accuracy=0.7), ()) == []
+    assert classes.missed(more, a_run(class_purity=0.97), ()) == ["labels"]
+    assert classes.missed(two, a_run(class_rotation_error_median_deg=[1.06, 1.0]), ALONE) == ["pose"]
+    assert classes.missed(two, a_run(class_rotation_error_median_deg=[0.8, None]), ALONE) == ["pose"]
+    assert classes.missed(classes.SETS["junk"], a_run(junk_auc=0.98), ()) == ["AUC"]
+    assert classes.missed(two, {"error": "no structure", "seconds": 1.0}, ()) == ["refused"]
+
+
+def test_table(classes: ModuleType) -> None:
+    lines = classes.table([("two", 0, a_run(), ALONE), ("two", 1, {"error": "no structure", "seconds": 1.0}, ())])
+    assert "| 99.00% | 99.00% | 50 1 / 0 49 | 0.80, 1.00 (0.70, 0.90) | 8.10, - | - | 12 | met |" in lines
+    assert "no structure" in lines
+    assert len({line.count("|") for line in lines.splitlines()}) == 1
