@@ -12,7 +12,7 @@ def plan(schedule: Schedule) -> IterationPlan:
 
 
 def update(schedule: Schedule, **found: float | None) -> None:
-    told = {"creep": 0.0, "weighted": False, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0,
+    told = {"creep": 0.0, "weighted": False, "even": False, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0,
             "found_again": None} | found  # fmt: skip
     schedule.update(plan(schedule), **told)  # type: ignore[arg-type]
 
@@ -84,6 +84,11 @@ def test_radius_waits_while_poses_and_map_creep() -> None:
     assert schedule.radius == 20
     update(schedule, reach=60.0, creep=0.0)
     assert schedule.radius > 30
+    even = Schedule(most_searches=8, most_settled=1, searched=False, searches=2, radius=20.0, number=3)
+    update(even, reach=60.0, creep=0.01, even=True, restless=0.2)
+    assert even.radius == 20
+    update(even, reach=60.0, creep=0.01, even=True, restless=0.01)
+    assert even.radius > 30  # a strain of poses at rest, where no view is crowded, is noise
 
 
 def test_those_that_fit_nowhere_are_sought_as_long_as_some_are_found() -> None:

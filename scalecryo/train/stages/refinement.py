@@ -110,10 +110,11 @@ class Refinement:
         gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
         velocity = self._velocity(iteration)
         creep = float(velocity.flatten(1).norm(dim=1).max())  # host sync
+        even = self._views is not None and self._schedule.balanced and not iteration.weighted
         self._views = iteration.views.counts
         self._schedule.update(
-            iteration.plan, creep=creep, weighted=iteration.weighted, reach=after.resolution(SIGNAL)[0], gain=gain,
-            moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
+            iteration.plan, creep=creep, weighted=iteration.weighted, even=even, reach=after.resolution(SIGNAL)[0],
+            gain=gain, moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
             found_again=_share(*iteration.lost.tolist()),
         )  # fmt: skip
         self._follow(iteration, velocity)

@@ -162,6 +162,7 @@ class Schedule:
         *,
         creep: float,
         weighted: bool,
+        even: bool,
         reach: float,
         gain: float | None,
         moved: float | None,
@@ -174,6 +175,7 @@ class Schedule:
             plan: of that iteration.
             creep: strain of the maps that the iteration brought.
             weighted: whether crowded views counted less in its maps, which are not the last then.
+            even: whether no view was crowded before it.
             reach: shell at which the halves' correlation falls to 0.143.
             gain: mean FSC over that of the iteration before; None where their levels differ.
             moved: share of those searched and seen before that changed their mode.
@@ -183,8 +185,9 @@ class Schedule:
         self.number += 1
         self.crowded = self.crowded or weighted
         self.lost_searched = self.number <= FIRST_SEARCHES or (found_again or 0.0) >= FRUITFUL
-        # Weighted, an iteration closes a third of a gap, so poses at rest are where they belong; unweighted, 4 %.
-        settled = creep < CREEPING or (weighted and restless is not None and restless < RESTING)
+        # Poses at rest are where they belong where no view is crowded, or where crowded ones count less, so that an
+        # iteration closes a third of a gap; else it closes 4 %.
+        settled = creep < CREEPING or ((weighted or even) and restless is not None and restless < RESTING)
         self.balanced = self.balanced and (plan.searched or not settled)
         if plan.searched or settled:
             self.radius = max(self.radius, plan.radius, min(reach + MARGIN, plan.insertion_radius))
