@@ -23,17 +23,6 @@ if TYPE_CHECKING:
     from scalecryo.train.stages.coordinates import Coordinates
 
 
-@dataclass(frozen=True)
-class FoundClasses:
-    """Classes whose number was not known before (`train.classes = auto`).
-
-    Attributes:
-        maps: a first one of each, at the store's smallest level.
-    """
-
-    maps: Float[Tensor, "k n n n"]
-
-
 @dataclass
 class Learned:
     """What stages hand on.
@@ -41,7 +30,7 @@ class Learned:
     Attributes:
         particles: last pose of every particle.
         references: half-maps of every class.
-        found: classes that an ensemble found, before they have references.
+        first_maps: of the classes that an ensemble found, at the store's smallest level, before they have references.
         groups: noise of each optics group and scale of each micrograph; None: not sought.
         shift_radius: of a disc that holds nearly all shifts, Å; None: not known.
         encoder: that learns to pose while references are refined.
@@ -57,7 +46,7 @@ class Learned:
 
     particles: ParticleState
     references: ReferenceSet | None = None
-    found: FoundClasses | None = None
+    first_maps: Float[Tensor, "k n n n"] | None = None
     groups: ImageGroups | None = None
     shift_radius: float | None = None
     encoder: PoseLearner | None = None

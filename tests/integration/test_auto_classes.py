@@ -113,9 +113,9 @@ def test_a_killed_ensemble_goes_on_after_its_starts(
     stage.load_state_dict(state)
     assert len(stage._learnt) == 1
     run_stages([stage], context)
-    assert learned.found is not None
-    assert whole.found is not None
-    assert torch.equal(learned.found.maps, whole.found.maps)
+    assert learned.first_maps is not None
+    assert whole.first_maps is not None
+    assert torch.equal(learned.first_maps, whole.first_maps)
     assert learned.notes == whole.notes
     other, _, _ = ensemble_of(species[1], tmp_path, **FEW | {"train.seed": "1"})
     other.load_state_dict(state)  # other settings: from the beginning
@@ -135,12 +135,12 @@ def test_two_workers_find_what_one_does(
         thread.start()
     for thread in threads:
         thread.join()
-    whole = alone[0].found
+    whole = alone[0].first_maps
     assert whole is not None
     for _, _, learned in workers:
-        assert learned.found is not None
-        assert learned.found.maps.shape == whole.maps.shape
-        torch.testing.assert_close(learned.found.maps, whole.maps, rtol=1e-4, atol=1e-4 * float(whole.maps.abs().max()))
+        assert learned.first_maps is not None
+        assert learned.first_maps.shape == whole.shape
+        torch.testing.assert_close(learned.first_maps, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
 def test_a_killed_run_goes_on_in_the_rounds_of_the_found_classes(

@@ -34,7 +34,7 @@ from scalecryo.pose.search import grid_posterior, templates, turned_grid
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import RowColumns
-from scalecryo.train.stage import FoundClasses, Learned
+from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_start import ClassStart
 from scalecryo.train.stages.start_rounds import NO_SIGNAL_ERRORS, SAVE_EVERY
 
@@ -267,8 +267,7 @@ class Ensemble:
             self._labels.remove_pass()
         world.broadcast_(0, chosen)
         best = [(start, number) for start, number in chosen.tolist() if start >= 0]
-        maps = torch.stack([self._learnt[start].maps[number] for start, number in best])
-        self._learned.found = FoundClasses(maps)
+        self._learned.first_maps = torch.stack([self._learnt[start].maps[number] for start, number in best])
         self._banks, self._learnt, self._ended = [], [], True
         return report
 

@@ -12,7 +12,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.paused import Pause
 from scalecryo.train.particle_source import BatchRequest, RunContext
-from scalecryo.train.stage import FoundClasses, Learned
+from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_restarts import ClassRestarts
 
 
@@ -23,19 +23,19 @@ class FoundRounds(ClassRestarts):
     balanced_rounds = 0
     _begins_with_maps = True
 
-    def __init__(self, context: RunContext, learned: Learned, found: FoundClasses) -> None:
+    def __init__(self, context: RunContext, learned: Learned, first_maps: Float[Tensor, "k n n n"]) -> None:
         """
         Args:
             context: of the run.
             learned: gets better maps.
-            found: by the ensemble.
+            first_maps: of the classes that the ensemble found.
         """
-        self._found = found
-        super().__init__(context, learned, classes=len(found.maps), starts=1)
+        self._first_maps = first_maps
+        super().__init__(context, learned, classes=len(first_maps), starts=1)
 
     def _solved(self, start: int) -> list[Float[Tensor, "n n n"]]:
         """At first the given maps."""
-        return super()._solved(start) if self._step else list(self._found.maps)
+        return super()._solved(start) if self._step else list(self._first_maps)
 
     def _first_references(self) -> ReferenceSet:
         """Without classes that were given up: their number was not asked for."""
@@ -60,8 +60,8 @@ class FoundClassStart:
     @property
     def _begun(self) -> FoundRounds:
         if self._rounds is None:
-            assert self._learned.found is not None, "an ensemble comes first"
-            self._rounds = FoundRounds(self._context, self._learned, self._learned.found)
+            assert self._learned.first_maps is not None, "an ensemble comes first"
+            self._rounds = FoundRounds(self._context, self._learned, self._learned.first_maps)
         return self._rounds
 
     def request(self) -> BatchRequest:
@@ -90,12 +90,12 @@ class FoundClassStart:
 
     def state_dict(self) -> dict[str, Any]:
         """The rounds, and what they began with."""
-        assert self._learned.found is not None, "an ensemble comes first"
+        assert self._learned.first_maps is not None, "an ensemble comes first"
         notes = list(self._learned.notes)
-        return {"maps": self._learned.found.maps.cpu(), "notes": notes, "rounds": self._begun.state_dict()}
+        return {"maps": self._learned.first_maps.cpu(), "notes": notes, "rounds": self._begun.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there."""
-        self._learned.found = FoundClasses(state["maps"].to(self._context.device))
+        self._learned.first_maps = state["maps"].to(self._context.device)
         self._learned.notes = tuple(state["notes"])
         self._begun.load_state_dict(state["rounds"])
