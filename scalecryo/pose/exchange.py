@@ -41,6 +41,7 @@ class RelatedExchange:
     def accepted(
         self,
         images: ParticleImages,
+        half: int,
         known: Poses,
         which: Int[Tensor, " b"],
         chance: Float[Tensor, " b"],
@@ -49,6 +50,7 @@ class RelatedExchange:
 
         Args:
             images: of one half.
+            half: which, 1 or 2.
             known: their poses in their half's frame.
             which: of the related poses, from 1; drawn alike for all, so that the way back is as likely.
             chance: drawn from 0 ... 1.
@@ -57,7 +59,6 @@ class RelatedExchange:
         side = images.box_size * images.pixel_size
         rotation, shift = self.related.at(which, known.rotation, known.shift / side)
         offered = Poses(rotation, shift * side)
-        half = int(images.half[0])  # host sync
         reference = self.references[0, 3 - half]
         both = torch.arange(count, device=rotation.device).repeat(2)
         part = near.select(both)

@@ -16,12 +16,14 @@ from scalecryo.config import Config, load_config
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed import gradients
 from scalecryo.distributed.world import World
+from scalecryo.pose.related import RelatedPoses
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train import autoencoder_training, encoder_training, latent_training, loop
 from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.stages import classification, components
+from scalecryo.train.stages.related_offers import RelatedOffers
 from tests.conftest import SimulatedParticles
 from tests.support.emulated_device import DEVICE, EmulatedDevice, HostTensorRefusedError, averaging, collective_places
 from tests.support.gloo import by_workers
@@ -37,6 +39,10 @@ RECIPES = {
 }  # fmt: skip
 GUIDED = {"guided.iterations": "1", "guided.bootstrap_steps": "8", "guided.starts": "1", "guided.encoder_steps": "0",
           "guided.bootstrap_rounds": "1", "guided.shift_radius_a": "4", "guided.batch_size": "100"}  # fmt: skip
+#: Related poses: the identity, a half turn, which this map tells at once, and a turn of 2°, which it hardly does.
+TURNS = torch.linalg.matrix_exp(torch.tensor([0.0, torch.pi, 0.035])[:, None, None] * torch.tensor(
+    [[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+))  # fmt: skip
 #: Functions with collectives that no run below comes through: what they do is left to tests of workers on the host.
 UNREACHED = {
     "pose/related.py: of_leader",
@@ -64,18 +70,26 @@ def made(settings: dict[str, str], data: str, out: Path, workers: int) -> Config
     return config
 
 
-def test_a_batch_of_local_refinement_waits_five_times(simulated: SimulatedParticles, tmp_path: Path) -> None:
-    """Nothing else than these is read by the host, which would leave the device idle.
+@pytest.mark.parametrize("offers", [False, True], ids=["alone", "related_poses"])
+def test_a_batch_of_local_refinement_waits_five_times(
+    offers: bool, simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else than these is read by the host, which would leave the device idle; offers of related poses add none.
 
     Rows of each half, once, and of each map; of each half those without a remembered pose (whose number decides what is
     computed); and rows, since what is remembered lies on the host. Before they were counted there were 22.
     """
     config = made(RECIPES["poses"] | {"guided.encoder_steps": "0"}, simulated.posed_store, tmp_path / "run", 0)
     store, run = ParticleStore.open(config.run.data), RunFolder(config.run.out)
+    taken: list[float | None] = []
+    monkeypatch.setattr(RelatedOffers, "note", lambda _, share: taken.append(share))
     with EmulatedDevice() as device:
         context = RunContext.of(config, store, run, World(), DEVICE)
         (imported, refinement, *_), _ = stages_of(context)
         run_stages([imported], context)
+        if offers:
+            related = RelatedPoses(TURNS.to(DEVICE), torch.zeros(len(TURNS), 3).to(DEVICE))
+            monkeypatch.setattr(RelatedOffers, "at", lambda *_: related)
         reader = ParticleReader(context)
         counts = []
         for images in reader.batches(refinement.request()):
@@ -83,8 +97,11 @@ def test_a_batch_of_local_refinement_waits_five_times(simulated: SimulatedPartic
             refinement.step(*images)
             counts.append(dict(device.waits))
         reader.close()
+        refinement.finish_pass(World())
     # Both reads of grouped rows and that of rows are copies to the host.
     assert counts == [{"_to_copy": 3, "nonzero": 2}] * 3
+    (share,) = taken
+    assert (share is not None and 0 < share < 1) if offers else share is None
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

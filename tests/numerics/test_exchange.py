@@ -56,7 +56,7 @@ def exchanged(references: References, sigma: float, begun: Tensor) -> tuple[Tens
     related = RelatedPoses(torch.stack([torch.eye(3), TURN]), torch.zeros(2, 3))
     exchange = RelatedExchange(references, related, RADIUS, fit_shift=True)
     chance = torch.rand(COUNT, generator=generator)
-    return exchange.accepted(particles, Poses(begun, torch.zeros(COUNT, 2)), rows * 0 + 1, chance)
+    return exchange.accepted(particles, 1, Poses(begun, torch.zeros(COUNT, 2)), rows * 0 + 1, chance)
 
 
 def test_wrong_related_poses_come_right_and_right_ones_stay() -> None:

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = torch.device("meta")
 GATHER_OBJECTS = dist.all_gather_object
 # What copies between devices, or takes indices and a bound from the host.
-_COPIES = {"_to_copy", "copy_", "copy", "lift_fresh", "index", "index_put", "index_put_", "_index_put_impl_",
-           "_has_compatible_shallow_copy_type", "set_"}  # fmt: skip
+_BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
+_COPIES = {"_to_copy", "copy_", "copy", "lift_fresh", "_has_compatible_shallow_copy_type", "set_"} | _BY_INDEX
 _COLLECTIVES = {"all_reduce_", "reduce_", "broadcast_", "all_reduce_async", "all_gather", "all_gather_names"}
 PACKAGE = Path(__file__).resolve().parents[2] / "scalecryo"
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
@@ -70,14 +70,14 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]) -> An
     generator = kwargs.get("generator")
     if (aims or there) and generator is not None:
         raise HostTensorRefusedError(f"{func}: a generator of the CPU cannot fill a tensor of the device")
-    if there and (name in _READS or (name == "_to_copy" and wanted is not None and not aims)):
+    to_host = name == "_to_copy" and wanted is not None and not aims
+    if there and (name in _READS or to_host or (name in _BY_INDEX and _by_mask(args))):
         waits[name] += 1
     wrapped = {id(leaf.host): leaf for leaf in there}
     inner = tree_map(lambda leaf: leaf.host if isinstance(leaf, OnDevice) else leaf, (args, kwargs))
     if aims:
         inner[1]["device"] = torch.device("cpu")
     found = func(*inner[0], **inner[1])
-    to_host = name == "_to_copy" and wanted is not None and not aims
     if name == "_local_scalar_dense" or to_host or not (there or aims):
         return found
     if name in ("copy_", "set_") and not isinstance(args[0], OnDevice):
@@ -90,6 +90,13 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], waits: Counter[str]) -> An
         return OnDevice(leaf.resolve_conj().resolve_neg()) if own is None else own
 
     return tree_map(back, found)
+
+
+def _by_mask(args: Any) -> bool:
+    """Whether results are as many as a mask of the device has true values; one value for all of them is filled in."""
+    masks = [index for index in args[1] if isinstance(index, OnDevice) and index.dtype in (torch.bool, torch.uint8)]
+    filled = len(args) > 2 and len(masks) == 1 and args[2].numel() == 1
+    return bool(masks) and not filled
 
 
 class _BeforeDispatch(TorchFunctionMode):

@@ -20,8 +20,12 @@ def test_values_and_aliases_are_kept() -> None:
         assert float(values.sum()) == 45
         assert torch.tensor([1.5], device=DEVICE).cpu().tolist() == [1.5]
         assert (values > 13).nonzero()[:, 0].tolist() == [4, 5]
+        assert values[values > 13].tolist() == [14, 15]
+        values[values > 14] = 16.0  # one value for all: nobody asks how many
         assert torch.view_as_real(torch.complex(values, values).conj()).cpu()[1].tolist() == [1, -1]
     assert device.waits["nonzero"] == 1
+    assert device.waits["index"] == 1
+    assert device.waits["index_put_"] == 0
     assert device.waits["_local_scalar_dense"] == 1
 
 

@@ -181,22 +181,27 @@ class Iteration:
 
         One half an iteration: where the halves prefer different ones, both would change over, and back.
         """
-        changed = torch.zeros_like(seen)
+        changed, half = torch.zeros_like(seen), 1 + self._number % 2
         if self._exchange is None:
             return known, changed
-        at = batch.rows_by_half[self._number % 2]
-        at = at[seen[at]]  # host sync
+        at = batch.rows_by_half[half - 1]
         if not len(at):
             return known, changed
-        draw, rows = self._context.partition.label, batch.rows[at]
+        draw, rows, own, there = self._context.partition.label, batch.rows[at], known.select(at), seen[at]
+        # Which have a pose is known to the device alone: the others are offered one beside the identity, and left.
+        begun = torch.where(there[:, None, None], own.rotation, torch.eye(3, device=rows.device))
         which = 1 + draw(rows, 2 * self._number, len(self._exchange.related) - 1)
         chance = draw(rows, 2 * self._number + 1, CHANCES) / CHANCES
         with self._context.world.timer.part("related_poses"):
-            taken, offered = self._exchange.accepted(batch.select(at), known.select(at), which, chance)
-        self.exchanged += torch.stack([taken.sum(), torch.ones_like(taken).sum()])
-        at, offered = at[taken], offered.select(taken)  # host sync
-        changed[at] = True
-        return known.put(at, replace(known.select(at), rotation=offered.rotation, shift=offered.shift)), changed
+            taken, offered = self._exchange.accepted(
+                batch.select(at), half, replace(own, rotation=begun), which, chance
+            )
+        taken = taken & there
+        self.exchanged += torch.stack([taken.sum(), there.sum()])
+        changed[at] = taken
+        rotation = torch.where(taken[:, None, None], offered.rotation, own.rotation)
+        shift = torch.where(taken[:, None], offered.shift, own.shift)
+        return known.put(at, replace(own, rotation=rotation, shift=shift)), changed
 
     def _estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
         """Against whole halves, or each against the other parts of its half."""
