@@ -15,6 +15,7 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import InputError, OutputExistsError
 from scalecryo.runs.folder import RunFolder
 
+LEVEL = "iteration/level"  # of metrics.jsonl: box of an iteration's images and maps
 SIMULATED = ("particles.mrcs", "particles.star", "truth.star")
 
 
@@ -79,9 +80,15 @@ def check_verify(store: str, **_: Any) -> None:
 
 
 def check_assign(run: str, *, data: str | None, **_: Any) -> None:
-    """Refuse what is no run, or has no store."""
-    config = RunFolder(run).config()
-    ParticleStore.open(data or config.run.data)
+    """Refuse what is no run, or has no store; another store where its images are not of the run's pixels."""
+    trained = RunFolder(run)
+    config = trained.config()
+    store = ParticleStore.open(data or config.run.data)
+    levels = [row[LEVEL] for row in trained.metrics() if LEVEL in row]
+    # The checkpoint knows it too, but only torch can read that. A run's own store may be gone by now.
+    if data is not None and levels and urls.exists(config.run.data):
+        level = int(levels[-1])
+        store.check_images(level, ParticleStore.open(config.run.data).level_pixel_size(level))
 
 
 def check_evaluate(path: str, *, truth: str, **_: Any) -> None:

@@ -74,6 +74,7 @@ def run(run: str, *, format: str, out: str, data: str | None = None, data_dir: s
     """
     if format not in ("relion", "cryosparc", "cryodrgn"):
         raise InputError(f"format {format} is not known: choose relion, cryosparc or cryodrgn")
+    urls.check_there(run)
     if not urls.exists(urls.join(run, "particles.star")):
         raise MissingInputError(
             f"{urls.redacted(run)}: no particles.star, so the run has no poses yet: finish it with scalecryo assign"

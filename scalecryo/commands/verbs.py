@@ -307,6 +307,8 @@ def select(
     """
     if not out.endswith((".star", ".cs")):
         raise UsageError(f"{out}: name a .star or .cs file to write")
+    if min_confidence is not None and not 0 <= min_confidence <= 1:
+        raise UsageError(f"--min-confidence {min_confidence:g}: confidence lies between 0 and 1")
     _run("select", source, out, index=index, query=query, half=half, min_confidence=min_confidence,
          passthrough=passthrough, data_dir=data_dir, expand=expand)  # fmt: skip
 

@@ -31,7 +31,7 @@ from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.mask import soft_sphere
 from scalecryo.runs.folder import RunFolder, trim_metrics
-from scalecryo.runs.tags import COMPARED, FINAL_FSC, PICTURES, Tag, tag_of
+from scalecryo.runs.tags import COMPARED, COMPARED_OF_DESCENT, FINAL_FSC, PICTURES, Tag, tag_of
 
 SURFACE_GRID, SURFACE_PICTURE = 64, 160  # voxels across the grid, pixels across each side
 SURFACE_BOX = 96  # px, to which larger maps are cropped in Fourier space first
@@ -53,7 +53,8 @@ class Recorder:
         events = self._writer.file_writer
         if not start_step and events is not None:
             # TensorBoard's table of runs; add_hparams would open a run of its own.
-            for summary in hparams(_compared_settings(config), {tag_of(name).name: 0.0 for name in COMPARED}):
+            compared = COMPARED if config.recipe in ("guided", "poses") else COMPARED_OF_DESCENT
+            for summary in hparams(_compared_settings(config), {tag_of(name).name: 0.0 for name in compared}):
                 events.add_summary(summary)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:

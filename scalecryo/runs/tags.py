@@ -81,8 +81,9 @@ PICTURES = _tags(
 )
 
 SECONDS, CLASS_SHARE = "seconds/", "classes/share_"
-#: What runs are compared by in the table of settings.
-COMPARED = ("final/resolution_angstrom", "final/worst_cone_angstrom", "halves/resolution_angstrom", "loss")
+#: What runs are compared by in the table of settings; and those that descend a loss, by that.
+COMPARED = ("final/resolution_angstrom", "final/worst_cone_angstrom", "halves/resolution_angstrom")
+COMPARED_OF_DESCENT = (*COMPARED, "loss")
 FINAL_FSC = Tag(
     "final_fsc/masked_corrected", "final FSC by Fourier shell (the axis «step» is the shell)",
     "correlation of the final half-maps within the mask, freed of the mask's share; 0.143 is the resolution",

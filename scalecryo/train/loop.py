@@ -1,17 +1,15 @@
 """The training loop, the only one: the stages of a recipe, one after the other, for one process and for many."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from scalecryo.config import Config
-from scalecryo.data.io import urls
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.throughput import Throughput
 from scalecryo.distributed.world import World
-from scalecryo.errors import CheckpointError, ScalecryoError, Stopped, StoreError, TrainingError
+from scalecryo.errors import CheckpointError, ScalecryoError, Stopped, TrainingError
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.runs.checkpoint import Checkpoint, load_checkpoint, note_end, note_start, save_checkpoint
 from scalecryo.runs.folder import RunFolder
@@ -29,7 +27,6 @@ from scalecryo.train.stopping import Notice, Stopping
 AtCheckpoint = Callable[[int], None]
 Publish = Callable[[Mapping[str, float]], None]
 logger = logging.getLogger(__name__)
-SAME_PIXEL_SIZE = 1e-3  # relative: a fifth of a Fourier pixel 200 of them from the origin
 BATCH_SETTING = {"guided": "guided.batch_size", "poses": "guided.batch_size", "autoencoder": "autoencoder.batch_size"}
 
 
@@ -198,22 +195,7 @@ def load_trained(
         raise CheckpointError(f"{run.url} holds no checkpoint: train it first")
     saved = checkpoint.state.get("references")
     if not same_store and saved is not None:
-        _check_images(store, ReferenceSet.from_state_dict(saved, torch.device("cpu")))
+        references = ReferenceSet.from_state_dict(saved, torch.device("cpu"))
+        store.check_images(references.level, references.pixel_size)
     _remaining(stages, checkpoint)
     return context, learned
-
-
-def _check_images(store: ParticleStore, references: ReferenceSet) -> None:
-    """Images of another store are compared with a run's maps at the level of these.
-
-    Raises:
-        StoreError: it has no such level, or one of another pixel size.
-    """
-    level, pixel_size = references.level, references.pixel_size
-    sizes = {one: store.level_pixel_size(one) for one in store.levels}
-    if not math.isclose(sizes.get(level, 0.0), pixel_size, rel_tol=SAME_PIXEL_SIZE):
-        found = ", ".join(f"{one} px of {size:.4g} Å" for one, size in sizes.items())
-        raise StoreError(
-            f"{urls.redacted(store.url)}: its images are {found}, the run's maps {level} px of {pixel_size:.4g} Å: "
-            "bring them to the run's box and pixel size with scalecryo convert --box, or resample the particles"
-        )

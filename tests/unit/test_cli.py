@@ -217,14 +217,20 @@ def test_help_and_wrong_usage_import_neither_torch_nor_ray(tokens: list[str]) ->
 
 def test_missing_inputs_are_refused_before_torch_is_imported(simulated: SimulatedParticles, tmp_path: Path) -> None:
     there, store, run = str(simulated.folder), simulated.store, str(tmp_path / "run")
+    trained = tmp_path / "trained"  # its maps have a box that the store has not
+    trained.mkdir()
+    (trained / "config.toml").write_text(f'[run]\ndata = "{store}"\n')
+    (trained / "metrics.jsonl").write_text('{"step": 1, "iteration/level": 6}\n')
     wrong = [
         ["simulate", "nowhere.pdb", "out"], ["simulate", there, "out", "--box", "65"],
         ["convert", "nowhere.star", "out"], ["convert", f"{there}/particles.star", store], ["info", "nowhere"],
         ["info", store, "--plan", "--gpus", "0"], ["verify", "nowhere"], ["train", "--data", "nowhere", "--out", run],
         ["train", "--data", store, "--out", run, "--train.box", "30"],
         ["train", "--data", store, "--out", run, "--mask", "nowhere.mrc"], ["assign", "nowhere"],
+        ["assign", str(trained), "--data", store, "--out", "out"],
         ["evaluate", "nowhere", "--truth", there], ["evaluate", f"{there}/particles.star", "--truth", "nowhere"],
         ["export", "nowhere", "--format", "relion", "--out", "out"], ["select", "nowhere.star", "out.star"],
+        ["select", f"{there}/particles.star", "out.star", "--min-confidence", "50"],
         ["demo", "--out", there],
     ]  # fmt: skip
     code = (

@@ -53,6 +53,17 @@ def test_runs_are_compared_by_what_they_were_given(tmp_path: Path) -> None:
     assert "run.out" not in settings
 
 
+@pytest.mark.parametrize(("settings", "shown"), [({}, False), ({"pose.source": "known"}, True)])
+def test_a_loss_is_compared_where_there_is_one(tmp_path: Path, settings: dict[str, str], shown: bool) -> None:
+    """A column of TensorBoard's table that no run of the recipe fills is left out."""
+    Recorder(load_config(None, settings), RunFolder(str(tmp_path)), start_step=0).close()
+    content = events_of(tmp_path).SummaryMetadata("_hparams_/experiment").plugin_data.content
+    metrics = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    names = {metric.name.tag for metric in metrics}
+    assert "final/resolution" in names
+    assert ("optimisation/loss" in names) == shown
+
+
 def test_pictures_and_the_final_correlation(tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path))
     recorder = Recorder(load_config(None, {}), run, start_step=0)

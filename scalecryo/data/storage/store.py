@@ -13,6 +13,7 @@ Zarr v3 reader opens it.
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from scalecryo.data.storage.arrays import ColumnArray, ImageArray, load_chunks
 from scalecryo.errors import MissingInputError, StoreError
 
 FORMAT_VERSION = 1
+SAME_PIXEL_SIZE = 1e-3  # relative: a fifth of a Fourier pixel 200 of them from the origin
 SOURCE_TABLE = "source/particles.star"
 SOURCE_CS = "source/particles.cs"
 SOURCE_STACKS = "source/stacks.json"
@@ -178,6 +180,20 @@ class ParticleStore:
     def level_pixel_size(self, level: int) -> float:
         """Pixel size of a level in Å."""
         return self.pixel_size * self.box_size / level
+
+    def check_images(self, level: int, pixel_size: float) -> None:
+        """Refuse images that cannot be compared with a run's maps of `level` pixels of `pixel_size` Å.
+
+        Raises:
+            StoreError: the store has no such level, or one of another pixel size.
+        """
+        sizes = {one: self.level_pixel_size(one) for one in self.levels}
+        if not math.isclose(sizes.get(level, 0.0), pixel_size, rel_tol=SAME_PIXEL_SIZE):
+            found = ", ".join(f"{one} px of {size:.4g} Å" for one, size in sizes.items())
+            raise StoreError(
+                f"{urls.redacted(self.url)}: its images are {found}, the run's maps {level} px of {pixel_size:.4g} Å: "
+                "bring them to the run's box and pixel size with scalecryo convert --box, or resample the particles"
+            )
 
     def image_array(self, level: int) -> ImageArray:
         """The reader of one level.

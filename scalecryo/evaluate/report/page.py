@@ -9,6 +9,8 @@ from importlib.resources import files
 from scalecryo.evaluate.report.surface import Surface
 from scalecryo.evaluate.verdict import Verdict
 
+PANELS_PX = 900  # a picture at least so wide holds several panels
+
 
 @dataclass(frozen=True)
 class Section:
@@ -112,7 +114,9 @@ def _section_html(name: str, section: Section) -> str:
         parts.append(f"<details><summary>show</summary>{text}</details>" if section.folded else text)
     if section.png is not None:
         data = base64.b64encode(section.png).decode("ascii")
-        image = f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
+        # On a phone panels side by side would be unreadable in its width: they are scrolled sideways there.
+        panels = ' class="panels"' if int.from_bytes(section.png[16:20], "big") >= PANELS_PX else ""
+        image = f'<img{panels} alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">'
         caption = f"<figcaption>{html.escape(section.caption)}</figcaption>" if section.caption else ""
         parts.append(f"<figure>{image}{caption}</figure>")
     return "\n".join([*filter(None, parts), "</section>"])
