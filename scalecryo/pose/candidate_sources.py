@@ -23,7 +23,7 @@ SEPARATION_DEG = 25.0
 MARGIN_DEG = 7.5  # half a step of the grid, by which a search goes beyond the asymmetric unit
 GRID = 2304  # rotations of a grid, without their flips, that these angles are for
 MOST_FINER = 8
-KEEP = 64  # hypotheses of a search, or of the encoder, that modes are made of
+KEEP, KEEP_EACH = 64, 20  # hypotheses of a search, or of the encoder, that modes are made of; at least so many each
 
 
 class CandidateSource(Protocol):
@@ -110,6 +110,7 @@ class SearchSource:
         related: rotations S whose poses S R are tried as well, R being the known pose; None: none.
         made: searches made so far, by reference, all with one turn of the grid; None: each call makes its own.
         group: see `GridSearch`.
+        everywhere: whether those with a known pose are searched over all shifts too.
     """
 
     grid: Float[Tensor, "h 3 3"]
@@ -120,6 +121,7 @@ class SearchSource:
     related: Float[Tensor, "s 3 3"] | None = None
     made: dict[int, GridSearch] | None = None
     group: PointGroup | None = None
+    everywhere: bool = False
 
     def candidates(
         self, images: ParticleImages, reference: Reference, known: Poses, seen: Bool[Tensor, " b"]
@@ -129,7 +131,9 @@ class SearchSource:
         old, new = seen.nonzero()[:, 0], seen.logical_not().nonzero()[:, 0]  # host sync
         if len(old) == 0:
             return search.modes(images, self.shift_grid_px, self.count)
-        if len(new) == 0:
+        if self.everywhere:
+            modes = search.modes(images, self.shift_grid_px, self.count)
+        elif len(new) == 0:
             modes = search.modes_near(images, known.shift, self.count)
         else:
             near = search.modes_near(images.select(old), known.shift[old], self.count)
@@ -143,14 +147,19 @@ class SearchSource:
         turned = [self._turned(first, turn) for turn in related]
         return concatenated([first, *turned, modes], 1)
 
+    @property
+    def _keep(self) -> int:
+        """Hypotheses that make so many modes."""
+        return max(KEEP, KEEP_EACH * self.count)
+
     def _search(self, reference: Reference, images: ParticleImages) -> GridSearch:
         """Of a reference, which outlives this source."""
         pixels, made = images.pixels.prefix(self.radius), self.made
         if made is None:
-            return GridSearch(reference, self.grid, pixels, self.generator, group=self.group)
+            return GridSearch(reference, self.grid, pixels, self.generator, keep=self._keep, group=self.group)
         if id(reference) not in made:
             turn = torch.Generator().manual_seed(self.generator.initial_seed())
-            made[id(reference)] = GridSearch(reference, self.grid, pixels, turn, group=self.group)
+            made[id(reference)] = GridSearch(reference, self.grid, pixels, turn, keep=self._keep, group=self.group)
         return made[id(reference)]
 
     @staticmethod

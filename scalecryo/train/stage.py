@@ -32,6 +32,7 @@ class Learned:
         references: half-maps of every class.
         first_maps: of the classes that an ensemble found, at the store's smallest level, before they have references.
         groups: noise of each optics group and scale of each micrograph; None: not sought.
+        start_gain: log-likelihood that an image gains by the start's map over an empty one; None: there was no start.
         shift_radius: of a disc that holds nearly all shifts, Å; None: not known.
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
@@ -48,6 +49,7 @@ class Learned:
     references: ReferenceSet | None = None
     first_maps: Float[Tensor, "k n n n"] | None = None
     groups: ImageGroups | None = None
+    start_gain: float | None = None
     shift_radius: float | None = None
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None

@@ -13,7 +13,7 @@ def plan(schedule: Schedule) -> IterationPlan:
 
 def update(schedule: Schedule, **found: float | None) -> None:
     told = {"creep": 0.0, "weighted": False, "even": False, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0,
-            "found_again": None} | found  # fmt: skip
+            "found_again": None, "evidence": 100.0} | found  # fmt: skip
     schedule.update(plan(schedule), **told)  # type: ignore[arg-type]
 
 
@@ -103,6 +103,19 @@ def test_those_that_fit_nowhere_are_sought_as_long_as_some_are_found() -> None:
     assert not centred.lost_searched
     imported = Schedule(most_searches=0, most_settled=1)
     assert not plan(imported).lost_searched
+
+
+def test_thin_evidence_is_searched_for_more_modes() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1)
+    update(schedule, reach=28.0, moved=None, evidence=20.0)
+    found = plan(schedule)
+    assert (found.thin, found.modes) == (True, 20)
+    assert found.search_radius == 16  # a third farther than usual
+    update(schedule, reach=28.0, moved=0.5, evidence=90.0)
+    assert (plan(schedule).thin, plan(schedule).modes, plan(schedule).search_radius) == (False, 3, 12)
+    schedule.searched = False
+    update(schedule, evidence=20.0)
+    assert not plan(schedule).thin  # new particles are sought as ever once the others are not any more
 
 
 def test_imported_poses_are_never_searched() -> None:

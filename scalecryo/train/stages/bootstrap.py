@@ -131,6 +131,7 @@ class Bootstrap(StartRounds):
     def _take_up(self, standing: Mapping[str, Any]) -> None:
         super()._take_up(standing)
         self._going = [(int(number), int(half)) for number, half in standing["going"]]
+        self._learned.start_gain = self._earlier[-1] if self._earlier else None
 
     def _tensors(self) -> list[Tensor]:
         return [*super()._tensors(), self._views]
@@ -219,6 +220,7 @@ class Bootstrap(StartRounds):
         pair = _laid_onto_first(torch.stack(maps), world)
         agreement = float(fsc(pair[0], pair[1])[2:7].mean())
         self._earlier.append(float(mean[best]))
+        self._learned.start_gain = self._earlier[-1]
         told = (
             f"held-out images gain {mean[best]:.2f} ± {error[best]:.2f} in log-likelihood over an empty map, and the "
             f"two halves' maps correlate by {agreement:.2f}"

@@ -30,7 +30,7 @@ from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.schedule import IterationPlan
+from scalecryo.train.stages.schedule import THIN_GRID, IterationPlan
 from scalecryo.train.stages.start_rounds import HALF_GRID
 
 FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
@@ -104,11 +104,12 @@ class Iteration:
         if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
             self._source = learned.encoder.source(references)
         else:
-            grid = so3_grid(HALF_GRID * finer_grid(group)).to(context.device)
+            finer = finer_grid(group) * (THIN_GRID if plan.thin else 1)
+            grid = so3_grid(HALF_GRID * finer).to(context.device)
             self._source = SearchSource(
                 grid, plan.search_radius, context.shift_grid_px(plan.level, self._shift_radius),
                 plan.modes, torch.Generator().manual_seed(context.config.train.seed * 1000 + number),
-                None if related is None else related.similar, {}, group,
+                None if related is None else related.similar, {}, group, everywhere=plan.thin,
             )  # fmt: skip
         prepared = self._prepared(references)
         self._whole = self._estimator(prepared, left_out=plan.searched and parts is None)

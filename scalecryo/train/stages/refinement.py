@@ -30,7 +30,7 @@ from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.iteration import Iteration, Parts
 from scalecryo.train.stages.related_offers import RelatedOffers
-from scalecryo.train.stages.schedule import FIRST_RADIUS, IterationPlan, Schedule
+from scalecryo.train.stages.schedule import FIRST_RADIUS, THIN_START, IterationPlan, Schedule
 
 logger = logging.getLogger(__name__)
 SIGNAL = 0.143  # correlation of the halves that shows signal (Rosenthal & Henderson 2003)
@@ -76,6 +76,8 @@ class Refinement:
             # No farther than images are inserted: a radius that is never reached would never be the last.
             reach = min(references.resolution(SIGNAL)[0], max(context.levels) / 2 - 1)
             schedule.radius = max(FIRST_RADIUS, reach)
+        if not schedule.number and self._learned.start_gain is not None:
+            schedule.thin = self._learned.start_gain < THIN_START
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
         if plan.searched and schedule.number == RELATED_ITERATION and references.classes == 1:
@@ -115,7 +117,7 @@ class Refinement:
         self._schedule.update(
             iteration.plan, creep=creep, weighted=iteration.weighted, even=even, reach=after.resolution(SIGNAL)[0],
             gain=gain, moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
-            found_again=_share(*iteration.lost.tolist()),
+            found_again=_share(*iteration.lost.tolist()), evidence=counts[3] / max(counts[4], 1),
         )  # fmt: skip
         self._follow(iteration, velocity)
         related = _share(*iteration.exchanged.tolist())  # host sync
