@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
@@ -93,6 +94,13 @@ class ParticleImages:
             recorded_on=None if self.recorded_on is None else self.recorded_on[keep],
         )
         return self._with(made, self.transforms[keep], None if self.ctf is None else self.ctf[keep])
+
+    def select_halves(self, first: Int[Tensor, " f"], second: Int[Tensor, " s"]) -> "ParticleImages":
+        """Some of the first half and then some of the second, which need not be told apart again."""
+        made = self.select(torch.cat([first, second]))
+        places = torch.arange(len(made), device=first.device)
+        made.__dict__["rows_by_half"] = places[: len(first)], places[len(first) :]
+        return made
 
     def within(self, radius: float) -> "ParticleImages":
         """The same particles up to a lower frequency, Fourier pixels."""

@@ -12,6 +12,7 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference
 from scalecryo.model.grid_encoder import GridEncoder, GridPrediction, encoder_features
 from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, Poses, concatenated
@@ -128,7 +129,7 @@ class SearchSource:
     ) -> PoseCandidates:
         """See `CandidateSource`."""
         search = self._search(reference, images)
-        old, new = seen.nonzero()[:, 0], seen.logical_not().nonzero()[:, 0]  # host sync
+        new, old = rows_by_group(seen.long(), 2)
         if len(old) == 0:
             return search.modes(images, self.shift_grid_px, self.count)
         if self.everywhere:

@@ -6,7 +6,7 @@ rising radii; the likeliest is its pose. Every stage that poses particles calls 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
@@ -109,13 +109,17 @@ class PoseEstimator:
         sure = seen & (known.class_probability > SURE) & (not all_classes)
         radius = plan.radius if plan.search_known else min(plan.radius, plan.class_radius)
         score = torch.full((len(images), self._classes), -torch.inf, dtype=torch.float64, device=device)
+        each = torch.arange(self._classes, device=device)[:, None]
+        own = seen & (known.class_index == each)
+        groups = torch.where(own, 2 * each, torch.where(sure, 2 * self._classes, 2 * each + 1))
+        places = rows_by_group(groups.flatten(), 2 * self._classes)
         by_class = []
         for number in range(self._classes):
-            reference, own = self._references[number, half], seen & (known.class_index == number)
+            reference = self._references[number, half]
             found = PoseEstimates.unknown(len(images), device)
-            for at, here in ((own, True), (~own & ~sure, False)):
-                rows = at.nonzero()[:, 0]  # host sync
-                if len(rows):
+            for at, here in ((places[2 * number], True), (places[2 * number + 1], False)):
+                if len(at):
+                    rows = at - number * len(images)
                     some, poses = images.select(rows), known.select(rows)
                     # Of another class: as one never seen, but at the known shift, and its pose is a candidate.
                     estimate = self._estimate(some, poses, seen[rows], reference, search=not here)
@@ -131,15 +135,18 @@ class PoseEstimator:
         seen: Bool[Tensor, " b"],
         reference: Reference,
         *,
-        search: bool = False,
+        search: bool | None = None,
     ) -> PoseEstimates:
-        """Poses against one reference."""
+        """Poses against one reference: all searched, or none, or those (None) without a remembered pose."""
         plan, found = self._plan, known
-        wanted = (seen.logical_not() | plan.search_known | search).nonzero()[:, 0]  # host sync
-        if len(wanted):
-            found = known.put(
-                wanted, self._search(images.select(wanted), known.select(wanted), seen[wanted], reference)
-            )
+        if search or plan.search_known:
+            found = self._search(images, known, seen, reference)
+        elif search is None:
+            wanted = seen.logical_not().nonzero()[:, 0]  # host sync
+            if len(wanted):
+                found = known.put(
+                    wanted, self._search(images.select(wanted), known.select(wanted), seen[wanted], reference)
+                )
         if plan.passes:
             start = PoseCandidates(found.rotation[:, None], found.shift[:, None], found.confidence[:, None] * 0)
             with self._timer.part("local_refinement"):
@@ -203,10 +210,12 @@ class PoseEstimator:
 def _best_class(by_class: Sequence[PoseEstimates], score: Float[Tensor, "b classes"]) -> PoseEstimates:
     """Of every particle the estimate in its likeliest class; its confidence shrinks by the other classes' share."""
     share, best = score.softmax(1).max(1)
-    chosen = by_class[0]
-    for number, found in enumerate(by_class):
-        at = (best == number).nonzero()[:, 0]  # host sync
-        chosen = chosen.put(at, replace(found.select(at), class_index=best[at]))
+    row = torch.arange(len(best), device=best.device)
+    columns = {
+        column.name: torch.stack([getattr(found, column.name) for found in by_class])[best, row]
+        for column in fields(by_class[0])
+    }
+    chosen = PoseEstimates(**columns | {"class_index": best})
     share = share.float()
     return replace(chosen, class_probability=share, confidence=chosen.confidence * share)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scalecryo.config import Config, load_config
+from scalecryo.data.selection.partition import PARTS
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed import gradients
 from scalecryo.distributed.world import World
@@ -23,7 +24,9 @@ from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.stages import classification, components
+from scalecryo.train.stages.refinement import Refinement
 from scalecryo.train.stages.related_offers import RelatedOffers
+from scalecryo.train.stages.schedule import Schedule
 from tests.conftest import SimulatedParticles
 from tests.support.emulated_device import DEVICE, EmulatedDevice, HostTensorRefusedError, averaging, collective_places
 from tests.support.gloo import by_workers
@@ -70,6 +73,30 @@ def made(settings: dict[str, str], data: str, out: Path, workers: int) -> Config
     return config
 
 
+def begun(simulated: SimulatedParticles, out: Path) -> tuple[RunContext, Refinement]:
+    """A refinement without the encoder, before its first iteration, of poses that came with the particles."""
+    config = made(RECIPES["poses"] | {"guided.encoder_steps": "0"}, simulated.posed_store, out, 0)
+    store, run = ParticleStore.open(config.run.data), RunFolder(config.run.out)
+    context = RunContext.of(config, store, run, World(), DEVICE)
+    (imported, refinement, *_), _ = stages_of(context)
+    run_stages([imported], context)
+    assert isinstance(refinement, Refinement)
+    return context, refinement
+
+
+def waits_of(refinement: Refinement, context: RunContext, device: EmulatedDevice) -> list[dict[str, int]]:
+    """Make an iteration; what each of its batches waited for."""
+    reader = ParticleReader(context)
+    counts = []
+    for images in reader.batches(refinement.request()):
+        device.waits.clear()
+        refinement.step(*images)
+        counts.append(dict(device.waits))
+    reader.close()
+    refinement.finish_pass(World())
+    return counts
+
+
 @pytest.mark.parametrize("offers", [False, True], ids=["alone", "related_poses"])
 def test_a_batch_of_local_refinement_waits_five_times(
     offers: bool, simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -79,29 +106,33 @@ def test_a_batch_of_local_refinement_waits_five_times(
     Rows of each half, once, and of each map; of each half those without a remembered pose (whose number decides what is
     computed); and rows, since what is remembered lies on the host. Before they were counted there were 22.
     """
-    config = made(RECIPES["poses"] | {"guided.encoder_steps": "0"}, simulated.posed_store, tmp_path / "run", 0)
-    store, run = ParticleStore.open(config.run.data), RunFolder(config.run.out)
     taken: list[float | None] = []
     monkeypatch.setattr(RelatedOffers, "note", lambda _, share: taken.append(share))
     with EmulatedDevice() as device:
-        context = RunContext.of(config, store, run, World(), DEVICE)
-        (imported, refinement, *_), _ = stages_of(context)
-        run_stages([imported], context)
+        context, refinement = begun(simulated, tmp_path / "run")
         if offers:
             related = RelatedPoses(TURNS.to(DEVICE), torch.zeros(len(TURNS), 3).to(DEVICE))
             monkeypatch.setattr(RelatedOffers, "at", lambda *_: related)
-        reader = ParticleReader(context)
-        counts = []
-        for images in reader.batches(refinement.request()):
-            device.waits.clear()
-            refinement.step(*images)
-            counts.append(dict(device.waits))
-        reader.close()
-        refinement.finish_pass(World())
+        counts = waits_of(refinement, context, device)
     # Both reads of grouped rows and that of rows are copies to the host.
     assert counts == [{"_to_copy": 3, "nonzero": 2}] * 3
     (share,) = taken
     assert (share is not None and 0 < share < 1) if offers else share is None
+
+
+def test_a_batch_that_is_searched_waits_twelve_times(
+    simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, halves and maps as above; which of a half's particles have a pose decides what is searched: once against
+    each map, of which an iteration after the first has one for each part of a half. The parts are told apart once.
+    """
+    monkeypatch.setattr(Schedule, "_after_search", lambda *_: None)  # which ends where hardly a pose has changed
+    with EmulatedDevice() as device:
+        context, refinement = begun(simulated, tmp_path / "run")
+        refinement._schedule = Schedule(2, 2)
+        whole, parts = (waits_of(refinement, context, device) for _ in range(2))
+    assert whole == [{"_to_copy": 3 + 2}] * 3
+    assert parts == [{"_to_copy": 3 + 2 * PARTS + 1}] * 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

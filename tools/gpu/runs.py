@@ -61,9 +61,12 @@ def _run(session: Session, name: str, folder: Path, settings: dict[str, str]) ->
     row: Row = {"set": name, "device": session.device.type, "convert, s": round(converted - start, 1),
                 "train, s": round(ended - converted, 1), "seconds": round(ended - start, 1)}  # fmt: skip
     row |= {title: _short(found.get(key)) for key, title in RESULTS.items()}
-    yield row | {"goal, s": GOAL_SECONDS.get(name)}
-    for part, seconds in _parts(out).items():
+    yield row | {"goal, s": None if session.rehearsal else GOAL_SECONDS.get(name)}
+    parts = {"convert": converted - start, **_parts(out)}
+    for part, seconds in parts.items():
         yield {"set": name, "part": part, "seconds": round(seconds, 2)}
+    rest = "the rest: start, final pass, results"
+    yield {"set": name, "part": rest, "seconds": round(ended - start - sum(parts.values()), 2)}
 
 
 def _short(value: Any) -> float | None:
@@ -71,7 +74,7 @@ def _short(value: Any) -> float | None:
 
 
 def _parts(out: Path) -> dict[str, float]:
-    """Seconds by part of the work, as the run's last curves have them."""
+    """Seconds by part of the work, as the run's last curves have them: up to the end of its last iteration."""
     found: dict[str, float] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -92,7 +95,9 @@ def dataset(session: Session, name: str) -> Iterator[Row]:
     yield {"set": name, "part": "simulation, not counted", "seconds": round(taken, 1)}
     settings = {"pose.centred": "true", "train.rows": str(sizes.particles * 9 // 10)}
     yield from _run(session, name, folder, settings)
-    yield {"set": name, "device": "CPU, one core (README)", **cpu}
+    known = {"set": name, "device": "CPU, one core (README)", **cpu}
+    columns = ("set", "device", "convert, s", "train, s", "seconds", *RESULTS.values(), "goal, s")
+    yield {column: known.get(column) for column in columns}
 
 
 def dataset_d(session: Session) -> Iterator[Row]:
@@ -120,7 +125,7 @@ def ribosome(session: Session) -> Iterator[Row]:
 
 
 def iteration(session: Session) -> Iterator[Row]:
-    """One iteration of dataset D's refinement at its last radius: twice, the second time under the profiler.
+    """One iteration of dataset D's refinement at its last radius: once to warm up, once, and once under the profiler.
 
     Every particle starts from its pose of the finished run; local refinement, insertion, encoder and reduction, no
     search.
@@ -130,7 +135,7 @@ def iteration(session: Session) -> Iterator[Row]:
         yield {"what": "dataset D has no finished run here: its part comes first"}
         return
     copy = session.work / "iteration"
-    for number in range(2):
+    for number in range(3):
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(finished, copy)
         folder = RunFolder(str(copy))
@@ -139,14 +144,16 @@ def iteration(session: Session) -> Iterator[Row]:
         context, learned = load_trained(config, store, folder, session.device, same_store=True)
         stage = _OneIteration(replace(context, config=_from_poses(config)), learned)
         kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * session.on_gpu
-        watch = profile(activities=kinds) if number else contextlib.nullcontext()
+        watch = profile(activities=kinds) if number == 2 else contextlib.nullcontext()
         session.wait()
         with watch as seen:
             start = time.perf_counter()
             run_stages([stage], context)
             session.wait()
             seconds = time.perf_counter() - start
-        kind = "under the profiler" if number else "without the profiler"
+        if not number:
+            continue
+        kind = "under the profiler" if number == 2 else "without the profiler"
         yield {"what": f"one iteration, {kind}, s", "value": round(seconds, 3)}
         yield {"what": f"images/s, {kind}", "value": round(context.count / seconds)}
         if seen is not None:

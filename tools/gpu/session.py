@@ -100,11 +100,11 @@ class Session:
                 times.append(time.perf_counter() - start)
         return sorted(times)[len(times) // 2]
 
-    def peak_bytes(self, work: Work) -> int:
-        """Largest allocation of the device during some work; 0 on a CPU, where nobody counts."""
+    def peak_bytes(self, work: Work) -> int | None:
+        """Largest allocation of the device during some work; None on a CPU, where nobody counts."""
         if not self.on_gpu:
             work()
-            return 0
+            return None
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         work()

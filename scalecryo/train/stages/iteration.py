@@ -12,6 +12,7 @@ from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference, References, ReferenceSet
 from scalecryo.physics.fsc import resolution
+from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
@@ -209,12 +210,14 @@ class Iteration:
         if self._parts is None:
             return self._whole.estimate(batch, known, seen, all_classes=self.plan.searched and self._number == 0)
         found, part = known, self._context.partition.part(batch.rows)
+        halves = rows_by_group(2 * part + batch.half - 1, 2 * PARTS)
         for own, others in enumerate(self._parts):
-            at = (part == own).nonzero()[:, 0]  # host sync
+            first, second = halves[2 * own], halves[2 * own + 1]
+            at = torch.cat([first, second])
             if len(at):
                 again = own == self._number % PARTS  # each part's turn to look at all classes
-                posed = others.estimate(batch.select(at), known.select(at), seen[at], all_classes=again)
-                found = found.put(at, posed)
+                images = batch.select_halves(first, second)
+                found = found.put(at, others.estimate(images, known.select(at), seen[at], all_classes=again))
         return found
 
     def _insert(self, batch: ParticleImages, found: PoseEstimates) -> None:
@@ -252,9 +255,9 @@ class Iteration:
         self.counts += torch.stack([value.double() for value in counts])
         groups = self._learned.groups
         assert groups is not None, "the refinement brings them"
-        near = batch.within(min(self.plan.radius, SCALE_RADIUS))
         for half in (1, 2):
             few, predicted = self._whole.predictions(batch, found, NOISE_IMAGES, half)
+            near = batch.within(min(self.plan.radius, SCALE_RADIUS))  # now that the batch knows its halves
             if len(few):
                 self._residuals.add(few.transforms - predicted, None, self.pixels)
                 groups.add_residuals(few.transforms - predicted, few)
