@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from scalecryo.commands.console import Progress, check_conversion, note, say
-from scalecryo.data.conversion.append import append, complete_append
-from scalecryo.data.conversion.append_plan import plan_append
-from scalecryo.data.conversion.convert import ConvertPlan, convert, plan
+from scalecryo.data.conversion.addition import read_addition
 from scalecryo.data.conversion.places import check_destination
-from scalecryo.data.conversion.quality import BadImage, listed
 from scalecryo.data.conversion.report import report_lines
 from scalecryo.data.conversion.source import ReadOptions
 from scalecryo.data.io import urls
-from scalecryo.data.storage.store import REPORT
+from scalecryo.data.storage.store import REPORT, ParticleStore
+
+if TYPE_CHECKING:
+    from scalecryo.data.conversion.convert import ConvertPlan
+    from scalecryo.data.conversion.quality import BadImage
 
 
 def run(
@@ -37,10 +38,16 @@ def run(
     sign = "invert" if invert else "uninvert" if uninvert else None
     looked = Progress("looked at")
     options = ReadOptions(**(reading or {}))
-    if add:
+    particles = read_addition(source, ParticleStore.open(store), data_dir, bad_images, options) if add else None
+    # torch takes seconds to import: by now it is known that the particles fit the store that they are added to.
+    from scalecryo.data.conversion.append import append, complete_append
+    from scalecryo.data.conversion.append_plan import plan_append
+    from scalecryo.data.conversion.convert import convert, plan
+
+    if particles is not None:
         complete_append(store)
         adding = plan_append(source, store, data_dir, sign, bad_images, workers=workers, scheduler=scheduler,
-                             progress=looked, options=options)  # fmt: skip
+                             progress=looked, options=options, particles=particles)  # fmt: skip
         _say_excluded(adding.excluded)
         for line in adding.notes:
             note(line)
@@ -60,12 +67,14 @@ def run(
     say(f"{urls.redacted(store)}: {attrs['count']:,} particles{added} in {shards} shards, complete")
 
 
-def _say_excluded(excluded: tuple[BadImage, ...]) -> None:
+def _say_excluded(excluded: "tuple[BadImage, ...]") -> None:
     if excluded:
+        from scalecryo.data.conversion.quality import listed
+
         note(f"left out {len(excluded):,}: {listed(excluded)}")
 
 
-def _describe(made: ConvertPlan, source: str) -> None:
+def _describe(made: "ConvertPlan", source: str) -> None:
     table, attrs = made.source.table, made.attrs
     known = "CTF and poses" if table.has_ctf and table.has_pose else "CTF" if table.has_ctf else "poses"
     cropped = f", cropped from {made.source.box_size} px" if made.source.box_size != attrs["box_size"] else ""

@@ -1,5 +1,6 @@
 """The report in a browser, without a network: the surface is drawn and nothing is complained of."""
 
+import io
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from scalecryo.evaluate.report import Section, Surface, report_html, viewer_html
 from scalecryo.evaluate.verdict import Verdict
@@ -33,7 +35,8 @@ once(() => Number(canvas.dataset.triangles) > 0 && colours() > 1, () => {
   document.querySelectorAll("button:not([value=reset])").forEach((button) => button.click());
   once(() => Number(canvas.dataset.triangles) !== before, () => {
     document.title = JSON.stringify({ colours: seen, triangles: before, after: Number(canvas.dataset.triangles),
-      words: document.querySelector("output").textContent, wide: document.body.scrollWidth - innerWidth });
+      words: document.querySelector("output").textContent, wide: document.body.scrollWidth - innerWidth,
+      panels: document.querySelector("img").clientWidth });
   }, 2000);
 }, 2000);
 </script>"""
@@ -55,7 +58,10 @@ def test_the_surface_is_drawn_and_follows_the_slider(browser: str, tmp_path: Pat
     density = torch.exp(-(x**2 / 60 + y**2 / 30 + z**2 / 20))
     surface = Surface.of_map(density, soft_sphere(box, 15), 2.0, size=48)
     verdict = Verdict("failed", "No result", f"{'/a_folder_with_a_long_name' * 4}: what an error begins with")
-    page = report_html("Run", [Section("The map", body=viewer_html(surface))], verdict)
+    panels = io.BytesIO()  # wider than any screen here
+    Image.new("L", (1400, 300)).save(panels, "PNG")
+    sections = [Section("The map", body=viewer_html(surface)), Section("Panels", png=panels.getvalue())]
+    page = report_html("Run", sections, verdict)
     page = page.replace("</body>", f"{PROBE}</body>")
     (tmp_path / "report.html").write_text(page)
     done = subprocess.run(
@@ -71,6 +77,7 @@ def test_the_surface_is_drawn_and_follows_the_slider(browser: str, tmp_path: Pat
     assert seen["triangles"] > 500
     assert 0 < seen["after"] < seen["triangles"]  # a higher contour is smaller
     assert "suggested" in seen["words"]
-    assert seen["wide"] <= 0  # nothing to scroll sideways for
+    assert seen["wide"] <= 0  # nothing to scroll sideways for, but inside of a picture
+    assert seen["panels"] > 700  # that many pixels are needed to read its labels
     complaints = [said for said in done.stderr.splitlines() if "CONSOLE" in said and "GPU stall" not in said]
     assert not complaints, complaints

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mrcfile
+import numpy as np
 import pytest
 
 import scalecryo
@@ -217,13 +219,17 @@ def test_help_and_wrong_usage_import_neither_torch_nor_ray(tokens: list[str]) ->
 
 def test_missing_inputs_are_refused_before_torch_is_imported(simulated: SimulatedParticles, tmp_path: Path) -> None:
     there, store, run = str(simulated.folder), simulated.store, str(tmp_path / "run")
+    other = str(tmp_path / "other.mrcs")
+    with mrcfile.new(other, np.zeros((2, 48, 48), np.float32)) as stack:
+        stack.voxel_size = 3.2
     trained = tmp_path / "trained"  # its maps have a box that the store has not
     trained.mkdir()
     (trained / "config.toml").write_text(f'[run]\ndata = "{store}"\n')
     (trained / "metrics.jsonl").write_text('{"step": 1, "iteration/level": 6}\n')
     wrong = [
         ["simulate", "nowhere.pdb", "out"], ["simulate", there, "out", "--box", "65"],
-        ["convert", "nowhere.star", "out"], ["convert", f"{there}/particles.star", store], ["info", "nowhere"],
+        ["convert", "nowhere.star", "out"], ["convert", f"{there}/particles.star", store],
+        ["convert", other, store, "--append"], ["info", "nowhere"],
         ["info", store, "--plan", "--gpus", "0"], ["verify", "nowhere"], ["train", "--data", "nowhere", "--out", run],
         ["train", "--data", store, "--out", run, "--train.box", "30"],
         ["train", "--data", store, "--out", run, "--mask", "nowhere.mrc"], ["assign", "nowhere"],

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from scalecryo.data.conversion.addition import read_addition
 from scalecryo.data.conversion.inspect import (
     choose,
     contrast_of_groups,
@@ -18,9 +19,9 @@ from scalecryo.data.conversion.joined_tables import Joined, join_tables
 from scalecryo.data.conversion.normalise import Normalisation
 from scalecryo.data.conversion.quality import BadImage
 from scalecryo.data.conversion.scheduler import ProgressCallback
-from scalecryo.data.conversion.source import ReadOptions, Source, read_source
+from scalecryo.data.conversion.source import ReadOptions, Source
 from scalecryo.data.io import urls
-from scalecryo.data.particles import ABERRATION_COLUMNS, COLUMNS, Columns, ParticleTable
+from scalecryo.data.particles import Columns, ParticleTable
 from scalecryo.data.storage.store import EXCLUDED, SOURCE_STACKS, ParticleStore
 from scalecryo.errors import InputError, MissingInputError
 
@@ -55,28 +56,6 @@ class AppendPlan:
     def count(self) -> int:
         """Number of new particles."""
         return len(self.source.table)
-
-
-def _refuse_other_kind(store: ParticleStore, particles: Source, source: str) -> None:
-    """Raise when the new particles do not fit the store."""
-    shown = urls.redacted(source)
-    box, pixel_size = int(store.attrs["source_box_size"]), store.source_pixel_size
-    if particles.box_size != box:
-        raise InputError(f"{shown}: box {particles.box_size} px, the store's source had {box} px; extract in that box")
-    if abs(particles.pixel_size / pixel_size - 1) > 1e-3:
-        raise InputError(
-            f"{shown}: pixel size {particles.pixel_size:.4g} Å, the store's source had {pixel_size:.4g} Å; "
-            "rescale the particles, or make another store"
-        )
-    more = [name for name in ABERRATION_COLUMNS if name in particles.table.columns and name not in store.columns]
-    if more:
-        raise InputError(
-            f"{shown}: has aberrations of the optics ({', '.join(more)}), the store has none; make another store of it"
-        )
-    missing = [name for name in store.columns if name in COLUMNS and name not in particles.table.columns]
-    missing = [name for name in missing if name != "micrograph"]
-    if missing:
-        raise InputError(f"{shown}: has no {', '.join(missing)}, which the store has; make another store of it")
 
 
 def _store_normalisation(
@@ -173,6 +152,7 @@ def plan_append(
     scheduler: str | None = None,
     progress: ProgressCallback | None = None,
     options: ReadOptions | None = None,
+    particles: Source | None = None,
 ) -> AppendPlan:
     """Read the new table and headers, and check that its particles are of the store's kind.
 
@@ -180,6 +160,7 @@ def plan_append(
         source: the new particles, as for `plan`.
         store_url: a complete store.
         data_dir, sign, bad_images, workers, scheduler, progress, options: as for `plan`.
+        particles: what `read_addition` gave for the same arguments, where it was called before.
 
     Raises:
         MissingInputError: store, table or a stack does not exist.
@@ -187,13 +168,8 @@ def plan_append(
         InputError: the particles do not fit the store, or are in it already.
     """
     store = ParticleStore.open(store_url)
-    options = replace(options or ReadOptions(), leave_out=bad_images == "exclude")
-    particles = read_source(source, data_dir, options)
-    if particles.resampling:
-        raise InputError(
-            f"{urls.redacted(source)}: stacks of several pixel sizes cannot be added to a store; make another of them"
-        )
-    _refuse_other_kind(store, particles, source)
+    if particles is None:
+        particles = read_addition(source, store, data_dir, bad_images, options)
     wanted = {None: None, "invert": -1, "uninvert": 1}[sign or None]
     normalisation = _store_normalisation(store, particles, source, wanted, bad_images)
     joined = join_tables(store, particles, source)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from scalecryo.data.formats.mrc import Array, Stack
 from scalecryo.data.io import urls
 from scalecryo.data.storage.store import SOURCE_STACKS, ParticleStore
-from scalecryo.physics.fft import fourier_crop_2d
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,11 @@ class ResampledStack(Stack):
         """Resampled images as float32 (n, ny, nx); see `Stack.read`. A pixel's value keeps its scale."""
         source = Stack(self.url, self._layout, self.fingerprint, self._unpacked).read(indices)
         box, middle, size = source.shape[-1], self.resampling.fourier_box, self.resampling.box_size
+        # torch takes seconds to import: only once images are read.
+        import torch
+
+        from scalecryo.physics.fft import fourier_crop_2d
+
         images = torch.from_numpy(source)
         if middle != box:
             # The crop keeps the noise; a projection's values stay what they are when scaled by the boxes' quotient.

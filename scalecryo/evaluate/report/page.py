@@ -9,7 +9,7 @@ from importlib.resources import files
 from scalecryo.evaluate.report.surface import Surface
 from scalecryo.evaluate.verdict import Verdict
 
-PANELS_PX = 900  # a picture at least so wide holds several panels
+PANELS_PX = 1000  # a picture at least so wide holds more panels than a phone can show at once
 
 
 @dataclass(frozen=True)
