@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,21 +155,28 @@ def run_part(part: Part, session: Any, limit: float) -> tuple[str, float, list[d
     process = multiprocessing.get_context(session.start).Process(target=child, args=(part.function, session, rows, log))
     start = time.monotonic()
     process.start()
-    process.join(limit)
     status = "done"
-    if process.is_alive():
-        assert process.pid is not None
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()
-        process.join()
-        status = f"cut after {limit:.0f} s"
-    elif process.exitcode:
+    try:
+        process.join(limit)
+    finally:  # a part has a session of its own, and would outlive a report that is ended
+        if process.is_alive():
+            end(process)
+            status = f"cut after {limit:.0f} s"
+    if status == "done" and process.exitcode:
         said = log.read_text().strip().splitlines()  # a traceback ends with the error
         status = f"failed ({process.exitcode}): {said[-1][:300] if said else 'without a word'}"
     found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     return status, time.monotonic() - start, found
+
+
+def end(process: BaseProcess) -> None:
+    """A part and what it started."""
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
 
 
 def identity(session: Any) -> dict[str, Any]:
@@ -210,6 +218,7 @@ def main() -> int:
     parser.add_argument("--start", choices=["fork", "spawn"], default="fork", help="of a part; spawn: seconds slower")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C does, by an exception
     work = (arguments.work or arguments.out / "work").resolve()
     for folder in (arguments.out, work):
         folder.mkdir(parents=True, exist_ok=True)

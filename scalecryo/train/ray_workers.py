@@ -38,7 +38,7 @@ from scalecryo.runs.exported import GAUGES, LOST_WORKERS, LOST_WORKERS_HELP, PRE
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.log import log_to_stderr
 from scalecryo.train.loop import Publish, train
-from scalecryo.train.stopping import DriversNotice, Notice, notice_of_sigterm, notice_of_word
+from scalecryo.train.stopping import DriversNotice, Notice, ended_by_sigterm, notice_of_sigterm, notice_of_word
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20  # the particles never pass through it
@@ -76,12 +76,14 @@ def train_on_ray(config: Config) -> None:
         ScalecryoError: what a worker raised on purpose; Stopped, where SIGTERM told it to end.
     """
     if not ray.is_initialized():
-        _join_or_start()
+        with ended_by_sigterm("while Ray was starting"):
+            _join_or_start()
     run, failures, wait = RunFolder(config.run.out), 0, config.run.wait_minutes
     notice = DriversNotice(run)
     losses = ray.util.metrics.Counter(f"{PREFIX}{LOST_WORKERS}", LOST_WORKERS_HELP, tag_keys=("run",))
     while True:
-        workers = _await_workers(config, wait)
+        with ended_by_sigterm("while it waited for workers"):
+            workers = _await_workers(config, wait)
         before = newest_step(run)
         try:
             with notice_of_sigterm(notice.give):

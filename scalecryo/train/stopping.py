@@ -75,6 +75,29 @@ def notice_of_sigterm(tell: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def ended_by_sigterm(during: str) -> Iterator[None]:
+    """Meanwhile SIGTERM raises `Stopped`: there is nothing to save.
+
+    Args:
+        during: what is under way, for a person.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def told(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped(f"stopped by SIGTERM {during}: --resume goes on from the newest checkpoint, if there is one")
+
+    signal.signal(signal.SIGTERM, told)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is told:  # ray.init puts a handler of its own there, which stays
+            signal.signal(signal.SIGTERM, before)
+
+
 class DriversNotice(Notice):
     """Told to the driver, which leaves word to the workers of its run, wherever they are."""
 

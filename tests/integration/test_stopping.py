@@ -224,3 +224,20 @@ def test_two_workers_stop_at_the_same_batch_and_go_on(simulated: SimulatedPartic
     assert_same(*states)
     told = "halves/fsc_mean", "likelihood_gain_per_image"
     assert rows_of(tmp_path / "whole", *told) == rows_of(tmp_path / "cut", *told)
+
+
+def test_sigterm_before_training_ends_in_one_line_and_leaves_others_handlers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM while Ray"), stopping.ended_by_sigterm("while Ray was starting"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    def rays(_number: int, _frame: object) -> None:
+        """Ray's, which it puts there as it starts."""
+
+    try:
+        with stopping.ended_by_sigterm("while Ray was starting"):
+            signal.signal(signal.SIGTERM, rays)
+        assert signal.getsignal(signal.SIGTERM) is rays
+    finally:
+        signal.signal(signal.SIGTERM, before)
