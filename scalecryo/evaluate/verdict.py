@@ -145,5 +145,8 @@ def _doubts(evidence: Evidence) -> list[str]:
             f"most poses are uncertain: on average a pose is right with a probability of {evidence.confidence:.0%}"
         )
     if evidence.junk > JUNK:
-        found.append(f"{evidence.junk:.0%} of the images seem to show no particle: clean the set and train again")
+        found.append(
+            f"{evidence.junk:.0%} of the images seem to show no particle, or are too noisy to tell: look at the least "
+            "sure ones; if they show none, clean the set and train again"
+        )
     return found + [f"{warning[0].upper()}{warning[1:]}" for warning in evidence.warnings] if found else found
