@@ -144,6 +144,10 @@ class _Question:
         self._settle: Callable[[], None] | None = None
         self._every, self._batches, self._begun = 1, 0, time.monotonic()
 
+    def begin_pass(self) -> None:
+        """Ask soon: the batches of another pass take another time. A start's are a hundredth of a refinement's."""
+        self._every, self._batches, self._begun = 1, 0, time.monotonic()
+
     def answer(self) -> bool:
         """Whether any was told, by the last question that is answered. Collective."""
         if self._world.size == 1:
@@ -197,6 +201,7 @@ class Stopping:
             raise Stopped("stopped by SIGTERM, all that was done is saved: the same command with --resume goes on")
         if self._told:
             self._leave(stage)
+        self._question.begin_pass()
         place, found = self._place(stage), self._paused
         if found is None or (found.stage, found.passes) != (place.stage, place.passes):
             return stage.request()

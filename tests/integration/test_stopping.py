@@ -241,3 +241,29 @@ def test_sigterm_before_training_ends_in_one_line_and_leaves_others_handlers() -
         assert signal.getsignal(signal.SIGTERM) is rays
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_slow_pass_after_a_fast_one_is_left_within_a_few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a refinement, of some batches of a second each, after a start of many short ones."""
+
+    class TwoWorkers:
+        size, is_leader = 2, True
+
+        def all_reduce_async(self, asked: torch.Tensor) -> Callable[[], None]:
+            return lambda: None
+
+    now = [0.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    notice = stopping.Notice()
+    question = stopping._Question(TwoWorkers(), notice, torch.device("cpu"))  # type: ignore[arg-type]
+    question.begin_pass()
+    for _ in range(1000):
+        now[0] += 0.005
+        assert not question.answer()
+    question.begin_pass()
+    notice.give()
+    batches = 0
+    while not question.answer():
+        now[0] += 1.0
+        batches += 1
+        assert batches < 5
