@@ -8,7 +8,7 @@ from scalecryo.commands import convert, evaluate, simulate, train
 from scalecryo.commands.console import note, say
 from scalecryo.data.io import urls
 
-PARTICLES, BOX, PIXEL_SIZE, SNR_DB, SHIFT_A = 5000, 128, 0.8, 0.0, 1.6
+PARTICLES, BOX, PIXEL_SIZE, SNR_DB, SHIFT_A = 4000, 128, 0.8, 0.0, 1.6
 DEFOCUS_UM = (0.4, 1.2)
 
 
