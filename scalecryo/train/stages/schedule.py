@@ -29,7 +29,7 @@ RESTING = 0.05  # share of poses that still turn visibly, below which crowded vi
 FIRST_SEARCHES, FRUITFUL = 1, 0.05  # after so many iterations: share of those that fit nowhere which a search must find
 SETTLED = 1.005  # gain in mean FSC below which an iteration brought no progress
 SEARCHES_EXPECTED, LOCAL_EXPECTED = 3, 3  # iterations, of most runs
-THIN_START, THIN = 20.0, 60.0  # nats that an image gains by a start's map, by an iteration's: below, evidence is thin
+THIN_START, THIN = 20.0, 45.0  # nats that an image gains by a start's map, by an iteration's: below, evidence is thin
 THIN_MODES, THIN_REACH, THIN_GRID = 20, 4 / 3, 2  # modes of a search then; radius and rotations, by the usual ones
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
 
