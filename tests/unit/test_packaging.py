@@ -17,7 +17,7 @@ OWN = {"scalecryo", "tests", "tools"}
 OPTIONAL = {"boto3": "s3", "botocore": "s3", "distributed": "cluster", "triton": "test", "tensorstore": "dev",
             "pandas": "pandas"}  # fmt: skip
 # A fuzzer's engine that it does without, and scripts that lie side by side.
-NOT_DECLARED = {"atheris", "paper_datasets", "stress_sets"}
+NOT_DECLARED = {"atheris", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
 
 
 def imported(folder: str) -> set[str]:
