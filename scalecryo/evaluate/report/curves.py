@@ -41,7 +41,7 @@ def fsc_figure(
         label.set_transform(axes.get_yaxis_transform())
     nyquist = 0.5 / pixel_size
     axes.axvline(nyquist, color="tab:red", linewidth=1.0, linestyle=":")
-    axes.text(nyquist, 0.55, f" Nyquist\n {1 / nyquist:.3g} Å", color="tab:red", fontsize="small")
+    axes.text(nyquist, 0.75, f" Nyquist\n {1 / nyquist:.3g} Å", color="tab:red", fontsize="small")
     if curves:
         _mark_crossings(axes, list(curves.values())[-1], box_size, pixel_size, thresholds)
     axes.set(xlim=(0, 1.12 * nyquist), ylim=(min(-0.05, _lowest(curves)), 1.03), ylabel="correlation", title=title)
