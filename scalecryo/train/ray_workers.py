@@ -38,7 +38,7 @@ from scalecryo.runs.exported import GAUGES, LOST_WORKERS, LOST_WORKERS_HELP, PRE
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.log import log_to_stderr
 from scalecryo.train.loop import Publish, train
-from scalecryo.train.stopping import DriversNotice, Notice, ended_by_sigterm, notice_of_sigterm, notice_of_word
+from scalecryo.train.stopping import ANSWER, DriversNotice, Notice, ended_by_sigterm, notice_of_sigterm, notice_of_word
 
 logger = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 100 * 2**20  # the particles never pass through it
@@ -88,6 +88,8 @@ def train_on_ray(config: Config) -> None:
         try:
             with notice_of_sigterm(notice.give):
                 _fit(config, workers)
+            if (answer := notice.answer()) is not None:
+                raise Stopped(answer)
             return
         except ray.train.TrainingFailedError as error:
             cause = _purpose(error)
@@ -226,7 +228,11 @@ def _worker(settings: dict[str, Any]) -> None:
     publish = _gauges(urls.redacted(config.run.out))
     # Worker 0 looks for the driver's word, and tells the others.
     with notice_of_word(run) if world.is_leader else nullcontext(Notice()) as notice:
-        train(config, world, torch.device(device), at_checkpoint=at_checkpoint, publish=publish, notice=notice)
+        try:
+            train(config, world, torch.device(device), at_checkpoint=at_checkpoint, publish=publish, notice=notice)
+        except Stopped as stopped:  # raised, Ray would print it with a traceback of each worker: the driver says it
+            if world.is_leader:
+                run.write(ANSWER, str(stopped).encode())
 
 
 def _gauges(run: str) -> Publish:

@@ -27,7 +27,7 @@ from scalecryo.train.stage import Stage
 logger = logging.getLogger(__name__)
 ASK_SECONDS = 2.0  # between two questions whether anybody was told
 MOST_BATCHES = 256  # between them, however short batches are
-WORD = "checkpoints/end"  # file of a run: the driver's word to its workers
+WORD, ANSWER = "checkpoints/end", "checkpoints/ended"  # files of a run: the driver's word to its workers, and theirs
 
 
 class Notice:
@@ -104,14 +104,20 @@ class DriversNotice(Notice):
     def __init__(self, run: RunFolder) -> None:
         super().__init__()
         self._run = run
-        if urls.exists(run.path(WORD)):  # a word to an earlier run is not meant for this one
-            urls.remove_tree(run.path(WORD))
+        for name in (WORD, ANSWER):
+            if urls.exists(run.path(name)):  # a word to an earlier run is not meant for this one
+                urls.remove_tree(run.path(name))
 
     def give(self) -> None:
         """Leave word."""
         super().give()
         # From a thread of its own: a signal may come in the middle of a request.
         threading.Thread(target=self._run.write, args=(WORD, b""), name="word-to-end").start()
+
+    def answer(self) -> str | None:
+        """How the workers ended by the word; None: they did not."""
+        there = self._run.path(ANSWER)
+        return urls.read_bytes(there).decode() if urls.exists(there) else None
 
 
 @contextmanager

@@ -267,3 +267,12 @@ def test_a_slow_pass_after_a_fast_one_is_left_within_a_few_batches(monkeypatch: 
         now[0] += 1.0
         batches += 1
         assert batches < 5
+
+
+def test_the_driver_says_how_its_workers_ended_and_forgets_what_an_earlier_run_said(tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path))
+    run.write(stopping.ANSWER, b"an earlier run's")
+    notice = stopping.DriversNotice(run)
+    assert notice.answer() is None
+    run.write(stopping.ANSWER, b"stopped by SIGTERM in the refinement")
+    assert notice.answer() == "stopped by SIGTERM in the refinement"
