@@ -15,8 +15,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from stress import AUC, POSE_SHARE, STRUCTURES, Row, converted, run_one, setting, simulated
 from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, SPIKE, StressSet, Structure
+
+from scalecryo.data.formats.relion import CLASS, JUNK, OwnColumns, read_poses
+from scalecryo.evaluate.metrics import junk_auc
 
 OPEN: Structure = ("4ake.pdb", "A")
 CLOSED: Structure = ("1ake_chainA.pdb", "")
@@ -128,10 +132,23 @@ def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row
     store = converted(data / "particles.star", folder / "store.zarr", dark=False)
     tag = f"-{arguments.tag}" if arguments.tag else ""
     settings = {"train.classes": wanted.classes, "train.seed": str(seed)} | wanted.settings | arguments.set
-    row = run_one(wanted.data, store, data, arguments.out / f"{name}-{arguments.draw}-{seed}{tag}", settings, False)
-    return row, [
-        single(wanted.data, number, folder, arguments) for number in range(len(wanted.data.specimens))
-    ] if arguments.alone else []
+    run = arguments.out / f"{name}-{arguments.draw}-{seed}{tag}"
+    row = run_one(wanted.data, store, data, run, settings, False)
+    if row.get("junk_auc") is not None:
+        row["junk_auc"] = junk_told(run, data)
+    numbers = range(len(wanted.data.specimens)) if arguments.alone else ()
+    return row, [single(wanted.data, number, folder, arguments) for number in numbers]
+
+
+def junk_told(run: Path, data: Path) -> float:
+    """Area under the curve that tells junk from particles: by confidence, and by a class that is not that of these."""
+    table, truth = run / "particles.star", data / "truth.star"
+    own = OwnColumns(table.read_bytes(), str(table)).numbers(CLASS)
+    particle = OwnColumns(truth.read_bytes(), str(truth)).numbers(JUNK) == 0
+    confidence = read_poses(str(table)).confidence
+    assert confidence is not None, "a run writes it"
+    classes, counts = np.unique(own[particle], return_counts=True)
+    return float(junk_auc(np.where(own == classes[counts.argmax()], confidence, 0.0), particle))
 
 
 def single(several: StressSet, number: int, folder: Path, arguments: argparse.Namespace) -> Row:
