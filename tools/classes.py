@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stress import AUC, POSE_SHARE, STRUCTURES, Row, converted, run_one, setting, simulated
+from stress import AUC, POSE_SHARE, STRUCTURES, Row, converted, pose_error, run_one, setting, simulated
 from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, SPIKE, StressSet, Structure
 
 from scalecryo.data.formats.relion import CLASS, JUNK, OwnColumns, read_poses
@@ -82,15 +82,9 @@ def missed(wanted: ClassSet, row: Row, alone: Sequence[Row]) -> list[str]:
     if row["junk_auc"] is not None and row["junk_auc"] < AUC:
         found.append("AUC")
     for error, single in zip(row.get("class_rotation_error_median_deg", ()), alone, strict=False):
-        if error is None or error > POSE_SHARE * own_error(single):
+        if error is None or error > POSE_SHARE * pose_error(single):
             found.append("pose")
     return found
-
-
-def own_error(single: Row) -> float:
-    """Degrees, modulo the map's symmetry, of a run of one class."""
-    modulo = single["rotation_error_mod_pseudosymmetry_median_deg"]
-    return float(single["rotation_error_median_deg"] if modulo is None else modulo)
 
 
 def table(rows: Sequence[tuple[str, int, Row, Sequence[Row]]]) -> str:
@@ -104,10 +98,10 @@ def table(rows: Sequence[tuple[str, int, Row, Sequence[Row]]]) -> str:
         if "error" in row:
             cells += [row["error"], *"-----"]
         elif row["class_accuracy"] is None:
-            cells += [*"---", f"{own_error(row):.2f}", f"{row['fsc_0.5_angstrom']:.2f}", _text(row["junk_auc"], 4)]
+            cells += [*"---", f"{pose_error(row):.2f}", f"{row['fsc_0.5_angstrom']:.2f}", _text(row["junk_auc"], 4)]
         else:
             errors = [_text(error, 2) for error in row["class_rotation_error_median_deg"]]
-            beside = f" ({', '.join(f'{own_error(single):.2f}' for single in alone)})" if alone else ""
+            beside = f" ({', '.join(f'{pose_error(single):.2f}' for single in alone)})" if alone else ""
             cells += [
                 f"{row['class_accuracy']:.2%}", f"{row['class_purity']:.2%}",
                 " / ".join(" ".join(map(str, of_class)) for of_class in row["class_confusion"]),

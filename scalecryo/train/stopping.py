@@ -148,7 +148,7 @@ class _Question:
         self._asked = torch.zeros(2, dtype=torch.float64, device=device)
         """Number of workers that were told; seconds since the last question on worker 0."""
         self._settle: Callable[[], None] | None = None
-        self._every, self._batches, self._begun = 1, 0, time.monotonic()
+        self.begin_pass()
 
     def begin_pass(self) -> None:
         """Ask soon: the batches of another pass take another time. A start's are a hundredth of a refinement's."""
