@@ -15,6 +15,7 @@ from scalecryo.commands import select
 from scalecryo.data.conversion.source import read_source
 from scalecryo.data.formats import cryosparc, csrows
 from scalecryo.data.formats.mrc import StackWriter
+from scalecryo.data.particles import ABERRATION_COLUMNS
 
 OPTICS = "data_optics\n\nloop_\n_rlnOpticsGroup\n_rlnVoltage\n_rlnSphericalAberration\n_rlnAmplitudeContrast\n"
 OPTICS += "_rlnImagePixelSize\n_rlnImageSize\n_rlnBeamTiltX\n_rlnBeamTiltY\n1 300 2.7 0.1 1.5 32 0.25 -0.5\n\n"
@@ -68,6 +69,26 @@ def test_from_cryosparc_to_relion(tmp_path: Path, capsys: pytest.CaptureFixture[
     with StackWriter(str(tmp_path / "J1/extract/a.mrc"), 6, 32, 1.5) as writer:
         writer.append(np.random.default_rng(0).normal(size=(6, 32, 32)))
     assert read_source(str(tmp_path / "p.star")).table.columns["stack_index"].tolist() == kept
+
+
+def test_beam_tilt_of_both_packages_is_the_same_aberration(tmp_path: Path) -> None:
+    """RELION's own phase of a beam tilt is checked against RELION itself in tests/numerics/test_aberrations.py."""
+    rows = "".join(f"{i + 1}@a.mrcs 1 1e4 9e3 0\n" for i in range(3))
+    names = "_rlnImageName\n_rlnOpticsGroup\n_rlnDefocusU\n_rlnDefocusV\n_rlnDefocusAngle\n"
+    (tmp_path / "a.star").write_text(f"{OPTICS}data_particles\n\nloop_\n{names}{rows}\n")
+    with StackWriter(str(tmp_path / "a.mrcs"), 3, 32, 1.5) as writer:
+        writer.append(np.random.default_rng(0).normal(size=(3, 32, 32)))
+    select.run(str(tmp_path / "a.star"), str(tmp_path / "a.cs"))
+    ours, theirs = (read_source(str(tmp_path / name)) for name in ("a.star", "a.cs"))
+    assert np.abs(ours.table.columns["odd_phase"]).max() > 1
+    for name in ABERRATION_COLUMNS:  # the field is float32
+        assert theirs.table.columns[name] == pytest.approx(ours.table.columns[name], rel=1e-6), name
+    assert not any("tilt_A" in note for note in theirs.notes)
+    select.run(str(tmp_path / "a.cs"), str(tmp_path / "again.star"))
+    optics = starfile.read(tmp_path / "again.star", always_dict=True)["optics"]
+    assert "rlnOddZernike" not in optics  # the tilt says it all
+    again = read_source(str(tmp_path / "again.star")).table.columns["odd_phase"]
+    assert again == pytest.approx(ours.table.columns["odd_phase"], rel=1e-6)
 
 
 def test_two_dimensional_classes_are_no_poses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

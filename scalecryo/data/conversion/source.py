@@ -11,7 +11,7 @@ from scalecryo.data.conversion.metadata_overrides import with_ctf, with_poses
 from scalecryo.data.conversion.places import STACK_ENDINGS, unknown_kind
 from scalecryo.data.conversion.resample import Resampling, plan_resampling, resampled
 from scalecryo.data.conversion.stacks import open_stacks
-from scalecryo.data.formats import cryosparc, csrows
+from scalecryo.data.formats import cryosparc, csoptics, csrows
 from scalecryo.data.formats.mrc import Stack
 from scalecryo.data.formats.relion import read_particles as read_star
 from scalecryo.data.formats.relion.syntax import StarText, Text, text_of
@@ -236,7 +236,7 @@ def read_source(source: str, data_dir: str | None = None, options: ReadOptions |
         good = np.setdiff1d(np.arange(len(rows)), list(left_out))
         table, sign = cryosparc.table_of(rows[good], where), cryosparc.sign_of(rows, where)
         table = replace(table, columns={**table.columns, "source_row": good})
-        cs, notes = csrows.encode(rows), cryosparc.not_applied(rows)
+        cs, notes = csrows.encode(rows), csoptics.not_applied(rows)
     elif source.lower().endswith(STACK_ENDINGS):
         stacks = (Stack.open(source),)
         if stacks[0].is_map:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from scalecryo.data.formats.csoptics import COMA, NOT_APPLIED, coma_columns
 from scalecryo.data.formats.csrows import build, encode, read
 from scalecryo.data.formats.rotations import matrix_to_vector, vector_to_matrix
 from scalecryo.data.io import urls
@@ -30,8 +31,6 @@ _CTF: Mapping[str, tuple[str, float]] = {
     "phase_shift": ("ctf/phase_shift_rad", 180 / np.pi),
 }
 _POSE, _SHIFT, _PIXEL, _SPLIT = (f"alignments3D/{name}" for name in ("pose", "shift", "psize_A", "split"))
-_ABERRATIONS = {"shift_A": 2, "tilt_A": 2, "trefoil_A": 2, "tetra_A": 4, "anisomag": 4}  # and their sizes
-_SCALES = {"ctf/bfactor": 0.0, "ctf/scale": 1.0, "alignments3D/alpha": 1.0}  # and where they do nothing
 _MICROGRAPH = "location/micrograph_uid"
 _CONFIDENCE = "alignments3D/class_posterior"
 _CLASS = "alignments3D/class"
@@ -130,20 +129,9 @@ def sign_of(rows: Rows, where: str) -> int | None:
     return int(sign[0]) or None
 
 
-def not_applied(rows: Rows) -> tuple[str, ...]:
-    """Fields of aberrations, envelopes and scales that are not zero (or not one), and that no CTF here knows."""
-    names = set(rows.dtype.names or ())
-    plain = {f"ctf/{name}": 0.0 for name in _ABERRATIONS} | _SCALES
-    found = [name for name, value in plain.items() if name in names and rows.dtype[name].base.kind == "f"]
-    found = [name for name in found if (rows[name] != plain[name]).any()]
-    if "alignments2D/pose" in names and _POSE not in names and rows.dtype["alignments2D/pose"].kind == "f":
-        found += ["alignments2D/pose (of a 2D classification: no poses)"] * bool(rows["alignments2D/pose"].any())
-    return tuple(found)
-
-
 def not_finite(rows: Rows) -> dict[int, str]:
     """Rows with nan or inf in a field that `table_of` reads, and what is so."""
-    read = [*(field for field, _ in _CTF.values()), _POSE, _SHIFT, _PIXEL, "blob/psize_A"]
+    read = [*(field for field, _ in _CTF.values()), _POSE, _SHIFT, _PIXEL, "blob/psize_A", COMA]
     bad: dict[int, str] = {}
     for name in (name for name in read if name in (rows.dtype.names or ()) and rows.dtype[name].base.kind == "f"):
         values = rows[name].reshape(len(rows), -1)
@@ -188,6 +176,8 @@ def table_of(rows: Rows, where: str) -> ParticleTable:
             ours: _numbers(rows, field, where) * factor if field in names else np.zeros(len(rows))
             for ours, (field, factor) in _CTF.items()
         }
+        if COMA in names:
+            columns |= coma_columns(_numbers(rows, COMA, where, (2,)), columns)
     poses = poses_of(rows, where)
     if poses is not None:
         columns["rotation"], columns["shift"] = poses
@@ -286,7 +276,8 @@ def own_rows(
         fields |= {"ctf/exp_group_id": np.maximum(columns["optics_group"] - 1, 0).astype(np.uint32)}
         fields |= {_CTF[name][0]: (columns[name] / _CTF[name][1]).astype(np.float32) for name in CTF_COLUMNS}
         fields |= {"ctf/scale": _constant(count, 1.0), "ctf/scale_const": _constant(count, 0.0)}
-        fields |= {f"ctf/{name}": np.zeros((count, size), np.float32) for name, size in _ABERRATIONS.items()}
+        fields |= {f"ctf/{name}": np.zeros((count, size), np.float32) for name, size in NOT_APPLIED.items()}
+        fields |= {COMA: np.zeros((count, 2), np.float32)}
         fields |= {"ctf/bfactor": _constant(count, 0.0)}
     if pose is None and table.has_pose:
         pose = columns["rotation"], columns["shift"]

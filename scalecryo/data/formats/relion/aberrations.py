@@ -28,6 +28,17 @@ def wavelength(voltage: npt.NDArray[np.floating]) -> Floats:
     return 12.2643 / np.sqrt(volts * (1 + 0.978466e-6 * volts))
 
 
+def coma_terms(coma: npt.NDArray[np.floating], voltage: npt.NDArray[np.floating]) -> Floats:
+    """Odd Zernike terms, (n, 12), of axial coma Cs · t, (n, 2) in Å along x and y, `voltage` in kV.
+
+    s² x = (Z(3, 1) + 2 Z(1, 1)) / 3, and so for y; terms are ordered (1, ±1), (3, -3), (3, -1), (3, 1), (3, 3).
+    """
+    x, y = (-2 * np.pi * wavelength(voltage)[:, None] ** 2 * np.asarray(coma, np.float64)).T / 3
+    terms = np.zeros((len(x), *COLUMNS["odd_phase"][1]))
+    terms[:, 0], terms[:, 1], terms[:, 3], terms[:, 4] = 2 * y, 2 * x, y, x
+    return terms
+
+
 def aberration_columns(values: Values, ctf: Columns) -> Columns:
     """The columns of some rows, whether they do anything or not; none where the table names none, or has no CTF.
 
@@ -43,13 +54,11 @@ def aberration_columns(values: Values, ctf: Columns) -> Columns:
         found[ours] = values.lists(theirs, width) if theirs in values else np.zeros((len(values), width))
     if any(name in values for name in BEAM_TILT):
         values.require(BEAM_TILT, "a beam tilt has x and y")
-        factor = -2e-3 * np.pi * 1e7 * ctf["spherical_aberration"] * wavelength(ctf["voltage"]) ** 2
-        # s² x = (Z(3, 1) + 2 Z(1, 1)) / 3, and so for y; terms are ordered (1, ±1), (3, -3), (3, -1), (3, 1), (3, 3).
+        tilt = np.stack([values.numbers(name) for name in BEAM_TILT], 1)
+        terms = coma_terms(1e4 * np.asarray(ctf["spherical_aberration"])[:, None] * tilt, ctf["voltage"])
         # Where a table has both, RELION 3.1.3 takes the terms (3, ±1) from the tilt alone, zero included.
-        for name, first, third in zip(BEAM_TILT, (1, 0), (4, 3), strict=True):
-            tilt = factor * values.numbers(name) / 3
-            found["odd_phase"][:, third] = tilt
-            found["odd_phase"][:, first] += 2 * tilt
+        found["odd_phase"][:, 3:5] = 0
+        found["odd_phase"] = found["odd_phase"] + terms
     matrix = np.tile(np.eye(2), (len(values), 1, 1))
     if any(name in values for name in MAGNIFICATION):
         values.require(MAGNIFICATION, "a magnification matrix has four elements")

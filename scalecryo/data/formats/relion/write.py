@@ -164,7 +164,8 @@ def own_table(
         [*(OPTICS.values() if table.has_ctf else ()), *more_optics] if len(keys) else [],
         [int(key[-1]) for key in keys.tolist()] or [box_size or 0],
     )
-    optics |= optics_columns(aberrations) if table.has_aberrations else {}
+    if table.has_aberrations and not more_optics:  # a beam tilt from cryoSPARC's tables is all that theirs hold
+        optics |= optics_columns(aberrations)
     frame: dict[str, npt.NDArray] = {GROUP: group.reshape(-1) + 1}
     if table.has_ctf:
         frame |= {theirs: columns[ours] for ours, theirs in DEFOCUS.items()} | {"rlnPhaseShift": columns["phase_shift"]}
