@@ -75,6 +75,15 @@ def linear_map(
     return irfft3_centred(result, n)
 
 
+def offset(volume: Float[Tensor, "n n n"], truth: Float[Tensor, "n n n"]) -> Float[Tensor, "3"]:
+    """Whole pixels (x, y, z) by which a map, turned as the truth is, moves onto it: the peak of their correlation."""
+    n = truth.shape[-1]
+    spectra = torch.fft.rfftn(truth.double()) * torch.fft.rfftn(volume.double()).conj()
+    peak = int(torch.fft.irfftn(spectra, s=truth.shape).argmax())
+    z, y, x = ((index + n // 2) % n - n // 2 for index in (peak // n**2, peak // n % n, peak % n))
+    return torch.tensor([x, y, z], dtype=torch.float32)
+
+
 def align_maps(
     volume_est: Float[Tensor, "n n n"],
     volume_true: Float[Tensor, "m m m"],

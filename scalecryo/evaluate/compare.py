@@ -1,7 +1,7 @@
 """An estimate against the truth in one call each for poses and maps: align, then measure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scalecryo.errors import InputError
 from scalecryo.evaluate.align import Alignment, align_poses, origin_offset
-from scalecryo.evaluate.align_maps import align_maps, apply_alignment
+from scalecryo.evaluate.align_maps import align_maps, apply_alignment, offset
 from scalecryo.evaluate.metrics import (
     MapErrors,
     RotationErrors,
@@ -124,10 +124,12 @@ def compare_maps(
     volume, truth = fourier_resize_3d(volume, box_size), fourier_resize_3d(truth, box_size)
     initial: list[Alignment] = []
     if poses is not None and poses.score > _TRUSTED:
-        initial = [
+        turned = [
             Alignment(operator @ poses.rotation.to(operator), poses.mirrored, torch.zeros(3), poses.score)
             for operator in symmetry
         ]
+        # A class's structure may stand far from where its map was centred: too far to be found by small steps.
+        initial = [replace(start, shift_px=offset(apply_alignment(volume, start), truth)) for start in turned]
     alignment = align_maps(volume, truth, initial, search=not initial)
     aligned = apply_alignment(volume, alignment)
     pixel_size = extent / box_size
