@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from scalecryo.distributed.timer import Timer
@@ -19,18 +19,12 @@ from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, PoseEstimates, Poses
-from scalecryo.physics.rotation import geodesic_angle
+from scalecryo.pose.candidate_refinement import PRUNE_FRACTION, empty_cost, refine_candidates, refined_modes
 from scalecryo.pose.candidate_sources import CandidateSource
-from scalecryo.pose.local_refinement import refine_poses
-from scalecryo.pose.related import angle_modulo
 from scalecryo.pose.search import templates
 
-# A candidate is pruned on the way where it is further behind its image's best than a share of what the best gains over
-# an empty image, and than so many nats: one that starts at a grid's point has still some way to go.
-PRUNE_FRACTION, PRUNE_MARGIN_NATS = 0.1, 20.0
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to show the particle
 SURE = 1 - 1e-4  # probability of a class beyond which the others are not looked at again
-SAME = 15.0  # degrees times Fourier pixels: a quarter of the turn that moves the outermost pixel by one
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,7 @@ class EStepPlan:
         shift_radius: of the disc of possible shifts, Å.
         equivalent: rotations that nothing tells apart: related poses are no rivals; None: none.
         class_radius: Fourier pixels at most by which a class is chosen, where an image has its share in a map.
+        modes: poses of each particle that `estimate_modes` tells.
     """
 
     radius: float
@@ -60,6 +55,7 @@ class EStepPlan:
     shift_radius: float = 0.0
     equivalent: Float[Tensor, "e 3 3"] | None = None
     class_radius: float = 24.0
+    modes: int = 1
 
 
 class PoseEstimator:
@@ -96,6 +92,30 @@ class PoseEstimator:
                     found = found.put(at, self._estimate(*own, self._references[0, half]))
                 else:
                     found = found.put(at, self._over_classes(*own, half, all_classes))
+        return found
+
+    def estimate_modes(
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"]
+    ) -> list[PoseEstimates]:
+        """The likeliest pose of every particle, then the next ones, `modes` in all; each is sought, in the only class.
+
+        The confidence of each but the first is its share of the probability, 0 where there is none.
+        """
+        plan = self._plan
+        found = [PoseEstimates.unknown(len(images), images.transforms.device)] * plan.modes
+        for half in (1, 2):
+            at = images.rows_by_half[half - 1]
+            if not len(at):
+                continue
+            own, reference = images.select(at), self._references[0, half]
+            candidates = self._candidates(own, known.select(at), seen[at], reference)
+            with self._timer.part("local_refinement"):
+                modes = refined_modes(
+                    own, candidates, reference, plan.steps, plan.modes, fit_shift=plan.fit_shift,
+                    prune_fraction=plan.prune_fraction, equivalent=plan.equivalent,
+                )  # fmt: skip
+            modes[0] = self._told(own, modes[0], reference)
+            found = [whole.put(at, mode) for whole, mode in zip(found, modes, strict=True)]
         return found
 
     def _over_classes(
@@ -154,18 +174,28 @@ class PoseEstimator:
                     images, start, reference, [(plan.radius, plan.passes)], fit_shift=plan.fit_shift
                 )
             found = replace(refined, confidence=found.confidence)
-        if plan.probability_radius:
-            radius, shift_radius = plan.probability_radius, plan.shift_radius if plan.fit_shift else 0.0
-            probability = particle_probability(images, found, reference, radius, shift_radius)
-            found = replace(found, particle_probability=probability)
-        return found
+        return self._told(images, found, reference)
+
+    def _told(self, images: ParticleImages, found: PoseEstimates, reference: Reference) -> PoseEstimates:
+        """Whether the images show the particle at these poses."""
+        plan = self._plan
+        if not plan.probability_radius:
+            return found
+        radius, shift_radius = plan.probability_radius, plan.shift_radius if plan.fit_shift else 0.0
+        probability = particle_probability(images, found, reference, radius, shift_radius)
+        return replace(found, particle_probability=probability)
+
+    def _candidates(
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], reference: Reference
+    ) -> PoseCandidates:
+        with self._timer.part("search"):
+            return self._source.candidates(images, reference, known, seen)
 
     def _search(
         self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], reference: Reference
     ) -> PoseEstimates:
         plan = self._plan
-        with self._timer.part("search"):
-            candidates = self._source.candidates(images, reference, known, seen)
+        candidates = self._candidates(images, known, seen, reference)
         with self._timer.part("local_refinement"):
             return refine_candidates(
                 images,
@@ -206,6 +236,16 @@ class PoseEstimator:
         weight = self.pixel_weight(near.pixels)
         return empty_cost(near.transforms, weight) + found.log_likelihood
 
+    def known_gain(self, images: ParticleImages, known: PoseEstimates) -> Float[Tensor, " b"]:
+        """The same of known poses, in the only class."""
+        gain = torch.zeros(len(images), dtype=torch.float64, device=images.transforms.device)
+        for half in (1, 2):
+            at = images.rows_by_half[half - 1]
+            if len(at):
+                own, poses = images.select(at), known.select(at)
+                gain[at] = pose_gain(own, poses, self._references[0, half], self._plan.radius)
+        return gain
+
 
 def _best_class(by_class: Sequence[PoseEstimates], score: Float[Tensor, "b classes"]) -> PoseEstimates:
     """Of every particle the estimate in its likeliest class; its confidence shrinks by the other classes' share."""
@@ -220,73 +260,9 @@ def _best_class(by_class: Sequence[PoseEstimates], score: Float[Tensor, "b class
     return replace(chosen, class_probability=share, confidence=chosen.confidence * share)
 
 
-def refine_candidates(
-    images: ParticleImages,
-    candidates: PoseCandidates,
-    reference: Reference,
-    steps: Sequence[tuple[float, int]],
-    *,
-    fit_shift: bool,
-    prune_fraction: float = PRUNE_FRACTION,
-    equivalent: Float[Tensor, "e 3 3"] | None = None,
-) -> PoseEstimates:
-    """Refine every candidate at rising radii, so many passes at each, then keep the likeliest at the last one.
-
-    On the way, those far behind their image's best are pruned (see `PRUNE_FRACTION`), as are those that have arrived
-    where the best is. Two candidates that end within a degree of each other, or of an equivalent pose, are one: only
-    separate ones share the probability.
-    """
-    count, each = candidates.rotation.shape[:2]
-    image = torch.arange(count, device=candidates.rotation.device).repeat_interleave(each)
-    rotation, shift_px = candidates.rotation.flatten(0, 1), candidates.shift.flatten(0, 1) / images.pixel_size
-    for number, (radius, passes) in enumerate(steps):
-        near = images.within(radius)
-        part = near if len(image) == count else near.select(image)  # one each: in the images' own order
-        weight = reference.noise.pixel_weight(near.pixels)
-        found = refine_poses(
-            reference.packed, part.transforms, rotation, shift_px, part.ctf, weight, near.pixels, reference.scale,
-            passes=passes, fit_shift=fit_shift,
-        )  # fmt: skip
-        rotation, shift_px, cost = found.rotation, found.shift_px, found.cost
-        lead = cost.new_full((count,), torch.inf).scatter_reduce_(0, image, cost, "amin")
-        if each > 1 and number < len(steps) - 1:
-            gain = empty_cost(near.transforms, weight) - lead
-            margin = PRUNE_MARGIN_NATS + prune_fraction * gain.clamp_min(0)
-            best = _leaders(cost, lead, image)
-            apart = geodesic_angle(rotation, rotation[best[image]]) > SAME / radius
-            apart[best] = True
-            hopeful = ((cost <= (lead + margin)[image]) & apart).nonzero()[:, 0]  # host sync
-            image, rotation, shift_px = image[hopeful], rotation[hopeful], shift_px[hopeful]
-    best = _leaders(cost, lead, image)
-    apart = angle_modulo(rotation, rotation[best[image]], equivalent) > 1.0
-    rivals = torch.where(apart, (lead[image] - cost).exp(), torch.zeros_like(cost))
-    others = torch.zeros_like(lead).scatter_add_(0, image, rivals)
-    return PoseEstimates(
-        rotation=rotation[best],
-        shift=shift_px[best] * images.pixel_size,
-        class_index=torch.zeros(count, dtype=torch.long, device=image.device),
-        class_probability=torch.ones(count, device=image.device),
-        confidence=(1 / (1 + others)).float(),
-        particle_probability=torch.ones(count, device=image.device),
-        log_likelihood=-lead.float(),
-    )
-
-
-def _leaders(cost: Float[Tensor, " c"], lead: Float[Tensor, " b"], image: Int[Tensor, " c"]) -> Int[Tensor, " b"]:
-    """Which candidate is each image's best; of equals, which are the same pose twice, the last."""
-    number = torch.arange(len(cost), device=image.device)
-    leading = torch.where(cost == lead[image], number, 0)
-    return torch.zeros(len(lead), dtype=torch.long, device=image.device).scatter_reduce_(0, image, leading, "amax")
-
-
 def map_weight(found: PoseEstimates) -> Float[Tensor, " b"]:
     """Of each image in the maps: one that does not seem to show the particle hardly enters them."""
     return found.particle_probability.clamp_min(LEAST_WEIGHT)
-
-
-def empty_cost(transforms: Tensor, pixel_weight: Tensor) -> Float[Tensor, " b"]:
-    """Cost of each image, as in `refine_poses`, against an empty map."""
-    return 0.5 * (transforms.abs().square().double() @ pixel_weight.double())
 
 
 def particle_probability(

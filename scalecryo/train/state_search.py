@@ -16,8 +16,8 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import Reference
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.candidate_refinement import refine_candidates
 from scalecryo.pose.candidate_sources import GridSearch
-from scalecryo.pose.estimator import refine_candidates
 from scalecryo.train.component_model import ComponentModel, PosedImages
 from scalecryo.train.state_poses import refine_with_states
 

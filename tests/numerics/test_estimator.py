@@ -14,8 +14,9 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle, random_rotations
 from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.candidate_refinement import MODE_DEG, SHARPNESS
 from scalecryo.pose.candidate_sources import SearchSource
-from scalecryo.pose.estimator import EStepPlan, PoseEstimator
+from scalecryo.pose.estimator import EStepPlan, PoseEstimator, pose_gain
 from scalecryo.pose.search import shift_grid, templates
 
 BOX, PIXEL_SIZE, COUNT, SIGMA = 32, 3.0, 48, 0.5
@@ -56,11 +57,12 @@ def particles(known: ReferenceSet, pixels: FourierPixels) -> tuple[ParticleImage
 
 
 def estimator(
-    known: ReferenceSet, pixels: FourierPixels, *, search_known: bool, everywhere: bool = False
+    known: ReferenceSet, pixels: FourierPixels, *, search_known: bool, everywhere: bool = False, modes: int = 1
 ) -> PoseEstimator:
     shifts, turns = shift_grid(2.0, 1.0), torch.Generator().manual_seed(0)
     source = SearchSource(so3_grid(1152), 10.0, shifts, 3, turns, everywhere=everywhere)
-    plan = EStepPlan(12.0, 2, search_known, ((8.0, 3), (12.0, 2)), probability_radius=10.0, shift_radius=6.0)
+    plan = EStepPlan(12.0, 2, search_known, ((8.0, 3), (12.0, 2)), probability_radius=10.0, shift_radius=6.0,
+                     modes=modes)  # fmt: skip
     return PoseEstimator(known.at(BOX, pixels), plan, source, Timer())
 
 
@@ -118,6 +120,52 @@ def test_a_pose_far_from_the_known_shift_is_found_by_a_search_everywhere() -> No
         right.append(float((geodesic_angle(found.rotation, truth.rotation) < 5).float().mean()))
     assert right[1] > 0.95
     assert right[1] > right[0]
+
+
+def with_noise(images: ParticleImages, sigma: float) -> ParticleImages:
+    noise = torch.randn(images.transforms.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(11))
+    return images.with_transforms(images.transforms + noise * BOX * (sigma**2 - SIGMA**2) ** 0.5)
+
+
+def test_modes_share_the_probability_as_their_likelihoods_do() -> None:
+    # Reference: Bayes with even odds beforehand, from the likelihood that `pose_gain` gives each mode by itself. In
+    # much noise several modes compete; together they are right more often than the best one says.
+    pixels, sigma = fourier_pixels(BOX, 13.0), 4.0
+    known = replace(references(1), noise=torch.full((BOX // 2 + 1,), sigma**2))
+    images, truth = particles(references(1), pixels)
+    images = with_noise(images, sigma)
+    nothing, seen = PoseEstimates.unknown(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    posed = estimator(known, pixels, search_known=True, modes=4)
+    modes = posed.estimate_modes(images, nothing, seen)
+    assert len(modes) == 4
+    prepared, gains = known.at(BOX, pixels), torch.full((COUNT, 4), -torch.inf)
+    for half in (1, 2):
+        at = images.rows_by_half[half - 1]
+        for number, mode in enumerate(modes):
+            gain = pose_gain(images.select(at), mode.select(at), prepared[0, half], 12.0).float()
+            gains[at, number] = torch.where(mode.confidence[at] > 0, gain, -torch.inf)
+    shares = torch.stack([mode.confidence for mode in modes], 1)
+    # Costs are sums of thousands in single precision.
+    assert torch.allclose(shares, (gains / SHARPNESS).softmax(1), atol=2e-3)
+    assert (shares[:, :-1] >= shares[:, 1:]).all()
+    for first in range(4):
+        for second in range(first):
+            apart = geodesic_angle(modes[first].rotation, modes[second].rotation) > MODE_DEG
+            assert (apart | (modes[first].confidence == 0)).all()
+    right = torch.stack([geodesic_angle(mode.rotation, truth.rotation) < 15 for mode in modes], 1)
+    assert 0.3 < float(right[:, 0].float().mean()) < float(right.any(1).float().mean())
+
+
+def test_the_first_mode_is_the_pose_that_is_found() -> None:
+    pixels, known = fourier_pixels(BOX, 13.0), references(1)
+    images, _ = particles(known, pixels)
+    nothing, seen = PoseEstimates.unknown(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    one = estimator(known, pixels, search_known=True).estimate(images, nothing, seen)
+    first, *others = estimator(known, pixels, search_known=True, modes=3).estimate_modes(images, nothing, seen)
+    assert geodesic_angle(first.rotation, one.rotation).max() < 0.5  # `estimate` goes on from there
+    assert first.confidence.median() > 0.999
+    assert max(float(mode.confidence.median()) for mode in others) < 1e-3
+    assert first.particle_probability.median() > 0.99
 
 
 def test_noise_is_no_particle() -> None:

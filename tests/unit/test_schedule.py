@@ -109,10 +109,12 @@ def test_thin_evidence_is_searched_for_more_modes() -> None:
     schedule = Schedule(most_searches=8, most_settled=1)
     update(schedule, reach=28.0, moved=None, evidence=20.0)
     found = plan(schedule)
-    assert (found.thin, found.modes) == (True, 20)
-    assert found.search_radius == 16  # a third farther than usual
+    assert (found.thin, found.modes_of(found.thin)) == (True, 20)
+    assert found.search_radius_of(True) == 16  # a third farther than usual
     update(schedule, reach=28.0, moved=0.5, evidence=90.0)
-    assert (plan(schedule).thin, plan(schedule).modes, plan(schedule).search_radius) == (False, 3, 12)
+    found = plan(schedule)
+    assert (found.thin, found.modes_of(False), found.search_radius_of(False)) == (False, 3, 12)
+    assert found.modes_of(True) == 20  # of a single image that says little
     schedule.searched = False
     update(schedule, evidence=20.0)
     assert not plan(schedule).thin  # new particles are sought as ever once the others are not any more

@@ -10,16 +10,14 @@ from scalecryo.data.selection.partition import PARTS
 from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
-from scalecryo.map.reference import Reference, References, ReferenceSet
+from scalecryo.map.reference import Reference, ReferenceSet
 from scalecryo.physics.fsc import resolution
-from scalecryo.physics.grouping import rows_by_group
-from scalecryo.physics.image_formation import ctf_weighted
+from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
-from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
-from scalecryo.pose.estimator import SAME, PoseEstimator, map_weight
+from scalecryo.pose.candidate_refinement import SAME
+from scalecryo.pose.estimator import map_weight
 from scalecryo.pose.exchange import RelatedExchange
 from scalecryo.pose.related import RelatedPoses, RelatedRotations
 from scalecryo.pose.shift_spread import ShiftSpread
@@ -31,8 +29,8 @@ from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.schedule import THIN_GRID, IterationPlan
-from scalecryo.train.stages.start_rounds import HALF_GRID
+from scalecryo.train.stages.batch_poses import BatchPoses, Parts, PosedBatch
+from scalecryo.train.stages.schedule import IterationPlan
 
 FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
@@ -41,7 +39,6 @@ SURE = 0.5  # correlation of the halves, up to which one judges the related pose
 CHANCES = 1 << 20  # of a random draw
 NOISE_IMAGES = 32  # of each half and batch, whose residuals give the noise spectrum
 SCALE_RADIUS = 24.0  # Fourier pixels that tell the scale of a micrograph's signal
-Parts = list[ReferenceSet]  # maps of each half without one of its parts
 
 
 class Iteration:
@@ -88,7 +85,6 @@ class Iteration:
         self.lost = torch.zeros(2, dtype=torch.float64, device=context.device)
         """Particles that fitted nowhere: found again, searched."""
         self.class_counts = torch.zeros(references.classes, dtype=torch.float64, device=context.device)
-        self._shift_radius = learned.shift_radius or context.shift_radius
         self.creep = StrainFit(context.device)
         self.views = ViewCounts(references.classes, context.device)
         self.shifts = ShiftSpread(context.shift_radius, context.device)
@@ -97,33 +93,17 @@ class Iteration:
         self.images, self._batches = 0, 0
         self._shown: tuple[Tensor, Tensor] | None = None
         self.encoder_loss: Tensor | None = None
-        self._group = group = context.point_group
-        self._equivalent = None if group is None else group.others
-        if related is not None:
-            self._equivalent = related.equivalent
-        self._source: CandidateSource
-        if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
-            self._source = learned.encoder.source(references)
-        else:
-            finer = finer_grid(group) * (THIN_GRID if plan.thin else 1)
-            grid = so3_grid(HALF_GRID * finer).to(context.device)
-            self._source = SearchSource(
-                grid, plan.search_radius, context.shift_grid_px(plan.level, self._shift_radius),
-                plan.modes, torch.Generator().manual_seed(context.config.train.seed * 1000 + number),
-                None if related is None else related.similar, {}, group, everywhere=plan.thin,
-            )  # fmt: skip
-        prepared = self._prepared(references)
-        self._whole = self._estimator(prepared, left_out=plan.searched and parts is None)
+        self._group = context.point_group
+        self._poses: BatchPoses | None = BatchPoses(
+            plan, number, context, learned, references, parts, self.pixels, related
+        )
         self._exchange: RelatedExchange | None = None
         if related_poses is not None and not plan.searched:
             # Noise beyond must not choose: images chosen by the other half's noise would agree with it. No mask, which
             # spreads a shell's correlation over the next ones.
             sure, _ = resolution(references.fsc[0], references.level, references.pixel_size, SURE)  # host sync
             radius = min(plan.radius, sure)
-            self._exchange = RelatedExchange(prepared, related_poses, radius, context.fit_shift)
-        self._parts = (
-            None if parts is None else [self._estimator(self._prepared(others), left_out=True) for others in parts]
-        )
+            self._exchange = RelatedExchange(self._posing.prepared, related_poses, radius, context.fit_shift)
         self._encoder, self._encoder_reference = learned.encoder, None
         if self._encoder is not None:
             self._encoder.begin(number)
@@ -131,19 +111,10 @@ class Iteration:
                 self._encoder_reference = references.mean_at(self._encoder.pixels.box_size, self._encoder.pixels)
         learned.particles.begin(f"iteration_{learned.steps + number + 1:04d}")
 
-    def _prepared(self, references: ReferenceSet) -> References:
-        with self._context.world.timer.part("references"):
-            return references.at(self.plan.level, self.pixels)
-
-    def _estimator(self, prepared: References, *, left_out: bool) -> PoseEstimator:
-        context, plan = self._context, self.plan
-        e_step = plan.e_step(
-            left_out=left_out,
-            fit_shift=context.fit_shift,
-            shift_radius=self._shift_radius,
-            equivalent=self._equivalent,
-        )
-        return PoseEstimator(prepared, e_step, self._source, context.world.timer)
+    @property
+    def _posing(self) -> BatchPoses:
+        assert self._poses is not None, "not finished"
+        return self._poses
 
     def step(self, batch: ParticleImages) -> None:
         """E-step, sums, and what is learnt from the batch."""
@@ -156,12 +127,13 @@ class Iteration:
             known, seen = self._learned.particles.read(batch.rows)
             known, taken = self._exchanged(batch, self._strained(known, batch.half), seen)
             lost = seen & (known.particle_probability < FITTING) & self.plan.lost_searched
-            found = self._estimate(batch, known, seen & ~lost)
+            posed = self._posing.estimate(batch, known, seen & ~lost)
+            found = posed.found
             if self._group is not None:  # of the poses that show the same, the one that is remembered
                 near = self._group.nearest(found.rotation, known.rotation)
                 found = replace(found, rotation=torch.where(seen[:, None, None], near, found.rotation))
             with timer.part("insert"):
-                self._insert(batch, found)
+                self._insert(batch, replace(posed, found=found))
             # A related pose is only as exact as the relation: how it turns tells nothing of a creep.
             self._measure(batch, found, known, seen & ~taken)
             again = lost & (found.particle_probability >= FITTING)
@@ -205,31 +177,25 @@ class Iteration:
         shift = torch.where(taken[:, None], offered.shift, own.shift)
         return known.put(at, replace(own, rotation=rotation, shift=shift)), changed
 
-    def _estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Tensor) -> PoseEstimates:
-        """Against whole halves, or each against the other parts of its half."""
-        if self._parts is None:
-            return self._whole.estimate(batch, known, seen, all_classes=self.plan.searched and self._number == 0)
-        found, part = known, self._context.partition.part(batch.rows)
-        halves = rows_by_group(2 * part + batch.half - 1, 2 * PARTS)
-        for own, others in enumerate(self._parts):
-            first, second = halves[2 * own], halves[2 * own + 1]
-            at = torch.cat([first, second])
-            if len(at):
-                again = own == self._number % PARTS  # each part's turn to look at all classes
-                images = batch.select_halves(first, second)
-                found = found.put(at, others.estimate(images, known.select(at), seen[at], all_classes=again))
-        return found
+    def _insert(self, batch: ParticleImages, posed: PosedBatch) -> None:
+        weighted, weight = ctf_weighted(batch.transforms, batch.ctf), map_weight(posed.found)
+        self.views.add(posed.found.rotation, posed.found.class_index, weight)
+        self._insert_at(weighted, batch, posed.found, weight if posed.share is None else weight * posed.share)
+        for rows, mode in posed.others:
+            share = weight[rows] * mode.confidence
+            self._insert_at(weighted.select(rows), batch.select(rows), mode, share)
 
-    def _insert(self, batch: ParticleImages, found: PoseEstimates) -> None:
-        weighted = ctf_weighted(batch.transforms, batch.ctf)
-        index = found.class_index
+    def _insert_at(
+        self, weighted: CtfWeightedImages, batch: ParticleImages, poses: PoseEstimates, weight: Tensor
+    ) -> None:
+        index = poses.class_index
         if self.plan.searched:
             index = PARTS * index + self._context.partition.part(batch.rows)
-        shift_px, weight = found.shift_px(batch.pixel_size), map_weight(found)
-        self.views.add(found.rotation, found.class_index, weight)
         if self._balance is not None:
-            weight = weight * self._balance(found.rotation, found.class_index)
-        self._sums.add(weighted, found.rotation, shift_px, weight, batch.half, self.pixels, index)
+            weight = weight * self._balance(poses.rotation, poses.class_index)
+        self._sums.add(
+            weighted, poses.rotation, poses.shift_px(batch.pixel_size), weight, batch.half, self.pixels, index
+        )
 
     def _train_encoder(
         self, encoder: PoseLearner, reference: Reference, batch: ParticleImages, found: PoseEstimates
@@ -244,7 +210,7 @@ class Iteration:
     def _measure(self, batch: ParticleImages, found: PoseEstimates, known: PoseEstimates, seen: Tensor) -> None:
         """Residuals of a few particles, for the noise spectrum, and what the others tell the monitor."""
         turned = geodesic_angle(known.rotation, found.rotation)
-        gain = self._whole.likelihood_gain(batch, found)
+        gain = self._posing.whole.likelihood_gain(batch, found)
         restless = (turned > SAME / self.plan.radius) & seen
         jumped = (turned > MOVED_DEG) & seen
         if len(self.class_counts) == 1:  # classes share no frame
@@ -256,13 +222,13 @@ class Iteration:
         groups = self._learned.groups
         assert groups is not None, "the refinement brings them"
         for half in (1, 2):
-            few, predicted = self._whole.predictions(batch, found, NOISE_IMAGES, half)
+            few, predicted = self._posing.whole.predictions(batch, found, NOISE_IMAGES, half)
             near = batch.within(min(self.plan.radius, SCALE_RADIUS))  # now that the batch knows its halves
             if len(few):
                 self._residuals.add(few.transforms - predicted, None, self.pixels)
                 groups.add_residuals(few.transforms - predicted, few)
-                every, seen_by = self._whole.predictions(near, found, len(near), half)
-                groups.add_products(seen_by, every, self._whole.pixel_weight(near.pixels))
+                every, seen_by = self._posing.whole.predictions(near, found, len(near), half)
+                groups.add_products(seen_by, every, self._posing.whole.pixel_weight(near.pixels))
                 self._shown = few.transforms[:EXAMPLES], predicted[:EXAMPLES]
 
     def pairs(self) -> Pairs | None:
@@ -317,7 +283,7 @@ class Iteration:
 
     def finish(self, world: World) -> ReferenceSet:
         """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
-        del self._whole, self._parts, self._exchange  # their transforms take more memory than the sums
+        self._poses = self._exchange = None  # their transforms take more memory than the sums
         self._owned = OwnedSums(self._sums, world, parts=PARTS if self.plan.searched else 1)
         self._owned.reduce_(self.pixels.radius_limit)
         world.all_reduce_(*self._common_sums())

@@ -28,7 +28,8 @@ from scalecryo.runs.monitor import PassReport
 from scalecryo.runs.paused import Pause
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.iteration import Iteration, Parts
+from scalecryo.train.stages.batch_poses import Parts
+from scalecryo.train.stages.iteration import Iteration
 from scalecryo.train.stages.related_offers import RelatedOffers
 from scalecryo.train.stages.schedule import FIRST_RADIUS, THIN_START, IterationPlan, Schedule
 
@@ -265,7 +266,7 @@ class Refinement:
         known, seen = self._learned.particles.read(rows)
         scalars: dict[str, float] = {
             "iteration/radius": plan.radius, "iteration/level": plan.level,
-            "iteration/modes": plan.modes * plan.searched,
+            "iteration/modes": plan.modes_of(plan.thin) * plan.searched,
             "halves/fsc_0.143_shell": shell, "halves/resolution_angstrom": angstrom,
             "halves/fsc_mean": float(after.fsc_mean()),
             "likelihood_gain_per_image": counts[3] / max(counts[4], 1),

@@ -29,8 +29,9 @@ RESTING = 0.05  # share of poses that still turn visibly, below which crowded vi
 FIRST_SEARCHES, FRUITFUL = 1, 0.05  # after so many iterations: share of those that fit nowhere which a search must find
 SETTLED = 1.005  # gain in mean FSC below which an iteration brought no progress
 SEARCHES_EXPECTED, LOCAL_EXPECTED = 3, 3  # iterations, of most runs
-THIN_START, THIN = 20.0, 45.0  # nats that an image gains by a start's map, by an iteration's: below, evidence is thin
+THIN_START, THIN = 20.0, 45.0  # nats that an image gains by a start's map, by an iteration's: below, it says little
 THIN_MODES, THIN_REACH, THIN_GRID = 20, 4 / 3, 2  # modes of a search then; radius and rotations, by the usual ones
+MAPPED = 8  # modes of such an image that enter the maps, each by its share of the probability
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
 
 
@@ -47,9 +48,10 @@ class IterationPlan:
         modes: that the search offers each particle.
         search_radius: Fourier pixels of the search.
         lost_searched: whether those that fit nowhere are sought anew, at all shifts.
-        thin: whether an image says so little that many modes compete. Then they are sought at all shifts, on a finer
-            grid: with 6VXX at -18 dB the best three of the usual search hold the right pose of 50 % of the images, at
-            the shift of a wrong pose 40 %, twenty of this one 85 %.
+        thin: whether the images on the whole say so little that many modes of each compete.
+        thin_radius: Fourier pixels of the search of such an image. It is sought at all shifts, on a finer grid: with
+            6VXX at -18 dB the best three modes of the usual search hold the right pose of 50 % of the images, at the
+            shift of a wrong pose 40 %, twenty of this one 85 %.
     """
 
     radius: float
@@ -59,6 +61,15 @@ class IterationPlan:
     search_radius: float
     lost_searched: bool = False
     thin: bool = False
+    thin_radius: float = 0.0
+
+    def modes_of(self, thin: bool) -> int:
+        """Modes that a search offers an image that says little, or one that does not."""
+        return THIN_MODES if thin else self.modes
+
+    def search_radius_of(self, thin: bool) -> float:
+        """Fourier pixels of that search."""
+        return self.thin_radius if thin else self.search_radius
 
     @property
     def insertion_radius(self) -> float:
@@ -89,6 +100,7 @@ class IterationPlan:
         return EStepPlan(
             self.radius, passes, left_out, tuple(steps), fit_shift=fit_shift, equivalent=equivalent,
             probability_radius=min(self.radius, PROBABILITY_RADIUS), shift_radius=shift_radius,
+            modes=MAPPED,
         )  # fmt: skip
 
 
@@ -115,9 +127,10 @@ def plan_iteration(
     radius = min(radius, level / 2 - 2.0)  # just inside the level's Nyquist
     first = number == 0 or shifted
     reach = SEARCH_RADIUS * min(max(FILLED / max(extent, 1e-3), 1.0), 2.0)
-    if thin:
-        return IterationPlan(radius, level, searched, THIN_MODES, min(radius, THIN_REACH * reach), thin=True)
-    return IterationPlan(radius, level, searched, 3 if first else 2, min(radius, reach if first else 24.0))
+    modes, search_radius = (3, min(radius, reach)) if first else (2, min(radius, 24.0))
+    return IterationPlan(
+        radius, level, searched, modes, search_radius, thin=thin, thin_radius=min(radius, THIN_REACH * reach)
+    )
 
 
 @dataclass
@@ -213,7 +226,7 @@ class Schedule:
         if plan.searched or settled:
             self.radius = max(self.radius, plan.radius, min(reach + MARGIN, plan.insertion_radius))
         if plan.searched:
-            self._after_search(moved, gain)
+            self._after_search(moved, gain, plan.thin)
         else:
             # Where crowded views have counted less, the creep ended with that: with all alike it would go back.
             straight = creep < CREEPING or (self.crowded and not self.balanced)
@@ -229,14 +242,15 @@ class Schedule:
         least = 1 + LOCAL_EXPECTED if self.searched else 1
         return self.number / min(self.number + max(left, least), most)
 
-    def _after_search(self, moved: float | None, gain: float | None) -> None:
+    def _after_search(self, moved: float | None, gain: float | None, thin: bool) -> None:
         self.searches += 1
         self.moved = [*self.moved[-1:], moved]
         if self.searches >= self.most_searches:
             self.searched = False
         elif moved is not None:
             earlier = self.moved[0] if len(self.moved) > 1 else None
-            better = gain is None or gain > PROGRESS
+            # Where images say little, maps get better slowly, and for long.
+            better = gain is None or gain > (SETTLED if thin else PROGRESS)
             idle = earlier is not None and moved > CALMER * earlier and not better
             if moved < JUMPING or (idle and not self.patient):
                 self.searched = False

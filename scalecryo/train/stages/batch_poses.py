@@ -1,0 +1,189 @@
+"""Poses of a batch in an iteration: against whole halves, or each particle against the other parts of its half.
+
+An image that says little has many poses that compete. It is searched for more modes, over all shifts, and all that
+compete enter the maps, each by its share of the probability: what one pose alone gets of the signal falls with how
+often it is the right one, and the noise stays.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from scalecryo.data.selection.partition import PARTS
+from scalecryo.map.reference import References, ReferenceSet
+from scalecryo.physics.fft import FourierPixels
+from scalecryo.physics.grouping import rows_by_group
+from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
+from scalecryo.pose.estimator import PoseEstimator
+from scalecryo.pose.related import RelatedRotations
+from scalecryo.train.particle_source import RunContext
+from scalecryo.train.stage import Learned
+from scalecryo.train.stages.schedule import THIN, THIN_GRID, IterationPlan
+from scalecryo.train.stages.start_rounds import HALF_GRID
+
+Parts = list[ReferenceSet]  # maps of each half without one of its parts
+
+
+@dataclass(frozen=True, eq=False)
+class PosedBatch:
+    """The poses of a batch.
+
+    Attributes:
+        found: the likeliest of each particle.
+        share: of that pose in the maps; None: 1.
+        others: of the particles that say little the next modes: their rows in the batch, and the poses, whose
+            confidence is their share.
+    """
+
+    found: PoseEstimates
+    share: Float[Tensor, " b"] | None = None
+    others: list[tuple[Int[Tensor, " m"], PoseEstimates]] = field(default_factory=list)
+
+
+class BatchPoses:
+    """The E-step of an iteration.
+
+    Attributes:
+        prepared: the references of whole halves.
+        whole: poses against them.
+    """
+
+    def __init__(
+        self,
+        plan: IterationPlan,
+        number: int,
+        context: RunContext,
+        learned: Learned,
+        references: ReferenceSet,
+        parts: Parts | None,
+        pixels: FourierPixels,
+        related: RelatedRotations | None,
+    ) -> None:
+        """
+        Args:
+            plan: of the iteration.
+            number: of finished iterations.
+            context: of the run.
+            learned: encoder, and how far shifts reach.
+            references: that poses are refined against.
+            parts: maps of each half without one of its parts; None: those who are searched are posed against whole
+                halves.
+            pixels: of the iteration.
+            related: poses that the map's symmetry or pseudo-symmetry relates; None: not known.
+        """
+        self._plan, self._number, self._context, self._pixels = plan, number, context, pixels
+        self._shift_radius = learned.shift_radius or context.shift_radius
+        self._related, self._group = related, context.point_group
+        self._equivalent = None if self._group is None else self._group.others
+        if related is not None:
+            self._equivalent = related.equivalent
+        self._one_class = references.classes == 1
+        source: CandidateSource = self._search(thin=plan.thin)
+        if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
+            source = learned.encoder.source(references)
+        self.prepared = self._prepare(references)
+        self.whole = self._estimator(self.prepared, source, left_out=plan.searched and parts is None)
+        self._parts: list[tuple[PoseEstimator, PoseEstimator]] | None = None
+        if parts is not None:
+            sources = [self._search(thin=thin) for thin in (False, True)]
+            self._parts = []
+            for others in parts:
+                prepared = self._prepare(others)
+                usual, thin = (self._estimator(prepared, source, left_out=True) for source in sources)
+                self._parts.append((usual, thin))
+
+    def estimate(self, batch: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"]) -> PosedBatch:
+        """Poses of a batch, known where they are seen."""
+        plan = self._plan
+        if self._parts is None:
+            if plan.thin and self._one_class:
+                found, *others = self.whole.estimate_modes(batch, known, seen)
+                everyone = torch.arange(len(batch), device=batch.rows.device)
+                return PosedBatch(found, found.confidence, [(everyone, mode) for mode in others])
+            return PosedBatch(self.whole.estimate(batch, known, seen, all_classes=plan.searched and self._number == 0))
+        group = 2 * self._context.partition.part(batch.rows) + batch.half - 1
+        if self._one_class:
+            little = self._says_little(batch, known, seen, rows_by_group(group, 2 * PARTS))
+        else:
+            little = torch.full_like(seen, plan.thin)
+        posed = PosedBatch(known, torch.ones(len(batch), device=batch.rows.device))
+        halves = rows_by_group(group + 2 * PARTS * little, 4 * PARTS)
+        for own, pair in enumerate(self._parts):
+            again = own == self._number % PARTS  # each part's turn to look at all classes
+            for estimator, place in zip(pair, (2 * own, 2 * (PARTS + own)), strict=True):
+                first, second = halves[place : place + 2]
+                if len(first) + len(second):
+                    many = self._one_class and place >= 2 * PARTS
+                    posed = self._with(posed, batch, known, seen, first, second, estimator, again, many)
+        return posed
+
+    def _with(
+        self,
+        posed: PosedBatch,
+        batch: ParticleImages,
+        known: PoseEstimates,
+        seen: Bool[Tensor, " b"],
+        first: Int[Tensor, " f"],
+        second: Int[Tensor, " s"],
+        estimator: PoseEstimator,
+        all_classes: bool,
+        many: bool,
+    ) -> PosedBatch:
+        """What was found so far and the poses of some more, of the first half and of the second."""
+        at = torch.cat([first, second])
+        images, own, there = batch.select_halves(first, second), known.select(at), seen[at]
+        if not many:
+            found = estimator.estimate(images, own, there, all_classes=all_classes)
+            return PosedBatch(posed.found.put(at, found), posed.share, posed.others)
+        assert posed.share is not None, "of parts"
+        found, *others = estimator.estimate_modes(images, own, there)
+        share = posed.share.index_copy(0, at, found.confidence)
+        return PosedBatch(posed.found.put(at, found), share, [*posed.others, *((at, mode) for mode in others)])
+
+    def _says_little(
+        self,
+        batch: ParticleImages,
+        known: PoseEstimates,
+        seen: Bool[Tensor, " b"],
+        halves: tuple[Int[Tensor, " _"], ...],
+    ) -> Bool[Tensor, " b"]:
+        """Which images gain little by the pose that is known; of those that have none, whether images on the whole do.
+
+        A wrong pose gains little as well: it is one that should be sought again.
+        """
+        assert self._parts is not None, "of parts"
+        gain = torch.zeros(len(batch), dtype=torch.float64, device=batch.rows.device)
+        for own, (usual, _) in enumerate(self._parts):
+            first, second = halves[2 * own : 2 * own + 2]
+            at = torch.cat([first, second])
+            if len(at):
+                gain[at] = usual.known_gain(batch.select_halves(first, second), known.select(at))
+        return torch.where(seen, gain < THIN, torch.full_like(seen, self._plan.thin))
+
+    def _search(self, *, thin: bool) -> SearchSource:
+        plan, context = self._plan, self._context
+        finer = finer_grid(self._group) * (THIN_GRID if thin else 1)
+        grid = so3_grid(HALF_GRID * finer).to(context.device)
+        return SearchSource(
+            grid, plan.search_radius_of(thin), context.shift_grid_px(plan.level, self._shift_radius),
+            plan.modes_of(thin), torch.Generator().manual_seed(context.config.train.seed * 1000 + self._number),
+            None if self._related is None else self._related.similar, {}, self._group, everywhere=thin,
+        )  # fmt: skip
+
+    def _prepare(self, references: ReferenceSet) -> References:
+        with self._context.world.timer.part("references"):
+            return references.at(self._plan.level, self._pixels)
+
+    def _estimator(self, prepared: References, source: CandidateSource, *, left_out: bool) -> PoseEstimator:
+        e_step = self._plan.e_step(
+            left_out=left_out,
+            fit_shift=self._context.fit_shift,
+            shift_radius=self._shift_radius,
+            equivalent=self._equivalent,
+        )
+        return PoseEstimator(prepared, e_step, source, self._context.world.timer)
