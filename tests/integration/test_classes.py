@@ -18,13 +18,17 @@ from torch import Tensor
 from scalecryo.commands import convert, evaluate, export, select, simulate, train
 from scalecryo.config import load_config
 from scalecryo.data.formats import csrows
+from scalecryo.data.formats.relion import read_poses
 from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
+from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.class_maps import ClassMaps
 from scalecryo.train.stages.class_restarts import ClassRestarts
 from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
@@ -40,7 +44,7 @@ START = {
 }
 
 
-def simulated(folder: Path, maps: list[Tensor], table: str) -> str:
+def simulated(folder: Path, maps: list[Tensor], table: str, shares: tuple[float, ...] = ()) -> str:
     """A mixture of maps, and a store of its particles, with poses (`truth`) or without."""
     names = []
     for number, volume in enumerate(maps):
@@ -49,7 +53,7 @@ def simulated(folder: Path, maps: list[Tensor], table: str) -> str:
             handle.voxel_size = PIXEL_SIZE
     simulate.run(str(names[0]), str(folder / "data"), mix=[str(name) for name in names[1:]], n=COUNT, box=BOX,
                  pixel_size=PIXEL_SIZE, snr_db=5.0, defocus_um=(0.8, 1.6), astigmatism_um=0.05, shift_a=0.0,
-                 seed=2)  # fmt: skip
+                 seed=2, shares=shares)  # fmt: skip
     convert.run(str(folder / "data" / f"{table}.star"), str(folder / "store.zarr"), data_dir=None, box=None,
                 dtype="float16", workers=2, overwrite=False, invert=False, uninvert=True)  # fmt: skip
     return str(folder / "store.zarr")
@@ -137,13 +141,63 @@ def test_a_killed_run_of_several_classes_goes_on(finished: Path, species: tuple[
     assert (finished / "particles.star").read_bytes() == (run / "particles.star").read_bytes()
 
 
-def test_compositions_are_told_apart_at_imported_poses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # A fifth of the blobs is missing in one of two compositions; reference: the simulated labels.
+def compositions() -> list[Tensor]:
+    """A fifth of the blobs is missing in one of two."""
     whole = blobs(BOX, 1)
     line = torch.arange(BOX) - BOX // 2
     z, y, x = torch.meshgrid(line, line, line, indexing="ij")
-    cut = whole * (1 - torch.exp(-((x - 3) ** 2 + (y + 3) ** 2 + z**2) / (2 * 3.0**2)))
-    data = simulated(tmp_path, [whole, cut], "truth")
+    return [whole, whole * (1 - torch.exp(-((x - 3) ** 2 + (y + 3) ** 2 + z**2) / (2 * 3.0**2)))]
+
+
+def test_a_rare_composition_is_found_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Reference: the simulated labels. One particle in five lacks some blobs; the rounds over all poses keep the labels.
+    data = simulated(tmp_path, compositions(), "particles", (80.0, 20.0))
+    settings = {key.replace(".", "__"): value for key, value in START.items()} | {"guided__bootstrap_rounds": "3"}
+    run_train(data, tmp_path / "run", train__class_mode="docked", guided__iterations="3", **settings)
+    found = scores(tmp_path / "run", tmp_path / "data", capsys)
+    assert found["class_accuracy"] > 0.95
+    shares = np.sort(np.sum(found["class_confusion"], 0)) / COUNT
+    assert 0.15 < shares[0] < 0.25
+
+
+def test_labels_hold_while_poses_are_looked_at_anew(species: tuple[Path, str], tmp_path: Path) -> None:
+    """Labelled particles keep their label, others get one by the maps at their pose; those never posed enter no map."""
+    config = load_config(None, START | {"run.data": species[1], "run.out": str(tmp_path), "train.class_mode": "docked"})
+    store, run = ParticleStore.open(species[1]), RunFolder(str(tmp_path))
+    context = RunContext.of(config, store, run, World(), torch.device("cpu"))
+    learned = Learned(ParticleState(run, store.count), class_shares=(0.8, 0.2))
+    truth = read_poses(str(species[0] / "truth.star"))
+    labels = (
+        torch.from_numpy(starfile.read(species[0] / "truth.star")["particles"].rlnClassNumber.to_numpy().copy()) - 1
+    )
+    rotation = torch.from_numpy(truth.rotation).float()
+    maps = torch.stack([torch.stack([blobs(BOX, seed)] * 2) for seed in (1, 3)])
+    learned.references = ReferenceSet.of_maps(maps, PIXEL_SIZE, noise=torch.ones(BOX // 2 + 1), radius=12.0)
+    given, never = torch.arange(COUNT) % 3 == 0, torch.arange(COUNT) % 3 == 1
+    probability = torch.where(given, 0.75, 1.0)  # 1: without a label
+    one, rows = torch.ones(COUNT), torch.arange(COUNT)[~never]
+    wrong = torch.where(given, 1 - labels, 0)
+    poses = PoseEstimates(rotation, torch.zeros(COUNT, 2), wrong, probability, one, one, one)
+    learned.particles.begin("labels")
+    learned.particles.note(rows, poses.select(rows), 1 + rows % 2)
+    learned.particles.commit(World())
+    stage = ClassMaps(context, learned)
+    request = stage.request()
+    assert request.batch_size == 200  # 2.5 times as many: a fifth of them is in the smaller class
+    reader = ParticleReader(context)
+    (batch,) = next(iter(reader.batches(request)))
+    reader.close()
+    share = stage._labels(batch)
+    row = torch.arange(len(batch))
+    kept, blank = given[batch.rows], never[batch.rows]
+    assert (share[blank] == 0).all()
+    assert torch.allclose(share[row, 1 - labels[batch.rows]][kept], torch.tensor(0.75))
+    assert float(share[row, labels[batch.rows]][~kept & ~blank].mean()) > 0.95
+
+
+def test_compositions_are_told_apart_at_imported_poses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Reference: the simulated labels.
+    data = simulated(tmp_path, compositions(), "truth")
     run_train(data, tmp_path / "run", train__classes="2", guided__start="poses", guided__iterations="2",
               pose__centred="true")  # fmt: skip
     found = scores(tmp_path / "run", tmp_path / "data", capsys)

@@ -1,21 +1,30 @@
 """Maps of the classes of one assembly, freed of the poses that they were told apart at (`class_mode = docked`).
 
 A conformation that is far from the common map had wrong poses there: its own first map is smeared, and a refinement
-from it stays so. Rounds of the start, in which all poses of all classes are looked at, begin with the classes' maps.
+from it stays so. Rounds of the start, in which all poses are looked at, begin with the classes' maps. The labels stay:
+they were found with the maps of all particles, and maps of a few batches do not tell compositions apart.
 """
 
 from dataclasses import replace
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.map.reference import c_ref, weight_shells
+from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.noise import NoiseSpectrum
+from scalecryo.map.reference import References, c_ref, weight_shells
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.pose.estimator import pose_gain
+from scalecryo.pose.expectation import expected_slices
+from scalecryo.pose.search import turned_grid
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.particle_source import RunContext
+from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.class_restarts import COUNTED
+from scalecryo.train.stages.class_shares import LEAST_SHARE
 from scalecryo.train.stages.class_start import ClassStart
 
 
@@ -34,6 +43,16 @@ class ClassMaps(ClassStart):
             learned: the classes' maps; gets better ones.
         """
         super().__init__(context, learned, starts=1)
+        self._even_batch = self._batch
+        self._prepared: References = {}
+        """The classes' first maps, for particles without a label."""
+
+    def request(self) -> BatchRequest:
+        """Batches in which the smallest class has as many particles as it would have if all were of one size."""
+        shares = self._learned.class_shares
+        if self._step == 0 and shares:
+            self._read_in(int(self._even_batch / max(min(shares) * self._classes, LEAST_SHARE)))
+        return super().request()
 
     def finish_pass(self, world: World) -> PassReport:
         """See `ClassStart`. Nothing is saved: a run that was killed begins again after the common map. Collective."""
@@ -49,10 +68,53 @@ class ClassMaps(ClassStart):
     def _solved(self, start: int) -> list[Float[Tensor, "n n n"]]:
         """At first the given maps."""
         references = self._learned.references
-        if self._step or references is None:
+        if not self._given or references is None:
             return super()._solved(start)
         maps = [weight_shells(references.mean(k), c_ref(references.curve(k))) for k in range(references.classes)]
         return [fourier_resize_3d(volume, self._sums.box_size) for volume in maps]
+
+    def _insert(
+        self, batch: ParticleImages, start: int, fresh: Backprojection, residuals: NoiseSpectrum
+    ) -> Float[Tensor, " classes"]:
+        """All images at all poses of the classes that they belong to; the classes' mass."""
+        near, first, share = self._near, start * self._classes, self._labels(batch)
+        mass = self._gains.new_zeros(self._classes)
+        grid = turned_grid(self._grid, self._generator(start))
+        banks = self._bank(start, grid).unflatten(0, (self._classes, -1))
+        centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
+        for half in (1, 2):
+            for number in range(self._classes):
+                own = ((batch.half == half) & (share[:, number] > COUNTED)).nonzero()[:, 0]  # host sync
+                if not len(own):
+                    continue
+                images, weight = batch.select(own).within(self.radius), share[own, number]
+                found = expected_slices(
+                    images.transforms, images.ctf, self._noise.pixel_weight(near), banks[number], self._shifts, near,
+                    image_weight=weight,
+                )  # fmt: skip
+                fresh.insert(found.slices, grid, centred, ones, near, class_index=first + number, half=half)
+                residuals.add_power(found.residual, weight.sum(), near)
+                mass[number] += weight.sum()
+        return mass
+
+    def _labels(self, batch: ParticleImages) -> Float[Tensor, "b classes"]:
+        """How much each image belongs to each class: by its label, or where it has none by the maps at its pose."""
+        known, seen = self._learned.particles.read(batch.rows)
+        references, classes = self._learned.references, self._classes
+        assert references is not None, "the classes' maps come first"
+        rest = (1 - known.class_probability) / max(classes - 1, 1)
+        label = torch.nn.functional.one_hot(known.class_index.long(), classes)
+        share = torch.where(label > 0, known.class_probability[:, None], rest[:, None])
+        self._prepared = self._prepared or references.at(batch.box_size, batch.pixels)
+        gain = torch.zeros(len(batch), classes, dtype=torch.float64, device=batch.rows.device)
+        for half in (1, 2):
+            at = batch.rows_by_half[half - 1]
+            own, poses = batch.select(at), known.select(at)
+            for number in range(classes if len(at) else 0):
+                gain[at, number] = pose_gain(own, poses, self._prepared[number, half], batch.pixels.radius_limit)
+        prior = torch.tensor(self._learned.class_shares or [1.0] * classes, dtype=gain.dtype, device=gain.device).log()
+        share = torch.where((known.class_probability < 1)[:, None], share, (gain + prior).softmax(1).float())
+        return share * seen[:, None]
 
     def _join_alike(self, world: World) -> bool:
         """None: compositions of one assembly are alike."""

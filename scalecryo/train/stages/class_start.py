@@ -43,6 +43,7 @@ ROUNDS_EXPECTED = 9  # of most runs, for the time left
 SETTLED = 1.02  # factor in likelihood gain over the last two rounds below which classes have settled
 ALIKE, SHELLS = 0.9, slice(2, 9)  # of what two maps of one structure correlate by, over these shells: the same
 SETTLED_AGAIN = 2  # rounds at least after maps were replaced
+GIVEN = 10  # steps for which first maps that are known stay: so many that sums of batches hold as much as ever
 
 
 class ClassStart(StartRounds):
@@ -197,6 +198,11 @@ class ClassStart(StartRounds):
         """The present maps of a start's classes, from both halves."""
         joined, first = self._sums.joined(), start * self._classes
         return [joined.solve_one(first + number, 1, REGULARISATION) for number in range(self._classes)]
+
+    @property
+    def _given(self) -> bool:
+        """Whether first maps that are known still stand: the sums of a batch or two show no small class."""
+        return self._begins_with_maps and self._step < min(GIVEN, self._steps)
 
     def _halves(self, place: int) -> list[Float[Tensor, "n n n"]]:
         """The present half-maps at a place of the sums."""

@@ -25,7 +25,8 @@ from scalecryo.physics.image_formation import ctf_weighted, form_images
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
-from scalecryo.pose.estimator import empty_cost, map_weight
+from scalecryo.pose.candidate_refinement import empty_cost
+from scalecryo.pose.estimator import map_weight
 from scalecryo.pose.search import templates
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.owned_sums import OwnedSums
@@ -41,6 +42,7 @@ SETTLED, OVER = 2e-3, 3  # gain in log-likelihood per image and pass that is pro
 BATCH, MOST_PARTICLES = 1024, 20_000
 SIGNAL = 0.143
 REGULARISATION = 0.05
+LABELLED = 1 - 1e-6  # most probability of a label: 1 is that of a particle that was given none
 Labelling = tuple[int, int, int]  # start, class, part that is left out
 
 
@@ -109,7 +111,8 @@ class Classification:
                 self._sums.add(weighted, known.rotation, shift_px, weight, batch.half, self._pixels, index)
             if self._last:
                 probability, best = share.max(1)
-                labelled = replace(known, class_index=best, class_probability=probability.float())
+                probability = probability.float().clamp_max(LABELLED)
+                labelled = replace(known, class_index=best, class_probability=probability)
                 self._learned.particles.note(batch.rows, labelled, batch.half)
 
     def finish_pass(self, world: World) -> PassReport:
@@ -214,6 +217,7 @@ class Classification:
             maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent
         )
         self._learned.references = found
+        self._learned.class_shares = tuple(self._share[self._going[0]].tolist())  # host sync
         self._learned.particles.commit(world)
 
     def _told(self) -> str:

@@ -35,7 +35,7 @@ class FoundRounds(ClassRestarts):
 
     def _solved(self, start: int) -> list[Float[Tensor, "n n n"]]:
         """At first the given maps."""
-        return super()._solved(start) if self._step else list(self._first_maps)
+        return list(self._first_maps) if self._given else super()._solved(start)
 
     def _first_references(self) -> ReferenceSet:
         """Without classes that were given up: their number was not asked for."""

@@ -57,11 +57,11 @@ class StartRounds(ABC):
             TrainingError: too few particles take part.
         """
         check_count(context.count, context.config.run.data)
-        self._context, self._learned, self._batch = context, learned, batch
+        self._context, self._learned = context, learned
         self._groups = learned.groups = ImageGroups(context.store.box_size, context.device)
         level = min(context.store.levels)
         self._steps = context.config.guided.bootstrap_steps
-        self._judging = max(1, min(JUDGED, context.count) // batch)
+        self._read_in(batch)
         self._pixels = context.pixels(level, min(level / 2 - 1, READ_RADIUS))
         self._near = self._pixels.prefix(self.radius)
         self._shifts = context.shift_grid_px(level, context.shift_radius)
@@ -72,6 +72,10 @@ class StartRounds(ABC):
         self._earlier: list[float] = []  # likelihood gain of the best in each round
         self._judged, self._images = 0, 0
         self._ended = False
+
+    def _read_in(self, batch: int) -> None:
+        """Read so many particles at once."""
+        self._batch, self._judging = batch, max(1, min(JUDGED, self._context.count) // batch)
 
     def request(self) -> BatchRequest:
         """Some steps until the next checkpoint, or all batches that judge."""
