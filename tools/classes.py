@@ -55,9 +55,9 @@ class ClassSet:
 DOCKED = {"train.class_mode": "docked"}
 _two = StressSet("two chains of 6VXX, a third of one missing", TWO, 5000, 64, 4.0, -8.0)
 _kinases = StressSet("adenylate kinase, open and closed", ((OPEN,), (CLOSED,)), 5000, 64, 1.6, 0.0)
-_four = StressSet("6VXX, its chain, GroEL, 20 proteins of 6ZU5", FOUR, 10_000, 64, 4.0, -10.0)
+_four = StressSet("6VXX, its chain, GroEL, 20 proteins of 6ZU5", FOUR, 10_000, 64, 4.0, -10.0, apart=True)
 _junk = StressSet("two chains of 6VXX, 30 % junk", ((DIMER,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
-_eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0)
+_eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0, apart=True)
 SETS = {
     "two": ClassSet(_two, "2", 0.95, DOCKED),
     "two-80": ClassSet(replace(_two, added={"shares": (80, 20)}), "2", 0.95, DOCKED),

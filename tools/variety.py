@@ -73,7 +73,7 @@ def make(name: str, folder: Path, count: int) -> str:
             how |= {"hinge": f"B:0,1,1:360:{STEPS}"} | SPOILT.get(name, {})
         elif name == "unlike":
             protein = structure_file((COMPLEX,), STRUCTURES, folder / name)
-            how |= {"pixel_size": 4.0, "hinge": f"LDD,LP0,LU0,LV0,LW0:0,1,1:360:{STEPS}"}
+            how |= {"pixel_size": 4.8, "hinge": f"LDD,LP0,LU0,LV0,LW0:0,1,1:360:{STEPS}"}
         elif name == "random":
             how["hinge"] = f"B:random:180:{STEPS}"
         elif name == "assemblies":
