@@ -120,11 +120,12 @@ def test_a_batch_of_local_refinement_waits_five_times(
     assert (share is not None and 0 < share < 1) if offers else share is None
 
 
-def test_a_batch_that_is_searched_waits_twelve_times(
+def test_a_batch_that_is_searched_waits_thirteen_times(
     simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows, halves and maps as above; which of a half's particles have a pose decides what is searched: once against
-    each map, of which an iteration after the first has one for each part of a half. The parts are told apart once.
+    each map, of which an iteration after the first has one for each part of a half. The parts are told apart once, and
+    once more by whether an image says so little that it is searched for more modes.
     """
     monkeypatch.setattr(Schedule, "_after_search", lambda *_: None)  # which ends where hardly a pose has changed
     with EmulatedDevice() as device:
@@ -132,7 +133,7 @@ def test_a_batch_that_is_searched_waits_twelve_times(
         refinement._schedule = Schedule(2, 2)
         whole, parts = (waits_of(refinement, context, device) for _ in range(2))
     assert whole == [{"_to_copy": 3 + 2}] * 3
-    assert parts == [{"_to_copy": 3 + 2 * PARTS + 1}] * 3
+    assert parts == [{"_to_copy": 3 + 2 * PARTS + 2}] * 3
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
