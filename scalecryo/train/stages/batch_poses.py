@@ -102,48 +102,29 @@ class BatchPoses:
         plan = self._plan
         if self._parts is None:
             if plan.thin and self._one_class:
-                found, *others = self.whole.estimate_modes(batch, known, seen)
                 everyone = torch.arange(len(batch), device=batch.rows.device)
-                return PosedBatch(found, found.confidence, [(everyone, mode) for mode in others])
+                return _together(known, [(everyone, self.whole.estimate_modes(batch, known, seen))])
             return PosedBatch(self.whole.estimate(batch, known, seen, all_classes=plan.searched and self._number == 0))
         group = 2 * self._context.partition.part(batch.rows) + batch.half - 1
         if self._one_class:
             little = self._says_little(batch, known, seen, rows_by_group(group, 2 * PARTS))
         else:
             little = torch.full_like(seen, plan.thin)
-        posed = PosedBatch(known, torch.ones(len(batch), device=batch.rows.device))
         halves = rows_by_group(group + 2 * PARTS * little, 4 * PARTS)
-        for own, pair in enumerate(self._parts):
+        found: list[tuple[Tensor, list[PoseEstimates]]] = []
+        for own, (usual, thin) in enumerate(self._parts):
             again = own == self._number % PARTS  # each part's turn to look at all classes
-            for estimator, place in zip(pair, (2 * own, 2 * (PARTS + own)), strict=True):
+            for estimator, place in ((usual, 2 * own), (thin, 2 * (PARTS + own))):
                 first, second = halves[place : place + 2]
-                if len(first) + len(second):
-                    many = self._one_class and place >= 2 * PARTS
-                    posed = self._with(posed, batch, known, seen, first, second, estimator, again, many)
-        return posed
-
-    def _with(
-        self,
-        posed: PosedBatch,
-        batch: ParticleImages,
-        known: PoseEstimates,
-        seen: Bool[Tensor, " b"],
-        first: Int[Tensor, " f"],
-        second: Int[Tensor, " s"],
-        estimator: PoseEstimator,
-        all_classes: bool,
-        many: bool,
-    ) -> PosedBatch:
-        """What was found so far and the poses of some more, of the first half and of the second."""
-        at = torch.cat([first, second])
-        images, own, there = batch.select_halves(first, second), known.select(at), seen[at]
-        if not many:
-            found = estimator.estimate(images, own, there, all_classes=all_classes)
-            return PosedBatch(posed.found.put(at, found), posed.share, posed.others)
-        assert posed.share is not None, "of parts"
-        found, *others = estimator.estimate_modes(images, own, there)
-        share = posed.share.index_copy(0, at, found.confidence)
-        return PosedBatch(posed.found.put(at, found), share, [*posed.others, *((at, mode) for mode in others)])
+                at = torch.cat([first, second])
+                if not len(at):
+                    continue
+                images, poses = batch.select_halves(first, second), known.select(at)
+                if estimator is thin and self._one_class:
+                    found.append((at, estimator.estimate_modes(images, poses, seen[at])))
+                else:
+                    found.append((at, [estimator.estimate(images, poses, seen[at], all_classes=again)]))
+        return _together(known, found)
 
     def _says_little(
         self,
@@ -187,3 +168,15 @@ class BatchPoses:
             equivalent=self._equivalent,
         )
         return PoseEstimator(prepared, e_step, source, self._context.world.timer)
+
+
+def _together(known: PoseEstimates, found: list[tuple[Tensor, list[PoseEstimates]]]) -> PosedBatch:
+    """The poses of a batch from those of its parts: rows, and their one pose or their modes."""
+    likeliest, share = known, torch.ones(len(known), device=known.rotation.device)
+    others: list[tuple[Tensor, PoseEstimates]] = []
+    for rows, (first, *more) in found:
+        likeliest = likeliest.put(rows, first)
+        if more:
+            share = share.index_copy(0, rows, first.confidence)
+            others += [(rows, mode) for mode in more]
+    return PosedBatch(likeliest, share, others)
