@@ -42,7 +42,7 @@ class PosedBatch:
 
     found: PoseEstimates
     share: Float[Tensor, " b"] | None = None
-    others: list[tuple[Int[Tensor, " m"], PoseEstimates]] = field(default_factory=list)
+    others: list[tuple[Int[Tensor, " _"], PoseEstimates]] = field(default_factory=list)
 
 
 class BatchPoses:
