@@ -34,7 +34,6 @@ class Learned:
         class_shares: of the particles in each class of one assembly, as its labels were found; empty: they were not.
         groups: noise of each optics group and scale of each micrograph; None: not sought.
         start_gain: log-likelihood that an image gains by the start's map over an empty one; None: there was no start.
-        says_little: whether the images do, so that poses are often wrong, and weigh by how sure they are.
         shift_radius: of a disc that holds nearly all shifts, Å; None: not known.
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
@@ -53,7 +52,6 @@ class Learned:
     class_shares: tuple[float, ...] = ()
     groups: ImageGroups | None = None
     start_gain: float | None = None
-    says_little: bool = False
     shift_radius: float | None = None
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None

@@ -118,9 +118,6 @@ def test_thin_evidence_is_searched_for_more_modes() -> None:
     schedule.searched = False
     update(schedule, evidence=20.0)
     assert not plan(schedule).thin  # new particles are sought as ever once the others are not any more
-    assert plan(schedule).by_confidence
-    update(schedule, evidence=90.0)
-    assert not plan(schedule).by_confidence
 
 
 def test_imported_poses_are_never_searched() -> None:

@@ -95,8 +95,6 @@ class FinalPass:
             self._show(small, found)
             self._found.note(small.rows, found, small.half)
         weight = self._poses.weight(found) * self._context.chosen(full.rows)
-        if self._learned.says_little:
-            weight = weight * found.confidence
         pose = found.rotation, found.shift_px(full.pixel_size), weight
         self._sums.add(weighted, *pose, full.half, full.pixels, found.class_index)
         self._images += len(small)

@@ -180,10 +180,7 @@ class Iteration:
     def _insert(self, batch: ParticleImages, posed: PosedBatch) -> None:
         weighted, weight = ctf_weighted(batch.transforms, batch.ctf), map_weight(posed.found)
         self.views.add(posed.found.rotation, posed.found.class_index, weight)
-        share = posed.share
-        if share is None and self.plan.by_confidence:
-            share = posed.found.confidence
-        self._insert_at(weighted, batch, posed.found, weight if share is None else weight * share)
+        self._insert_at(weighted, batch, posed.found, weight if posed.share is None else weight * posed.share)
         for rows, mode in posed.others:
             share = weight[rows] * mode.confidence
             self._insert_at(weighted.select(rows), batch.select(rows), mode, share)

@@ -120,7 +120,6 @@ class Refinement:
             gain=gain, moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
             found_again=_share(*iteration.lost.tolist()), evidence=counts[3] / max(counts[4], 1),
         )  # fmt: skip
-        self._learned.says_little = self._schedule.thin
         self._follow(iteration, velocity)
         related = _share(*iteration.exchanged.tolist())  # host sync
         self._offers.note(related)
@@ -249,7 +248,6 @@ class Refinement:
         if "offers" in state:  # older checkpoints have none
             self._offers.load_state_dict(state["offers"], device)
         self._schedule.load_state_dict(state["schedule"])
-        learned.says_little = self._schedule.thin
         self._most += state.get("more", 0)
         count = self._context.store.count
         if state.get("count", count) < count and self._schedule.number:

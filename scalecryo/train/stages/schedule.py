@@ -49,8 +49,6 @@ class IterationPlan:
         search_radius: Fourier pixels of the search.
         lost_searched: whether those that fit nowhere are sought anew, at all shifts.
         thin: whether the images on the whole say so little that many modes of each compete.
-        by_confidence: whether an image that enters the maps at one pose weighs by how sure that is: the signal goes
-            with the share of right poses, the noise does not.
         thin_radius: Fourier pixels of the search of such an image. It is sought at all shifts, on a finer grid: with
             6VXX at -18 dB the best three modes of the usual search hold the right pose of 50 % of the images, at the
             shift of a wrong pose 40 %, twenty of this one 85 %.
@@ -64,7 +62,6 @@ class IterationPlan:
     lost_searched: bool = False
     thin: bool = False
     thin_radius: float = 0.0
-    by_confidence: bool = False
 
     def modes_of(self, thin: bool) -> int:
         """Modes that a search offers an image that says little, or one that does not."""
@@ -188,9 +185,7 @@ class Schedule:
         radius = self.radius or FIRST_RADIUS
         plan = plan_iteration(radius, levels, self.number, searched=self.searched, shifted=shifted, extent=extent,
                               thin=self.thin and self.searched)  # fmt: skip
-        return replace(
-            plan, by_confidence=self.thin, lost_searched=shifted and self.most_searches > 0 and self.lost_searched
-        )
+        return replace(plan, lost_searched=shifted and self.most_searches > 0 and self.lost_searched)
 
     def update(
         self,
