@@ -26,6 +26,7 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.schedule import THIN, THIN_GRID, IterationPlan
 from scalecryo.train.stages.start_rounds import HALF_GRID
 
+FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
 Parts = list[ReferenceSet]  # maps of each half without one of its parts
 
 
@@ -135,7 +136,8 @@ class BatchPoses:
     ) -> Bool[Tensor, " b"]:
         """Which images gain little by the pose that is known; of those that have none, whether images on the whole do.
 
-        A wrong pose gains little as well: it is one that should be sought again.
+        A wrong pose gains little as well: it is one that should be sought again. Where the others say much, an image
+        that does not seem to show the particle need not be: it is junk.
         """
         assert self._parts is not None, "of parts"
         gain = torch.zeros(len(batch), dtype=torch.float64, device=batch.rows.device)
@@ -144,7 +146,8 @@ class BatchPoses:
             at = torch.cat([first, second])
             if len(at):
                 gain[at] = usual.known_gain(batch.select_halves(first, second), known.select(at))
-        return torch.where(seen, gain < THIN, torch.full_like(seen, self._plan.thin))
+        fits = known.particle_probability >= FITTING
+        return torch.where(seen, (gain < THIN) & (fits | self._plan.thin), torch.full_like(seen, self._plan.thin))
 
     def _search(self, *, thin: bool) -> SearchSource:
         plan, context = self._plan, self._context

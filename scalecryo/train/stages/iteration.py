@@ -29,10 +29,9 @@ from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.batch_poses import BatchPoses, Parts, PosedBatch
+from scalecryo.train.stages.batch_poses import FITTING, BatchPoses, Parts, PosedBatch
 from scalecryo.train.stages.schedule import IterationPlan
 
-FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
 MOVED_DEG = 10.0
 SURE = 0.5  # correlation of the halves, up to which one judges the related poses of the other
