@@ -84,14 +84,14 @@ class BatchPoses:
         if related is not None:
             self._equivalent = related.equivalent
         self._one_class = references.classes == 1
-        source: CandidateSource = self._search(thin=plan.thin)
+        sources = [self._search(thin=thin) for thin in (False, True)]
+        source: CandidateSource = sources[plan.thin]
         if number < 2 and context.config.recipe == "autoencoder" and learned.encoder is not None:
             source = learned.encoder.source(references)
         self.prepared = self._prepare(references)
         self.whole = self._estimator(self.prepared, source, left_out=plan.searched and parts is None)
         self._parts: list[tuple[PoseEstimator, PoseEstimator]] | None = None
         if parts is not None:
-            sources = [self._search(thin=thin) for thin in (False, True)]
             self._parts = []
             for others in parts:
                 prepared = self._prepare(others)
