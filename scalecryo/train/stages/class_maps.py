@@ -18,14 +18,12 @@ from scalecryo.map.reference import References, c_ref, weight_shells
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.estimator import pose_gain
-from scalecryo.pose.expectation import expected_slices
 from scalecryo.pose.search import turned_grid
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.class_restarts import COUNTED
 from scalecryo.train.stages.class_shares import LEAST_SHARE
-from scalecryo.train.stages.class_start import ClassStart
+from scalecryo.train.stages.class_start import COUNTED, ClassStart
 
 
 class ClassMaps(ClassStart):
@@ -77,23 +75,19 @@ class ClassMaps(ClassStart):
         self, batch: ParticleImages, start: int, fresh: Backprojection, residuals: NoiseSpectrum
     ) -> Float[Tensor, " classes"]:
         """All images at all poses of the classes that they belong to; the classes' mass."""
-        near, first, share = self._near, start * self._classes, self._labels(batch)
+        first, share = start * self._classes, self._labels(batch)
         mass = self._gains.new_zeros(self._classes)
         grid = turned_grid(self._grid, self._generator(start))
         banks = self._bank(start, grid).unflatten(0, (self._classes, -1))
-        centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
         for half in (1, 2):
             for number in range(self._classes):
                 own = ((batch.half == half) & (share[:, number] > COUNTED)).nonzero()[:, 0]  # host sync
                 if not len(own):
                     continue
                 images, weight = batch.select(own).within(self.radius), share[own, number]
-                found = expected_slices(
-                    images.transforms, images.ctf, self._noise.pixel_weight(near), banks[number], self._shifts, near,
-                    image_weight=weight,
-                )  # fmt: skip
-                fresh.insert(found.slices, grid, centred, ones, near, class_index=first + number, half=half)
-                residuals.add_power(found.residual, weight.sum(), near)
+                self._insert_of_class(
+                    images, weight, first + number, half, banks[number], grid, self._noise, fresh, residuals
+                )
                 mass[number] += weight.sum()
         return mass
 

@@ -26,18 +26,17 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import reference_transform
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.expectation import Expectation, expected_slices
+from scalecryo.pose.expectation import Expectation
 from scalecryo.pose.search import grid_posterior, templates, turned_grid
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.class_start import ClassStart
+from scalecryo.train.stages.class_start import COUNTED, ClassStart
 from scalecryo.train.stages.start_rounds import DECAY, REGULARISATION
 
 logger = logging.getLogger(__name__)
 FRESH = 2  # random starts of each class
 BETTER = 3.0  # standard errors by which a fresh map's likelihood must be better
 GROWS, LEAST_ROUNDS = 1.02, 2  # factor in likelihood gain for which a fresh map goes on, and rounds that it has
-COUNTED = 0.01  # posterior of a class below which an image does not count for it
 LEAST_SHARE = 0.02  # of the particles, below which a class is left as it is: it is all but empty
 SEED = 1000  # of the first fresh start; the starts of the mixture have those below
 
@@ -105,13 +104,8 @@ class ClassRestarts(ClassStart):
                     fresh.insert(weighted, rotation, shift, weight, near, class_index=place, half=half)
                     learnt.add(own.transforms, weight, near)
                     continue
-                posterior = expected_slices(
-                    own.transforms, own.ctf, self._noises[place].pixel_weight(near), self._fresh_bank(place, grid),
-                    self._shifts, near, image_weight=weight,
-                )  # fmt: skip
-                centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
-                fresh.insert(posterior.slices, grid, centred, ones, near, class_index=place, half=half)
-                learnt.add_power(posterior.residual, weight.sum(), near)
+                bank, noise = self._fresh_bank(place, grid), self._noises[place]
+                self._insert_of_class(own, weight, place, half, bank, grid, noise, fresh, learnt)
 
     def _judge_beside(self, images: ParticleImages, found: Expectation) -> None:
         if not self._fresh:

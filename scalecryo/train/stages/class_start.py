@@ -43,6 +43,7 @@ ROUNDS_EXPECTED = 9  # of most runs, for the time left
 SETTLED = 1.02  # factor in likelihood gain over the last two rounds below which classes have settled
 ALIKE, SHELLS = 0.9, slice(2, 9)  # of what two maps of one structure correlate by, over these shells: the same
 SETTLED_AGAIN = 2  # rounds at least after maps were replaced
+COUNTED = 0.01  # posterior of a class below which an image does not count for it
 GIVEN = 10  # steps for which first maps that are known stay: so many that sums of batches hold as much as ever
 
 
@@ -171,6 +172,27 @@ class ClassStart(StartRounds):
         self, images: ParticleImages, half: int, found: Expectation, grid: Float[Tensor, "h 3 3"], fresh: Backprojection
     ) -> None:
         """What else is learnt from the images of a half whose classes and poses were found."""
+
+    def _insert_of_class(
+        self,
+        images: ParticleImages,
+        weight: Float[Tensor, " b"],
+        place: int,
+        half: int,
+        bank: Complex[Tensor, "h p"],
+        grid: Float[Tensor, "h 3 3"],
+        noise: NoiseSpectrum,
+        fresh: Backprojection,
+        residuals: NoiseSpectrum,
+    ) -> None:
+        """Images at all poses of one map, by how much each belongs to it, whatever the other classes explain."""
+        near = self._near
+        found = expected_slices(
+            images.transforms, images.ctf, noise.pixel_weight(near), bank, self._shifts, near, image_weight=weight
+        )
+        centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
+        fresh.insert(found.slices, grid, centred, ones, near, class_index=place, half=half)
+        residuals.add_power(found.residual, weight.sum(), near)
 
     def _insert_at_random(self, images: ParticleImages, start: int, fresh: Backprojection) -> None:
         """The first step: classes in turn, random poses, others on every worker."""
