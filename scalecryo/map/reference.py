@@ -27,11 +27,13 @@ class Reference:
         transform: padded, inside its sphere, corrected for the slices' trilinear interpolation.
         scale: samples per cycle and box.
         noise: spectrum in the units of the images' transforms at the same level.
+        diameter: of the density, as a share of the box.
     """
 
     transform: Complex[Tensor, "d d h"]
     scale: float
     noise: NoiseSpectrum
+    diameter: float = 1.0
 
     @cached_property
     def packed(self) -> PackedVolume:
@@ -165,7 +167,8 @@ class ReferenceSet:
         filtered = weight_shells(volume, self.curve(number).clamp(0, 1)) * mask
         if self.level != level:
             filtered = fourier_resize_3d(filtered, level)
-        return Reference(reference_transform(filtered, PADDING), PADDING, noise)
+        diameter = min(2 * density_radius(filtered) / level, 1.0)
+        return Reference(reference_transform(filtered, PADDING), PADDING, noise, diameter)
 
     def level_noise(self, level: int, pixels: FourierPixels) -> NoiseSpectrum:
         """The noise spectrum in the units of a level; shells beyond those that were seen get the last one's."""

@@ -20,6 +20,15 @@ def soft_sphere(
     return _raised_cosine(_radius(box_size, device) - radius_px, edge_px)
 
 
+def soft_disc(
+    box_size: int, radius_px: float, edge_px: float = 3.0, device: torch.device | str | None = None
+) -> Float[Tensor, "n n"]:
+    """`soft_sphere` in the plane: its section through the centre."""
+    check_even_box(box_size)
+    squared = (torch.arange(box_size, device=device, dtype=torch.float32) - box_size // 2).square()
+    return _raised_cosine((squared[:, None] + squared).sqrt() - radius_px, edge_px)
+
+
 def _radius(box_size: int, device: torch.device | str | None) -> Float[Tensor, "n n n"]:
     """Distance from the centre in px."""
     squared = (torch.arange(box_size, device=device, dtype=torch.float32) - box_size // 2).square()

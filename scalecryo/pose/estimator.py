@@ -4,12 +4,11 @@ A particle's candidates (the remembered pose, separated modes of a search or of 
 rising radii; the likeliest is its pose. Every stage that poses particles calls this.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scalecryo.distributed.timer import Timer
@@ -18,9 +17,10 @@ from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseCandidates, PoseEstimates, Poses
+from scalecryo.physics.poses import PoseCandidates, PoseEstimates
 from scalecryo.pose.candidate_refinement import PRUNE_FRACTION, empty_cost, refine_candidates, refined_modes
 from scalecryo.pose.candidate_sources import CandidateSource
+from scalecryo.pose.particle_probability import particle_probability, pose_gain
 from scalecryo.pose.search import templates
 
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to show the particle
@@ -263,65 +263,3 @@ def _best_class(by_class: Sequence[PoseEstimates], score: Float[Tensor, "b class
 def map_weight(found: PoseEstimates) -> Float[Tensor, " b"]:
     """Of each image in the maps: one that does not seem to show the particle hardly enters them."""
     return found.particle_probability.clamp_min(LEAST_WEIGHT)
-
-
-def particle_probability(
-    images: ParticleImages, found: PoseEstimates, reference: Reference, radius: float, shift_radius: float
-) -> Float[Tensor, " b"]:
-    """Probability that an image shows the particle, against two others: that it is empty, and that it shows something
-    else of the same power; at even odds beforehand.
-
-    Bayes: the particle's evidence is exp(gain) over the number of poses that can be told apart at the radius, where the
-    gain is the log-likelihood ratio over an empty image. Noise fits one of so many poses by chance, and no better; what
-    is as large and as bright as the particle fits some pose better than noise, but not as well as it would fit itself.
-
-    Args:
-        images: with the poses found for them.
-        found: those poses.
-        reference: that they were found against.
-        radius: Fourier pixels that are compared. A low one: an image's own share in the map would speak for it.
-        shift_radius: of the disc of possible shifts, Å; 0 where particles are centred.
-    """
-    near, weight, slices, gain = _gain(images, found, reference, radius)
-    limit = near.pixels.radius_limit
-    poses = 8 * math.pi**2 * limit**3
-    if shift_radius > 0:
-        poses *= max(1.0, math.pi * (shift_radius / images.pixel_size * 2 * math.pi * limit / images.box_size) ** 2)
-    particle, other = gain - math.log(poses), _other_evidence(near, slices, weight)
-    return torch.sigmoid(particle - torch.logaddexp(torch.zeros_like(other), other)).float()
-
-
-def pose_gain(images: ParticleImages, found: Poses, reference: Reference, radius: float) -> Float[Tensor, " b"]:
-    """Log-likelihood ratio of poses over an empty map, at a radius, Fourier pixels."""
-    return _gain(images, found, reference, radius)[-1]
-
-
-def _gain(
-    images: ParticleImages, found: Poses, reference: Reference, radius: float
-) -> tuple[ParticleImages, Float[Tensor, " p"], Complex[Tensor, "b p"], Float[Tensor, " b"]]:
-    """The images up to a radius, their pixels' weights, the slices at their poses, and `pose_gain`."""
-    near = images.within(radius)
-    weight, pixels = reference.noise.pixel_weight(near.pixels), near.pixels
-    slices = templates(reference.transform, found.rotation, pixels, reference.scale)
-    shift_px = found.shift_px(images.pixel_size)
-    predicted = form_images(slices, near.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
-    gain = empty_cost(near.transforms, weight) - empty_cost(near.transforms - predicted, weight)
-    return near, weight, slices, gain
-
-
-def _other_evidence(
-    images: ParticleImages, slices: Complex[Tensor, "b p"], weight: Float[Tensor, " p"]
-) -> Float[Tensor, " b"]:
-    """Log-evidence over an empty image of a random density with the spectrum of the particle's slices.
-
-    Each Fourier pixel is a complex Gaussian whose variance is the noise's, plus CTF² times the mean power of its shell.
-    """
-    pixels = images.pixels
-    power = slices.abs().square().double().mean(0) * pixels.weight
-    shells = pixels.box_size  # more than there are: the largest of them is known to the device alone
-    total = torch.zeros(shells, dtype=power.dtype, device=power.device).index_add_(0, pixels.shell, power)
-    count = torch.zeros_like(total).index_add_(0, pixels.shell, pixels.weight.double())
-    ratio = (total / count)[pixels.shell] * (weight / pixels.weight).double()
-    ratio = ratio if images.ctf is None else ratio * images.ctf.double().square()
-    seen = 0.5 * weight.double() * images.transforms.abs().square().double()
-    return (seen * ratio / (1 + ratio) - 0.5 * pixels.weight * ratio.log1p()).sum(-1)

@@ -23,7 +23,7 @@ from scalecryo.physics.poses import PoseEstimates
 from scalecryo.runs.folder import RunFolder
 
 EMPTY_SHARE = 0.01  # of the particles, below which a class is all but empty
-SHOWN = 0.5  # median probability that its images show a particle, below which a class is junk
+SHOWN = 0.2  # median probability that its images show a particle, below which a class is junk; 0.5: nobody can tell
 SAME = 0.97  # of what two maps of one structure correlate by, from which on two classes show the same
 SAME_BOX, SAME_FROM = 48, 2  # largest box, px, in which classes are compared, and their first shell
 POOR = 0.5  # of the best class's resolution in Fourier shells, below which a class is no structure of its own

@@ -16,7 +16,8 @@ from scalecryo.physics.rotation import geodesic_angle, random_rotations
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_refinement import MODE_DEG, SHARPNESS
 from scalecryo.pose.candidate_sources import SearchSource
-from scalecryo.pose.estimator import EStepPlan, PoseEstimator, pose_gain
+from scalecryo.pose.estimator import EStepPlan, PoseEstimator
+from scalecryo.pose.particle_probability import pose_gain
 from scalecryo.pose.search import shift_grid, templates
 
 BOX, PIXEL_SIZE, COUNT, SIGMA = 32, 3.0, 48, 0.5

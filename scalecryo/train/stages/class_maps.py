@@ -17,7 +17,7 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import References, c_ref, weight_shells
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.estimator import pose_gain
+from scalecryo.pose.particle_probability import pose_gain
 from scalecryo.pose.search import turned_grid
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
