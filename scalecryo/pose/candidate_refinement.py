@@ -80,9 +80,10 @@ def refined_modes(
     fit_shift: bool,
     prune_fraction: float = PRUNE_FRACTION,
     equivalent: Float[Tensor, "e 3 3"] | None = None,
+    shift_sigma: float | None = None,
 ) -> list[PoseEstimates]:
     """As `refine_candidates`, but the `count` likeliest separate poses, each with its share of their probability (see
-    `SHARPNESS`).
+    `SHARPNESS`), with a Gaussian prior of shifts where its standard deviation, Å, is given.
 
     Of poses that nothing tells apart only the likeliest is one. An image with fewer has its best pose at share 0 for
     the rest.
@@ -93,6 +94,8 @@ def refined_modes(
     cost[left.image, left.slot] = left.cost
     rotation, shift_px = candidates.rotation.clone(), candidates.shift / images.pixel_size
     rotation[left.image, left.slot], shift_px[left.image, left.slot] = left.rotation, left.shift_px
+    if shift_sigma is not None:
+        cost = cost + 0.5 * (shift_px * (images.pixel_size / shift_sigma)).square().sum(-1)
     row = torch.arange(b, device=cost.device)
     picks: list[Tensor] = []
     costs: list[Tensor] = []

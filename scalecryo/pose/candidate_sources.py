@@ -77,16 +77,28 @@ class GridSearch:
         self.rotations = with_flips(half)
         self._bank = templates(reference.transform, half, pixels, reference.scale)
 
-    def posterior(self, images: ParticleImages, shift_grid_px: Float[Tensor, "t 2"]) -> Posterior:
-        """The best hypotheses of every image."""
-        near = images.within(self.pixels.radius_limit)
+    def posterior(
+        self, images: ParticleImages, shift_grid_px: Float[Tensor, "t 2"], shift_sigma: float | None = None
+    ) -> Posterior:
+        """The best hypotheses of every image; where shifts are a Gaussian, given by its standard deviation in Å, with
+        that prior."""
+        near, prior = images.within(self.pixels.radius_limit), None
+        if shift_sigma is not None:
+            prior = -0.5 * (shift_grid_px * (images.pixel_size / shift_sigma)).square().sum(1)
         return grid_posterior(
-            near.transforms, near.ctf, self._weight, self._bank, shift_grid_px, self.pixels, keep=self._keep
-        )
+            near.transforms, near.ctf, self._weight, self._bank, shift_grid_px, self.pixels, keep=self._keep,
+            shift_log_prior=prior,
+        )  # fmt: skip
 
-    def modes(self, images: ParticleImages, shift_grid_px: Float[Tensor, "t 2"], count: int) -> PoseCandidates:
-        """The `count` best separated modes of each particle, over a grid of shifts as well."""
-        posterior = self.posterior(images, shift_grid_px)
+    def modes(
+        self,
+        images: ParticleImages,
+        shift_grid_px: Float[Tensor, "t 2"],
+        count: int,
+        shift_sigma: float | None = None,
+    ) -> PoseCandidates:
+        """The `count` best separated modes of each particle, over a grid of shifts as well; prior as in `posterior`."""
+        posterior = self.posterior(images, shift_grid_px, shift_sigma)
         found = posterior.candidates(self.rotations, shift_grid_px * images.pixel_size)
         return separated_modes(found, count, self._separation, self._group)
 
@@ -112,6 +124,7 @@ class SearchSource:
         made: searches made so far, by reference, all with one turn of the grid; None: each call makes its own.
         group: see `GridSearch`.
         everywhere: whether those with a known pose are searched over all shifts too.
+        shift_sigma: of a Gaussian prior of shifts, Å, where they are searched over all; None: all are equally likely.
     """
 
     grid: Float[Tensor, "h 3 3"]
@@ -123,6 +136,7 @@ class SearchSource:
     made: dict[int, GridSearch] | None = None
     group: PointGroup | None = None
     everywhere: bool = False
+    shift_sigma: float | None = None
 
     def candidates(
         self, images: ParticleImages, reference: Reference, known: Poses, seen: Bool[Tensor, " b"]
@@ -131,14 +145,14 @@ class SearchSource:
         search = self._search(reference, images)
         new, old = rows_by_group(seen.long(), 2)
         if len(old) == 0:
-            return search.modes(images, self.shift_grid_px, self.count)
+            return search.modes(images, self.shift_grid_px, self.count, self.shift_sigma)
         if self.everywhere:
-            modes = search.modes(images, self.shift_grid_px, self.count)
+            modes = search.modes(images, self.shift_grid_px, self.count, self.shift_sigma)
         elif len(new) == 0:
             modes = search.modes_near(images, known.shift, self.count)
         else:
             near = search.modes_near(images.select(old), known.shift[old], self.count)
-            far = search.modes(images.select(new), self.shift_grid_px, self.count)
+            far = search.modes(images.select(new), self.shift_grid_px, self.count, self.shift_sigma)
             modes = _in_order([near, far], torch.cat([old, new]))
         # An image without a known pose gets its best mode twice: every image has as many candidates.
         rotation = torch.where(seen[:, None, None], known.rotation, modes.rotation[:, 0])

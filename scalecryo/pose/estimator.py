@@ -43,6 +43,7 @@ class EStepPlan:
         equivalent: rotations that nothing tells apart: related poses are no rivals; None: none.
         class_radius: Fourier pixels at most by which a class is chosen, where an image has its share in a map.
         modes: poses of each particle that `estimate_modes` tells.
+        shift_sigma: of the Gaussian prior of shifts that it goes by, Å; None: all are equally likely.
     """
 
     radius: float
@@ -56,6 +57,7 @@ class EStepPlan:
     equivalent: Float[Tensor, "e 3 3"] | None = None
     class_radius: float = 24.0
     modes: int = 1
+    shift_sigma: float | None = None
 
 
 class PoseEstimator:
@@ -112,7 +114,7 @@ class PoseEstimator:
             with self._timer.part("local_refinement"):
                 modes = refined_modes(
                     own, candidates, reference, plan.steps, plan.modes, fit_shift=plan.fit_shift,
-                    prune_fraction=plan.prune_fraction, equivalent=plan.equivalent,
+                    prune_fraction=plan.prune_fraction, equivalent=plan.equivalent, shift_sigma=plan.shift_sigma,
                 )  # fmt: skip
             modes[0] = self._told(own, modes[0], reference)
             found = [whole.put(at, mode) for whole, mode in zip(found, modes, strict=True)]

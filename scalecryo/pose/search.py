@@ -117,6 +117,7 @@ def grid_posterior(
     pixels: FourierPixels,
     *,
     keep: int,
+    shift_log_prior: Float[Tensor, " t"] | None = None,
     chunk_elements: int = 2**20,
 ) -> Posterior:
     """Score every image at 2 h rotations (each template's and its flip's) times t shifts; keep the best few.
@@ -132,6 +133,7 @@ def grid_posterior(
         shift_grid_px: hypotheses of where the content sits from the centre, (x, y).
         pixels: that all of the above are packed by.
         keep: hypotheses kept for each image.
+        shift_log_prior: logarithm of each shift's prior probability, up to a constant; None: all are equally likely.
         chunk_elements: most elements in a tensor of scores (but at least 2 t); about three of that size live at a time.
 
     Raises:
@@ -157,6 +159,8 @@ def grid_posterior(
         for first in range(0, half, rotations_each):
             with tensor_cores():
                 scores = pair_scores(moved, energy, bank[:, first : first + rotations_each], work)
+            if shift_log_prior is not None:
+                scores += shift_log_prior[:, None]
             best.add(scores, work[1], first, half)
         parts.append((best.index, best.value, best.evidence))
     index, value, evidence = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -35,6 +35,7 @@ class Learned:
         groups: noise of each optics group and scale of each micrograph; None: not sought.
         start_gain: log-likelihood that an image gains by the start's map over an empty one; None: there was no start.
         shift_radius: of a disc that holds nearly all shifts, Å; None: not known.
+        shift_sigma: standard deviation of the shifts along x and y, Å; None: not known.
         encoder: that learns to pose while references are refined.
         model: the paper's auto-encoder.
         steps: that curves and checkpoints count before the refinement's first iteration.
@@ -53,6 +54,7 @@ class Learned:
     groups: ImageGroups | None = None
     start_gain: float | None = None
     shift_radius: float | None = None
+    shift_sigma: float | None = None
     encoder: PoseLearner | None = None
     model: AutoEncoder | None = None
     steps: int = 0

@@ -58,12 +58,18 @@ def particles(known: ReferenceSet, pixels: FourierPixels) -> tuple[ParticleImage
 
 
 def estimator(
-    known: ReferenceSet, pixels: FourierPixels, *, search_known: bool, everywhere: bool = False, modes: int = 1
+    known: ReferenceSet,
+    pixels: FourierPixels,
+    *,
+    search_known: bool,
+    everywhere: bool = False,
+    modes: int = 1,
+    shift_sigma: float | None = None,
 ) -> PoseEstimator:
     shifts, turns = shift_grid(2.0, 1.0), torch.Generator().manual_seed(0)
-    source = SearchSource(so3_grid(1152), 10.0, shifts, 3, turns, everywhere=everywhere)
+    source = SearchSource(so3_grid(1152), 10.0, shifts, 3, turns, everywhere=everywhere, shift_sigma=shift_sigma)
     plan = EStepPlan(12.0, 2, search_known, ((8.0, 3), (12.0, 2)), probability_radius=10.0, shift_radius=6.0,
-                     modes=modes)  # fmt: skip
+                     modes=modes, shift_sigma=shift_sigma)  # fmt: skip
     return PoseEstimator(known.at(BOX, pixels), plan, source, Timer())
 
 
@@ -155,6 +161,31 @@ def test_modes_share_the_probability_as_their_likelihoods_do() -> None:
             assert (apart | (modes[first].confidence == 0)).all()
     right = torch.stack([geodesic_angle(mode.rotation, truth.rotation) < 15 for mode in modes], 1)
     assert 0.3 < float(right[:, 0].float().mean()) < float(right.any(1).float().mean())
+
+
+def test_modes_far_from_the_centre_are_less_likely_where_shifts_are_known_to_be_small() -> None:
+    # Reference: the same Bayes with a Gaussian prior of shifts. It is right: images are shifted by 0.87 px along each
+    # axis. More poses are right with it.
+    pixels, sigma, spread = fourier_pixels(BOX, 13.0), 5.0, 0.87 * PIXEL_SIZE
+    known = replace(references(1), noise=torch.full((BOX // 2 + 1,), sigma**2))
+    images, truth = particles(references(1), pixels)
+    images = with_noise(images, sigma)
+    nothing, seen = PoseEstimates.unknown(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    prepared, right = known.at(BOX, pixels), []
+    for prior in (None, spread):
+        posed = estimator(known, pixels, search_known=True, modes=4, shift_sigma=prior)
+        modes = posed.estimate_modes(images, nothing, seen)
+        right.append(float((geodesic_angle(modes[0].rotation, truth.rotation) < 15).float().mean()))
+    score = torch.full((COUNT, 4), -torch.inf)
+    for half in (1, 2):
+        at = images.rows_by_half[half - 1]
+        for number, mode in enumerate(modes):
+            gain = pose_gain(images.select(at), mode.select(at), prepared[0, half], 12.0).float()
+            gain -= (mode.shift[at] / spread).square().sum(1) / 2
+            score[at, number] = torch.where(mode.confidence[at] > 0, gain, -torch.inf)
+    shares = torch.stack([mode.confidence for mode in modes], 1)
+    assert torch.allclose(shares, (score / SHARPNESS).softmax(1), atol=2e-3)
+    assert right[1] > right[0]
 
 
 def test_the_first_mode_is_the_pose_that_is_found() -> None:

@@ -118,6 +118,18 @@ def test_log_likelihood_and_evidence_are_the_double_loops(ctf, dtype, tolerance)
     )
 
 
+def test_a_prior_of_shifts_is_added_to_the_double_loops():
+    data, images, rotations, shifts = small_problem(True, seed=2)
+    prior = -0.5 * (shifts / 0.8**2 * shifts).sum(1)
+    expected = brute_force(data, images, rotations, shifts) + prior[:, None]
+    options = {"keep": expected[0].size, "shift_log_prior": torch.from_numpy(prior), "chunk_elements": 200}
+    found = search(data, images, rotations, shifts, **options)
+    full = np.full_like(expected, np.nan)
+    full[np.arange(5)[:, None], found.shift_index.numpy(), found.rotation_index.numpy()] = found.log_likelihood.numpy()
+    np.testing.assert_allclose(full, expected, atol=1e-10, rtol=0)
+    np.testing.assert_allclose(found.log_evidence.numpy(), logsumexp(expected.reshape(5, -1), axis=1), atol=1e-10)
+
+
 @pytest.mark.parametrize("chunk_elements", [1, 37, 1000, 10**6])
 def test_best_hypotheses_are_those_of_the_full_tensor_for_any_chunk_size(chunk_elements):
     data, images, rotations, shifts = small_problem(True, seed=1)

@@ -42,3 +42,32 @@ def test_few_and_those_that_are_not_to_be_used_tell_nothing() -> None:
     # What lies outside the disc, right or wrong, changes nothing.
     far = torch.full((4000, 2), 40.0)
     assert reach(torch.cat([wide, far]), 20.0) == reach(wide, 20.0)
+
+
+def sigma(shift: Tensor, radius: float) -> float | None:
+    spread = ShiftSpread(radius, CPU)
+    spread.add(shift, torch.ones(len(shift), dtype=torch.bool))
+    return spread.sigma()
+
+
+def anywhere(count: int, radius: float, generator: torch.Generator) -> Tensor:
+    """In a disc, all places alike."""
+    distance = radius * torch.rand(count, generator=generator).sqrt()
+    angle = 2 * math.pi * torch.rand(count, generator=generator)
+    return torch.stack([distance * angle.cos(), distance * angle.sin()], 1)
+
+
+@pytest.mark.parametrize("wrong", [0, 10_000, 20_000])
+def test_sigma_is_that_of_the_particles_posed_rightly(wrong: int) -> None:
+    # Drawn: 10,000 with 4 Å, the others anywhere in the disc. A standard deviation of 10,000 pairs is known to
+    # 1/(2 sqrt(10,000)), 0.5 %; twice as many others make that some 3 %. The plain decay would say 6.0 and 7.1 Å.
+    generator = torch.Generator().manual_seed(4)
+    right = torch.randn(10_000, 2, generator=generator) * 4.0
+    assert sigma(torch.cat([right, anywhere(wrong, 16.0, generator)]), 16.0) == pytest.approx(4.0, rel=0.05)
+
+
+def test_sigma_is_not_told_of_few_of_flat_ones_or_of_a_wide_gaussian() -> None:
+    generator = torch.Generator().manual_seed(5)
+    assert sigma(torch.randn(90, 2, generator=generator), 16.0) is None
+    assert sigma(anywhere(5000, 16.0, generator), 16.0) is None
+    assert sigma(torch.randn(20_000, 2, generator=generator) * 14.0, 16.0) is None

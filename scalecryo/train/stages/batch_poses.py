@@ -23,7 +23,7 @@ from scalecryo.pose.estimator import PoseEstimator
 from scalecryo.pose.related import RelatedRotations
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.schedule import THIN, THIN_GRID, IterationPlan
+from scalecryo.train.stages.schedule import THIN, THIN_GRID, THIN_SHIFTS, IterationPlan
 from scalecryo.train.stages.start_rounds import HALF_GRID
 
 FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
@@ -79,6 +79,7 @@ class BatchPoses:
         """
         self._plan, self._number, self._context, self._pixels = plan, number, context, pixels
         self._shift_radius = learned.shift_radius or context.shift_radius
+        self._shift_sigma = learned.shift_sigma
         self._related, self._group = related, context.point_group
         self._equivalent = None if self._group is None else self._group.others
         if related is not None:
@@ -152,11 +153,15 @@ class BatchPoses:
     def _search(self, *, thin: bool) -> SearchSource:
         plan, context = self._plan, self._context
         finer = finer_grid(self._group) * (THIN_GRID if thin else 1)
-        grid = so3_grid(HALF_GRID * finer).to(context.device)
+        grid, reach, sigma = so3_grid(HALF_GRID * finer).to(context.device), self._shift_radius, None
+        if thin and self._shift_sigma is not None:
+            sigma = self._shift_sigma
+            reach = min(reach, THIN_SHIFTS * sigma)
         return SearchSource(
-            grid, plan.search_radius_of(thin), context.shift_grid_px(plan.level, self._shift_radius),
+            grid, plan.search_radius_of(thin), context.shift_grid_px(plan.level, reach),
             plan.modes_of(thin), torch.Generator().manual_seed(context.config.train.seed * 1000 + self._number),
             None if self._related is None else self._related.similar, {}, self._group, everywhere=thin,
+            shift_sigma=sigma,
         )  # fmt: skip
 
     def _prepare(self, references: ReferenceSet) -> References:
@@ -168,6 +173,7 @@ class BatchPoses:
             left_out=left_out,
             fit_shift=self._context.fit_shift,
             shift_radius=self._shift_radius,
+            shift_sigma=self._shift_sigma,
             equivalent=self._equivalent,
         )
         return PoseEstimator(prepared, e_step, source, self._context.world.timer)

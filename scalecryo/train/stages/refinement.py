@@ -129,6 +129,7 @@ class Refinement:
         self._learned.groups.update()
         if iteration.plan.searched:
             self._reach_out(iteration.shifts.reach())  # host sync
+            self._learned.shift_sigma = iteration.shifts.sigma() if self._context.fit_shift else None  # host sync
         self._learned.references, self._iteration = after, None
         self._learned.particles.commit(world)
         return self._report(iteration, after, counts, related)
@@ -212,6 +213,7 @@ class Refinement:
             "strain": self._strain,
             "views": self._views,
             "shift_radius": self._learned.shift_radius,
+            "shift_sigma": self._learned.shift_sigma,
             "related": None if self._related is None else (self._related.similar, self._related.equivalent),
             "offers": self._offers.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -243,6 +245,7 @@ class Refinement:
         views = state.get("views")  # older checkpoints have none
         self._views = None if views is None else views.to(device)
         learned.shift_radius = state.get("shift_radius")  # older checkpoints have none
+        learned.shift_sigma = state.get("shift_sigma")  # older checkpoints have none
         if state["related"] is not None:
             self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
         if "offers" in state:  # older checkpoints have none

@@ -32,6 +32,7 @@ SEARCHES_EXPECTED, LOCAL_EXPECTED = 3, 3  # iterations, of most runs
 THIN_START, THIN = 20.0, 45.0  # nats that an image gains by a start's map, by an iteration's: below, it says little
 THIN_MODES, THIN_REACH, THIN_GRID = 20, 4 / 3, 2  # modes of a search then; radius and rotations, by the usual ones
 MAPPED = 8  # modes of such an image that enter the maps, each by its share of the probability
+THIN_SHIFTS = 3.0  # standard deviations of the shifts, up to which such an image is sought
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
 
 
@@ -82,6 +83,7 @@ class IterationPlan:
         left_out: bool,
         fit_shift: bool,
         shift_radius: float = 0.0,
+        shift_sigma: float | None = None,
         equivalent: Float[Tensor, "e 3 3"] | None = None,
     ) -> EStepPlan:
         """Candidates refined up to a middling radius; the choice, or the remembered pose, at the iteration's.
@@ -90,6 +92,7 @@ class IterationPlan:
             left_out: the references hold nothing of the particles: all of them are searched.
             fit_shift: whether shifts are unknown.
             shift_radius: of the disc of possible shifts, Å.
+            shift_sigma: of the prior of shifts of images that say little, Å; None: not known.
             equivalent: rotations that nothing tells apart.
         """
         highest = min(self.radius, CHOICE_RADIUS)
@@ -100,7 +103,7 @@ class IterationPlan:
         return EStepPlan(
             self.radius, passes, left_out, tuple(steps), fit_shift=fit_shift, equivalent=equivalent,
             probability_radius=min(self.radius, PROBABILITY_RADIUS), shift_radius=shift_radius,
-            modes=MAPPED,
+            modes=MAPPED, shift_sigma=shift_sigma,
         )  # fmt: skip
 
 
