@@ -13,7 +13,7 @@ from scalecryo.physics.particle_images import ParticleImages
 logger = logging.getLogger(__name__)
 LEAST_PARTICLES = 100  # two halves, a tenth of each held out
 ALIKE = 1e-3  # share of the images' power that differs from image to image, below which they are one image
-LEAST_CTF_CORRELATION = 0.02
+LEAST_CTF_CORRELATION, CERTAIN = 0.02, 3.0  # of power and CTF²; in standard errors, where images say little
 LEAST_CTF_SPREAD = 0.1
 DARK = -0.5  # skewness; proteins and ribosomes lie above +1 in their sphere
 
@@ -49,17 +49,19 @@ def check_images(batch: ParticleImages, where: str) -> None:
         logger.info("the particles carry no CTF: their images are taken as plain projections")
         return
     follows = ctf_correlation(batch)
-    if follows is not None and follows < LEAST_CTF_CORRELATION:
+    if follows is not None and follows[0] < LEAST_CTF_CORRELATION and follows[1] < CERTAIN:
         logger.warning(
             "the images' power does not follow the CTFs of the table (correlation %.3f): check pixel size, "
-            "defocus unit and voltage", follows,
+            "defocus unit and voltage", follows[0],
         )  # fmt: skip
 
 
-def ctf_correlation(batch: ParticleImages) -> float | None:
-    """Correlation, from image to image, of the power at each Fourier pixel with the CTF²; None where CTFs are alike.
+def ctf_correlation(batch: ParticleImages) -> tuple[float, float] | None:
+    """Correlation, from image to image, of the power at each Fourier pixel with the CTF², and how many standard errors
+    it is; None where CTFs are alike.
 
-    Right CTFs of different defocus give a clearly positive one; those of another pixel size, unit or table do not.
+    Right CTFs of different defocus give a positive one, small where noise is strong; those of another pixel size, unit
+    or table do not.
     """
     if batch.ctf is None:
         return None
@@ -74,8 +76,10 @@ def ctf_correlation(batch: ParticleImages) -> float | None:
     weight[0] = 0.0
     if float(weight.sum()) < 20:
         return None
-    cross = (found * wanted * weight).sum()
-    return float(cross / ((found.square() * weight).sum() * (wanted.square() * weight).sum()).sqrt())
+    cross = (found * wanted * weight).sum(1)
+    correlation = cross.sum() / ((found.square() * weight).sum() * (wanted.square() * weight).sum()).sqrt()
+    error = cross.std() / len(cross) ** 0.5
+    return float(correlation), float(cross.mean() / error.clamp_min(1e-30))
 
 
 def check_contrast(volume: Float[Tensor, "n n n"], where: str) -> None:
