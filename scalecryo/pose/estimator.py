@@ -20,7 +20,7 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, PoseEstimates
 from scalecryo.pose.candidate_refinement import PRUNE_FRACTION, empty_cost, refine_candidates, refined_modes
 from scalecryo.pose.candidate_sources import CandidateSource
-from scalecryo.pose.particle_probability import particle_probability, pose_gain
+from scalecryo.pose.particle_probability import ParticleProbability, pose_gain
 from scalecryo.pose.search import templates
 
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to show the particle
@@ -73,6 +73,7 @@ class PoseEstimator:
         """
         self._references, self._plan, self._source, self._timer = references, plan, source, timer
         self._classes = 1 + max(number for number, _ in references)
+        self._judges: dict[int, ParticleProbability] = {}  # by reference, which outlives this
 
     def estimate(
         self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], *, all_classes: bool = False
@@ -183,9 +184,12 @@ class PoseEstimator:
         plan = self._plan
         if not plan.probability_radius:
             return found
-        radius, shift_radius = plan.probability_radius, plan.shift_radius if plan.fit_shift else 0.0
-        probability = particle_probability(images, found, reference, radius, shift_radius)
-        return replace(found, particle_probability=probability)
+        judge = self._judges.get(id(reference))
+        if judge is None:
+            pixels, shift_radius = images.pixels.prefix(plan.probability_radius), plan.shift_radius
+            judge = ParticleProbability(reference, pixels, shift_radius if plan.fit_shift else 0.0)
+            self._judges[id(reference)] = judge
+        return replace(found, particle_probability=judge.of(images, found))
 
     def _candidates(
         self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], reference: Reference

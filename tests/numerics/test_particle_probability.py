@@ -12,7 +12,7 @@ from scalecryo.physics.mask import soft_disc
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.particle_probability import EDGE_PX, _random_evidence
+from scalecryo.pose.particle_probability import EDGE_PX, RandomDensity
 from scalecryo.pose.search import templates
 from tests.numerics.test_estimator import (
     BOX,
@@ -66,7 +66,7 @@ def test_the_evidence_of_a_random_density_is_that_of_a_gaussian_process(defocuse
     particles = ParticleImages(rows, one.long(), one, rows * 0, pixels, PIXEL_SIZE)
     particles = particles.with_transforms(images, ctf.expand(COUNT, -1))
     poses = replace(PoseEstimates.unknown(COUNT), shift=shift_px * PIXEL_SIZE)
-    found = _random_evidence(particles, poses, spectrum, DIAMETER, weight)
+    found = RandomDensity(pixels, spectrum, weight, DIAMETER).log_evidence(particles, poses)
     for half in (slice(0, COUNT // 2), slice(COUNT // 2, COUNT)):
         assert float(found[half].mean() / exact[half].mean()) == pytest.approx(1, abs=0.15)
     assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) > 0.99
