@@ -26,7 +26,7 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.schedule import THIN, THIN_GRID, THIN_SHIFTS, IterationPlan
 from scalecryo.train.stages.start_rounds import HALF_GRID
 
-FITTING = 0.5  # probability of showing the particle below which it is sought anew, wherever it may lie
+FITTING = 0.2  # probability of showing the particle below which it is sought anew, anywhere; at 0.5 nobody can tell
 Parts = list[ReferenceSet]  # maps of each half without one of its parts
 
 
