@@ -24,9 +24,7 @@ def soft_disc(
     box_size: int, radius_px: float, edge_px: float = 3.0, device: torch.device | str | None = None
 ) -> Float[Tensor, "n n"]:
     """`soft_sphere` in the plane: its section through the centre."""
-    check_even_box(box_size)
-    squared = (torch.arange(box_size, device=device, dtype=torch.float32) - box_size // 2).square()
-    return _raised_cosine((squared[:, None] + squared).sqrt() - radius_px, edge_px)
+    return soft_sphere(box_size, radius_px, edge_px, device)[box_size // 2]
 
 
 def _radius(box_size: int, device: torch.device | str | None) -> Float[Tensor, "n n n"]:

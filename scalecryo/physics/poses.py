@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+FITTING = 0.2  # probability of showing the particle below which an image does not; at 0.5 nobody can tell
+
 
 @dataclass(frozen=True, eq=False)
 class Poses:

@@ -13,6 +13,7 @@ from scalecryo.physics.poses import PoseCandidates, PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.local_refinement import refine_poses
 from scalecryo.pose.related import angle_modulo
+from scalecryo.pose.shift_spread import shift_log_prior
 
 # A candidate is pruned on the way where it is further behind its image's best than a share of what the best gains over
 # an empty image, and than so many nats: one that starts at a grid's point has still some way to go.
@@ -95,7 +96,7 @@ def refined_modes(
     rotation, shift_px = candidates.rotation.clone(), candidates.shift / images.pixel_size
     rotation[left.image, left.slot], shift_px[left.image, left.slot] = left.rotation, left.shift_px
     if shift_sigma is not None:
-        cost = cost + 0.5 * (shift_px * (images.pixel_size / shift_sigma)).square().sum(-1)
+        cost = cost - shift_log_prior(shift_px, images.pixel_size, shift_sigma)
     row = torch.arange(b, device=cost.device)
     picks: list[Tensor] = []
     costs: list[Tensor] = []

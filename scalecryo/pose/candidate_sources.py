@@ -19,6 +19,7 @@ from scalecryo.physics.poses import PoseCandidates, Poses, concatenated
 from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.modes import separated_modes
 from scalecryo.pose.search import Posterior, grid_posterior, templates, turned_grid, with_flips
+from scalecryo.pose.shift_spread import shift_log_prior
 
 SEPARATION_DEG = 25.0
 MARGIN_DEG = 7.5  # half a step of the grid, by which a search goes beyond the asymmetric unit
@@ -84,7 +85,7 @@ class GridSearch:
         that prior."""
         near, prior = images.within(self.pixels.radius_limit), None
         if shift_sigma is not None:
-            prior = -0.5 * (shift_grid_px * (images.pixel_size / shift_sigma)).square().sum(1)
+            prior = shift_log_prior(shift_grid_px, images.pixel_size, shift_sigma)
         return grid_posterior(
             near.transforms, near.ctf, self._weight, self._bank, shift_grid_px, self.pixels, keep=self._keep,
             shift_log_prior=prior,

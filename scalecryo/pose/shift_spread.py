@@ -22,12 +22,17 @@ BETTER = 10.0  # nats that a mixture must explain the shifts better by than a Ga
 STEPS = 200  # of the mixture's fit
 
 
+def shift_log_prior(shift_px: Float[Tensor, "*b 2"], pixel_size: float, sigma: float) -> Float[Tensor, "*b"]:
+    """Logarithm of the Gaussian, up to a constant, whose standard deviation along x and y is given in Å."""
+    return -0.5 * (shift_px * (pixel_size / sigma)).square().sum(-1)
+
+
 class ShiftSpread:
     """Sums over the particles that were found within a disc.
 
     Attributes:
-        sums: their number, their squared distances from the centre in units of the disc's radius, and how many there
-            are in each of equal bins of these; sums over particles, so those of several workers add.
+        sums: their squared distances from the centre in units of the disc's radius, and how many there are in each of
+            equal bins of these; sums over particles, so those of several workers add.
     """
 
     def __init__(self, radius: float, device: torch.device) -> None:
@@ -37,18 +42,19 @@ class ShiftSpread:
             device: of the sums.
         """
         self._radius = radius
-        self.sums = torch.zeros(2 + BINS, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(1 + BINS, dtype=torch.float64, device=device)
 
     def add(self, shift: Float[Tensor, "b 2"], use: Bool[Tensor, " b"]) -> None:
         """Take in particles, at shifts in Å; those outside the disc tell nothing."""
         squared = shift.double().square().sum(1) / self._radius**2
         inside = (use & (squared < 1)).double()
-        self.sums[:2] += torch.stack([inside.sum(), (inside * squared).sum()])
-        self.sums[2:].index_add_(0, (BINS * squared).long().clamp_max(BINS - 1), inside)
+        self.sums[0] += (inside * squared).sum()
+        self.sums[1:].index_add_(0, (BINS * squared).long().clamp_max(BINS - 1), inside)
 
     def reach(self) -> float:
         """Radius in Å that holds nearly all particles; at least the disc's. Host sync."""
-        count, total = self.sums[:2].tolist()
+        total, *bins = self.sums.tolist()
+        count = sum(bins)
         if count < LEAST:
             return self._radius
         return max(self._radius, REACH * self._radius / (2 * _decay(total / count)) ** 0.5)
@@ -56,7 +62,8 @@ class ShiftSpread:
     def sigma(self) -> float | None:
         """Standard deviation in Å along x and y of the particles that were posed rightly; None: it cannot be told, or
         is not small beside the disc. Host sync."""
-        count, total, *bins = self.sums.tolist()
+        total, *bins = self.sums.tolist()
+        count = sum(bins)
         if count < LEAST:
             return None
         decay = _decay(total / count)

@@ -19,11 +19,10 @@ from scalecryo.map.postprocess import FinalMap, postprocess
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.fsc import resolution
-from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.poses import FITTING, PoseEstimates
 from scalecryo.runs.folder import RunFolder
 
 EMPTY_SHARE = 0.01  # of the particles, below which a class is all but empty
-SHOWN = 0.2  # median probability that its images show a particle, below which a class is junk; 0.5: nobody can tell
 SAME = 0.97  # of what two maps of one structure correlate by, from which on two classes show the same
 SAME_BOX, SAME_FROM = 48, 2  # largest box, px, in which classes are compared, and their first shell
 POOR = 0.5  # of the best class's resolution in Fourier shells, below which a class is no structure of its own
@@ -120,7 +119,7 @@ def summaries_of(poses: PoseEstimates, maps: ReferenceSet, finals: list[FinalMap
         share, verdict = len(own) / total, ""
         if share < EMPTY_SHARE:
             verdict = "all but empty"
-        elif float(own.median()) < SHOWN:
+        elif float(own.median()) < FITTING:
             verdict = "images that show no particle"
         elif shell < POOR * best:
             verdict = "no structure of its own: a mixture, junk, or too few particles"

@@ -25,7 +25,7 @@ def particles(snr: float) -> ParticleImages:
     shape = (2, COUNT, len(pixels))
     signal, noise = torch.randn(shape, dtype=torch.complex64, generator=generator)
     spectrum = snr * torch.exp(-pixels.radius / 10 + 1)
-    return replace(images).with_transforms(signal * spectrum.sqrt() * images.ctf + noise, images.ctf)
+    return images.with_transforms(signal * spectrum.sqrt() * images.ctf + noise, images.ctf)
 
 
 @pytest.mark.parametrize("snr", [0.5, 0.1])

@@ -17,6 +17,13 @@ def reach(shift: Tensor, radius: float, use: Tensor | None = None) -> float:
     return spread.reach()
 
 
+def anywhere(count: int, radius: float, generator: torch.Generator) -> Tensor:
+    """In a disc, all places alike."""
+    distance = radius * torch.rand(count, generator=generator).sqrt()
+    angle = 2 * math.pi * torch.rand(count, generator=generator)
+    return torch.stack([distance * angle.cos(), distance * angle.sin()], 1)
+
+
 @pytest.mark.parametrize("sigma", [6.0, 12.0, 18.0])
 def test_spread_is_found_from_the_disc_alone(sigma: float) -> None:
     # Drawn from a Gaussian of 20,000: the mean of r²/R² has an error of 0.3/sqrt(n); at sigma = R that is 5 % of sigma.
@@ -27,9 +34,7 @@ def test_spread_is_found_from_the_disc_alone(sigma: float) -> None:
 def test_the_disc_is_the_least_and_a_flat_spread_has_an_end() -> None:
     generator = torch.Generator().manual_seed(2)
     assert reach(torch.randn(5000, 2, generator=generator) * 2.0, 20.0) == 20.0
-    radius = 20.0 * torch.rand(20_000, generator=generator).sqrt()
-    angle = 2 * math.pi * torch.rand(20_000, generator=generator)
-    flat = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
+    flat = anywhere(20_000, 20.0, generator)
     # Decay of 1/2 over the disc is the least: sigma = R, so 4 R.
     assert reach(flat, 20.0) == pytest.approx(80.0)
 
@@ -48,13 +53,6 @@ def sigma(shift: Tensor, radius: float) -> float | None:
     spread = ShiftSpread(radius, CPU)
     spread.add(shift, torch.ones(len(shift), dtype=torch.bool))
     return spread.sigma()
-
-
-def anywhere(count: int, radius: float, generator: torch.Generator) -> Tensor:
-    """In a disc, all places alike."""
-    distance = radius * torch.rand(count, generator=generator).sqrt()
-    angle = 2 * math.pi * torch.rand(count, generator=generator)
-    return torch.stack([distance * angle.cos(), distance * angle.sin()], 1)
 
 
 @pytest.mark.parametrize("wrong", [0, 10_000, 20_000])

@@ -16,7 +16,7 @@ from scalecryo.map.reference import References, ReferenceSet
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.grouping import rows_by_group
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.poses import FITTING, PoseEstimates
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_sources import CandidateSource, SearchSource, finer_grid
 from scalecryo.pose.estimator import PoseEstimator
@@ -26,7 +26,6 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.schedule import THIN, THIN_GRID, THIN_SHIFTS, IterationPlan
 from scalecryo.train.stages.start_rounds import HALF_GRID
 
-FITTING = 0.2  # probability of showing the particle below which it is sought anew, anywhere; at 0.5 nobody can tell
 Parts = list[ReferenceSet]  # maps of each half without one of its parts
 
 

@@ -14,7 +14,7 @@ from scalecryo.map.reference import Reference, ReferenceSet
 from scalecryo.physics.fsc import resolution
 from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseEstimates
+from scalecryo.physics.poses import FITTING, PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.candidate_refinement import SAME
 from scalecryo.pose.estimator import map_weight
@@ -29,7 +29,7 @@ from scalecryo.train.encoder_training import PoseLearner, TrainingBatch
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.batch_poses import FITTING, BatchPoses, Parts, PosedBatch
+from scalecryo.train.stages.batch_poses import BatchPoses, Parts, PosedBatch
 from scalecryo.train.stages.schedule import IterationPlan
 
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
