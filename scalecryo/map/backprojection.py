@@ -135,6 +135,20 @@ class Backprojection:
             found = with_copies(numerator[part], denominator[part], self._copies, radius * self.scale + 2)
             numerator[part], denominator[part] = found
 
+    def moved(self, centre: Float[Tensor, "3"]) -> None:
+        """Bring a point of the maps (x, y, z, as shares of the box from its centre) to the centre."""
+        line = torch.fft.fftfreq(self.padded_box, 1 / self.padded_box, device=self.numerator.device) / self.scale
+        x, y, z = (torch.exp(2j * math.pi * line * place) for place in centre.to(line))
+        self.numerator *= z[:, None, None] * y[:, None] * x[: self.padded_box // 2 + 1]
+
+    def weight(self, class_index: int = 0, half: int = 1) -> Float[Tensor, "n n h"]:
+        """The sums of weights on the grid of an unpadded map's transform."""
+        step = self.padded_box // self.box_size
+        edge = friedel_pairs(self.denominator[class_index, half - 1])
+        coarse = self.denominator[class_index, half - 1, ::step, ::step, ::step].clone()
+        coarse[:, :, 0] = edge[::step, ::step]
+        return coarse
+
     def of_class(self, number: int) -> "Backprojection":
         """The sums of one class, in the same memory."""
         own = Backprojection(self.box_size, self.scale, "meta")

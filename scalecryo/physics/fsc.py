@@ -8,7 +8,7 @@ often as it occurs there).
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.errors import InputError
@@ -34,10 +34,23 @@ def _shell_sums(values: Tensor, box_size: int) -> Float[Tensor, " s"]:
     return sums.index_add_(0, shell.flatten(), (values.double() * weight).flatten())[: half + 1]
 
 
-def _correlation(a: Tensor, b: Tensor, box_size: int) -> Float[Tensor, " s"]:
-    cross = _shell_sums(a.real * b.real + a.imag * b.imag, box_size)
-    power = _shell_sums(a.abs().square(), box_size) * _shell_sums(b.abs().square(), box_size)
-    return torch.where(power > 0, cross / power.clamp_min(torch.finfo(power.dtype).tiny).sqrt(), 0.0)
+def transform_correlation(
+    a: Complex[Tensor, "n n h"], b: Complex[Tensor, "n n h"], smooth: int = 0
+) -> Float[Tensor, " s"]:
+    """Correlation of two half-complex transforms on shells 0 .. n/2, double precision; 0 where either is empty.
+
+    Args:
+        a, b: the transforms.
+        smooth: shells to either side whose sums count as well.
+    """
+    box_size = a.shape[0]
+    fields = a.real * b.real + a.imag * b.imag, a.abs().square(), b.abs().square()
+    sums = torch.stack([_shell_sums(field, box_size) for field in fields])
+    if smooth:
+        window = torch.ones(1, 1, 2 * smooth + 1).to(sums)
+        sums = torch.nn.functional.conv1d(sums[:, None], window, padding=smooth)[:, 0]
+    power = sums[1] * sums[2]
+    return torch.where(power > 0, sums[0] / power.clamp_min(torch.finfo(power.dtype).tiny).sqrt(), 0.0)
 
 
 def fsc(a: Float[Tensor, "n n n"], b: Float[Tensor, "n n n"]) -> Float[Tensor, " n//2+1"]:
@@ -49,7 +62,7 @@ def fsc(a: Float[Tensor, "n n n"], b: Float[Tensor, "n n n"]) -> Float[Tensor, "
         InputError: the maps differ in box size, or the box is odd.
     """
     check_same_box(a, b)
-    return _correlation(rfft3_centred(a), rfft3_centred(b), a.shape[-1])
+    return transform_correlation(rfft3_centred(a), rfft3_centred(b))
 
 
 def check_same_box(a: Tensor, b: Tensor) -> None:

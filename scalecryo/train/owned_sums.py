@@ -5,9 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.distributed.world import World
+from scalecryo.evaluate.align_maps import linear_map
 from scalecryo.map.backprojection import REGULARISATION, TOGETHER, Backprojection
 from scalecryo.map.component_frame import ridge_of
 from scalecryo.map.components import ComponentSums
+from scalecryo.map.pseudo_symmetry import drawn_to_symmetry, symmetry_centre
+from scalecryo.pose.related import RelatedPoses
 
 
 class OwnedSums:
@@ -69,6 +72,29 @@ class OwnedSums:
         for owner, maps in owners.items():
             self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
         return found
+
+    def drawn_to_symmetry(
+        self, related: RelatedPoses, radius: float, mask: Float[Tensor, "n n n"]
+    ) -> Float[Tensor, "2 n n n"]:
+        """Half-maps of the only map for telling related poses apart (`pseudo_symmetry`). Collective.
+
+        Args:
+            related: poses that show almost the same.
+            radius: Fourier pixels up to which images were inserted.
+            mask: around the map's density.
+        """
+        maps, copies = self._empty(2), self._empty(2)
+        weight = maps.new_zeros(2, *maps.shape[1:3], self.sums.box_size // 2 + 1)
+        centre, whole_turn = symmetry_centre(related.rotation, related.offset), torch.eye(3).to(mask)
+        for _, half in self._by_owner().get(self._world.rank, []):
+            whole = self.sums.merged(self._classes(0), half)
+            maps[half - 1], weight[half - 1] = whole.solve_one(), whole.weight()
+            whole.moved(centre)
+            whole.symmetrise(related.rotation[1:], radius)
+            copies[half - 1] = linear_map(whole.solve_one(), whole_turn, centre * self.sums.box_size)
+        for owner, owned in self._by_owner().items():
+            self._world.broadcast_(owner, *(part[half - 1] for _, half in owned for part in (maps, copies, weight)))
+        return drawn_to_symmetry(maps * mask, copies * mask, weight)
 
     def solve_joined(
         self, regularisation: float = REGULARISATION, *, without: int | None = None

@@ -12,6 +12,7 @@ from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.component_frame import ridge_of
 from scalecryo.map.components import ComponentSums
 from scalecryo.physics.symmetry import PointGroup
+from scalecryo.pose.related import RelatedPoses
 from scalecryo.train.owned_sums import OwnedSums, solve_components
 from tests.support.thread_world import ThreadWorld
 
@@ -81,6 +82,27 @@ def test_maps_of_all_workers_sums(size: int, classes: int, symmetric: bool, join
         for maps, reference in zip(found, expected, strict=True):
             # Single precision; three addends may be added in another order.
             torch.testing.assert_close(maps, reference, rtol=1e-5, atol=1e-6 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_maps_drawn_to_a_symmetry_of_all_workers_sums(size: int) -> None:
+    """Reference: one worker with all sums; sums stay as they are."""
+    whole, group = _sums(0, PARTS), PointGroup.of("C2")
+    for rank in range(1, size):
+        for total, more in zip(whole.tensors(), _sums(rank, PARTS).tensors(), strict=True):
+            total += more
+    related = RelatedPoses(group.rotations, torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]]))
+    mask, before = torch.ones(BOX, BOX, BOX), whole.numerator.clone()
+    expected = OwnedSums(whole, World(), parts=PARTS).drawn_to_symmetry(related, RADIUS, mask)
+    assert torch.equal(whole.numerator, before)
+
+    def work(world: World) -> list[Tensor]:
+        owned = OwnedSums(_sums(world.rank, PARTS), world, parts=PARTS)
+        owned.reduce_(RADIUS)
+        return [owned.drawn_to_symmetry(related, RADIUS, mask)]
+
+    for (found,) in _by_all(size, work):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -30,6 +30,7 @@ from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.batch_poses import BatchPoses, Parts, PosedBatch
+from scalecryo.train.stages.related_offers import RelatedOffer
 from scalecryo.train.stages.schedule import IterationPlan
 
 FIRST_ENCODER_ITERATION = 2  # the first iterations' maps and poses are too coarse to learn from
@@ -54,7 +55,7 @@ class Iteration:
         strain: Tensor | None,
         related: RelatedRotations | None,
         balance: ViewWeights | None,
-        related_poses: RelatedPoses | None,
+        offer: RelatedOffer | None,
     ) -> None:
         """
         Args:
@@ -66,7 +67,7 @@ class Iteration:
             strain: of each half's map since its poses were found, or None.
             related: poses that the map's symmetry or pseudo-symmetry relates; None: not known.
             balance: weights of crowded views in the sums; None: all views weigh alike.
-            related_poses: that particles of one half are offered before they are refined; None: none.
+            offer: poses that particles of one half are offered before they are refined; None: none.
             parts: maps of each half without one of its parts; None: those who are searched are posed against whole
                 halves.
         """
@@ -97,12 +98,12 @@ class Iteration:
             plan, number, context, learned, references, parts, self.pixels, related
         )
         self._exchange: RelatedExchange | None = None
-        if related_poses is not None and not plan.searched:
+        if offer is not None and not plan.searched:
             # Noise beyond must not choose: images chosen by the other half's noise would agree with it. No mask, which
             # spreads a shell's correlation over the next ones.
             sure, _ = resolution(references.fsc[0], references.level, references.pixel_size, SURE)  # host sync
-            radius = min(plan.radius, sure)
-            self._exchange = RelatedExchange(self._posing.prepared, related_poses, radius, context.fit_shift)
+            radius, prepared = min(plan.radius, sure), offer.references.at(plan.level, self.pixels)
+            self._exchange = RelatedExchange(prepared, offer.poses, radius, context.fit_shift)
         self._encoder, self._encoder_reference = learned.encoder, None
         if self._encoder is not None:
             self._encoder.begin(number)
@@ -280,8 +281,13 @@ class Iteration:
         counts = self.counts, self.class_counts, self.views.counts, self.shifts.sums, self.lost, self.exchanged
         return (*self._residuals.tensors(), *self.creep.tensors(), *counts)
 
-    def finish(self, world: World) -> ReferenceSet:
-        """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective."""
+    def finish(self, world: World, *, keep: bool = False) -> ReferenceSet:
+        """Sum over the workers, solve, compare the halves; nothing is posed after it. Collective.
+
+        Args:
+            world: all workers.
+            keep: whether `drawn_to_symmetry` comes after it.
+        """
         self._poses = self._exchange = None  # their transforms take more memory than the sums
         self._owned = OwnedSums(self._sums, world, parts=PARTS if self.plan.searched else 1)
         self._owned.reduce_(self.pixels.radius_limit)
@@ -289,7 +295,19 @@ class Iteration:
         if self._group is not None:
             with world.timer.part("symmetrise"):
                 self._owned.symmetrise(self._group.others, self.pixels.radius_limit)
+        self._keep = keep or self.plan.searched
         return self._compared()
+
+    def drawn_to_symmetry(self, references: ReferenceSet, related: RelatedPoses) -> ReferenceSet:
+        """The maps for telling related poses apart. Collective.
+
+        Args:
+            references: of `finish`, of one class.
+            related: poses that show almost the same.
+        """
+        with self._context.world.timer.part("symmetrise"):
+            maps = self._owned.drawn_to_symmetry(related, self.pixels.radius_limit, references.mask[0])
+        return replace(references, maps=maps[None])
 
     def parts_left_out(self) -> Parts:
         """The same of each half without one of its parts, which an iteration that searches sums apart. Collective."""
@@ -299,7 +317,7 @@ class Iteration:
         noise = self._residuals.variance() / self.plan.level**2
         with self._context.world.timer.part("solve"):
             solved = self._owned.solve(without=without)
-        if not self.plan.searched:  # which sums parts apart, for `parts_left_out`
+        if not self._keep:  # for `parts_left_out` or `drawn_to_symmetry`
             self._sums.release()
         pixel_size = self._context.store.level_pixel_size(self.plan.level)
         return ReferenceSet.of_maps(

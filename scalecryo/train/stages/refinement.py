@@ -21,7 +21,7 @@ from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.image_signal import ImageSignal
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.related import RelatedPoses, RelatedRotations
+from scalecryo.pose.related import RelatedRotations
 from scalecryo.pose.strain import StrainSteps
 from scalecryo.pose.view_balance import ViewWeights
 from scalecryo.runs.monitor import PassReport
@@ -30,8 +30,8 @@ from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.batch_poses import Parts
 from scalecryo.train.stages.iteration import Iteration
-from scalecryo.train.stages.related_offers import RelatedOffers
-from scalecryo.train.stages.schedule import FIRST_RADIUS, THIN_START, IterationPlan, Schedule
+from scalecryo.train.stages.related_offers import RelatedOffer, RelatedOffers
+from scalecryo.train.stages.schedule import FIRST_RADIUS, THIN_START, Schedule
 
 logger = logging.getLogger(__name__)
 SIGNAL = 0.143  # correlation of the halves that shows signal (Rosenthal & Henderson 2003)
@@ -65,6 +65,7 @@ class Refinement:
         self._parts: Parts | None = None
         self._related: RelatedRotations | None = None
         self._offers = RelatedOffers()
+        self._offer: RelatedOffer | None = None  # of the next iteration
         self._iteration: Iteration | None = None
         self._views: Tensor | None = None  # of each class, along the directions of `ViewCounts`
 
@@ -86,11 +87,14 @@ class Refinement:
             self._offers.look_at(self._related, context.world)
             if told := self._related.told(context.point_group):
                 logger.info("%s", told)
+        offer = self._offer
         if self._strain is not None:
             references = _strained_maps(references, self._strain)
+            if offer is not None:
+                offer = replace(offer, references=_strained_maps(offer.references, self._strain))
         self._iteration = Iteration(
             plan, schedule.number, context, self._learned, references, parts, self._strain, self._related,
-            self._balance(), self._related_poses(plan),
+            self._balance(), offer,
         )  # fmt: skip
         epoch = context.order(plan.level, settings.batch_size).steps_per_epoch
         batches = min(epoch, -(-settings.iteration_particles // settings.batch_size))
@@ -108,7 +112,7 @@ class Refinement:
         iteration, before = self._iteration, self._learned.references
         assert iteration is not None, "request() comes first"
         assert before is not None, "a start comes before the refinement"
-        after = iteration.finish(world)
+        after = iteration.finish(world, keep=self._offers.any)
         counts = iteration.counts.tolist()  # host sync
         gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
         velocity = self._velocity(iteration)
@@ -123,6 +127,7 @@ class Refinement:
         self._follow(iteration, velocity)
         related = _share(*iteration.exchanged.tolist())  # host sync
         self._offers.note(related)
+        self._offer = self._next_offer(iteration, after)
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
         assert self._learned.groups is not None, "the refinement brings them"
         world.all_reduce_(*self._learned.groups.tensors())
@@ -146,12 +151,12 @@ class Refinement:
         done = self._iteration.take_up(pause)
         return replace(request, start=request.start + done, batches=request.batches - done)
 
-    def _related_poses(self, plan: IterationPlan) -> RelatedPoses | None:
-        """To offer to particles that are not searched any more. Collective."""
-        references = self._learned.references
-        if plan.searched or references is None:
+    def _next_offer(self, iteration: Iteration, references: ReferenceSet) -> RelatedOffer | None:
+        """For particles that are not searched any more. Collective."""
+        if self._schedule.searched or self._schedule.ended or references.classes > 1:
             return None
-        return self._offers.at(references, plan.radius, self._context)
+        related = self._offers.at(references, self._schedule.radius, self._context)
+        return None if related is None else RelatedOffer(related, iteration.drawn_to_symmetry(references, related))
 
     def _balance(self) -> ViewWeights | None:
         """Weights of the views of the last iteration's poses, while they creep."""
@@ -215,7 +220,7 @@ class Refinement:
             "shift_radius": self._learned.shift_radius,
             "shift_sigma": self._learned.shift_sigma,
             "related": None if self._related is None else (self._related.similar, self._related.equivalent),
-            "offers": self._offers.state_dict(),
+            "offers": self._offers.state_dict(self._offer),
             "schedule": self._schedule.state_dict(),
             "count": self._context.store.count,
             "more": self._most - self._context.config.guided.iterations,
@@ -249,7 +254,7 @@ class Refinement:
         if state["related"] is not None:
             self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
         if "offers" in state:  # older checkpoints have none
-            self._offers.load_state_dict(state["offers"], device)
+            self._offer = self._offers.load_state_dict(state["offers"], device)
         self._schedule.load_state_dict(state["schedule"])
         self._most += state.get("more", 0)
         count = self._context.store.count

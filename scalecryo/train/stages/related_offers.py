@@ -1,6 +1,7 @@
 """Which iterations of the refinement offer particles related poses, and which poses these are."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ from scalecryo.train.particle_source import RunContext
 MOST = 60  # poses: what an icosahedron relates
 FARTHER = 1.1  # times the radius at which they were found, beyond which they are found anew
 RARE = 0.01  # share of the offers to either half that are taken, below which no more are made
+
+
+@dataclass(frozen=True, eq=False)
+class RelatedOffer:
+    """What particles are offered in an iteration.
+
+    Attributes:
+        poses: that the maps relate.
+        references: that tell them apart.
+    """
+
+    poses: RelatedPoses
+    references: ReferenceSet
 
 
 class RelatedOffers:
@@ -34,9 +48,14 @@ class RelatedOffers:
         world.all_reduce_(seen)
         self._any = bool(seen)  # host sync
 
+    @property
+    def any(self) -> bool:
+        """Whether there is something to offer, and any of the last offers was taken."""
+        return self._any and (len(self._taken) < 2 or max(self._taken[-2:]) >= RARE)
+
     def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
         """Poses to offer in an iteration with references of one class; None: none. Collective."""
-        if not self._any or (len(self._taken) > 1 and max(self._taken[-2:]) < RARE):
+        if not self.any:
             return None
         if self._poses is None or radius > FARTHER * self._radius:
             with context.world.timer.part("symmetry"):
@@ -52,13 +71,20 @@ class RelatedOffers:
         if share is not None:
             self._taken.append(share)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+    def state_dict(self, offer: RelatedOffer | None) -> dict[str, Any]:
+        """What a checkpoint keeps of it, and of what the next iteration offers."""
         poses = None if self._poses is None else self._poses.state_dict()
-        return {"any": self._any, "poses": poses, "radius": self._radius, "taken": list(self._taken)}
+        references = None if offer is None else offer.references.state_dict()
+        return {
+            "any": self._any, "poses": poses, "radius": self._radius, "taken": list(self._taken),
+            "references": references,
+        }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """What `state_dict` gave."""
-        poses = state["poses"]
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> RelatedOffer | None:
+        """What `state_dict` gave; returns the offer."""
+        poses, references = state["poses"], state.get("references")  # older checkpoints have no references
         self._poses = None if poses is None else RelatedPoses(**{name: part.to(device) for name, part in poses.items()})
         self._any, self._radius, self._taken = state["any"], state["radius"], list(state["taken"])
+        if self._poses is None or references is None:
+            return None
+        return RelatedOffer(self._poses, ReferenceSet.from_state_dict(references, device))
