@@ -31,7 +31,7 @@ from scalecryo.train.march import March
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.random_starts import PairedGains, RandomStarts, copied, round_told
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.checks import check_contrast, check_count, check_images
+from scalecryo.train.stages.checks import FirstLook, check_contrast, check_count
 from scalecryo.train.voxel_maps import VoxelMaps
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class AutoEncoding:
         self._starts = RandomStarts(settings.starts, settings.start_steps, settings.steps)
         self._judges: list[tuple[Tensor, ParticleImages]] = []  # circles and white images of held-out particles
         self._step, self._until = 0, -1  # of the march, and where the pass under way ends; -1: none is
+        self._first_look = FirstLook(context.config.run.data)
         self._batches = 0  # read in all
         self._losses: list[Tensor] = []
         self._gains = torch.zeros(3, dtype=torch.float64, device=context.device)
@@ -201,14 +202,14 @@ class AutoEncoding:
     def _look(self, batch: ParticleImages) -> None:
         assert batch.real is not None, "read from the store"
         self._batches += 1
-        if self._batches == 1:
-            check_images(batch, self._context.config.run.data)
+        self._first_look.add(batch)
         self._noise.add(batch.real, batch.optics_group, batch.weight)
         circles = encoder_input(batch, self._trainer.circles).square().mean(2).unflatten(1, (2, -1)).sum(1)
         self._circle_sums[0] += (circles * batch.weight[:, None]).sum(0)
         self._circle_sums[1] += batch.weight.sum()
 
     def _finish_look(self, world: World) -> PassReport:
+        self._first_look.end()
         world.all_reduce_(*self._noise.tensors())
         world.all_reduce_(self._circle_sums)
         power, count = self._circle_sums

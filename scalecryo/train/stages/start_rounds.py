@@ -25,7 +25,7 @@ from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.runs.paused import Pause
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.checks import check_count, check_images
+from scalecryo.train.stages.checks import FirstLook, check_count
 
 RADIUS = 12.0  # Fourier pixels that are compared
 READ_RADIUS = 14.0  # Fourier pixels that are read: the noise is estimated a little beyond what is compared
@@ -59,6 +59,7 @@ class StartRounds(ABC):
         check_count(context.count, context.config.run.data)
         self._context, self._learned = context, learned
         self._groups = learned.groups = ImageGroups(context.store.box_size, context.device)
+        self._look = FirstLook(context.config.run.data)
         level = min(context.store.levels)
         self._steps = context.config.guided.bootstrap_steps
         self._read_in(batch)
@@ -91,9 +92,9 @@ class StartRounds(ABC):
         (batch,) = images
         self._images += len(batch)
         held_out = self._context.partition.held_out(batch.rows)
-        if self._step == 0:
-            check_images(batch, self._context.config.run.data)
-        if self._step < self._first_pass:  # of each optics group: an image is noise, but for a few per cent
+        if self._step < self._first_pass:
+            self._look.add(batch)
+            # Of each optics group: an image is noise, but for a few per cent.
             self._groups.add_residuals(batch.transforms, batch)
         batch = self._groups.corrected(batch)
         if self._step < self._end_of_round:
@@ -193,6 +194,7 @@ class StartRounds(ABC):
         self._sums.numerator += fresh.numerator
         self._sums.denominator += fresh.denominator
         if self._step == self._first_pass - 1:
+            self._look.end()
             world.all_reduce_(*self._groups.tensors())
             self._groups.update()
 
