@@ -44,7 +44,6 @@ def expected_slices(
     shift_grid_px: Float[Tensor, "t 2"],
     pixels: FourierPixels,
     *,
-    log_prior: Float[Tensor, " h"] | None = None,
     image_weight: Float[Tensor, " b"] | None = None,
     chunk_elements: int = 2**21,
 ) -> Expectation:
@@ -52,7 +51,6 @@ def expected_slices(
 
     Args:
         observed, ctf, pixel_weight, templates, shift_grid_px, pixels: as in `grid_posterior`.
-        log_prior: logarithm of each rotation's prior probability, up to a constant; None: all are equally likely.
         image_weight: how much each image counts in all sums; None: 1. Its evidence stays.
         chunk_elements: most scores that live at a time (but at least those of one image).
 
@@ -77,8 +75,6 @@ def expected_slices(
         moved = weighted[:, None] * back
         with tensor_cores():
             scores = pair_scores(torch.stack([moved.real, moved.imag]), energy, bank, work)
-        if log_prior is not None:
-            scores += log_prior
         share, found = _posterior_mass(scores)
         evidence.append(found)
         if image_weight is not None:

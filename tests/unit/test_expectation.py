@@ -86,36 +86,3 @@ def test_every_image_counts_once() -> None:
     pixels = fourier_pixels(BOX, 5.0)
     found = expected_slices(*problem(False), pixels)  # without a CTF the weight of a slice is its posterior mass
     torch.testing.assert_close(found.slices.power.sum(0), torch.full((len(pixels),), float(IMAGES)))
-
-
-def test_the_joint_posterior_over_classes_is_bayes_rule() -> None:
-    # Reference: Bayes' rule written out over every class, flip, shift and rotation with each class's prior; the
-    # templates of one class stand after the other's. 1e-4: sums in single precision.
-    pixels, classes = fourier_pixels(BOX, 5.0), 3
-    observed, ctf, weight, first, shifts = problem(True)
-    assert ctf is not None
-    generator = torch.Generator().manual_seed(5)
-    others = torch.complex(*(torch.randn(2, *first.shape, generator=generator) for _ in range(2)))
-    maps = torch.stack([first, *others])
-    prior = torch.tensor([0.7, 0.2, 0.1])
-    log_prior = prior.log().repeat_interleave(ROTATIONS)
-    found = expected_slices(observed, ctf, weight, maps.flatten(0, 1), shifts, pixels, log_prior=log_prior)
-
-    y, w, c, t = observed.to(torch.complex128), weight.double(), ctf.double(), maps.to(torch.complex128)
-    ramp = shift_ramp(shifts.double(), pixels.kx.double(), pixels.ky.double(), BOX)
-    both = torch.stack([t, t.conj()], 1)  # class, flip, rotation
-    predicted = torch.einsum("ip,kfhp,sp->ikfshp", c.to(y.dtype), both, ramp)
-    score = -0.5 * (w * (y[:, None, None, None, None] - predicted).abs().square()).sum(-1)
-    score = score + prior.double().log()[:, None, None, None]
-    mass = score.flatten(1).softmax(1).view(score.shape)
-    near = {"rtol": 1e-4, "atol": 1e-4}
-    wanted = mass.sum((2, 3)).flatten(1)
-    torch.testing.assert_close(found.mass.double(), wanted, **near)
-    by_class = found.mass.view(IMAGES, classes, -1).sum(2)
-    torch.testing.assert_close(by_class.sum(1), torch.ones(IMAGES), rtol=1e-5, atol=1e-5)
-    constant = -0.5 * (w * y.abs().square()).sum(-1)
-    torch.testing.assert_close(found.log_evidence.double(), score.flatten(1).logsumexp(1) - constant, **near)
-    centred = (c * y)[:, None] * ramp.conj()
-    slices = torch.einsum("ikth,itp->khp", mass[:, :, 0].to(y.dtype), centred)
-    slices = slices + torch.einsum("ikth,itp->khp", mass[:, :, 1].to(y.dtype), centred.conj())
-    torch.testing.assert_close(found.slices.values.to(y.dtype), slices.flatten(0, 1), **near)

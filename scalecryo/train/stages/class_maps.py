@@ -78,7 +78,7 @@ class ClassMaps(ClassStart):
         first, share = start * self._classes, self._labels(batch)
         mass = self._gains.new_zeros(self._classes)
         grid = turned_grid(self._grid, self._generator(start))
-        banks = self._bank(start, grid).unflatten(0, (self._classes, -1))
+        banks = self._posterior(start).banks
         for half in (1, 2):
             for number in range(self._classes):
                 own = ((batch.half == half) & (share[:, number] > COUNTED)).nonzero()[:, 0]  # host sync

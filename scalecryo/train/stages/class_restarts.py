@@ -26,7 +26,6 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import reference_transform
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.expectation import Expectation
 from scalecryo.pose.search import grid_posterior, templates, turned_grid
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
@@ -88,11 +87,14 @@ class ClassRestarts(ClassStart):
         return [tensor for noise in self._learnt for tensor in noise.tensors()]
 
     def _insert_beside(
-        self, images: ParticleImages, half: int, found: Expectation, grid: Float[Tensor, "h 3 3"], fresh: Backprojection
+        self,
+        images: ParticleImages,
+        half: int,
+        share: Float[Tensor, "b classes"],
+        grid: Float[Tensor, "h 3 3"],
+        fresh: Backprojection,
     ) -> None:
-        if not self._fresh:
-            return
-        share, near = self._shares(found), self._near
+        near = self._near
         for number, places in self._fresh.items():
             counted = share[:, number] > COUNTED
             own, weight = images.select(counted), share[counted, number]
@@ -107,12 +109,12 @@ class ClassRestarts(ClassStart):
                 bank, noise = self._fresh_bank(place, grid), self._noises[place]
                 self._insert_of_class(own, weight, place, half, bank, grid, noise, fresh, learnt)
 
-    def _judge_beside(self, images: ParticleImages, found: Expectation) -> None:
+    def _judge_beside(self, images: ParticleImages, evidence: Float[Tensor, "b classes"]) -> None:
         if not self._fresh:
             return
-        share, start = self._shares(found), self._going[0]
+        share, start = evidence.softmax(1), self._going[0]
         grid = turned_grid(self._grid, self._generator(start))
-        present = share.double().log() + found.log_evidence.double()[:, None] - self._balance.log_prior[start]
+        present = evidence.double() - self._balance.log_prior[start]
         over = present - math.log(2 * len(self._grid) * len(self._shifts))
         weight = self._noise.pixel_weight(self._near)
         for number, places in self._fresh.items():
@@ -130,10 +132,6 @@ class ClassRestarts(ClassStart):
                         (part * over[counted, number]).sum(),
                     ]
                 )
-
-    def _shares(self, found: Expectation) -> Float[Tensor, "b k"]:
-        """Posterior of each image over the classes."""
-        return found.mass.unflatten(1, (self._classes, -1)).sum(2)
 
     def _fresh_bank(self, place: int, grid: Float[Tensor, "h 3 3"]) -> Complex[Tensor, "h p"]:
         """Slices of a fresh map as it stands, from both halves."""

@@ -29,8 +29,10 @@ from scalecryo.map.reference import ReferenceSet, reference_transform
 from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.expectation import Expectation, expected_slices
-from scalecryo.pose.search import templates, turned_grid
+from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.pose.class_posterior import FEW, ClassPosterior
+from scalecryo.pose.expectation import expected_slices
+from scalecryo.pose.search import turned_grid
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
@@ -82,7 +84,8 @@ class ClassStart(StartRounds):
         self._most = min(self.most_rounds or settings.bootstrap_rounds, settings.bootstrap_rounds)
         self._balance = Balance(sets, self._classes, context.device)
         self._going = list(range(starts))
-        self._banks: dict[int, Complex[Tensor, "h p"]] = {}
+        self._posteriors: dict[int, ClassPosterior] = {}
+        self._few = so3_grid(self.half_grid // FEW).to(context.device)
         self._gains = torch.zeros(sets, 3, dtype=torch.float64, device=context.device)
         """Of each start's held-out particles: sum of the likelihood gains, of their squares, number."""
         self._since = 0  # round from which on classes settle
@@ -153,25 +156,33 @@ class ClassStart(StartRounds):
         if self._step == 0 and not self._begins_with_maps:
             self._insert_at_random(batch.within(self.radius), start, fresh)
             return mass + len(batch) / self._classes
-        grid = turned_grid(self._grid, self._generator(start))
-        bank = self._bank(start, grid)
-        centred, ones = grid.new_zeros(len(grid), 2), grid.new_ones(len(grid))
+        grid, classes = turned_grid(self._grid, self._generator(start)), self._posterior(start)
+        weight, prior = self._noise.pixel_weight(near), self._balance.log_prior[start]
         for half in (1, 2):
             images = batch.select(batch.half == half).within(self.radius)
-            if len(images):  # a worker that holds none of a half still takes part in the reduction
-                found = self._expected(images, start, bank)
-                for number in range(self._classes):
-                    slices = found.slices.select(torch.arange(number * len(grid), (number + 1) * len(grid)))
-                    fresh.insert(slices, grid, centred, ones, near, class_index=first + number, half=half)
-                mass += found.mass.sum(0).view(self._classes, -1).sum(1)
-                residuals.add_power(found.residual, len(images), near)
-                self._insert_beside(images, half, found, grid, fresh)
+            if not len(images):  # a worker that holds none of a half still takes part in the reduction
+                continue
+            share = classes.shares(images, weight, prior)
+            for number, bank in enumerate(classes.banks):
+                own = (share[:, number] > COUNTED).nonzero()[:, 0]  # host sync
+                if len(own):
+                    some, counted = images.select(own), share[own, number]
+                    self._insert_of_class(
+                        some, counted, first + number, half, bank, grid, self._noise, fresh, residuals
+                    )
+            mass += share.sum(0)
+            self._insert_beside(images, half, share, grid, fresh)
         return mass
 
     def _insert_beside(
-        self, images: ParticleImages, half: int, found: Expectation, grid: Float[Tensor, "h 3 3"], fresh: Backprojection
+        self,
+        images: ParticleImages,
+        half: int,
+        share: Float[Tensor, "b classes"],
+        grid: Float[Tensor, "h 3 3"],
+        fresh: Backprojection,
     ) -> None:
-        """What else is learnt from the images of a half whose classes and poses were found."""
+        """What else is learnt from the images of a half whose classes were found."""
 
     def _insert_of_class(
         self,
@@ -202,19 +213,12 @@ class ClassStart(StartRounds):
         weighted, ones = ctf_weighted(images.transforms, images.ctf), torch.ones(count, device=device)
         fresh.add(weighted, rotation, shift, ones, images.half, self._near, index)
 
-    def _expected(self, images: ParticleImages, start: int, bank: Complex[Tensor, "h p"]) -> Expectation:
-        """The E-step over the poses of all classes."""
-        weight = self._noise.pixel_weight(self._near)
-        prior = self._balance.log_prior[start].repeat_interleave(len(self._grid)).float()
-        return expected_slices(
-            images.transforms, images.ctf, weight, bank, self._shifts, self._near, log_prior=prior
-        )  # fmt: skip
-
-    def _bank(self, start: int, grid: Float[Tensor, "h 3 3"]) -> Complex[Tensor, "k p"]:
-        """Slices of a start's present maps, one class after the other."""
+    def _posterior(self, start: int) -> ClassPosterior:
+        """Over a start's present maps, at this step's turn of the grid."""
         scale = self._sums.scale
         transforms = [reference_transform(solved, scale) for solved in self._solved(start)]
-        return torch.cat([templates(transform, grid, self._near, scale) for transform in transforms])
+        grid, few = (turned_grid(own, self._generator(start)) for own in (self._grid, self._few))
+        return ClassPosterior(transforms, scale, grid, few, self._shifts, self._near)
 
     def _solved(self, start: int) -> list[Float[Tensor, "n n n"]]:
         """The present maps of a start's classes, from both halves."""
@@ -239,17 +243,16 @@ class ClassStart(StartRounds):
         hypotheses = math.log(2 * len(self._grid) * len(self._shifts))
         for start in self._going:
             if self._judged == 0:
-                self._banks[start] = self._bank(start, turned_grid(self._grid, self._generator(start)))
+                self._posteriors[start] = self._posterior(start)
             if len(batch):
-                images = batch.within(self.radius)
-                found = self._expected(images, start, self._banks[start])
-                self._judge_beside(images, found)
-                gain = found.log_evidence.double()
-                gain = gain - hypotheses - self._balance.log_prior[start].logsumexp(0)
+                images, prior = batch.within(self.radius), self._balance.log_prior[start]
+                evidence = self._posteriors[start].log_evidence(images, self._noise.pixel_weight(self._near), prior)
+                self._judge_beside(images, evidence)
+                gain = evidence.double().logsumexp(1) - hypotheses - prior.logsumexp(0)
                 self._gains[start] += torch.stack([gain.sum(), gain.square().sum(), gain.new_tensor(len(gain))])
 
-    def _judge_beside(self, images: ParticleImages, found: Expectation) -> None:
-        """What else is asked of held-out images."""
+    def _judge_beside(self, images: ParticleImages, evidence: Float[Tensor, "b classes"]) -> None:
+        """What else is asked of held-out images, whose evidence of each class is known, the class's prior included."""
 
     def _choose(self, world: World) -> str:
         """The start that held-out particles like best goes on alone; how it stands, in words.
@@ -262,7 +265,7 @@ class ClassStart(StartRounds):
         mean = total / count
         error = ((squares / count - mean.square()).clamp_min(0) / count).sqrt()
         self._gains.zero_()
-        self._banks.clear()
+        self._posteriors.clear()
         best = int(mean.argmax())  # host sync
         self._earlier.append(float(mean[best]))
         logger.info("start: held-out log-likelihood gain per image of each random start: %s",
