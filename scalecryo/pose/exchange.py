@@ -1,4 +1,4 @@
-"""Metropolis steps between poses that a map's symmetry or pseudo-symmetry relates.
+"""Random steps between poses that a map's symmetry or pseudo-symmetry relates.
 
 Where a map looks the same from several sides, the likeliest of the related poses is the one whose noise agrees best
 with what noise has left in the map: each iteration selects for it, and the map of an exact symmetry loses the symmetry.
@@ -18,12 +18,14 @@ from scalecryo.physics.poses import Poses
 from scalecryo.pose.local_refinement import refine_poses
 from scalecryo.pose.related import RelatedPoses
 
-PASSES = 1  # of local refinement, of both poses: the other half's frame is a little turned, and so is the related pose
+PASSES = 1  # of local refinement, of all poses: the other half's frame is a little turned, and so are related poses
+LOW_RADIUS = 12.0  # Fourier pixels of the first look
+MOST = 16  # related poses that a particle is offered at a time
 
 
 @dataclass(frozen=True, eq=False)
 class RelatedExchange:
-    """Offers particles one related pose each.
+    """Offers particles related poses.
 
     Attributes:
         references: of one class; each half is judged by the other's map, since an image's own share in its half's map
@@ -38,15 +40,23 @@ class RelatedExchange:
     radius: float
     fit_shift: bool
 
+    @property
+    def offers(self) -> int:
+        """Related poses that a particle is offered at a time."""
+        return min(len(self.related) - 1, MOST)
+
     def accepted(
         self,
         images: ParticleImages,
         half: int,
         known: Poses,
-        which: Int[Tensor, " b"],
-        chance: Float[Tensor, " b"],
+        which: Int[Tensor, "b m"],
+        chance: Float[Tensor, "b 2"],
     ) -> tuple[Bool[Tensor, " b"], Poses]:
-        """Which particles take the related pose, by the likelihood ratio (Metropolis et al. 1953), and that pose.
+        """Which particles take a related pose, and that pose: a draw from their probabilities.
+
+        At low frequencies one of all is drawn by its likelihood there, and taken by what higher ones say more (delayed
+        acceptance, Christen & Fox 2005): a map that is hardly asymmetric yet becomes so in few iterations.
 
         Args:
             images: of one half.
@@ -55,17 +65,28 @@ class RelatedExchange:
             which: of the related poses, from 1; drawn alike for all, so that the way back is as likely.
             chance: drawn from 0 ... 1.
         """
-        near, count = images.within(self.radius), len(images)
+        own = torch.zeros_like(which[:, :1])
+        low = self._cost(images, half, known, torch.cat([own, which], 1), min(self.radius, LOW_RADIUS))
+        share = (low.amin(1, keepdim=True) - low).double().exp().cumsum(1)
+        drawn = (share < chance[:, :1] * share[:, -1:]).sum(1).clamp_max(which.shape[1])
+        taken = torch.cat([own, which], 1).gather(1, drawn[:, None])
+        high = self._cost(images, half, known, torch.cat([own, taken], 1), self.radius)
+        more = (high[:, 0] - high[:, 1]) - (low[:, 0] - low.gather(1, drawn[:, None])[:, 0])
         side = images.box_size * images.pixel_size
-        rotation, shift = self.related.at(which, known.rotation, known.shift / side)
-        offered = Poses(rotation, shift * side)
-        reference = self.references[0, 3 - half]
-        both = torch.arange(count, device=rotation.device).repeat(2)
-        part = near.select(both)
+        rotation, shift = self.related.at(taken[:, 0], known.rotation, known.shift / side)
+        return (drawn > 0) & (chance[:, 1].log() < more), Poses(rotation, shift * side)
+
+    def _cost(
+        self, images: ParticleImages, half: int, known: Poses, which: Int[Tensor, "b m"], radius: float
+    ) -> Float[Tensor, "b m"]:
+        """Of the images at related poses, each locally refined up to a radius."""
+        near, side = images.within(radius), images.box_size * images.pixel_size
+        each = torch.arange(len(images), device=which.device).repeat_interleave(which.shape[1])
+        rotation, shift = self.related.at(which.flatten(), known.rotation[each], known.shift[each] / side)
+        reference, part = self.references[0, 3 - half], near.select(each)
         cost = refine_poses(
-            reference.packed, part.transforms, torch.cat([known.rotation, rotation]),
-            torch.cat([known.shift, offered.shift]) / images.pixel_size, part.ctf,
+            reference.packed, part.transforms, rotation, shift * side / images.pixel_size, part.ctf,
             reference.noise.pixel_weight(near.pixels), near.pixels, reference.scale,
             passes=PASSES, fit_shift=self.fit_shift,
         ).cost  # fmt: skip
-        return chance.log() < cost[:count] - cost[count:], offered
+        return cost.view(which.shape)

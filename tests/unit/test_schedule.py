@@ -12,8 +12,10 @@ def plan(schedule: Schedule) -> IterationPlan:
 
 
 def update(schedule: Schedule, **found: float | None) -> None:
-    told = {"creep": 0.0, "weighted": False, "even": False, "reach": 20.0, "gain": 1.0, "moved": 0.0, "restless": 0.0,
-            "found_again": None, "evidence": 100.0} | found  # fmt: skip
+    told = {
+        "exchanging": False, "creep": 0.0, "weighted": False, "even": False, "reach": 20.0, "gain": 1.0, "moved": 0.0,
+        "restless": 0.0, "found_again": None, "evidence": 100.0,
+    } | found  # fmt: skip
     schedule.update(plan(schedule), **told)  # type: ignore[arg-type]
 
 
@@ -141,3 +143,11 @@ def test_state_is_taken_up() -> None:
     update(schedule, moved=0.4, gain=1.1)
     again.load_state_dict(schedule.state_dict())
     assert again == schedule
+
+
+def test_poses_that_are_being_told_apart_keep_it_going() -> None:
+    schedule = Schedule(most_searches=0, most_settled=1, radius=28.0)
+    update(schedule, reach=26.0, exchanging=True)
+    assert not schedule.ended
+    update(schedule, reach=26.0, exchanging=False)
+    assert schedule.ended

@@ -18,7 +18,7 @@ from scalecryo.physics.poses import FITTING, PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.candidate_refinement import SAME
 from scalecryo.pose.estimator import map_weight
-from scalecryo.pose.exchange import RelatedExchange
+from scalecryo.pose.exchange import MOST, RelatedExchange
 from scalecryo.pose.related import RelatedPoses, RelatedRotations
 from scalecryo.pose.shift_spread import ShiftSpread
 from scalecryo.pose.strain import StrainFit, strained_poses
@@ -164,8 +164,13 @@ class Iteration:
         draw, rows, own, there = self._context.partition.label, batch.rows[at], known.select(at), seen[at]
         # Which have a pose is known to the device alone: the others are offered one beside the identity, and left.
         begun = torch.where(there[:, None, None], own.rotation, torch.eye(3, device=rows.device))
-        which = 1 + draw(rows, 2 * self._number, len(self._exchange.related) - 1)
-        chance = draw(rows, 2 * self._number + 1, CHANCES) / CHANCES
+        first, each = (2 + MOST) * self._number, range(2, 2 + self._exchange.offers)
+        chance = torch.stack([draw(rows, first + number, CHANCES) for number in range(2)], 1) / CHANCES
+        others = len(self._exchange.related) - 1
+        if others <= MOST:
+            which = torch.arange(1, 1 + others, device=rows.device).expand(len(rows), -1)
+        else:
+            which = 1 + torch.stack([draw(rows, first + number, others) for number in each], 1)
         with self._context.world.timer.part("related_poses"):
             taken, offered = self._exchange.accepted(
                 batch.select(at), half, replace(own, rotation=begun), which, chance

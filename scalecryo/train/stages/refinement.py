@@ -119,14 +119,15 @@ class Refinement:
         creep = float(velocity.flatten(1).norm(dim=1).max())  # host sync
         even = self._views is not None and self._schedule.balanced and not iteration.weighted
         self._views = iteration.views.counts
-        self._schedule.update(
-            iteration.plan, creep=creep, weighted=iteration.weighted, even=even, reach=after.resolution(SIGNAL)[0],
-            gain=gain, moved=_share(counts[0], counts[2]), restless=_share(counts[1], counts[2]),
-            found_again=_share(*iteration.lost.tolist()), evidence=counts[3] / max(counts[4], 1),
-        )  # fmt: skip
-        self._follow(iteration, velocity)
         related = _share(*iteration.exchanged.tolist())  # host sync
         self._offers.note(related)
+        self._schedule.update(
+            iteration.plan, exchanging=self._offers.going_on, creep=creep, weighted=iteration.weighted, even=even,
+            reach=after.resolution(SIGNAL)[0], gain=gain, moved=_share(counts[0], counts[2]),
+            restless=_share(counts[1], counts[2]), found_again=_share(*iteration.lost.tolist()),
+            evidence=counts[3] / max(counts[4], 1),
+        )  # fmt: skip
+        self._follow(iteration, velocity)
         self._offer = self._next_offer(iteration, after)
         self._parts = iteration.parts_left_out() if self._schedule.searched else None
         assert self._learned.groups is not None, "the refinement brings them"

@@ -13,6 +13,7 @@ from scalecryo.train.particle_source import RunContext
 
 MOST = 60  # poses: what an icosahedron relates
 FARTHER = 1.1  # times the radius at which they were found, beyond which they are found anew
+FALLING = 0.95  # times the share of the offers taken two iterations before, below which it falls
 RARE = 0.01  # share of the offers to either half that are taken, below which no more are made
 
 
@@ -53,6 +54,16 @@ class RelatedOffers:
         """Whether there is something to offer, and any of the last offers was taken."""
         return self._any and (len(self._taken) < 2 or max(self._taken[-2:]) >= RARE)
 
+    @property
+    def going_on(self) -> bool:
+        """Whether one half had no offers yet, or ever fewer are taken: related poses are still being told apart.
+
+        By pairs of iterations: the halves take their turns.
+        """
+        last, before = self._taken[-2:], self._taken[-4:-2]
+        falling = len(before) == 2 and sum(last) < FALLING * sum(before)
+        return self.any and (len(self._taken) == 1 or falling)
+
     def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
         """Poses to offer in an iteration with references of one class; None: none. Collective."""
         if not self.any:
@@ -64,7 +75,8 @@ class RelatedOffers:
                     group=context.point_group,
                 )  # fmt: skip
             self._radius = radius
-        return self._poses if len(self._poses) > 1 else None
+        self._any = len(self._poses) > 1
+        return self._poses if self._any else None
 
     def note(self, share: float | None) -> None:
         """Which share of an iteration's offers was taken; None: there were none."""

@@ -194,6 +194,7 @@ class Schedule:
         self,
         plan: IterationPlan,
         *,
+        exchanging: bool,
         creep: float,
         weighted: bool,
         even: bool,
@@ -208,6 +209,7 @@ class Schedule:
 
         Args:
             plan: of that iteration.
+            exchanging: whether related poses are still being told apart.
             creep: strain of the maps that the iteration brought.
             weighted: whether crowded views counted less in its maps, which are not the last then.
             even: whether no view was crowded before it.
@@ -234,7 +236,8 @@ class Schedule:
             # Where crowded views have counted less, the creep ended with that: with all alike it would go back.
             straight = creep < CREEPING or (self.crowded and not self.balanced)
             still = straight and not weighted and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
-            self.settled = self.settled + 1 if still and (restless is None or restless < RESTLESS) else 0
+            calm = not exchanging and (restless is None or restless < RESTLESS)
+            self.settled = self.settled + 1 if still and calm else 0
             self.ended = self.settled >= self.most_settled
 
     def share(self, most: int) -> float:
