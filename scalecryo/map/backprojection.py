@@ -124,7 +124,11 @@ class Backprojection:
             radius: Fourier pixels up to which images were inserted.
             which: 2 class + half - 1 of the sums that are wanted; None: all.
         """
-        self._copies = rotations.to(self.denominator)
+        turns, before = rotations.to(self.denominator), self._copies
+        if before is not None:  # of copies
+            self._copies = torch.cat([before, turns, (turns[:, None] @ before).flatten(0, 1)])
+        else:
+            self._copies = turns
         numerator, denominator = self.numerator.flatten(0, 1), self.denominator.flatten(0, 1)
         # Small grids together: where a copy lies is found once. Of large ones only one is twice in memory.
         wanted = list(range(len(numerator)) if which is None else which)
@@ -132,7 +136,7 @@ class Backprojection:
         for first in range(0, len(wanted), together):
             some = wanted[first : first + together]
             part = slice(some[0], some[0] + 1) if len(some) == 1 else some
-            found = with_copies(numerator[part], denominator[part], self._copies, radius * self.scale + 2)
+            found = with_copies(numerator[part], denominator[part], turns, radius * self.scale + 2)
             numerator[part], denominator[part] = found
 
     def moved(self, centre: Float[Tensor, "3"]) -> None:

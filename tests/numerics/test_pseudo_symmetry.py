@@ -93,6 +93,19 @@ def test_sums_are_moved_as_maps_are() -> None:
     assert fsc(moved, before)[SHELLS].min() > 0.999  # the rest: what the sphere around the box cuts
 
 
+def test_copies_of_copies_are_those_of_the_whole_group() -> None:
+    # D2 at once, and as the two-fold z, then x: the scale of every part of the map as well.
+    whole = sums_of(density(PointGroup.of("D2"), 0.5), 0.1, 0.0)
+    parts = sums_of(density(PointGroup.of("D2"), 0.5), 0.1, 0.0)
+    whole.symmetrise(PointGroup.of("D2").others, BOX / 2 - 1)
+    half_turn = torch.diag(torch.tensor([1.0, -1.0, -1.0]))
+    parts.symmetrise(PointGroup.of("C2").others, BOX / 2 - 1)
+    parts.symmetrise(half_turn[None], BOX / 2 - 1)
+    expected, found = whole.solve_one(), parts.solve_one()
+    assert fsc(found, expected)[SHELLS].min() > 0.9999
+    assert float((found - expected).abs().max()) < 0.01 * float(expected.abs().max())
+
+
 def test_a_symmetric_map_is_filled_where_no_particle_was_seen() -> None:
     # D3 about y: turned copies of a cone about z lie where particles were seen.
     group = PointGroup("D3", torch.stack([_Y @ one @ _Y.T for one in PointGroup.of("D3").rotations]))
