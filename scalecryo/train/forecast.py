@@ -24,6 +24,7 @@ POSE_ROUNDS, ROUND_PASSES, POSED_AS, ENCODED_SECONDS = 2, 4, 8, 30.0
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
 CLASS_ROUNDS, FRESH_ROUNDS = 7, 2  # of the start of several classes, and of them with fresh maps; both FRESH at first
 FRESH = 2
+IN_FULL = 0.4  # share of the classes that an image of their start is compared with in full
 ENSEMBLE, LABELLED = 3400.0, 20_000  # images a second and class of a cheap start; particles that are labelled at most
 SEARCHES, LOCAL = 3, 3
 JUDGING = 8000  # particles that a round of the start reads to judge, at most
@@ -133,7 +134,7 @@ def _class_start(config: Config, particles: int) -> Part:
     guided, many = config.guided, config.foreseen_classes
     rounds = min(CLASS_ROUNDS + FRESH_ROUNDS, guided.bootstrap_rounds)
     images = guided.bootstrap_steps * guided.bootstrap_batch * max(1, many / 2)
-    learnt = images / START * (many * (guided.starts + rounds - 1) + FRESH + FRESH_ROUNDS - 1)
+    learnt = images / START * (IN_FULL * many * (guided.starts + rounds - 1) + FRESH + FRESH_ROUNDS - 1)
     judged = rounds * min(JUDGING, particles) / 10 / JUDGED * (many + 1)
     return Part("start", learnt + judged, 0, rounds * (guided.bootstrap_steps // 20 + 1))
 
