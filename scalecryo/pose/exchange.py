@@ -50,8 +50,7 @@ class RelatedExchange:
         images: ParticleImages,
         half: int,
         known: Poses,
-        which: Int[Tensor, "b m"],
-        chance: Float[Tensor, "b 2"],
+        chance: Float[Tensor, "b m"],
     ) -> tuple[Bool[Tensor, " b"], Poses]:
         """Which particles take a related pose, and that pose: a draw from their probabilities.
 
@@ -62,19 +61,27 @@ class RelatedExchange:
             images: of one half.
             half: which, 1 or 2.
             known: their poses in their half's frame.
-            which: of the related poses, from 1; drawn alike for all, so that the way back is as likely.
-            chance: drawn from 0 ... 1.
+            chance: drawn from 0 ... 1: two, and one for each offer.
         """
-        own = torch.zeros_like(which[:, :1])
-        low = self._cost(images, half, known, torch.cat([own, which], 1), min(self.radius, LOW_RADIUS))
+        which = self._which(chance[:, 2:])
+        low = self._cost(images, half, known, which, min(self.radius, LOW_RADIUS))
         share = (low.amin(1, keepdim=True) - low).double().exp().cumsum(1)
-        drawn = (share < chance[:, :1] * share[:, -1:]).sum(1).clamp_max(which.shape[1])
-        taken = torch.cat([own, which], 1).gather(1, drawn[:, None])
-        high = self._cost(images, half, known, torch.cat([own, taken], 1), self.radius)
+        drawn = (share < chance[:, :1] * share[:, -1:]).sum(1).clamp_max(self.offers)
+        taken = which.gather(1, drawn[:, None])
+        high = self._cost(images, half, known, torch.cat([which[:, :1], taken], 1), self.radius)
         more = (high[:, 0] - high[:, 1]) - (low[:, 0] - low.gather(1, drawn[:, None])[:, 0])
         side = images.box_size * images.pixel_size
         rotation, shift = self.related.at(taken[:, 0], known.rotation, known.shift / side)
         return (drawn > 0) & (chance[:, 1].log() < more), Poses(rotation, shift * side)
+
+    def _which(self, chance: Float[Tensor, "b m"]) -> Int[Tensor, "b m+1"]:
+        """Of the related poses the own, and all others or as many at random: alike for all, so that the way back is as
+        likely.
+        """
+        others = len(self.related) - 1
+        every = torch.arange(1, others + 1, device=chance.device).expand(len(chance), -1)
+        drawn = every if others <= MOST else 1 + (others * chance).long()
+        return torch.nn.functional.pad(drawn, (1, 0))
 
     def _cost(
         self, images: ParticleImages, half: int, known: Poses, which: Int[Tensor, "b m"], radius: float

@@ -164,17 +164,10 @@ class Iteration:
         draw, rows, own, there = self._context.partition.label, batch.rows[at], known.select(at), seen[at]
         # Which have a pose is known to the device alone: the others are offered one beside the identity, and left.
         begun = torch.where(there[:, None, None], own.rotation, torch.eye(3, device=rows.device))
-        first, each = (2 + MOST) * self._number, range(2, 2 + self._exchange.offers)
-        chance = torch.stack([draw(rows, first + number, CHANCES) for number in range(2)], 1) / CHANCES
-        others = len(self._exchange.related) - 1
-        if others <= MOST:
-            which = torch.arange(1, 1 + others, device=rows.device).expand(len(rows), -1)
-        else:
-            which = 1 + torch.stack([draw(rows, first + number, others) for number in each], 1)
+        first, count = (2 + MOST) * self._number, 2 + self._exchange.offers
+        chance = torch.stack([draw(rows, first + number, CHANCES) / CHANCES for number in range(count)], 1)
         with self._context.world.timer.part("related_poses"):
-            taken, offered = self._exchange.accepted(
-                batch.select(at), half, replace(own, rotation=begun), which, chance
-            )
+            taken, offered = self._exchange.accepted(batch.select(at), half, replace(own, rotation=begun), chance)
         taken = taken & there
         self.exchanged += torch.stack([taken.sum(), there.sum()])
         changed[at] = taken
