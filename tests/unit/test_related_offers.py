@@ -74,12 +74,12 @@ def test_it_goes_on_while_ever_fewer_are_taken(looks: list[int]) -> None:
     offers = offers_of(1)
     assert not offers.going_on
     seen = []
-    for share in (0.9, 0.8, 0.6, 0.7, 0.5, 0.7, 0.6, 0.62):
+    for share in (0.9, 0.8, 0.6, 0.7, 0.5, 0.7, 0.6, 0.62, 0.1, 0.08):
         offered(offers, 20.0)
         offers.note(share)
         seen.append(offers.going_on)
-    # The other half's turn; then less than 0.95 times the two before, or not.
-    assert seen == [True, False, False, True, True, True, False, False]
+    # The other half's turn; then less than 0.95 times the two before, or not; then few.
+    assert seen == [True, False, False, True, True, True, False, False, True, False]
     offers.note(0.001)
     offers.note(0.001)
     assert not offers.going_on  # no more offers

@@ -14,6 +14,7 @@ from scalecryo.train.particle_source import RunContext
 MOST = 60  # poses: what an icosahedron relates
 FARTHER = 1.1  # times the radius at which they were found, beyond which they are found anew
 FALLING = 0.95  # times the share of the offers taken two iterations before, below which it falls
+MANY = 0.1  # share of the offers that must be taken for that to count
 RARE = 0.01  # share of the offers to either half that are taken, below which no more are made
 
 
@@ -56,12 +57,12 @@ class RelatedOffers:
 
     @property
     def going_on(self) -> bool:
-        """Whether one half had no offers yet, or ever fewer are taken: related poses are still being told apart.
+        """Whether one half had no offers yet, or many are taken, but ever fewer: related poses are being told apart.
 
         By pairs of iterations: the halves take their turns.
         """
         last, before = self._taken[-2:], self._taken[-4:-2]
-        falling = len(before) == 2 and sum(last) < FALLING * sum(before)
+        falling = len(before) == 2 and len(last) * MANY < sum(last) < FALLING * sum(before)
         return self.any and (len(self._taken) == 1 or falling)
 
     def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
