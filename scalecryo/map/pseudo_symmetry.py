@@ -15,12 +15,14 @@ from scalecryo.physics.fsc import shell_index_3d, shell_mean, transform_correlat
 SMOOTH = 2  # shells to either side that a shell's correlation is taken with
 LEAST, MOST = 1e-3, 1 - 1e-3  # of that correlation
 TINY = 1e-20
+LOW = slice(2, 11)  # shells whose asymmetric power is told
 
 
 def drawn_to_symmetry(
     maps: Float[Tensor, "2 n n n"], symmetric: Float[Tensor, "2 n n n"], weight: Float[Tensor, "2 n n h"]
-) -> Float[Tensor, "2 n n n"]:
-    """(N + λ V_s) / (D + λ) of each half: the likeliest map if its asymmetric part V - V_s is Gaussian.
+) -> tuple[Float[Tensor, "2 n n n"], Float[Tensor, ""]]:
+    """(N + λ V_s) / (D + λ) of each half: the likeliest map if its asymmetric part V - V_s is Gaussian; and how much
+    of the power of low shells is asymmetric in both.
 
     λ of a shell is the noise over the asymmetric signal, D̄ (1 - F) / F, where F is the correlation of the halves'
     asymmetric parts where particles were seen: the halves' noise does not correlate, so a map of exact symmetry is
@@ -38,7 +40,9 @@ def drawn_to_symmetry(
     shared = transform_correlation(first, second, SMOOTH).clamp(LEAST, MOST)
     pull = mean * _over_shells((1 - shared) / shared)
     drawn = (weight * own + pull * alike) / (weight + pull).clamp_min(TINY)
-    return torch.stack([irfft3_centred(half, box_size) for half in drawn])
+    power = torch.stack([shell_mean(one.abs().square()) for one in (*(own - alike), *own)])[:, LOW]
+    share = (shared[LOW] * (power[0] * power[1] / (power[2] * power[3]).clamp_min(TINY)).sqrt()).mean()
+    return torch.stack([irfft3_centred(half, box_size) for half in drawn]), share
 
 
 def _over_shells(curve: Float[Tensor, " s"]) -> Float[Tensor, "n n h"]:

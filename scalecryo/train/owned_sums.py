@@ -75,8 +75,9 @@ class OwnedSums:
 
     def drawn_to_symmetry(
         self, related: RelatedPoses, radius: float, mask: Float[Tensor, "n n n"]
-    ) -> Float[Tensor, "2 n n n"]:
-        """Half-maps of the only map for telling related poses apart (`pseudo_symmetry`). Collective.
+    ) -> tuple[Float[Tensor, "2 n n n"], Float[Tensor, ""]]:
+        """Half-maps of the only map for telling related poses apart, and how asymmetric it is (`pseudo_symmetry`).
+        Collective.
 
         Args:
             related: poses that show almost the same.
@@ -94,7 +95,9 @@ class OwnedSums:
             copies[half - 1] = linear_map(whole.solve_one(), whole_turn, centre * self.sums.box_size)
         for owner, owned in self._by_owner().items():
             self._world.broadcast_(owner, *(part[half - 1] for _, half in owned for part in (maps, copies, weight)))
-        return drawn_to_symmetry(maps * mask, copies * mask, weight)
+        drawn, share = drawn_to_symmetry(maps * mask, copies * mask, weight)
+        self._world.broadcast_(0, share)  # others might round otherwise, and it decides when the run ends
+        return drawn, share
 
     def solve_joined(
         self, regularisation: float = REGULARISATION, *, without: int | None = None

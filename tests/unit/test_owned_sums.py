@@ -93,15 +93,16 @@ def test_maps_drawn_to_a_symmetry_of_all_workers_sums(size: int) -> None:
             total += more
     related = RelatedPoses(group.rotations, torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]]))
     mask, before = torch.ones(BOX, BOX, BOX), whole.numerator.clone()
-    expected = OwnedSums(whole, World(), parts=PARTS).drawn_to_symmetry(related, RADIUS, mask)
+    expected, asymmetry = OwnedSums(whole, World(), parts=PARTS).drawn_to_symmetry(related, RADIUS, mask)
     assert torch.equal(whole.numerator, before)
 
     def work(world: World) -> list[Tensor]:
         owned = OwnedSums(_sums(world.rank, PARTS), world, parts=PARTS)
         owned.reduce_(RADIUS)
-        return [owned.drawn_to_symmetry(related, RADIUS, mask)]
+        return list(owned.drawn_to_symmetry(related, RADIUS, mask))
 
-    for (found,) in _by_all(size, work):
+    for found, share in _by_all(size, work):
+        assert float(share) == pytest.approx(float(asymmetry), rel=1e-3)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -296,16 +296,16 @@ class Iteration:
         self._keep = keep or self.plan.searched
         return self._compared()
 
-    def drawn_to_symmetry(self, references: ReferenceSet, related: RelatedPoses) -> ReferenceSet:
-        """The maps for telling related poses apart. Collective.
+    def drawn_to_symmetry(self, references: ReferenceSet, related: RelatedPoses) -> tuple[ReferenceSet, float]:
+        """The maps for telling related poses apart, and how asymmetric they are. Collective.
 
         Args:
             references: of `finish`, of one class.
             related: poses that show almost the same.
         """
         with self._context.world.timer.part("symmetrise"):
-            maps = self._owned.drawn_to_symmetry(related, self.pixels.radius_limit, references.mask[0])
-        return replace(references, maps=maps[None])
+            maps, share = self._owned.drawn_to_symmetry(related, self.pixels.radius_limit, references.mask[0])
+        return replace(references, maps=maps[None]), float(share)  # host sync
 
     def parts_left_out(self) -> Parts:
         """The same of each half without one of its parts, which an iteration that searches sums apart. Collective."""

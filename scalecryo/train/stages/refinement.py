@@ -157,7 +157,11 @@ class Refinement:
         if self._schedule.searched or self._schedule.ended or references.classes > 1:
             return None
         related = self._offers.at(references, self._schedule.radius, self._context)
-        return None if related is None else RelatedOffer(related, iteration.drawn_to_symmetry(references, related))
+        if related is None:
+            return None
+        maps, asymmetry = iteration.drawn_to_symmetry(references, related)
+        self._offers.asymmetry.append(asymmetry)
+        return RelatedOffer(related, maps)
 
     def _balance(self) -> ViewWeights | None:
         """Weights of the views of the last iteration's poses, while they creep."""

@@ -13,8 +13,10 @@ from scalecryo.train.particle_source import RunContext
 
 MOST = 60  # poses: what an icosahedron relates
 FARTHER = 1.1  # times the radius at which they were found, beyond which they are found anew
-FALLING = 0.95  # times the share of the offers taken two iterations before, below which it falls
-MANY = 0.1  # share of the offers that must be taken for that to count
+# Asymmetric share of the maps' power, and its factor from one iteration to the next, above which a real asymmetry grows:
+# 0.010 and 1.1 to 1.3 with GroEL without a chain; 0.0024 and 1.00 to 1.02 with 6VXX, whose related poses only noise tells
+# apart.
+NOTICED, GROWS = 2e-3, 1.05
 RARE = 0.01  # share of the offers to either half that are taken, below which no more are made
 
 
@@ -34,12 +36,16 @@ class RelatedOffer:
 class RelatedOffers:
     """Offers go to one half an iteration, as long as they are taken: where the halves prefer different poses of those
     that their maps relate, both would change over, and back.
+
+    Attributes:
+        asymmetry: of the maps that told the poses apart in each iteration (`pseudo_symmetry`).
     """
 
     def __init__(self) -> None:
         self._any = False
         self._poses: RelatedPoses | None = None
         self._radius = 0.0
+        self.asymmetry: list[float] = []
         self._taken: list[float] = []  # shares of the offers of each iteration that made any
 
     def look_at(self, related: RelatedRotations, world: World) -> None:
@@ -57,13 +63,10 @@ class RelatedOffers:
 
     @property
     def going_on(self) -> bool:
-        """Whether one half had no offers yet, or many are taken, but ever fewer: related poses are being told apart.
-
-        By pairs of iterations: the halves take their turns.
-        """
-        last, before = self._taken[-2:], self._taken[-4:-2]
-        falling = len(before) == 2 and len(last) * MANY < sum(last) < FALLING * sum(before)
-        return self.any and (len(self._taken) == 1 or falling)
+        """Whether one half had no offers yet, or the maps become ever more asymmetric: poses are being told apart."""
+        last = self.asymmetry[-3:]
+        growing = len(last) > 1 and last[-1] > max(NOTICED, GROWS ** (len(last) - 1) * last[0])
+        return self.any and (len(self._taken) == 1 or growing)
 
     def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
         """Poses to offer in an iteration with references of one class; None: none. Collective."""
@@ -90,7 +93,7 @@ class RelatedOffers:
         references = None if offer is None else offer.references.state_dict()
         return {
             "any": self._any, "poses": poses, "radius": self._radius, "taken": list(self._taken),
-            "references": references,
+            "references": references, "asymmetry": list(self.asymmetry),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> RelatedOffer | None:
@@ -98,6 +101,7 @@ class RelatedOffers:
         poses, references = state["poses"], state.get("references")  # older checkpoints have no references
         self._poses = None if poses is None else RelatedPoses(**{name: part.to(device) for name, part in poses.items()})
         self._any, self._radius, self._taken = state["any"], state["radius"], list(state["taken"])
+        self.asymmetry = list(state.get("asymmetry", []))  # older checkpoints have none
         if self._poses is None or references is None:
             return None
         return RelatedOffer(self._poses, ReferenceSet.from_state_dict(references, device))
