@@ -13,9 +13,9 @@ from scalecryo.train.particle_source import RunContext
 
 MOST = 60  # poses: what an icosahedron relates
 FARTHER = 1.1  # times the radius at which they were found, beyond which they are found anew
-# Asymmetric share of the maps' power, and its factor from one iteration to the next, above which a real asymmetry grows:
-# 0.010 and 1.1 to 1.3 with GroEL without a chain; 0.0024 and 1.00 to 1.02 with 6VXX, whose related poses only noise tells
-# apart.
+# Asymmetric share of the maps' power, and its factor from one iteration to the next, above which a real asymmetry
+# grows: 0.010 and 1.1 to 1.3 with GroEL without a chain; 0.0024 and 1.00 to 1.02 with 6VXX, whose related poses only
+# noise tells apart.
 NOTICED, GROWS = 2e-3, 1.05
 RARE = 0.01  # share of the offers to either half that are taken, below which no more are made
 
