@@ -74,27 +74,28 @@ class OwnedSums:
         return found
 
     def drawn_to_symmetry(
-        self, related: RelatedPoses, radius: float, mask: Float[Tensor, "n n n"]
+        self, maps: Float[Tensor, "2 n n n"], related: RelatedPoses, radius: float, mask: Float[Tensor, "n n n"]
     ) -> tuple[Float[Tensor, "2 n n n"], Float[Tensor, ""]]:
         """Half-maps of the only map for telling related poses apart, and how asymmetric it is (`pseudo_symmetry`).
         Collective.
 
         Args:
+            maps: as `solve` gave them.
             related: poses that show almost the same.
             radius: Fourier pixels up to which images were inserted.
             mask: around the map's density.
         """
-        maps, copies = self._empty(2), self._empty(2)
+        copies = self._empty(2)
         weight = maps.new_zeros(2, *maps.shape[1:3], self.sums.box_size // 2 + 1)
         centre, whole_turn = symmetry_centre(related.rotation, related.offset), torch.eye(3).to(mask)
         for _, half in self._by_owner().get(self._world.rank, []):
             whole = self.sums.merged(self._classes(0), half)
-            maps[half - 1], weight[half - 1] = whole.solve_one(), whole.weight()
+            weight[half - 1] = whole.weight()
             whole.moved(centre)
             whole.symmetrise(related.rotation[1:], radius)
             copies[half - 1] = linear_map(whole.solve_one(), whole_turn, centre * self.sums.box_size)
         for owner, owned in self._by_owner().items():
-            self._world.broadcast_(owner, *(part[half - 1] for _, half in owned for part in (maps, copies, weight)))
+            self._world.broadcast_(owner, *(part[half - 1] for _, half in owned for part in (copies, weight)))
         drawn, share = drawn_to_symmetry(maps * mask, copies * mask, weight)
         self._world.broadcast_(0, share)  # others might round otherwise, and it decides when the run ends
         return drawn, share

@@ -61,7 +61,7 @@ def sums_of(volume: Tensor, sigma: float, hole_deg: float) -> Backprojection:
 def drawn(sums: Backprojection, related: RelatedPoses) -> Tensor:
     """The first half-map."""
     owned, mask = OwnedSums(sums, World()), torch.ones(BOX, BOX, BOX)
-    return owned.drawn_to_symmetry(related, BOX / 2 - 1, mask)[0][0]
+    return owned.drawn_to_symmetry(owned.solve()[0], related, BOX / 2 - 1, mask)[0][0]
 
 
 def cone_agreement(volume: Tensor, truth: Tensor, half_angle_deg: float = 20.0) -> float:

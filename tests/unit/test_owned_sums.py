@@ -93,13 +93,14 @@ def test_maps_drawn_to_a_symmetry_of_all_workers_sums(size: int) -> None:
             total += more
     related = RelatedPoses(group.rotations, torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]]))
     mask, before = torch.ones(BOX, BOX, BOX), whole.numerator.clone()
-    expected, asymmetry = OwnedSums(whole, World(), parts=PARTS).drawn_to_symmetry(related, RADIUS, mask)
+    alone = OwnedSums(whole, World(), parts=PARTS)
+    expected, asymmetry = alone.drawn_to_symmetry(alone.solve()[0], related, RADIUS, mask)
     assert torch.equal(whole.numerator, before)
 
     def work(world: World) -> list[Tensor]:
         owned = OwnedSums(_sums(world.rank, PARTS), world, parts=PARTS)
         owned.reduce_(RADIUS)
-        return list(owned.drawn_to_symmetry(related, RADIUS, mask))
+        return list(owned.drawn_to_symmetry(owned.solve()[0], related, RADIUS, mask))
 
     for found, share in _by_all(size, work):
         assert float(share) == pytest.approx(float(asymmetry), rel=1e-3)

@@ -304,7 +304,9 @@ class Iteration:
             related: poses that show almost the same.
         """
         with self._context.world.timer.part("symmetrise"):
-            maps, share = self._owned.drawn_to_symmetry(related, self.pixels.radius_limit, references.mask[0])
+            maps, share = self._owned.drawn_to_symmetry(
+                references.maps[0], related, self.pixels.radius_limit, references.mask[0]
+            )
         return replace(references, maps=maps[None]), float(share)  # host sync
 
     def parts_left_out(self) -> Parts:
