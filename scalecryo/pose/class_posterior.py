@@ -6,6 +6,7 @@ in full. Each class by itself: the scores of one fit the cache, those of all do 
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Complex, Float
@@ -49,7 +50,11 @@ class ClassPosterior:
         self._shifts, self._pixels = shift_grid_px, pixels
         self._low = pixels.prefix(LOW * pixels.radius_limit)
         self.banks = [templates(transform, grid, pixels, scale) for transform in transforms]
-        self._first_look = [templates(transform, few, self._low, scale) for transform in transforms]
+        self._transforms, self._scale, self._few = transforms, scale, few
+
+    @cached_property
+    def _first_look(self) -> list[Complex[Tensor, "f p"]]:
+        return [templates(transform, self._few, self._low, self._scale) for transform in self._transforms]
 
     def shares(
         self, images: ParticleImages, pixel_weight: Float[Tensor, " p"], log_prior: Float[Tensor, " k"]
@@ -79,7 +84,7 @@ class ClassPosterior:
         self, images: ParticleImages, pixel_weight: Float[Tensor, " p"], log_prior: Float[Tensor, " k"]
     ) -> Bool[Tensor, "b k"]:
         """Classes that an image may belong to, by the first look."""
-        low, few = images.within(self._low.radius_limit), len(self._first_look[0])
+        low, few = images.within(self._low.radius_limit), len(self._few)
         weight = pixel_weight[: len(self._low)]
         found = torch.stack([self._of_class(low, weight, bank, self._low) for bank in self._first_look], 1)
         best = (found + log_prior.float()).amax(1, keepdim=True)

@@ -12,13 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.map.backprojection import Backprojection
-from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import References, c_ref, weight_shells
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.particle_images import ParticleImages
+from scalecryo.pose.class_posterior import ClassPosterior
 from scalecryo.pose.particle_probability import pose_gain
-from scalecryo.pose.search import turned_grid
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
@@ -71,25 +69,10 @@ class ClassMaps(ClassStart):
         maps = [weight_shells(references.mean(k), c_ref(references.curve(k))) for k in range(references.classes)]
         return [fourier_resize_3d(volume, self._sums.box_size) for volume in maps]
 
-    def _insert(
-        self, batch: ParticleImages, start: int, fresh: Backprojection, residuals: NoiseSpectrum
-    ) -> Float[Tensor, " classes"]:
-        """All images at all poses of the classes that they belong to; the classes' mass."""
-        first, share = start * self._classes, self._labels(batch)
-        mass = self._gains.new_zeros(self._classes)
-        grid = turned_grid(self._grid, self._generator(start))
-        banks = self._posterior(start).banks
-        for half in (1, 2):
-            for number in range(self._classes):
-                own = ((batch.half == half) & (share[:, number] > COUNTED)).nonzero()[:, 0]  # host sync
-                if not len(own):
-                    continue
-                images, weight = batch.select(own).within(self.radius), share[own, number]
-                self._insert_of_class(
-                    images, weight, first + number, half, banks[number], grid, self._noise, fresh, residuals
-                )
-                mass[number] += weight.sum()
-        return mass
+    def _shares(self, batch: ParticleImages, start: int, classes: ClassPosterior) -> Float[Tensor, "b classes"]:
+        """By the labels."""
+        share = self._labels(batch)
+        return torch.where(share > COUNTED, share, 0.0)
 
     def _labels(self, batch: ParticleImages) -> Float[Tensor, "b classes"]:
         """How much each image belongs to each class: by its label, or where it has none by the maps at its pose."""

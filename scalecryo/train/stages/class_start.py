@@ -151,18 +151,17 @@ class ClassStart(StartRounds):
         self, batch: ParticleImages, start: int, fresh: Backprojection, residuals: NoiseSpectrum
     ) -> Float[Tensor, " classes"]:
         """One step of one start on this worker: all images at all poses of all classes; the classes' posterior mass."""
-        near, first = self._near, start * self._classes
-        mass = self._gains.new_zeros(self._classes)
+        first, mass = start * self._classes, self._gains.new_zeros(self._classes)
         if self._step == 0 and not self._begins_with_maps:
             self._insert_at_random(batch.within(self.radius), start, fresh)
             return mass + len(batch) / self._classes
+        if not len(batch):  # a worker that holds none still takes part in the reduction
+            return mass
         grid, classes = turned_grid(self._grid, self._generator(start)), self._posterior(start)
-        weight, prior = self._noise.pixel_weight(near), self._balance.log_prior[start]
+        shares = self._shares(batch, start, classes)
         for half in (1, 2):
-            images = batch.select(batch.half == half).within(self.radius)
-            if not len(images):  # a worker that holds none of a half still takes part in the reduction
-                continue
-            share = classes.shares(images, weight, prior)
+            at = batch.half == half
+            images, share = batch.select(at).within(self.radius), shares[at]
             for number, bank in enumerate(classes.banks):
                 own = (share[:, number] > COUNTED).nonzero()[:, 0]  # host sync
                 if len(own):
@@ -173,6 +172,11 @@ class ClassStart(StartRounds):
             mass += share.sum(0)
             self._insert_beside(images, half, share, grid, fresh)
         return mass
+
+    def _shares(self, batch: ParticleImages, start: int, classes: ClassPosterior) -> Float[Tensor, "b classes"]:
+        """How much each image belongs to each class."""
+        weight, prior = self._noise.pixel_weight(self._near), self._balance.log_prior[start]
+        return classes.shares(batch.within(self.radius), weight, prior)
 
     def _insert_beside(
         self,
