@@ -114,8 +114,6 @@ class TrainConfig(Section):
         require(self.box % 2 == 0, "train.box", self.box, "boxes are even: choose a level of the store")
         known = POINT_GROUP.fullmatch(self.symmetry.strip().upper()) is not None
         require(known, "train.symmetry", self.symmetry, "no such point group: use C1, C7, D7, T, O, I or I1 to I4")
-        alone = self.classes == 1 or self.symmetry.strip().upper() == "C1"
-        require(alone, "train.classes", self.classes, "several structures are sought without a point group: C1")
         alone = not self.components or (self.classes == 1 and self.symmetry.strip().upper() == "C1")
         repair = "components are of one structure in C1 (a symmetric one: `select --expand`, guided.start = poses)"
         require(alone, "train.components", self.components, repair)

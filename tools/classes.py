@@ -33,6 +33,7 @@ SUBUNITS: Structure = ("1mnf.pdb.gz", "A,B,C,D")
 FOUR = ((SPIKE,), (PROTOMER,), (GROEL,), (COMPLEX,))
 EIGHT = ((LARGE_RNA,), (SMALL_RNA,), (COMPLEX,), (DIMER,), (PROTOMER,), (SUBUNITS,), (HEAD,), (EXIT,))
 TWO = ((DIMER,), CUT_DIMER)
+CUT_SPIKE: Structure = ("6vxx.pdb", "A,B,C/300-2000")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ DOCKED = {"train.class_mode": "docked"}
 _two = StressSet("two chains of 6VXX, a third of one missing", TWO, 5000, 64, 4.0, -8.0)
 _kinases = StressSet("adenylate kinase, open and closed", ((OPEN,), (CLOSED,)), 5000, 64, 1.6, 0.0)
 _four = StressSet("6VXX, its chain, GroEL, 20 proteins of 6ZU5", FOUR, 10_000, 64, 4.0, -10.0, apart=True)
+_spikes = StressSet("6VXX, with and without its N-terminal domains", ((SPIKE,), (CUT_SPIKE,)), 5000, 64, 4.0, -8.0)
+_groel = StressSet("GroEL, 30 % junk", ((GROEL,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
 _junk = StressSet("two chains of 6VXX, 30 % junk", ((DIMER,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
 _eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0, apart=True)
 SETS = {
@@ -67,6 +70,8 @@ SETS = {
     "four-k6": ClassSet(_four, "6", 0.98),
     "four-auto": ClassSet(_four, "auto", 0.98),
     "junk": ClassSet(_junk, "2", None),
+    "spikes": ClassSet(_spikes, "2", 0.95, DOCKED | {"train.symmetry": "C3"}),
+    "groel-junk": ClassSet(_groel, "2", None, {"train.symmetry": "D7"}),
     "eight": ClassSet(_eight, "8", 0.95),
 }
 

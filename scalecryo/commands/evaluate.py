@@ -71,12 +71,12 @@ def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]
     if rows and rows.classes and rows.class_index is not None and rows.class_true is not None:
         # The top level is class 1: it is compared with what most of its particles show.
         shown = int(rows.classes.confusion[:, 0].argmax())
-        true_map = _true_map(truth, shown)
+        true_map, _ = _true_map(truth, shown)
         rows = replace(rows, of_first=(rows.class_index == 1) & (rows.class_true == shown + 1))
     group = _group(path if not is_table and not is_map else None, symmetry)
     related = torch.eye(3)[None]
     if rows:
-        related = rotational_symmetry(true_map) if group is None else _rotations(true_map, pixel_size, group, truth)
+        related = _related(true_map, pixel_size, group, truth)
     poses = _compare(rows, rows.of_first, related, exact=group is not None) if rows else None
     maps: MapComparison | None = None
     if density and volume is not None:
@@ -88,7 +88,7 @@ def run(path: str, *, truth: str, symmetry: str | None = None) -> dict[str, Any]
     line = summary(images, poses, maps) | {
         "junk_auc": rows.junk_auc if rows else None,
         "symmetry": group.name if group else None,
-        **(_classes(rows, truth, urls.parent(density) if density else None) if rows else {}),
+        **(_classes(rows, truth, urls.parent(density) if density else None, group) if rows else {}),
         "box_size": true_map.shape[-1],
         "pixel_size": pixel_size,
     }
@@ -123,8 +123,10 @@ def _group(run: str | None, name: str | None) -> PointGroup | None:
     return group if len(group) > 1 else None
 
 
-def _rotations(volume: torch.Tensor, pixel_size: float, group: PointGroup, truth: str) -> torch.Tensor:
-    """A group's rotations about their axes in the true map, the identity first."""
+def _related(volume: torch.Tensor, pixel_size: float, group: PointGroup | None, truth: str) -> torch.Tensor:
+    """A group's rotations about their axes in the true map, the identity first; without a group those that it has."""
+    if group is None:
+        return rotational_symmetry(volume)
     mask = mask_from_map(volume, pixel_size)
     axes = symmetry_axes(volume * mask, group, _AXES_RADIUS, centre_of_mass(volume, mask))
     if axes.agreement < _AGREES:
@@ -164,13 +166,13 @@ def _compare(
     return compare_poses(rows.rotation[at], rows.rotation_true[at], shifts[0], shifts[1], related, exact=exact)
 
 
-def _true_map(truth: str, number: int) -> torch.Tensor:
-    """truth.mrc, truth_2.mrc, …: the structure of a class, from 0."""
-    density, _, _ = read_map(urls.join(truth, f"truth_{number + 1}.mrc" if number else "truth.mrc"))
-    return torch.from_numpy(density)
+def _true_map(truth: str, number: int) -> tuple[torch.Tensor, float]:
+    """truth.mrc, truth_2.mrc, …: the structure of a class, from 0, and its pixel size."""
+    density, pixel_size, _ = read_map(urls.join(truth, f"truth_{number + 1}.mrc" if number else "truth.mrc"))
+    return torch.from_numpy(density), pixel_size
 
 
-def _classes(rows: _Matched, truth: str, folder: str | None) -> dict[str, Any]:
+def _classes(rows: _Matched, truth: str, folder: str | None, group: PointGroup | None) -> dict[str, Any]:
     """Labels, and by true class the errors of its particles and of the map of the class that most of them are in."""
     found = rows.classes
     if found is None or rows.class_index is None:
@@ -179,9 +181,9 @@ def _classes(rows: _Matched, truth: str, folder: str | None) -> dict[str, Any]:
     reached: list[float | None] = []
     for number, partner in enumerate(found.partner.tolist()):
         keep = (rows.class_index == partner + 1) & (rows.class_true == number + 1)
-        true_map = _true_map(truth, number)
-        symmetry = rotational_symmetry(true_map)
-        poses = _compare(rows, keep, symmetry)
+        true_map, pixel_size = _true_map(truth, number)
+        related = _related(true_map, pixel_size, group, truth)
+        poses = _compare(rows, keep, related, exact=group is not None)
         errors = None if poses is None else poses.modulo or poses.errors
         pose.append(None if errors is None else round(errors.median_deg, 5))
         path = urls.join(folder, f"class{partner + 1}", "map.mrc") if folder and partner >= 0 else None
@@ -190,7 +192,8 @@ def _classes(rows: _Matched, truth: str, folder: str | None) -> dict[str, Any]:
             continue
         volume, pixel_size, _ = read_map(path)
         extent = volume.shape[-1] * pixel_size
-        maps = compare_maps(torch.from_numpy(volume), true_map, extent, poses.alignment, symmetry)
+        turned = related[:1] if group else related
+        maps = compare_maps(torch.from_numpy(volume), true_map, extent, poses.alignment, turned)
         reached.append(round(maps.errors.angstrom_05, 5))
     return {
         "class_accuracy": found.accuracy, "class_purity": found.purity, "class_confusion": found.confusion.tolist(),

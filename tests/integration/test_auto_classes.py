@@ -174,7 +174,6 @@ def test_noise_has_no_classes(species: tuple[Path, str], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"train.symmetry": "C3"}, "without a point group"),
         ({"train.class_mode": "docked"}, "finds independent structures"),
         ({"guided.start": "poses"}, "only the recipe guided"),
         ({"pose.source": "known"}, "only the recipe guided"),

@@ -39,6 +39,7 @@ class ClassMaps(ClassStart):
             learned: the classes' maps; gets better ones.
         """
         super().__init__(context, learned, starts=1)
+        self._imposed = context.point_group  # the common map lies on its axes
         self._even_batch = self._batch
         self._prepared: References = {}
         """The classes' first maps, for particles without a label."""

@@ -30,6 +30,7 @@ from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.so3_grid import so3_grid
+from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.class_posterior import FEW, ClassPosterior
 from scalecryo.pose.expectation import expected_slices
 from scalecryo.pose.search import turned_grid
@@ -38,6 +39,7 @@ from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_contrast
 from scalecryo.train.stages.class_shares import Balance
+from scalecryo.train.stages.on_axes import put_on_axes
 from scalecryo.train.stages.start_rounds import DECAY, FIRST_REFERENCE_RADIUS, REGULARISATION, StartRounds
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class ClassStart(StartRounds):
     most_rounds: int | None = None  # None: `guided.bootstrap_rounds` alone
     _begins_with_maps = False
     balanced_rounds = 2  # in which every class gets the same share
+    _imposed: PointGroup | None = None
+    """About whose axes the first maps are symmetric, and so stay; None: no axes are known yet."""
 
     def __init__(
         self, context: RunContext, learned: Learned, *, classes: int = 0, starts: int = 0, sets: int = 0
@@ -105,6 +109,8 @@ class ClassStart(StartRounds):
             self._ended = self._ends(world)
             if self._ended:
                 self._learned.references = self._first_references()
+                if self._imposed is None:
+                    put_on_axes(self._context, self._learned)
             self._judged = 0
         rounds = number - 1 + (1 if judged else here / total)
         share = 1.0 if self._ended else rounds / max(ROUNDS_EXPECTED, number + 1)
@@ -226,8 +232,8 @@ class ClassStart(StartRounds):
 
     def _solved(self, start: int) -> list[Float[Tensor, "n n n"]]:
         """The present maps of a start's classes, from both halves."""
-        joined, first = self._sums.joined(), start * self._classes
-        return [joined.solve_one(first + number, 1, REGULARISATION) for number in range(self._classes)]
+        each = (self._sums_at(start * self._classes + number).joined() for number in range(self._classes))
+        return [both.solve_one(0, 1, REGULARISATION) for both in each]
 
     @property
     def _given(self) -> bool:
@@ -236,7 +242,16 @@ class ClassStart(StartRounds):
 
     def _halves(self, place: int) -> list[Float[Tensor, "n n n"]]:
         """The present half-maps at a place of the sums."""
-        return [self._sums.solve_one(place, half, REGULARISATION) for half in (1, 2)]
+        own = self._sums_at(place)
+        return [own.solve_one(0, half, REGULARISATION) for half in (1, 2)]
+
+    def _sums_at(self, place: int) -> Backprojection:
+        """Of one map; symmetric where axes are known."""
+        if self._imposed is None:
+            return self._sums.of_class(place)
+        own = self._sums.merged([place])
+        own.symmetrise(self._imposed.others, self.radius)
+        return own
 
     def _generator(self, start: int) -> torch.Generator:
         """Of the step alone: a run that was taken up again turns its grids alike."""

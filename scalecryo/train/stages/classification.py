@@ -120,6 +120,8 @@ class Classification:
         # Both halves' sums of a class on one worker: its maps in passes but the last are made of both.
         owned = OwnedSums(self._sums, world, parts=PARTS, joined=True)
         owned.reduce_(self._pixels.radius_limit)
+        if self._context.point_group is not None:
+            owned.symmetrise(self._context.point_group.others, self._pixels.radius_limit)
         world.all_reduce_(self._counts, self._gain)
         self._share[self._going] = floored(self._counts).float()
         report = f"classes: pass {self._pass}"

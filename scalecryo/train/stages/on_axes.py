@@ -1,6 +1,7 @@
 """Between the start and the first iteration: where the axes of a given point group lie, and all turned onto RELION's.
 
-The start knows of no symmetry: imposed on noise it would lock in whatever axes chance gave.
+The start knows of no symmetry: imposed on noise it would lock in whatever axes chance gave. Each class of a start that
+knows several has axes of its own.
 """
 
 import logging
@@ -16,7 +17,7 @@ from scalecryo.evaluate.symmetry_axes import SymmetryAxes, symmetrised_map, symm
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fft import fourier_resize_3d
-from scalecryo.physics.fsc import shell_index_3d
+from scalecryo.physics.fsc import resolution, shell_index_3d
 from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.symmetry import PointGroup, generated_group
@@ -40,34 +41,54 @@ def put_on_axes(context: RunContext, learned: Learned) -> None:
     """Lay references and remembered poses onto the axes of the run's point group, and impose it. Collective.
 
     Raises:
-        TrainingError: the map does not agree with itself under the group.
+        TrainingError: no map agrees with itself under the group.
     """
     group, references = context.point_group, learned.references
     if group is None or references is None:
         return
-    axes, expected = _found(references, group, context)
-    share = axes.agreement / max(expected, 1e-6)
-    told = (
-        f"the start's map agrees with itself under {group.name} at {axes.agreement:.2f}, its halves at {expected:.2f}"
-    )
-    if share < REFUSED:
-        raise TrainingError(f"{context.config.run.data}: {told}: {_advice(references)}")
-    if share < DOUBTED:
-        note = f"{told}: {group.name} may be too high a symmetry"
-        learned.notes += (note,)
-        logger.warning("%s", note)
-    else:
-        logger.info("%s", told)
-    maps = torch.zeros_like(references.maps)
+    held = [number for number in range(references.classes) if float(references.mean(number).amax()) > 0]  # host sync
+    found = {number: _found(references, number, group, context) for number in held}
+    _judge(found, references, group, context, learned)
+    maps, mask = torch.zeros_like(references.maps), references.mask.clone()
     if context.world.is_leader:
-        for old, new in zip(references.maps.flatten(0, 1), maps.flatten(0, 1), strict=True):
-            new.copy_(symmetrised_map(apply_alignment(old.cpu(), axes.alignment), group))
+        for number, (axes, _) in found.items():
+            for old, new in zip(references.maps[number], maps[number], strict=True):
+                new.copy_(symmetrised_map(apply_alignment(old.cpu(), axes.alignment), group))
     context.world.all_reduce_(maps)  # worker 0's, to all
-    mask = references.mask
     if context.solvent is None:
-        mask = torch.stack([mask_from_map(own.mean(0), references.pixel_size) for own in maps])
+        for number in held:
+            mask[number] = mask_from_map(maps[number].mean(0), references.pixel_size)
     learned.references = replace(references, maps=maps, mask=mask)
-    _turn_poses(context, learned, axes.alignment, references.pixel_size)
+    if references.classes == 1:  # a start of several classes leaves no poses
+        _turn_poses(context, learned, found[0][0].alignment, references.pixel_size)
+
+
+def _judge(
+    found: dict[int, tuple[SymmetryAxes, float]],
+    references: ReferenceSet,
+    group: PointGroup,
+    context: RunContext,
+    learned: Learned,
+) -> None:
+    """Tell how well each map agrees with itself under the group; refuse the group where none does, doubt it where one
+    does not.
+
+    Raises:
+        TrainingError: no map agrees with itself under the group.
+    """
+    share = {number: axes.agreement / max(expected, 1e-6) for number, (axes, expected) in found.items()}
+    best = max(share, key=lambda number: share[number])
+    for number, (axes, expected) in found.items():
+        which = "the start's map" if references.classes == 1 else f"class {number + 1} of the start"
+        told = f"{which} agrees with itself under {group.name} at {axes.agreement:.2f}, its halves at {expected:.2f}"
+        if number == best and share[number] < REFUSED:
+            raise TrainingError(f"{context.config.run.data}: {told}: {_advice(references, number)}")
+        if share[number] < DOUBTED:
+            note = f"{told}: {group.name} may be too high a symmetry"
+            learned.notes += (note,)
+            logger.warning("%s", note)
+        else:
+            logger.info("%s", told)
 
 
 def symmetric_where_on_axes(owned: OwnedSums, context: RunContext, references: ReferenceSet) -> bool:
@@ -116,13 +137,13 @@ def _agreement(model: Backprojection, images: Backprojection, radius: int) -> fl
     return float(torch.stack(curves)[:, 2 : radius + 1].mean())
 
 
-def _found(references: ReferenceSet, group: PointGroup, context: RunContext) -> tuple[SymmetryAxes, float]:
-    """The axes by worker 0, to all, and the mean correlation of the halves over the same shells. Collective."""
-    radius = max(references.resolution(SHOWN)[0], 4.0)
+def _found(references: ReferenceSet, number: int, group: PointGroup, context: RunContext) -> tuple[SymmetryAxes, float]:
+    """A class's axes by worker 0, to all, and the mean correlation of its halves over the same shells. Collective."""
+    radius = _radius(references, number)
     told = torch.zeros(13, dtype=torch.float64)
     if context.world.is_leader:  # others might round otherwise
-        volume = references.mean() * references.mask[0]
-        centre = centre_of_mass(references.mean(), references.mask[0])
+        volume = references.mean(number) * references.mask[number]
+        centre = centre_of_mass(references.mean(number), references.mask[number])
         axes = symmetry_axes(volume, group, radius, centre)
         told = torch.cat([
             axes.alignment.rotation.flatten(), axes.alignment.shift_px, torch.tensor([axes.agreement])
@@ -130,15 +151,21 @@ def _found(references: ReferenceSet, group: PointGroup, context: RunContext) -> 
     told = told.to(context.device)
     context.world.all_reduce_(told)
     told = told.cpu().float()
-    curve = references.curve()[2 : int(radius) + 1]
+    curve = references.curve(number)[2 : int(radius) + 1]
     alignment = Alignment(told[:9].view(3, 3), False, told[9:12], float(told[12]))
     return SymmetryAxes(alignment, float(told[12])), float(curve.mean())
 
 
-def _advice(references: ReferenceSet) -> str:
+def _radius(references: ReferenceSet, number: int) -> float:
+    """Fourier pixels up to which a class's map is compared with itself."""
+    shell, _ = resolution(references.curve(number), references.level, references.pixel_size, SHOWN)
+    return max(shell, 4.0)
+
+
+def _advice(references: ReferenceSet, number: int) -> str:
     """What the map does show."""
-    box = min(references.level, 2 * math.ceil(references.resolution(SHOWN)[0] + 1))  # noise beyond agrees with nothing
-    volume = fourier_resize_3d((references.mean() * references.mask[0]).cpu(), box)
+    box = min(references.level, 2 * math.ceil(_radius(references, number) + 1))  # noise beyond agrees with nothing
+    volume = fourier_resize_3d((references.mean(number) * references.mask[number]).cpu(), box)
     seen = generated_group([one.rotation for one in symmetry_operations(volume)])
     return "leave --symmetry out" if seen in (None, "C1") else f"try --symmetry {seen}, or leave it out"
 
