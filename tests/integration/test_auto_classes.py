@@ -22,8 +22,8 @@ from scalecryo.train.particle_source import RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.ensemble import Ensemble, LearntStart
-from tests.integration.test_classes import BOX, simulated
 from tests.support.blobs import blobs
+from tests.support.mixtures import BOX, simulated
 from tests.support.thread_world import ThreadWorld
 
 START = {

@@ -1,12 +1,10 @@
 """Several structures at once, from simulated mixtures to the tables of other packages."""
 
 import copy
-import json
 import shutil
 import threading
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import mrcfile
 import numpy as np
@@ -15,7 +13,7 @@ import starfile
 import torch
 from torch import Tensor
 
-from scalecryo.commands import convert, evaluate, export, select, simulate, train
+from scalecryo.commands import export, select
 from scalecryo.config import load_config
 from scalecryo.data.formats import csrows
 from scalecryo.data.formats.relion import read_poses
@@ -31,32 +29,8 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_maps import ClassMaps
 from scalecryo.train.stages.class_restarts import ClassRestarts
 from tests.support.blobs import blobs
+from tests.support.mixtures import BOX, COUNT, PIXEL_SIZE, START, run_train, scores, simulated
 from tests.support.thread_world import ThreadWorld
-
-COUNT, BOX, PIXEL_SIZE = 500, 32, 4.0
-START = {
-    "train.classes": "2",
-    "guided.starts": "1",
-    "guided.bootstrap_steps": "20",
-    "guided.bootstrap_rounds": "12",
-    "guided.bootstrap_batch": "80",
-    "pose.centred": "true",
-}
-
-
-def simulated(folder: Path, maps: list[Tensor], table: str, shares: tuple[float, ...] = ()) -> str:
-    """A mixture of maps, and a store of its particles, with poses (`truth`) or without."""
-    names = []
-    for number, volume in enumerate(maps):
-        names.append(folder / f"map{number}.mrc")
-        with mrcfile.new(names[-1], volume.numpy()) as handle:
-            handle.voxel_size = PIXEL_SIZE
-    simulate.run(str(names[0]), str(folder / "data"), mix=[str(name) for name in names[1:]], n=COUNT, box=BOX,
-                 pixel_size=PIXEL_SIZE, snr_db=5.0, defocus_um=(0.8, 1.6), astigmatism_um=0.05, shift_a=0.0,
-                 seed=2, shares=shares)  # fmt: skip
-    convert.run(str(folder / "data" / f"{table}.star"), str(folder / "store.zarr"), data_dir=None, box=None,
-                dtype="float16", workers=2, overwrite=False, invert=False, uninvert=True)  # fmt: skip
-    return str(folder / "store.zarr")
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +40,11 @@ def species(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "data", simulated(folder, [blobs(BOX, 1), blobs(BOX, 3)], "particles")
 
 
-def run_train(data: str, out: Path, *, resume: bool = False, **settings: str) -> None:
-    overrides = {key.replace("__", "."): value for key, value in settings.items()}
-    train.run(None, data=data, out=str(out), workers="0", device="cpu", resume=resume, overrides=overrides)
-
-
 @pytest.fixture(scope="module")
 def finished(species: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("classes") / "run"
     run_train(species[1], run, guided__iterations="3", **{key.replace(".", "__"): v for key, v in START.items()})
     return run
-
-
-def scores(run: Path, truth: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    capsys.readouterr()
-    evaluate.run(str(run), truth=str(truth))
-    return json.loads(capsys.readouterr().out)
 
 
 def test_two_structures_are_told_apart_from_nothing(
