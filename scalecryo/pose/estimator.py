@@ -15,13 +15,11 @@ from scalecryo.distributed.timer import Timer
 from scalecryo.map.reference import Reference, References
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.grouping import rows_by_group
-from scalecryo.physics.image_formation import form_images
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseCandidates, PoseEstimates
 from scalecryo.pose.candidate_refinement import PRUNE_FRACTION, empty_cost, refine_candidates, refined_modes
 from scalecryo.pose.candidate_sources import CandidateSource
-from scalecryo.pose.particle_probability import ParticleProbability, pose_gain
-from scalecryo.pose.search import templates
+from scalecryo.pose.particle_probability import ParticleProbability, pose_gain, predicted_images
 
 LEAST_WEIGHT = 0.05  # in the maps, of an image that does not seem to show the particle
 SURE = 1 - 1e-4  # probability of a class beyond which the others are not looked at again
@@ -218,18 +216,13 @@ class PoseEstimator:
     ) -> tuple[ParticleImages, Tensor]:
         """The first so many particles of a half, and what their references predict for them at the poses found."""
         at = images.rows_by_half[half - 1][:count]
-        few, poses, pixels = images.select(at), found.select(at), images.pixels
+        few, poses = images.select(at), found.select(at)
         predicted = torch.zeros_like(few.transforms)
         everyone = torch.arange(len(at), device=at.device)
         classes = rows_by_group(poses.class_index, self._classes) if self._classes > 1 else (everyone,)
         for number, own in enumerate(classes):
             if len(own):
-                reference = self._references[number, half]
-                slices = templates(reference.transform, poses.rotation[own], pixels, reference.scale)
-                predicted[own] = form_images(
-                    slices, None if few.ctf is None else few.ctf[own],
-                    poses.select(own).shift_px(images.pixel_size), pixels.kx, pixels.ky, pixels.box_size,
-                )  # fmt: skip
+                predicted[own] = predicted_images(few.select(own), poses.select(own), self._references[number, half])
         return few, predicted
 
     def pixel_weight(self, pixels: FourierPixels) -> Float[Tensor, " p"]:

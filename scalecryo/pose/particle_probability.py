@@ -105,7 +105,7 @@ class ParticleProbability:
         """
         near, weight = images.within(self._pixels.radius_limit), self._weight
         poses = self._log_poses(images)
-        predicted, expected = _predicted(near, found, self._reference), _formed(self._mean[None], near, found)
+        predicted, expected = predicted_images(near, found, self._reference), _formed(self._mean[None], near, found)
         empty = empty_cost(near.transforms, weight)
         gain = empty - empty_cost(near.transforms - predicted, weight)
         left = near.with_transforms(near.transforms - expected)
@@ -125,11 +125,12 @@ def pose_gain(images: ParticleImages, found: Poses, reference: Reference, radius
     """Log-likelihood ratio of poses over an empty map, at a radius, Fourier pixels."""
     near = images.within(radius)
     weight = reference.noise.pixel_weight(near.pixels)
-    left = near.transforms - _predicted(near, found, reference)
+    left = near.transforms - predicted_images(near, found, reference)
     return empty_cost(near.transforms, weight) - empty_cost(left, weight)
 
 
-def _predicted(near: ParticleImages, found: Poses, reference: Reference) -> Complex[Tensor, "b p"]:
+def predicted_images(near: ParticleImages, found: Poses, reference: Reference) -> Complex[Tensor, "b p"]:
+    """What a reference says that images hold at their poses."""
     return _formed(templates(reference.transform, found.rotation, near.pixels, reference.scale), near, found)
 
 

@@ -21,13 +21,13 @@ from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import PADDING, Backprojection
 from scalecryo.map.reference import Reference, ReferenceSet, reference_transform, weight_shells
 from scalecryo.physics.fft import fourier_resize_3d
-from scalecryo.physics.image_formation import ctf_weighted, form_images
+from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.pose.candidate_refinement import empty_cost
 from scalecryo.pose.estimator import map_weight
-from scalecryo.pose.search import templates
+from scalecryo.pose.particle_probability import predicted_images
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
@@ -176,11 +176,7 @@ class Classification:
         return logits.softmax(1)
 
     def _cost(self, images: ParticleImages, poses: PoseEstimates, reference: Reference) -> Float[Tensor, " b"]:
-        pixels = self._pixels
-        slices = templates(reference.transform, poses.rotation, pixels, reference.scale)
-        shift_px = poses.shift_px(images.pixel_size)
-        predicted = form_images(slices, images.ctf, shift_px, pixels.kx, pixels.ky, pixels.box_size)
-        return empty_cost(images.transforms - predicted, self._pixel_weight)
+        return empty_cost(images.transforms - predicted_images(images, poses, reference), self._pixel_weight)
 
     def _solve(self, owned: OwnedSums) -> None:
         """Maps of every start and class without each part: of both halves, within the common map's density."""
