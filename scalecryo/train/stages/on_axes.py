@@ -84,7 +84,10 @@ def _judge(
         if number == best and share[number] < REFUSED:
             raise TrainingError(f"{context.config.run.data}: {told}: {_advice(references, number)}")
         if share[number] < DOUBTED:
-            note = f"{told}: {group.name} may be too high a symmetry"
+            doubt = f"{group.name} may be too high a symmetry"
+            if share[number] < REFUSED:
+                doubt = "it is made symmetric all the same, and may be junk or of another symmetry"
+            note = f"{told}: {doubt}"
             learned.notes += (note,)
             logger.warning("%s", note)
         else:
