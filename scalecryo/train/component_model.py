@@ -2,12 +2,12 @@
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.data.io import urls
@@ -19,87 +19,13 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import ReferenceSet, reference_transform, weight_shells
 from scalecryo.physics.fft import FourierPixels, fourier_resize_3d
 from scalecryo.physics.fourier_slice import fourier_slice
-from scalecryo.physics.image_formation import shift_ramp
-from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.physics.poses import PoseEstimates
-from scalecryo.pose.estimator import map_weight
 from scalecryo.train.particle_source import RunContext
-from scalecryo.train.stage import Learned
+from scalecryo.train.posed_images import PosedImages
 
-VALUES_AT_ONCE = 1 << 24  # of the images of a part: 64 MiB
 LEAST_CONTRAST, MOST_CONTRAST = 0.3, 2.0
 CONTRAST_CHANCE = 4.0  # standard errors above which the contrast is taken to vary
 Components = Literal["own", "other", "joint"]
 ARRAYS = ("means", "components", "mask", "noise", "curves", "agreement", "spread")
-
-
-@dataclass(frozen=True, eq=False)
-class PosedImages:
-    """Images at their final poses, moved back to the centre.
-
-    Attributes:
-        images: whose transforms these are, with the common noise.
-        poses: of each.
-        centred: transforms with the shift undone.
-        ctf: contrast transfer, ones where there is none.
-        weight: of each in sums.
-    """
-
-    images: ParticleImages
-    poses: PoseEstimates
-    centred: Complex[Tensor, "b p"]
-    ctf: Float[Tensor, "b p"]
-    weight: Float[Tensor, " b"]
-
-    @property
-    def half(self) -> Int[Tensor, " b"]:
-        """1 or 2."""
-        return self.images.half
-
-    @property
-    def rotation(self) -> Float[Tensor, "b 3 3"]:
-        """Image frame to volume frame."""
-        return self.poses.rotation
-
-    @classmethod
-    def of(cls, images: ParticleImages, context: RunContext, learned: Learned, count: int) -> "list[PosedImages]":
-        """A batch in parts of about the same memory, whatever the box and the number of components."""
-        if learned.groups is not None:
-            images = learned.groups.corrected(images)
-        channels = 2 * count + count * (count + 1) // 2
-        at_once = max(1, VALUES_AT_ONCE // (channels * len(images.pixels)))
-        order = torch.arange(len(images), device=images.rows.device)
-        if len(images) <= at_once:
-            return [cls._part(images, context, learned)] if len(images) else []
-        return [cls._part(images.select(some), context, learned) for some in order.split(at_once)]
-
-    def at(self, rotation: Float[Tensor, "b 3 3"], shift: Float[Tensor, "b 2"]) -> "PosedImages":
-        """The same images at other poses; shift in Å."""
-        poses, images = replace(self.poses, rotation=rotation, shift=shift), self.images
-        return replace(self, poses=poses, centred=_centred(images, poses))
-
-    def where(self, other: "PosedImages", at: Bool[Tensor, " b"]) -> "PosedImages":
-        """The same images at another record's poses where `at` is true."""
-        rotation = torch.where(at[:, None, None], other.rotation, self.rotation)
-        shift = torch.where(at[:, None], other.poses.shift, self.poses.shift)
-        centred = torch.where(at[:, None], other.centred, self.centred)
-        return replace(self, poses=replace(self.poses, rotation=rotation, shift=shift), centred=centred)
-
-    @classmethod
-    def _part(cls, images: ParticleImages, context: RunContext, learned: Learned) -> "PosedImages":
-        assert learned.posed is not None, "the final pass comes first"
-        poses, seen = learned.posed.read(images.rows)
-        # A model's confidence is how well it explains the image, no probability.
-        weight = poses.particle_probability if learned.references is None else map_weight(poses)
-        ctf = torch.ones_like(images.transforms.real) if images.ctf is None else images.ctf
-        return cls(images, poses, _centred(images, poses), ctf, weight * seen * context.chosen(images.rows))
-
-
-def _centred(images: ParticleImages, poses: PoseEstimates) -> Complex[Tensor, "b p"]:
-    """Transforms with the shift undone."""
-    pixels = images.pixels
-    ramp = shift_ramp(-poses.shift_px(images.pixel_size), pixels.kx, pixels.ky, pixels.box_size)
-    return images.transforms * ramp
 
 
 @dataclass(frozen=True, eq=False)

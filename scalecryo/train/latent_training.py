@@ -22,7 +22,8 @@ from scalecryo.model.latent_encoder import LatentEncoder, posed_image
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.runs.folder import RunFolder
 from scalecryo.settings import ReduceDtype
-from scalecryo.train.component_model import ComponentModel, PosedImages
+from scalecryo.train.component_model import ComponentModel
+from scalecryo.train.posed_images import PosedImages
 
 RADIUS, HIDDEN = 12, 384  # Fourier pixels that are read; units of a layer
 RATE = 2e-3  # of Adam, falling to nothing along a cosine

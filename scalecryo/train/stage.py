@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,13 +14,11 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.model.autoencoder import AutoEncoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
+from scalecryo.train.component_model import ComponentModel
 from scalecryo.train.encoder_training import PoseLearner
+from scalecryo.train.particle_coordinates import Coordinates
 from scalecryo.train.particle_source import BatchRequest
 from scalecryo.train.particle_state import ParticleState
-
-if TYPE_CHECKING:
-    from scalecryo.train.component_model import ComponentModel
-    from scalecryo.train.stages.coordinates import Coordinates
 
 
 @dataclass
@@ -60,8 +58,8 @@ class Learned:
     steps: int = 0
     posed: ParticleState | None = None
     identity: str = ""
-    components: "ComponentModel | None" = None
-    coordinates: "Coordinates | None" = None
+    components: ComponentModel | None = None
+    coordinates: Coordinates | None = None
     signal: ImageSignal | None = None
     notes: tuple[str, ...] = ()
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from scalecryo.map.components import products
 from scalecryo.physics.rotation import rotation_from_vector
-from scalecryo.train.component_model import ComponentModel, Components, PosedImages
+from scalecryo.train.component_model import ComponentModel, Components
+from scalecryo.train.posed_images import PosedImages
 
 STEPS = 2
 PROBE_PX = 0.25  # by which the outermost pixel moves for a derivative

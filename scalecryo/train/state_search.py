@@ -18,7 +18,8 @@ from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.so3_grid import so3_grid
 from scalecryo.pose.candidate_refinement import refine_candidates
 from scalecryo.pose.candidate_sources import GridSearch
-from scalecryo.train.component_model import ComponentModel, PosedImages
+from scalecryo.train.component_model import ComponentModel
+from scalecryo.train.posed_images import PosedImages
 from scalecryo.train.state_poses import refine_with_states
 
 HALF_GRID = 2304  # rotations, without their flips

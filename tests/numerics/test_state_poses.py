@@ -14,7 +14,8 @@ from scalecryo.physics.mask import soft_sphere
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.rotation import geodesic_angle, random_rotations, rotation_from_vector
-from scalecryo.train.component_model import ComponentModel, PosedImages
+from scalecryo.train.component_model import ComponentModel
+from scalecryo.train.posed_images import PosedImages
 from scalecryo.train.state_poses import refine_with_states
 from scalecryo.train.state_search import StateSearch, places_of
 from tests.support.blobs import blobs

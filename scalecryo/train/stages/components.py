@@ -21,10 +21,12 @@ from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.mask import density_radius, soft_sphere
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import ComponentModel, PosedImages, mean_of
+from scalecryo.train.component_model import ComponentModel, mean_of
 from scalecryo.train.owned_sums import OwnedSums, solve_components
 from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.posed_images import PosedImages
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.component_stage import posed_parts
 
 logger = logging.getLogger(__name__)
 BATCH = 256
@@ -162,7 +164,7 @@ class Components:
 
     def _posed(self, images: ParticleImages) -> list[PosedImages]:
         """The batch at its poses, in parts that keep memory the same at every box and number of components."""
-        return PosedImages.of(images, self._context, self._learned, self._count)
+        return posed_parts(images, self._context, self._learned, self._count)
 
     def _into_sketch(self, posed: PosedImages) -> None:
         """Residuals with random signs, one for each component; and their power, for the noise."""

@@ -1,26 +1,23 @@
 """Every particle's place in the linear model of variety, what the model is worth on data never seen, and its states."""
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from numpy.typing import NDArray
+from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.mixture import Mixture, best_mixture
-from scalecryo.map.components import Latents, nested_evidence, products
+from scalecryo.map.components import nested_evidence, products
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import ComponentModel, PosedImages
+from scalecryo.train.component_model import ComponentModel
+from scalecryo.train.particle_coordinates import Coordinates, coordinate_table, note_coordinates
 from scalecryo.train.particle_source import BatchRequest, RunContext
-from scalecryo.train.particle_state import RowColumns
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.component_stage import ComponentStage
+from scalecryo.train.stages.component_stage import ComponentStage, posed_parts
 
 logger = logging.getLogger(__name__)
 BATCH = 256
@@ -31,55 +28,10 @@ SIGNAL = 0.143
 LEAST_WEIGHT = 0.3  # of a particle whose place the mixture learns from
 
 
-@dataclass(frozen=True)
-class Coordinates:
-    """What the last pass finds.
-
-    Attributes:
-        table: of every particle: coordinates `z` and their standard deviations `sd`.
-        gain: of each component, in log-likelihood per image with the components of the other half, given those before.
-        error: its standard error.
-        moment: second moment of each coordinate.
-        passing: number of components that both halves confirm; those after the first that fails do not count.
-        mixture: states among the passing components; None where there are none.
-        encoder: of each passing component how the encoder's coordinates correlate with these, and their root mean
-            square error over the spread, of particles that it has not learnt from; None: there is none.
-    """
-
-    table: RowColumns
-    gain: Float[NDArray, " q"]
-    error: Float[NDArray, " q"]
-    moment: Float[NDArray, " q"]
-    passing: int
-    mixture: Mixture | None
-    encoder: tuple[Float[NDArray, " p"], Float[NDArray, " p"]] | None = None
-
-    @property
-    def z(self) -> Float[NDArray, "n q"]:
-        """Coordinates of every particle."""
-        return self.table.columns()["z"]
-
-    @property
-    def sd(self) -> Float[NDArray, "n q"]:
-        """Their standard deviations."""
-        return self.table.columns()["sd"]
-
-
 def pixels_of(model: ComponentModel, context: RunContext) -> FourierPixels:
     """What a pass that places particles reads: the smallest level that the model's resolution fits into."""
     reach = min(model.resolution, max(context.levels) / 2 - 1)
     return context.pixels(min(level for level in context.levels if level / 2 - 1 >= reach), reach)
-
-
-def coordinate_table(run: RunFolder, count: int, components: int) -> RowColumns:
-    """For coordinates `z` and their standard deviations `sd` of every particle."""
-    return RowColumns(run, count, {"z": (components,), "sd": (components,)})
-
-
-def note_coordinates(table: RowColumns, rows: Int[Tensor, " b"], latents: Latents) -> None:
-    """Keep what a batch's E-step found."""
-    spread = latents.covariance.diagonal(dim1=1, dim2=2).sqrt()
-    table.note_columns(rows, {"z": latents.mean, "sd": spread})
 
 
 class CoordinatePass(ComponentStage):
@@ -113,7 +65,7 @@ class CoordinatePass(ComponentStage):
     def step(self, *images: ParticleImages) -> None:
         """E-step alone."""
         model = self._model
-        for posed in PosedImages.of(images[0], self._context, self._learned, model.count):
+        for posed in posed_parts(images[0], self._context, self._learned, model.count):
             residual, predicted = model.residual(posed)
             latents = model.expect_with(residual, predicted, model.slices(posed, "joint")).latents
             note_coordinates(self._table, posed.images.rows, latents)

@@ -9,7 +9,6 @@ from scalecryo.distributed.world import World
 from scalecryo.model.latent_encoder import LatentEncoder
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import PosedImages
 from scalecryo.train.latent_training import (
     HIDDEN,
     RADIUS,
@@ -21,8 +20,9 @@ from scalecryo.train.latent_training import (
     save_encoder,
 )
 from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.posed_images import PosedImages
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.component_stage import ComponentStage
+from scalecryo.train.stages.component_stage import ComponentStage, posed_parts
 from scalecryo.train.stages.coordinates import pixels_of
 
 BATCH = 256
@@ -74,7 +74,7 @@ class LatentEncoding(ComponentStage):
         """One step of the optimiser, or of the test."""
         # Every worker takes every step, with nothing but padding too.
         padded = replace(images[0], rows=images[0].rows.clamp_min(0))
-        for whole in PosedImages.of(padded, self._context, self._learned, 1):
+        for whole in posed_parts(padded, self._context, self._learned, 1):
             posed = replace(whole, weight=whole.weight * whole.images.weight)
             examples = self._examples(posed)
             held = self._context.partition.label(posed.images.rows, HELD_OUT_DRAW, HELD_OUT_SHARE) == 0

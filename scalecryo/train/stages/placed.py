@@ -12,12 +12,15 @@ from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.component_results import States, write_placed
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import ComponentModel, PosedImages
+from scalecryo.train.component_model import ComponentModel
 from scalecryo.train.latent_training import agreement, encoded, load_encoder, moments
+from scalecryo.train.particle_coordinates import coordinate_table, note_coordinates
 from scalecryo.train.particle_source import BatchRequest, RunContext
+from scalecryo.train.posed_images import PosedImages
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.component_stage import posed_parts
 from scalecryo.train.stages.components import STATE_FILE
-from scalecryo.train.stages.coordinates import BATCH, coordinate_table, note_coordinates, pixels_of
+from scalecryo.train.stages.coordinates import BATCH, pixels_of
 from scalecryo.train.state_poses import refine_with_states
 
 logger = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ class PlacedParticles:
         model = self._model
         kept = self._learned.posed
         assert kept is not None, "the final pass comes first"
-        for posed in PosedImages.of(images[0], self._context, self._learned, model.count):
+        for posed in posed_parts(images[0], self._context, self._learned, model.count):
             if model.rounds:  # as those were that the model learnt from
                 posed, _ = refine_with_states(model, posed, fit_shift=self._context.fit_shift, which="joint")
                 kept.note(posed.images.rows, posed.poses, posed.half)

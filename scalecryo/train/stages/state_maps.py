@@ -22,10 +22,10 @@ from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.runs.component_results import Variety, write_variety
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import PosedImages
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.component_stage import posed_parts
 from scalecryo.train.stages.state_poses import states_part
 
 BATCH = 256
@@ -94,7 +94,7 @@ class StateMaps:
         model, coordinates = self._learned.components, self._learned.coordinates
         assert model is not None and coordinates is not None, "they come first"  # noqa: PT018
         assert self._centres is not None, "request() comes first"
-        for posed in PosedImages.of(images[0], self._context, self._learned, model.count):
+        for posed in posed_parts(images[0], self._context, self._learned, model.count):
             rows = posed.images.rows.cpu().numpy()  # host sync
             z = torch.from_numpy(coordinates.z[rows]).to(posed.weight)
             sd = torch.from_numpy(coordinates.sd[rows]).to(posed.weight)

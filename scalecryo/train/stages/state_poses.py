@@ -8,11 +8,10 @@ from scalecryo.distributed.world import World
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.component_model import PosedImages
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import FOLDER
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.component_stage import ComponentStage
+from scalecryo.train.stages.component_stage import ComponentStage, posed_parts
 from scalecryo.train.stages.coordinates import BATCH, pixels_of
 from scalecryo.train.state_poses import refine_with_states
 from scalecryo.train.state_search import StateSearch, places_of
@@ -69,7 +68,7 @@ class StatePoses(ComponentStage):
         """Pose and coordinates together."""
         model, kept = self._model, self._learned.posed
         assert kept is not None, "the final pass comes first"
-        for posed in PosedImages.of(images[0], self._context, self._learned, max(PROBES, model.count)):
+        for posed in posed_parts(images[0], self._context, self._learned, max(PROBES, model.count)):
             if self._searched and self._search is None:
                 self._images += len(posed.images)
                 self._seen.append(model.expect(posed).latents.mean)
