@@ -28,6 +28,11 @@ if not torch.cuda.is_available():
 # Ray lowers its workers' priority (nice 15): on a busy machine the tests beside them leave them a thirtieth of a core.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+# Processes of pytest-xdist share the cores: with threads of their own each would wait for the others'.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests start
+    torch.set_num_threads(1)
+
 # Before the package is imported. .ci/run sets it; CONTRIBUTING.md says what it costs. Workers that a test spawns are
 # left out: wrapping every function takes longer than what most of them do.
 if os.environ.get("SCALECRYO_CHECK_SHAPES") == "1" and multiprocessing.parent_process() is None:
