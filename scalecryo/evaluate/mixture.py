@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 STARTS, PASSES, SETTLED = 2, 100, 1e-4
@@ -32,11 +32,14 @@ class Mixture:
     def __len__(self) -> int:
         return len(self.share)
 
-    def probability(self, points: Float[NDArray, "n q"]) -> Float[NDArray, "n k"]:
-        """Of each state, for each point."""
-        parts = [points[start : start + AT_ONCE] for start in range(0, len(points), AT_ONCE)]
-        found = [_responsibility(part, self.share, self.mean, self.covariance)[0] for part in parts]
-        return np.concatenate(found) if found else np.zeros((0, len(self)))
+    def likeliest(self, points: Float[NDArray, "n q"]) -> tuple[Int[NDArray, " n"], Float[NDArray, " n"]]:
+        """The likeliest state of each point, from 0, and its probability."""
+        state, probability = np.empty(len(points), dtype=np.int64), np.empty(len(points))
+        for start in range(0, len(points), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            weight, _ = _responsibility(points[some], self.share, self.mean, self.covariance)
+            state[some], probability[some] = weight.argmax(1), weight.max(1)
+        return state, probability
 
 
 def best_mixture(points: Float[NDArray, "n q"], most: int, seed: int) -> Mixture:

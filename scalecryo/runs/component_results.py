@@ -91,8 +91,8 @@ class States:
         """State of each particle, from 1, and its probability; None where there are none."""
         if self.mixture is None:
             return None
-        probability = self.mixture.probability(z[:, : self.passing])
-        return probability.argmax(1) + 1, probability.max(1)
+        state, probability = self.mixture.likeliest(z[:, : self.passing])
+        return state + 1, probability
 
     def write(self, run: RunFolder) -> None:
         """Into the run's folder."""

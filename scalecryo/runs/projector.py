@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 
 from scalecryo.data.io import urls
@@ -12,10 +12,15 @@ from scalecryo.runs.folder import RunFolder
 MOST_POINTS = 5000  # that a browser turns without stopping
 
 
+def shown_rows(count: int) -> Int[NDArray, " n"]:
+    """The rows of a table that are shown, evenly chosen."""
+    return np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(int)
+
+
 def write_points(
     run: RunFolder, name: str, points: Float[NDArray, "n d"], labels: Mapping[str, Shaped[NDArray, " n"]]
 ) -> None:
-    """Write some rows of a table, evenly chosen, for the projector; a table of the same name is replaced.
+    """Write the shown rows of a table for the projector; a table of the same name is replaced.
 
     Args:
         run: its folder.
@@ -23,7 +28,7 @@ def write_points(
         points: coordinates.
         labels: that points are coloured by and told by, each with its heading; at least two.
     """
-    some = np.linspace(0, len(points) - 1, min(len(points), MOST_POINTS)).round().astype(int)
+    some = shown_rows(len(points))
     folder = f"projector/{name}"
     urls.make_folder(run.path("tb", folder))
     run.write(f"tb/{folder}/points.tsv", _lines(_told(points[some])))

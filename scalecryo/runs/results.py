@@ -1,6 +1,5 @@
 """What a finished run leaves behind: maps, curves, the particle table and the report. Worker 0 only."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from scalecryo.physics.rotation import rotation_to_euler
 from scalecryo.runs.class_results import ClassSummary, fsc_table, write_classes, write_maps
 from scalecryo.runs.final_results import FinalParticles, FinalResults, as_numpy
 from scalecryo.runs.folder import RunFolder
-from scalecryo.runs.projector import write_points
+from scalecryo.runs.projector import shown_rows, write_points
 from scalecryo.runs.report import write_report
 
 
@@ -38,7 +37,7 @@ def write_results(
     table, shift = store.table(), particles.poses.shift.cpu()
     if store.has_aberrations:  # poses are of images without them, the table's origins of images as recorded
         shift = recorded_shift(shift, torch.from_numpy(table.columns["magnification"]))
-    table, cs = store.table(), store.source_cs()
+    cs = store.source_cs()
     own = None if cs is None else csrows.decode(cs, store.url)[table.columns["source_row"]]
     extra = Extra({}, {}, ()) if own is None else relion_extra(own)
     relion.write_with_poses(
@@ -69,16 +68,17 @@ def write_results(
 
 def _write_projector(run: RunFolder, particles: FinalParticles, *, many: bool) -> None:
     """Views for TensorBoard's projector: on the unit sphere, with the angle of the image's turn in its plane."""
-    rotation = as_numpy(particles.poses.rotation)
+    some = shown_rows(len(particles.half))
+    rotation = particles.poses.rotation[torch.from_numpy(some)]
     labels = {
-        "row": np.arange(len(rotation)),
-        "confidence": as_numpy(particles.confidence),
-        "half": as_numpy(particles.half),
-        "in_plane_deg": as_numpy(rotation_to_euler(particles.poses.rotation))[:, 2],
+        "row": some,
+        "confidence": as_numpy(particles.confidence)[some],
+        "half": as_numpy(particles.half)[some],
+        "in_plane_deg": as_numpy(rotation_to_euler(rotation))[:, 2],
     }
     if many:
-        labels |= {"class": particles.classes[0], "class_probability": particles.classes[1]}
-    write_points(run, "views", rotation[:, :, 2], labels)
+        labels |= {"class": particles.classes[0][some], "class_probability": particles.classes[1][some]}
+    write_points(run, "views", as_numpy(rotation)[:, :, 2], labels)
 
 
 def _cones(maps: ReferenceSet, final: FinalMap) -> ConicalFsc:

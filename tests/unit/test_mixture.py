@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from scalecryo.evaluate.mixture import best_mixture, fit_mixture
 
@@ -28,5 +29,12 @@ def test_as_many_states_as_were_drawn_with_their_shares() -> None:
     assert len(found) == 3
     # Binomial standard deviations are about 0.01.
     np.testing.assert_allclose(found.share, [0.6, 0.3, 0.1], atol=0.04)
-    assert np.mean(found.probability(points).argmax(1) == label) > 0.99
+    state, probability = found.likeliest(points)
+    assert np.mean(state == label) > 0.99
+    # Bayes' rule written out.
+    joint = np.stack([
+        share * multivariate_normal(mean, covariance).pdf(points)
+        for share, mean, covariance in zip(found.share, found.mean, found.covariance, strict=True)
+    ], 1)  # fmt: skip
+    np.testing.assert_allclose(probability, (joint / joint.sum(1, keepdims=True)).max(1), rtol=1e-9)
     assert len(best_mixture(rng.normal(size=(2000, 2)), 8, 0)) == 1

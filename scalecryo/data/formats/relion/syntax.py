@@ -23,7 +23,7 @@ _PIECE = 8 << 20
 MARK = b"\xef\xbb\xbf"  # that some editors of Windows put before UTF-8
 _LONGEST_LINE = 1 << 20
 _WINDOW, _OVERLAP = 256 << 20, 4096
-_MAPPED = 1 << 30  # larger files are not copied to memory
+_MAPPED = 1 << 27  # larger files are not copied to memory
 _BLOCK = re.compile(rb"data_([^\s#]*)[ \t]*(?:#[^\n]*)?\r?(?=\n|\Z)")
 _VALUE = re.compile(rb"\"([^\"\n]*)\"(?=\s|\Z)|'([^'\n]*)'(?=\s|\Z)|(#.*)|(\S+)")
 _NUMBER_WIDTH = 32
