@@ -9,6 +9,7 @@ import roma
 import torch
 from scipy.spatial.transform import Rotation
 
+from scalecryo.data.formats import rotations
 from scalecryo.data.formats.rotations import euler_to_matrix, matrix_to_euler, matrix_to_vector, vector_to_matrix
 from scalecryo.physics import rotation as torch_rotation
 
@@ -36,7 +37,8 @@ def test_matrices_of_angles_and_vectors() -> None:
 
 
 @pytest.mark.parametrize("stored", [np.float64, np.float32])
-def test_angles_and_vectors_of_matrices(stored: type) -> None:
+def test_angles_and_vectors_of_matrices(stored: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotations, "_AT_ONCE", 997)  # in many parts
     matrices = np.concatenate([euler_to_matrix(EULER), vector_to_matrix(VECTORS)]).astype(stored)
     tensor = torch.from_numpy(matrices.astype(np.float64))
     turned = np.abs(matrix_to_euler(matrices) - torch_rotation.rotation_to_euler(tensor).numpy())
