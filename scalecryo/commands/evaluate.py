@@ -190,8 +190,8 @@ def _classes(rows: _Matched, truth: str, folder: str | None, group: PointGroup |
         if path is None or poses is None or not urls.exists(path):
             reached.append(None)
             continue
-        volume, pixel_size, _ = read_map(path)
-        extent = volume.shape[-1] * pixel_size
+        volume, size, _ = read_map(path)
+        extent = volume.shape[-1] * size
         turned = related[:1] if group else related
         maps = compare_maps(torch.from_numpy(volume), true_map, extent, poses.alignment, turned)
         reached.append(round(maps.errors.angstrom_05, 5))
