@@ -126,9 +126,11 @@ class ReferenceSet:
 
     def resolution(self, threshold: float) -> tuple[float, float]:
         """Shell and Å at which the best class's masked FSC falls to a threshold."""
-        return max(
-            resolution(self.curve(number), self.level, self.pixel_size, threshold) for number in range(self.classes)
-        )
+        return max(self.class_resolution(number, threshold) for number in range(self.classes))
+
+    def class_resolution(self, class_index: int, threshold: float) -> tuple[float, float]:
+        """Shell and Å at which a class's masked FSC falls to a threshold."""
+        return resolution(self.curve(class_index), self.level, self.pixel_size, threshold)
 
     def extent(self) -> float:
         """Diameter of the largest class's density, as a share of the box."""

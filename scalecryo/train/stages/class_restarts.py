@@ -30,7 +30,7 @@ from scalecryo.pose.search import grid_posterior, templates, turned_grid
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_start import COUNTED, ClassStart
-from scalecryo.train.stages.start_rounds import DECAY, REGULARISATION
+from scalecryo.train.stages.start_rounds import DECAY
 
 logger = logging.getLogger(__name__)
 FRESH = 2  # random starts of each class
@@ -136,8 +136,7 @@ class ClassRestarts(ClassStart):
     def _fresh_bank(self, place: int, grid: Float[Tensor, "h 3 3"]) -> Complex[Tensor, "h p"]:
         """Slices of a fresh map as it stands, from both halves."""
         if place not in self._fresh_banks:
-            volume = self._sums.of_class(place).joined().solve_one(0, 1, REGULARISATION)
-            transform = reference_transform(volume, self._sums.scale)
+            transform = reference_transform(self._joint_map(place), self._sums.scale)
             self._fresh_banks[place] = templates(transform, grid, self._near, self._sums.scale)
         return self._fresh_banks[place]
 

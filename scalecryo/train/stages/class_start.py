@@ -232,8 +232,11 @@ class ClassStart(StartRounds):
 
     def _solved(self, start: int) -> list[Float[Tensor, "n n n"]]:
         """The present maps of a start's classes, from both halves."""
-        each = (self._sums_at(start * self._classes + number).joined() for number in range(self._classes))
-        return [both.solve_one(0, 1, REGULARISATION) for both in each]
+        return [self._joint_map(start * self._classes + number) for number in range(self._classes)]
+
+    def _joint_map(self, place: int) -> Float[Tensor, "n n n"]:
+        """The present map at a place of the sums, from both halves."""
+        return self._sums_at(place).joined().solve_one(0, 1, REGULARISATION)
 
     @property
     def _given(self) -> bool:

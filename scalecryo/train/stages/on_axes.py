@@ -17,7 +17,7 @@ from scalecryo.evaluate.symmetry_axes import SymmetryAxes, symmetrised_map, symm
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fft import fourier_resize_3d
-from scalecryo.physics.fsc import resolution, shell_index_3d
+from scalecryo.physics.fsc import shell_index_3d
 from scalecryo.physics.mask import centre_of_mass, mask_from_map
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.physics.symmetry import PointGroup, generated_group
@@ -161,8 +161,7 @@ def _found(references: ReferenceSet, number: int, group: PointGroup, context: Ru
 
 def _radius(references: ReferenceSet, number: int) -> float:
     """Fourier pixels up to which a class's map is compared with itself."""
-    shell, _ = resolution(references.curve(number), references.level, references.pixel_size, SHOWN)
-    return max(shell, 4.0)
+    return max(references.class_resolution(number, SHOWN)[0], 4.0)
 
 
 def _advice(references: ReferenceSet, number: int) -> str:
