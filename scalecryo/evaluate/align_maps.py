@@ -1,7 +1,7 @@
 """Rotational search and refinement of one map onto another, hand included.
 
 Both maps are compared on central slices of the truth, by the mean of their Fourier shell correlation: first over a grid
-on SO(3) at a few Fourier pixels, then by gradient ascent at rising resolution. Conventions as in `align`.
+on SO(3) at a few Fourier pixels, then by BFGS at rising resolution. Conventions as in `align`.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scalecryo.errors import InputError
 from scalecryo.evaluate.align import Alignment
+from scalecryo.evaluate.local_minima import local_minima
 from scalecryo.physics.fft import FourierPixels, fourier_pixels, fourier_resize_3d, irfft3_centred, rfft3_centred
 from scalecryo.physics.fourier_slice import extract_slices, gridding_correction, padded_box
 from scalecryo.physics.rotation import geodesic_angle, rotation_from_vector
@@ -22,9 +23,9 @@ from scalecryo.physics.so3_grid import so3_grid
 _PADDING = 2.0
 _GRID = 4608
 _SEARCH_RADIUS = 6.0
-# Candidates of the search in each hand; radii of refinement (cycles per box), steps, and how many go on after each.
+# Candidates of the search in each hand; radii of refinement (cycles per box), evaluations, and how many go on after.
 _CANDIDATES = 12
-_RADII = ((10.0, 8, 6), (20.0, 20, 2), (40.0, 20, 1), (math.inf, 20, 1))
+_RADII = ((10.0, 12, 6), (20.0, 25, 2), (40.0, 25, 1), (math.inf, 25, 1))
 _SYMMETRY_RADIUS = 16.0
 
 
@@ -117,22 +118,21 @@ def align_maps(
             candidates += [
                 Alignment(rotation, mirrored, shift, score) for rotation, shift, score in comparison.search(_CANDIDATES)
             ]
-    for radius, steps, keep in _RADII:
-        candidates = [comparisons[start.mirrored].refine(start, radius, steps) for start in candidates]
+    for radius, evaluations, keep in _RADII:
+        candidates = [
+            found
+            for mirrored, comparison in comparisons.items()
+            for found in comparison.refine([one for one in candidates if one.mirrored == mirrored], radius, evaluations)
+        ]
         candidates = sorted(candidates, key=lambda found: -found.score)[:keep]
         if radius >= volume_true.shape[-1] / 2:
             break
     return candidates[0]
 
 
-def rotational_symmetry(
-    volume: Float[Tensor, "n n n"],
-    threshold: float = 0.8,
-    smallest_deg: float = 30.0,
-    known: Float[Tensor, "e 3 3"] | None = None,
-) -> Float[Tensor, "g 3 3"]:
+def rotational_symmetry(volume: Float[Tensor, "n n n"]) -> Float[Tensor, "g 3 3"]:
     """Rotations S of `symmetry_operations`, the identity first."""
-    return torch.stack([found.rotation.mT for found in symmetry_operations(volume, threshold, smallest_deg, known)])
+    return torch.stack([found.rotation.mT for found in symmetry_operations(volume)])
 
 
 def symmetry_operations(
@@ -152,20 +152,32 @@ def symmetry_operations(
     comparison = SliceComparison(small, small)
     found = [Alignment(torch.eye(3), False, torch.zeros(3), 1.0)]
     beside = torch.eye(3)[:0].view(0, 3, 3) if others is None else others.mT
-    for rotation, shift, _ in comparison.search(40, away_deg=smallest_deg):
-        if len(beside) and float(geodesic_angle(beside, rotation.expand_as(beside)).min()) < 10:
-            continue
-        start = Alignment(rotation, False, shift, 0.0)
-        # A quick look first: most starts end at a rotation that is known already, or at none.
-        for radius, steps, least in ((_RADII[0][0], 8, threshold - 0.2), (_SYMMETRY_RADIUS, 20, threshold)):
-            start = comparison.refine(start, radius, steps)
-            known = torch.cat([torch.stack([other.rotation for other in found]), beside])
-            distance = geodesic_angle(known, start.rotation.expand_as(known))
-            if start.score < least or float(distance[0]) < smallest_deg or float(distance.min()) < 10:
-                break
-        else:
-            found.append(start)
+    starts = [Alignment(turn, False, shift, 0.0) for turn, shift, _ in comparison.search(40, away_deg=smallest_deg)]
+    # A quick look first: most starts end at a rotation that is known already, or at none.
+    for radius, evaluations, least in ((_RADII[0][0], 12, threshold - 0.2), (_SYMMETRY_RADIUS, 25, threshold)):
+        known = torch.cat([found[0].rotation[None], beside])
+        starts = [
+            one
+            for one in comparison.refine(starts, radius, evaluations)
+            if one.score >= least and _angles(one, known[:1])[0] >= smallest_deg
+        ]
+        starts = _apart(starts, known)
+    found += starts
     return [replace(one, shift_px=one.shift_px * (volume.shape[-1] / small.shape[-1])) for one in found]
+
+
+def _angles(alignment: Alignment, known: Float[Tensor, "k 3 3"]) -> list[float]:
+    """Degrees between its rotation and those known."""
+    return geodesic_angle(known, alignment.rotation.expand_as(known)).tolist()
+
+
+def _apart(alignments: Sequence[Alignment], known: Float[Tensor, "k 3 3"]) -> list[Alignment]:
+    """Those whose rotation is not within 10° of one that is known or of an earlier one's."""
+    kept: list[Alignment] = []
+    for one in alignments:
+        if min(_angles(one, torch.cat([known, *(other.rotation[None] for other in kept)]))) >= 10:
+            kept.append(one)
+    return kept
 
 
 def compare_turned(
@@ -175,7 +187,9 @@ def compare_turned(
     start."""
     box = min(volume.shape[-1], 2 * math.ceil(radius + 2))
     comparison = SliceComparison(fourier_resize_3d(volume, box), fourier_resize_3d(truth, box))
-    return [comparison.refine(start, min(radius, box / 2 - 1), 12).score for start in starts]
+    scale = box / volume.shape[-1]
+    starts = [replace(start, shift_px=start.shift_px * scale) for start in starts]
+    return [one.score for one in comparison.refine(starts, min(radius, box / 2 - 1), 15)]
 
 
 @dataclass(frozen=True)
@@ -214,13 +228,15 @@ class SliceComparison:
         values = extract_slices(self._estimate, turned, planes.pixels.kx, planes.pixels.ky, self._scale)
         return values.unflatten(0, (len(rotation), -1))
 
-    def curve(self, rotation: Float[Tensor, "3 3"], shift_px: Float[Tensor, "3"], planes: Planes) -> Tensor:
-        """Shell correlation, DC first, of the truth and the estimate turned by Q and moved by u."""
-        values = self.slices(rotation[None], planes)[0]
-        phase = planes.place @ shift_px * (-2 * math.pi / self.box_size)
+    def curves(
+        self, rotation: Float[Tensor, "b 3 3"], shift_px: Float[Tensor, "b 3"], planes: Planes
+    ) -> Float[Tensor, "b s"]:
+        """Shell correlations, DC first, of the truth and the estimate turned by each Q and moved by its u."""
+        values = self.slices(rotation, planes)
+        phase = torch.einsum("cpi,bi->bcp", planes.place, shift_px) * (-2 * math.pi / self.box_size)
         moved = values * torch.polar(torch.ones_like(phase), phase)
         cross = _shell_sums(moved.real * planes.truth.real + moved.imag * planes.truth.imag, planes)
-        power = _shell_sums(moved.abs().square(), planes) * _shell_sums(planes.truth.abs().square(), planes)
+        power = _shell_sums(moved.abs().square(), planes) * _shell_sums(planes.truth.abs().square()[None], planes)
         return cross / power.clamp_min(torch.finfo(power.dtype).tiny).sqrt()
 
     def search(self, count: int, away_deg: float = 0.0) -> list[tuple[Float[Tensor, "3 3"], Float[Tensor, "3"], float]]:
@@ -252,36 +268,37 @@ class SliceComparison:
             score = torch.where(near, -1.0, score)
         return found
 
-    def refine(self, start: Alignment, radius: float, steps: int) -> Alignment:
-        """Local maximum of the mean shell correlation up to a radius (cycles per box), by L-BFGS on so(3) × R³."""
+    def refine(self, starts: Sequence[Alignment], radius: float, evaluations: int) -> list[Alignment]:
+        """Local maxima near each start of the mean shell correlation up to a radius (cycles per box), by BFGS on
+        so(3) × R³."""
+        if not starts:
+            return []
         planes = self.planes(24, radius)
         reach = planes.pixels.radius_limit
-        first, origin = start.rotation.float(), start.shift_px.float()
-        # Scaled so that a step of one moves the outermost pixels by about one cycle in either kind of parameter.
-        step = torch.zeros(6, requires_grad=True)
-        optimiser = torch.optim.LBFGS([step], max_iter=steps, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+        first = torch.stack([start.rotation.float() for start in starts])
+        origin = torch.stack([start.shift_px.float() for start in starts])
 
-        def pose() -> tuple[Tensor, Tensor]:
-            turn = rotation_from_vector(step[:3] / reach)
-            return turn @ first, origin + step[3:] * (self.box_size / (2 * math.pi * reach))
+        def poses(step: Tensor) -> tuple[Tensor, Tensor]:
+            # A step of one moves the outermost pixels by about one cycle in either kind of parameter.
+            turn = rotation_from_vector(step[:, :3] / reach)
+            return turn @ first, origin + step[:, 3:] * (self.box_size / (2 * math.pi * reach))
 
-        def loss() -> Tensor:
-            optimiser.zero_grad()
-            value = -self.curve(*pose(), planes)[1:].mean()
-            value.backward()
-            return value
+        def cost(step: Tensor) -> Tensor:
+            return -self.curves(*poses(step), planes)[:, 1:].mean(1)
 
-        optimiser.step(loss)
-        with torch.no_grad():
-            rotation, shift = pose()
-            score = float(self.curve(rotation, shift, planes)[1:].mean())
-        return Alignment(rotation, start.mirrored, shift, score)
+        rotation, shift = poses(local_minima(cost, torch.zeros(len(starts), 6), evaluations))
+        scores = self.curves(rotation, shift, planes)[:, 1:].mean(1)
+        return [
+            Alignment(turn, start.mirrored, moved, float(score))
+            for start, turn, moved, score in zip(starts, rotation, shift, scores, strict=True)
+        ]
 
 
-def _shell_sums(values: Float[Tensor, "c p"], planes: Planes) -> Float[Tensor, " s"]:
+def _shell_sums(values: Float[Tensor, "b c p"], planes: Planes) -> Float[Tensor, "b s"]:
     """Sums over each shell of all planes."""
-    weighted = (values * planes.pixels.weight).sum(0)
-    return torch.zeros(int(planes.pixels.radius_limit + 0.5) + 1).index_add(0, planes.pixels.shell, weighted)
+    weighted = (values * planes.pixels.weight).sum(1)
+    empty = torch.zeros(len(values), int(planes.pixels.radius_limit + 0.5) + 1)
+    return empty.index_add(1, planes.pixels.shell, weighted)
 
 
 def whitened(values: Complex[Tensor, "b c p"], planes: Planes) -> Complex[Tensor, "b c p"]:

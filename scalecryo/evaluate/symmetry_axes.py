@@ -6,6 +6,7 @@ map's centre of mass, then by gradient ascent in rotation and centre at rising r
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import Planes, SliceComparison, apply_alignment, whitened
+from scalecryo.evaluate.local_minima import local_minima
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.rotation import geodesic_angle, rotation_from_vector
 from scalecryo.physics.so3_grid import so3_grid
@@ -21,9 +23,9 @@ from scalecryo.physics.symmetry import PointGroup
 
 _GRID, _SEARCH_RADIUS, _MARGIN_DEG, _APART_DEG = 4608, 6.0, 7.5, 15.0
 # Candidates of the search; radii of refinement (Fourier pixels), rotations of the group that are compared, slices,
-# steps, and how many go on after each.
+# evaluations, and how many go on after each.
 _CANDIDATES = 12
-_RADII = ((8.0, 3, 12, 8, 3), (12.0, 3, 24, 10, 1), (math.inf, 6, 72, 20, 1))
+_RADII = ((8.0, 3, 12, 12, 3), (12.0, 3, 24, 15, 1), (math.inf, 6, 72, 25, 1))
 _LEAST_SHELL = 2  # the first shell hardly tells rotations apart
 
 
@@ -63,9 +65,9 @@ def symmetry_axes(
     scale = volume.shape[-1] / box
     compared = _Compared(fourier_resize_3d(volume, box).cpu(), group, min(radius, box / 2 - 1))
     frames = [(torch.eye(3), torch.zeros(3)), *compared.search(centre_px.cpu().float() / scale)]
-    for limit, count, slices, steps, keep in _RADII:
+    for limit, count, slices, evaluations, keep in _RADII:
         reach = min(limit, compared.radius)
-        refined = [compared.refine(turn, centre, reach, count, slices, steps) for turn, centre in frames]
+        refined = compared.refine(frames, reach, count, slices, evaluations)
         refined.sort(key=lambda found: -found[2])
         frames = [(turn, centre) for turn, centre, _ in refined[:keep]]
     turn, centre = frames[0]
@@ -73,7 +75,7 @@ def symmetry_axes(
     if group.name.startswith("C"):
         axis = turn[2]
         centre = centre - (centre @ axis) * axis  # along the axis nothing is known
-    agreement = min(float(curve[_LEAST_SHELL:].mean()) for curve in compared.curves(turn, centre))
+    agreement = float(compared.curves(turn, centre)[:, _LEAST_SHELL:].mean(1).min())
     return SymmetryAxes(Alignment(turn, False, -(turn @ centre) * scale, agreement), agreement)
 
 
@@ -139,42 +141,34 @@ class _Compared:
         return self._all[:: math.ceil(len(self._all) / count)]
 
     def refine(
-        self, turn: Tensor, centre: Tensor, radius: float, count: int, slices: int, steps: int
-    ) -> tuple[Tensor, Tensor, float]:
-        """Local maximum of the mean shell correlation over some rotations, by L-BFGS on so(3) × R³."""
+        self, frames: Sequence[tuple[Tensor, Tensor]], radius: float, count: int, slices: int, evaluations: int
+    ) -> list[tuple[Tensor, Tensor, float]]:
+        """Local maxima of the mean shell correlation over some rotations, by BFGS on so(3) × R³."""
         planes, unit = self._slices.planes(slices, radius), self._box / (2 * math.pi * radius)
         some = self._some(count)
-        step = torch.zeros(6, requires_grad=True)
-        optimiser = torch.optim.LBFGS([step], max_iter=steps, tolerance_change=1e-5, line_search_fn="strong_wolfe")
+        turns, centres = (torch.stack(parts) for parts in zip(*frames, strict=True))
 
-        def frame() -> tuple[Tensor, Tensor]:
-            return rotation_from_vector(step[:3] / radius) @ turn, centre + step[3:] * unit
+        def moved(step: Tensor) -> tuple[Tensor, Tensor]:
+            return rotation_from_vector(step[:, :3] / radius) @ turns, centres + step[:, 3:] * unit
 
-        def score() -> Tensor:
-            found, moved = frame()
-            each = [self._curve(rotation, found, moved, planes)[1:].mean() for rotation in some]
-            return torch.stack(each).mean()
+        def score(turn: Tensor, centre: Tensor) -> Tensor:
+            return self._curves(some, turn, centre, planes)[..., 1:].mean((1, 2))
 
-        def loss() -> Tensor:
-            optimiser.zero_grad()
-            value = -score()
-            value.backward()
-            return value
-
-        optimiser.step(loss)
-        with torch.no_grad():
-            found, moved = frame()
-            return found, moved, float(score())
+        turn, centre = moved(local_minima(lambda step: -score(*moved(step)), torch.zeros(len(frames), 6), evaluations))
+        return list(zip(turn, centre, score(turn, centre).tolist(), strict=True))
 
     @torch.no_grad()
-    def curves(self, turn: Tensor, centre: Tensor) -> list[Tensor]:
+    def curves(self, turn: Tensor, centre: Tensor) -> Float[Tensor, "g s"]:
         """Shell correlation under each rotation of the group."""
         planes = self._slices.planes(24, self.radius)
-        return [self._curve(rotation, turn, centre, planes) for rotation in self._all]
+        return torch.cat([self._curves(one, turn[None], centre[None], planes)[0] for one in self._all.split(6)])
 
-    def _curve(self, rotation: Tensor, turn: Tensor, centre: Tensor, planes: Planes) -> Tensor:
-        own = turn.mT @ rotation @ turn
-        return self._slices.curve(own, centre - own @ centre, planes)
+    def _curves(self, rotations: Tensor, turn: Tensor, centre: Tensor, planes: Planes) -> Float[Tensor, "f g s"]:
+        """Of each frame under each rotation."""
+        own = turn.mT[:, None] @ rotations @ turn[:, None]
+        shift = centre[:, None] - (own @ centre[:, None, :, None])[..., 0]
+        curves = self._slices.curves(own.flatten(0, 1), shift.flatten(0, 1), planes)
+        return curves.unflatten(0, (len(turn), -1))
 
 
 def _least_turn(turn: Float[Tensor, "3 3"], group: PointGroup) -> Float[Tensor, "3 3"]:

@@ -7,8 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.evaluate.align import Alignment
-from scalecryo.evaluate.align_maps import compare_turned, rotational_symmetry, symmetry_operations
+from scalecryo.evaluate.align_maps import compare_turned, symmetry_operations
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.physics.symmetry import PointGroup, generated_group, symmetry_rotations
@@ -38,12 +37,14 @@ class RelatedRotations:
         """
         mean, device = references.mean(class_index) * references.mask[class_index], references.maps.device
         known = None if group is None else group.others.cpu()
-        similar = rotational_symmetry(mean.cpu(), known=known)[1:]
-        similar = similar if group is None else _on_cpu(group).beyond(similar)
+        found = symmetry_operations(mean.cpu(), others=known)
+        similar = torch.stack([one.rotation.mT for one in found])[1:]
+        if group is not None:
+            similar = _on_cpu(group).beyond(similar)
+            found = [found[0], *(one for one in found if (one.rotation.mT == similar).all((1, 2)).any())]
         radius = references.resolution(0.143)[0]
         first, second = (half.cpu() * references.mask[class_index].cpu() for half in references.maps[class_index])
-        starts = [Alignment(s.mT, False, torch.zeros(3), 0.0) for s in (torch.eye(3), *similar)]
-        scores = compare_turned(first, second, starts, radius) if len(similar) else [1.0]
+        scores = compare_turned(first, second, found, radius) if len(similar) else [1.0]
         alike = torch.tensor([score >= ALIKE * scores[0] for score in scores[1:]], dtype=torch.bool)
         agreement = min([score / scores[0] for score in scores[1:] if score >= ALIKE * scores[0]], default=1.0)
         equivalent = similar[alike].to(device)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice, gridding_correction, padded_box
 from scalecryo.physics.rotation import random_rotations
-from scalecryo.pose.related import RelatedPoses
+from scalecryo.pose.related import RelatedPoses, RelatedRotations
 
 BOX, CENTRE = 48, torch.tensor([3.0, -2.0, 0.0])  # px, (x, y, z): where the two-fold about z has its axis
 TWO_FOLD = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
@@ -30,6 +31,19 @@ def test_the_offset_is_where_the_axis_lies() -> None:
     # V(S (x − u)) = V(x) = V(S x − S c + c): u = c − S c, for S is its own inverse.
     assert torch.allclose(found.offset[1] * BOX, CENTRE - TWO_FOLD @ CENTRE, atol=0.1)
     assert not RelatedPoses.of(_dimer(), 4, centred=True).offset.any()
+
+
+def test_halves_agree_under_an_axis_beside_the_centre() -> None:
+    """To shell 15, where the offset of 7 px is two cycles: the comparison begins where the axis lies."""
+    generator = torch.Generator().manual_seed(5)
+    halves = torch.stack([_dimer() + 0.002 * torch.randn(BOX, BOX, BOX, generator=generator) for _ in (1, 2)])
+    references = ReferenceSet.of_maps(halves[None], 2.0, noise=torch.ones(BOX // 2 + 1), radius=float(BOX // 2))
+    assert references.resolution(0.143)[0] > 15
+    related = RelatedRotations.of(references)
+    assert len(related.similar) == 1
+    assert torch.allclose(related.equivalent[0], TWO_FOLD, atol=0.01)
+    assert related.agreement > 0.99
+    assert related.told(None).endswith("try --symmetry C2")
 
 
 def test_images_at_related_poses_are_the_same() -> None:
