@@ -52,6 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _shapes_are_checked_anew() -> None:
+    """The first calls of each test have their shapes checked, where any have."""
+    shapes = sys.modules.get("tests.support.shapes")
+    if shapes is not None:
+        shapes.calls.clear()
+
+
+@pytest.fixture(autouse=True)
 def _plain_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made but not drawn, but for tests marked `pictures`: drawing is nearly all of a small run's time."""
     if request.node.get_closest_marker("pictures") is None:

@@ -55,6 +55,7 @@ def test_it_converges_from_random_poses(tmp_path: Path, monkeypatch: pytest.Monk
             dtype="float16", workers=1, overwrite=True, invert=False, uninvert=True)  # fmt: skip
     train.run(None, data=str(tmp_path / "store.zarr"), out=str(tmp_path / "run"), workers="0", device="cpu",
               resume=False, overrides={"pose.source": "encoder", "pose.centred": "true", "autoencoder.steps": "250",
+                                       "autoencoder.starts": "3",
                                        "monitor.truth": str(tmp_path / "data")})  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     error = "truth/rotation_error_mod_pseudosymmetry_median_deg"

@@ -110,7 +110,9 @@ def test_junk_gets_low_confidence_and_does_not_ruin_the_map(
     junk = np.arange(COUNT) % 5 == 2
     sigma = images[:, 0].std()
     images[junk] = np.random.default_rng(0).normal(0, sigma, (junk.sum(), BOX, BOX))
-    run = run_on(changed(good, tmp_path / "data", images=images), tmp_path, guided__bootstrap_rounds="4")
+    run = run_on(
+        changed(good, tmp_path / "data", images=images), tmp_path, guided__bootstrap_rounds="2", guided__iterations="4"
+    )
     confidence = read_poses(str(run / "particles.star")).confidence
     assert confidence is not None
     assert (confidence[junk] < 0.1).mean() > 0.95

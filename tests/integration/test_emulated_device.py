@@ -40,8 +40,9 @@ RECIPES = {
               "guided.encoder_hidden": "16", "guided.shift_radius_a": "6", "guided.batch_size": "100",
               "train.final_pass": "false"},
 }  # fmt: skip
-GUIDED = {"guided.iterations": "1", "guided.bootstrap_steps": "8", "guided.starts": "1", "guided.encoder_steps": "0",
-          "guided.bootstrap_rounds": "1", "guided.shift_radius_a": "4", "guided.batch_size": "100"}  # fmt: skip
+GUIDED = {"guided.iterations": "1", "guided.bootstrap_steps": "3", "guided.starts": "1", "guided.encoder_steps": "0",
+          "guided.bootstrap_rounds": "1", "guided.shift_radius_a": "4", "guided.batch_size": "100",
+          "train.rows": "200"}  # fmt: skip
 #: Related poses: the identity, a half turn, which this map tells at once, and a turn of 2°, which it hardly does.
 TURNS = torch.linalg.matrix_exp(torch.tensor([0.0, torch.pi, 0.035])[:, None, None] * torch.tensor(
     [[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]

@@ -48,8 +48,8 @@ def particles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "data", store_of(folder / "data" / "particles.star", folder / "store.zarr")
 
 
-SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.iterations": "8",
-            "guided.bootstrap_steps": "60", "guided.bootstrap_rounds": "3", "guided.starts": "1"}  # fmt: skip
+SETTINGS = {"train.rows": str(ROWS), "guided.shift_radius_a": "6", "guided.iterations": "6",
+            "guided.bootstrap_steps": "40", "guided.bootstrap_rounds": "1", "guided.starts": "1"}  # fmt: skip
 # On 300 images: nothing that needs a structure.
 SHORT = {"train__rows": "300", "guided__bootstrap_steps": "8", "guided__bootstrap_rounds": "1",
          "guided__iterations": "4"}  # fmt: skip
@@ -298,7 +298,7 @@ def test_pure_noise_is_not_sold_as_a_structure(tmp_path: Path) -> None:
 def test_two_workers_converge_as_well(
     particles: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = load_config(None, SETTINGS | {"guided.iterations": "4"})
+    config = load_config(None, SETTINGS | {"guided.iterations": "2", "guided.encoder_steps": "0"})
     run = dataclasses.replace(config.run, data=particles[1], out=str(tmp_path / "run"), workers="2")
     config = dataclasses.replace(config, run=run)
     RunFolder(str(tmp_path / "run")).create(config, resume=False)
