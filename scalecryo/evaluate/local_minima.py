@@ -52,9 +52,10 @@ def _differentiated(
     cost: Callable[[Float[Tensor, "b d"]], Float[Tensor, " b"]], place: Float[Tensor, "b d"]
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, "b d"]]:
     """Costs and their slopes."""
-    asked = place.detach().requires_grad_()
-    value = cost(asked)
-    (slope,) = torch.autograd.grad(value.sum(), asked)
+    with torch.enable_grad():  # whoever asks may not
+        asked = place.detach().requires_grad_()
+        value = cost(asked)
+        (slope,) = torch.autograd.grad(value.sum(), asked)
     return value.detach(), slope
 
 
