@@ -24,7 +24,7 @@ from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages import classification, latent_encoding
+from scalecryo.train.stages import classification, latent_encoding, state_maps
 from scalecryo.train.stages import components as stage
 from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
@@ -113,6 +113,37 @@ def test_two_conformations_are_found_and_told_apart(
     rows = np.load(tmp_path / "cs" / "particles.cs")
     np.testing.assert_allclose(rows["components_mode_1/value"], coordinates.z[:, 1], atol=1e-5)
     np.testing.assert_array_equal(rows["alignments3D/class"], state - 1)  # cryoSPARC counts from 0
+
+
+def test_maps_of_states_are_the_same_however_few_sums_a_pass_holds(
+    particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, mean, component, sign = particles
+    learned = learn(data, tmp_path / "run", stages=5)
+    coordinates = learned.coordinates
+    assert coordinates is not None
+    context = RunContext.of(
+        load_config(None, {"run.data": data, "run.out": str(tmp_path / "run"), "pose.source": "known"}),
+        ParticleStore.open(data), RunFolder(str(tmp_path / "run")), World(), torch.device("cpu"),
+    )  # fmt: skip
+    # A sign has unit variance, as the coordinate has: the two structures lie at 1 and −1.
+    side = np.sign(np.corrcoef(coordinates.z[:, 0], sign)[0, 1])
+    centres = np.array([[side, 0.0], [-side, 0.0]])
+    found = []
+    for held in (1 << 30, 1):
+        monkeypatch.setattr(state_maps, "BYTES", held)
+        made = state_maps.StateMaps(context, learned, centres, np.full(2, 150.0))
+        run_stages([made], context)
+        found.append(made.references.maps)
+    # All kernels in one pass, and each in one of its own: the same sums in another order.
+    assert found[0] == pytest.approx(found[1], abs=1e-5 * float(found[0].abs().max()))
+    first, second = found[0].mean(1)
+    # Reference: the true maps, mean ± component, which are at right angles; images are in units of the noise.
+    scale = float(((first + second) / 2 * mean).sum() / mean.square().sum())
+    apart = float(((first - second) / 2 * component).sum() / component.square().sum())
+    assert apart / scale == pytest.approx(1.0, abs=0.3)
+    for volume, true in ((first, mean + component), (second, mean - component)):
+        assert float(torch.corrcoef(torch.stack([volume, true]).flatten(1))[0, 1]) > 0.95
 
 
 def test_an_assignment_places_particles_of_another_store(

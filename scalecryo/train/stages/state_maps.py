@@ -2,9 +2,11 @@
 
 A map at z0 is a local linear regression: an image enters with the weight exp(−½ Σ ((z − z0) / (h sd))²), less what the
 model says that it would show otherwise at z0, A W (z − z0). What remains to the kernel is what the model cannot say, so
-a wide kernel blurs little.
+a wide kernel blurs little. Each place has several kernels, the widest of which is the linear model itself with what all
+images say otherwise; every voxel takes that which serves it (`map.kernel_widths`).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.components import ComponentCurves
 from scalecryo.map.backprojection import PADDING, Backprojection
+from scalecryo.map.kernel_widths import locally_best
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.particle_images import ParticleImages
@@ -33,6 +36,8 @@ BYTES = 1 << 30  # of the sums of one pass
 LEAST_KERNEL = 1e-3  # weights below are none
 LEAST_PARTICLES = 300  # that a kernel is widened to
 SHARE = 0.5  # of a state's particles, as the sum of the kernel's weights at its centre
+WIDTHS = (1 / 3, 1.0, 3.0)  # of the particles that a kernel should hold; more than most of all are none
+MOST = 0.6
 
 
 class StateMaps:
@@ -57,8 +62,10 @@ class StateMaps:
         self._context, self._learned = context, learned
         self._given = None if centres is None else (centres, particles)
         self._centres: Tensor | None = None
+        self._rest: Tensor | None = None
+        self._some, self._narrower = slice(0), list[Tensor]()
         self._maps: list[Tensor] = []
-        self._done, self._images = False, 0
+        self._images = 0
 
     @property
     def references(self) -> ReferenceSet:
@@ -67,7 +74,7 @@ class StateMaps:
         level = self._maps[0].shape[-1]
         noise = torch.ones(level // 2 + 1, device=context.device)
         pixel_size = context.store.level_pixel_size(level)
-        maps = torch.cat(self._maps)
+        maps = torch.stack(self._maps)
         return ReferenceSet.of_maps(maps, pixel_size, noise=noise, radius=level / 2 - 1, solvent=context.solvent)
 
     def request(self) -> BatchRequest:
@@ -79,9 +86,8 @@ class StateMaps:
         self._images, self._pixels = 0, context.pixels(context.training_level)
         level, box = self._pixels.box_size, int(PADDING * self._pixels.box_size)
         at_once = max(1, BYTES // (2 * 12 * box * box * (box // 2 + 1)))
-        first = sum(len(maps) for maps in self._maps)
-        self._some = slice(first, min(first + at_once, len(self._centres)))
-        self._sums = Backprojection(level, device=context.device, classes=max(1, self._some.stop - first))
+        self._some = slice(self._some.stop, min(self._some.stop + at_once, len(self._kernels)))
+        self._sums = Backprojection(level, device=context.device, classes=max(1, self._some.stop - self._some.start))
         assert self._learned.components is not None, "the components come first"
         self._learned.components.begin(self._pixels)
         if not len(self._centres):  # no component passes: there is nothing to read for
@@ -98,22 +104,23 @@ class StateMaps:
             rows = posed.images.rows.cpu().numpy()  # host sync
             z = torch.from_numpy(coordinates.z[rows]).to(posed.weight)
             sd = torch.from_numpy(coordinates.sd[rows]).to(posed.weight)
-            away = z[:, None] - self._centres[self._some]
-            kernel = torch.exp(-0.5 * (away / sd[:, None]).square().sum(2) / self._width[self._some].square())
             slices = model.slices(posed)
             self._images += len(rows)
-            for number in range(len(self._centres[self._some])):
-                near = ((kernel[:, number] > LEAST_KERNEL) & (posed.weight > 0)).nonzero()[:, 0]  # host sync
+            for number, (place, width) in enumerate(self._kernels[self._some]):
+                away, weight = z, posed.weight
+                if place >= 0:
+                    away = z - self._centres[place]
+                    weight = weight * _kernel(away / sd, width)
+                near = (weight > 0).nonzero()[:, 0]  # host sync
                 if not len(near):
                     continue
-                moved = torch.einsum("bq,bqp->bp", away[near, number].to(slices), slices[near])
+                moved = torch.einsum("bq,bqp->bp", away[near].to(slices), slices[near])
                 ctf = posed.ctf[near]
                 weighted = CtfWeightedImages((posed.centred[near] - moved) * ctf, ctf.square())
-                weight = posed.weight[near] * kernel[near, number]
                 shift = torch.zeros_like(posed.poses.shift[near])
                 index = torch.full_like(near, number)
                 half = posed.half[near]
-                self._sums.add(weighted, posed.rotation[near], shift, weight, half, self._pixels, index)
+                self._sums.add(weighted, posed.rotation[near], shift, weight[near], half, self._pixels, index)
 
     def finish_pass(self, world: World) -> PassReport:
         """Solve; after the last pass worker 0 writes. Collective."""
@@ -121,16 +128,15 @@ class StateMaps:
         if len(self._centres):
             owned = OwnedSums(self._sums, world)
             owned.reduce_(self._pixels.radius_limit)
-            self._maps.append(owned.solve())
-        made = sum(len(maps) for maps in self._maps)
-        self._done = made == len(self._centres)
-        if self._done and self._given is None and world.is_leader:
+            self._choose(owned.solve())
+        if self.done() and self._given is None and world.is_leader:
             self._write()
-        return PassReport(f"components: {made} of {len(self._centres)} maps of states", self._images, checkpoint=False)
+        told = f"components: {len(self._maps)} of {len(self._centres)} maps of states"
+        return PassReport(told, self._images, checkpoint=False)
 
     def done(self) -> bool:
         """Whether all maps were made."""
-        return self._done
+        return self._centres is not None and len(self._maps) == len(self._centres)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: it is made anew."""
@@ -139,8 +145,26 @@ class StateMaps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to take up."""
 
+    def _choose(self, solved: Float[Tensor, "k 2 n n n"]) -> None:
+        """Of the kernels of a pass, in their order: what each place with all of its widths makes of them."""
+        model = self._learned.components
+        assert model is not None and self._centres is not None, "they come first"  # noqa: PT018
+        for index, maps in enumerate(solved, self._some.start):
+            place, _ = self._kernels[index]
+            if place < 0:
+                self._rest = maps
+                continue
+            self._narrower.append(maps)
+            if any(later == place for later, _ in self._kernels[index + 1 :]):
+                continue
+            assert self._rest is not None, "its kernel is the first"
+            parts = model.components_at(maps.shape[-1])
+            widest = self._rest + torch.einsum("q,hqzyx->hzyx", self._centres[place].to(parts), parts)
+            self._maps.append(locally_best(torch.stack([*self._narrower, widest])))
+            self._narrower = []
+
     def _set_places(self) -> None:
-        """Places, and the kernel's width at each."""
+        """Places, and the widths of the kernels at each."""
         coordinates, device = self._learned.coordinates, self._context.device
         assert coordinates is not None, "they come first"
         count = coordinates.z.shape[1]
@@ -155,11 +179,11 @@ class StateMaps:
             centres[:, : coordinates.passing] = mixture.mean
             wanted = np.maximum(SHARE * mixture.share * self._context.count, LEAST_PARTICLES)
         self._centres = torch.from_numpy(np.asarray(centres, dtype=np.float32)).to(device)
-        widths = [
-            kernel_width(coordinates.z, coordinates.sd, centre, float(number))
-            for centre, number in zip(centres, wanted, strict=True)
-        ]
-        self._width = torch.tensor(widths, dtype=torch.float32, device=device)
+        #: Place and width of each kernel, the narrowest of a place first; before them, at no place, that of all images.
+        self._kernels = [(-1, math.inf)]
+        for place, (centre, number) in enumerate(zip(centres, wanted, strict=True)):
+            held = [part * float(number) for part in WIDTHS if part <= 1 or part * number < MOST * len(coordinates.z)]
+            self._kernels += [(place, kernel_width(coordinates.z, coordinates.sd, centre, each)) for each in held]
 
     def _write(self) -> None:
         learned, context = self._learned, self._context
@@ -184,6 +208,12 @@ class StateMaps:
         for name in (learned.identity, *(states_part(learned.identity, number) for number in range(model.rounds))):
             learned.posed.remove_pass(name)
         coordinates.table.remove_pass()
+
+
+def _kernel(away: Float[Tensor, "b q"], width: float) -> Float[Tensor, " b"]:
+    """Weights by the distance in standard deviations."""
+    weight = torch.exp(-0.5 * away.square().sum(1) / width**2)
+    return torch.where(weight > LEAST_KERNEL, weight, torch.zeros_like(weight))
 
 
 def kernel_width(
