@@ -11,7 +11,8 @@ over conformations of the area under the FSC between the map at a conformation's
 true map (x = shell / box from 0 to ½, so at most 0.5): of the map within its own mask, without a mask, and with both
 within a mask around the true density. `--pose.source=guided` begins from nothing instead of the true poses: then also
 with each map laid onto its truth by itself, as that benchmark does, for a frame that turns with the state is no error.
-`unlike` is a hinge without like halves: a quarter of twenty proteins of a ribosome turns by a full circle.
+`unlike` is a hinge without like halves: a quarter of twenty proteins of a ribosome turns by a full circle;
+`random-unlike`: it turns at random.
 The sets `hinge-…` are the first one with one thing worse: −14 dB, contrast of micrographs that varies (σ of its
 logarithm 0.3), 70 % of the views within 25° of an axis, 30 % junk.
 """
@@ -71,9 +72,10 @@ def make(name: str, folder: Path, count: int) -> str:
         how: dict[str, object] = {"pixel_size": 2.6, "snr_db": SNR_DB}
         if name.startswith("hinge"):
             how |= {"hinge": f"B:0,1,1:360:{STEPS}"} | SPOILT.get(name, {})
-        elif name == "unlike":
+        elif name in ("unlike", "random-unlike"):
             protein = structure_file((COMPLEX,), STRUCTURES, folder / name)
-            how |= {"pixel_size": 4.8, "hinge": f"LDD,LP0,LU0,LV0,LW0:0,1,1:360:{STEPS}"}
+            turn = f"random:180:{STEPS}" if name.startswith("random") else f"0,1,1:360:{STEPS}"
+            how |= {"pixel_size": 4.8, "hinge": f"LDD,LP0,LU0,LV0,LW0:{turn}"}
         elif name == "random":
             how["hinge"] = f"B:random:180:{STEPS}"
         elif name == "assemblies":
