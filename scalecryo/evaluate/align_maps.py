@@ -153,9 +153,9 @@ def symmetry_operations(
     found = [Alignment(torch.eye(3), False, torch.zeros(3), 1.0)]
     beside = torch.eye(3)[:0].view(0, 3, 3) if others is None else others.mT
     starts = [Alignment(turn, False, shift, 0.0) for turn, shift, _ in comparison.search(40, away_deg=smallest_deg)]
+    known = torch.cat([found[0].rotation[None], beside])
     # A quick look first: most starts end at a rotation that is known already, or at none.
     for radius, evaluations, least in ((_RADII[0][0], 12, threshold - 0.2), (_SYMMETRY_RADIUS, 25, threshold)):
-        known = torch.cat([found[0].rotation[None], beside])
         starts = [
             one
             for one in comparison.refine(starts, radius, evaluations)

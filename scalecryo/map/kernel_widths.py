@@ -33,11 +33,11 @@ def locally_best(maps: Float[Tensor, "w 2 n n n"]) -> Float[Tensor, "2 n n n"]:
     transforms = [[rfft3_centred(half) for half in pair] for pair in maps]
     best = torch.zeros_like(maps[0])
     for low, high in _bands(box_size):
-        weight = _rise(shell, high).neg_().add_(1) if low == 0 else _rise(shell, low) - _rise(shell, high)
+        weight = _rise(shell, low) - _rise(shell, high)
         band = torch.stack([
             torch.stack([irfft3_centred(transform * weight, box_size) for transform in pair]) for pair in transforms
         ])  # fmt: skip
-        wavelength = box_size / (0.5 * (low + min(high, box_size / 2)))
+        wavelength = box_size / (0.5 * (max(low, 0.0) + min(high, box_size / 2)))
         reach = max(_NEIGHBOURHOOD * wavelength, _LEAST_PX)
         errors = (band - band[0].flip(0)).square_().sum(1)
         chosen = torch.stack([gaussian_low_pass(error, 1.0, reach) for error in errors]).argmin(0)
@@ -46,10 +46,11 @@ def locally_best(maps: Float[Tensor, "w 2 n n n"]) -> Float[Tensor, "2 n n n"]:
 
 
 def _bands(box_size: int) -> list[tuple[float, float]]:
-    """Shells between which each band of frequencies lies; the last one has no end."""
-    edges = [0.0, _FIRST]
-    while max(_GROWTH * edges[-1], edges[-1] + 5) < box_size / 2:
-        edges.append(max(_GROWTH * edges[-1], edges[-1] + 5))
+    """Shells between which each band of frequencies lies; the first one has no beginning and the last one no end."""
+    edges, following = [-math.inf], _FIRST
+    while following < box_size / 2 or len(edges) == 1:
+        edges.append(following)
+        following = max(_GROWTH * following, following + 5)
     return list(zip(edges, [*edges[1:], math.inf], strict=True))
 
 

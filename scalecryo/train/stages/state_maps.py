@@ -149,6 +149,7 @@ class StateMaps:
         """Of the kernels of a pass, in their order: what each place with all of its widths makes of them."""
         model = self._learned.components
         assert model is not None and self._centres is not None, "they come first"  # noqa: PT018
+        parts = model.components_at(solved.shape[-1])
         for index, maps in enumerate(solved, self._some.start):
             place, _ = self._kernels[index]
             if place < 0:
@@ -158,7 +159,6 @@ class StateMaps:
             if any(later == place for later, _ in self._kernels[index + 1 :]):
                 continue
             assert self._rest is not None, "its kernel is the first"
-            parts = model.components_at(maps.shape[-1])
             widest = self._rest + torch.einsum("q,hqzyx->hzyx", self._centres[place].to(parts), parts)
             self._maps.append(locally_best(torch.stack([*self._narrower, widest])))
             self._narrower = []
