@@ -34,10 +34,9 @@ def local_minima(
         if float(step.abs().max()) < _UNCHANGED:
             break
         new_value, new_slope = _differentiated(cost, place + step)
-        promised = (slope * step).sum(1)
+        change, promised = new_slope - slope, (slope * step).sum(1)
         taken = new_value <= value + _DECREASE * promised
-        updated = _with_step(torch.where(fresh[:, None, None], _scaled(step, new_slope - slope), inverse), step,
-                             new_slope - slope)  # fmt: skip
+        updated = _with_step(torch.where(fresh[:, None, None], _scaled(step, change), inverse), step, change)
         inverse = torch.where(taken[:, None, None], updated, inverse)
         shortened = -promised / (2 * (new_value - value - promised)).clamp_min(1e-30)
         length = torch.where(taken, 1.0, length * shortened.clamp(0.1, 0.5))
