@@ -4,11 +4,12 @@
 
 For each set: simulate and convert (once), train from nothing with the classes that the set asks for, compare with the
 truth, and print a table. Goals: share of right labels; pose error of each class at most 1.5 times that of the same
-structure alone (`--alone`: as many of its particles, one class); area under the curve of 0.99 that tells junk from
+particles alone (`--alone`: with one class); area under the curve of 0.99 that tells junk from
 particles. With more classes than structures, purity stands for labels: a structure that is split is not mixed up.
 """
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -19,6 +20,7 @@ import numpy as np
 from stress import AUC, POSE_SHARE, STRUCTURES, Row, converted, pose_error, run_one, setting, simulated
 from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, SPIKE, StressSet, Structure
 
+from scalecryo.commands import select
 from scalecryo.data.formats.relion import CLASS, JUNK, OwnColumns, read_poses
 from scalecryo.evaluate.metrics import junk_auc
 
@@ -136,7 +138,8 @@ def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row
     if row.get("junk_auc") is not None:
         row["junk_auc"] = junk_told(run, data)
     numbers = range(len(wanted.data.specimens)) if arguments.alone else ()
-    return row, [single(wanted.data, number, folder, arguments) for number in numbers]
+    own = {"train.seed": str(seed)} | {key: value for key, value in wanted.settings.items() if key == "train.symmetry"}
+    return row, [single(wanted.data, number, folder, data, own) for number in numbers]
 
 
 def junk_told(run: Path, data: Path) -> float:
@@ -150,15 +153,22 @@ def junk_told(run: Path, data: Path) -> float:
     return float(junk_auc(np.where(own == classes[counts.argmax()], confidence, 0.0), particle))
 
 
-def single(several: StressSet, number: int, folder: Path, arguments: argparse.Namespace) -> Row:
-    """One structure of a set alone: as many of its particles as the set has on average, one class."""
-    specimens = several.specimens
-    own = replace(several, specimens=(specimens[number],), n=several.n // len(specimens),
-                  added={key: value for key, value in several.added.items() if key != "shares"})  # fmt: skip
-    place = folder / f"alone{number + 1}"
-    data = simulated(own, place, arguments.structures, arguments.draw)
-    store = converted(data / "particles.star", place / "store.zarr", dark=False)
-    return run_one(own, store, data, place / "run", {"train.seed": "0"}, False)
+def single(several: StressSet, number: int, folder: Path, data: Path, settings: dict[str, str]) -> Row:
+    """The set's own particles of one structure alone, with one class: the same images, as strong in the same noise."""
+    place = folder / f"only{number + 1}"
+    store = place / "store.zarr"
+    if not store.exists():
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        keep = OwnColumns((data / "truth.star").read_bytes(), "truth.star").numbers(CLASS) == number + 1
+        np.save(place / "rows.npy", np.flatnonzero(keep))
+        for name in ("particles.star", "truth.star"):
+            select.run(str(data / name), str(place / name), index=str(place / "rows.npy"))
+        (place / "particles.mrcs").symlink_to(data / "particles.mrcs")
+        (place / "truth.mrc").symlink_to(data / (f"truth_{number + 1}.mrc" if number else "truth.mrc"))
+    converted(place / "particles.star", store, dark=False)
+    return run_one(replace(several, n=int(np.load(place / "rows.npy").size)), str(store), place, place / "run",
+                   settings, False)  # fmt: skip
 
 
 def main() -> None:

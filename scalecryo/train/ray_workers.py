@@ -51,6 +51,7 @@ _CAUSES = (
     (r"preempt", "its node was taken back (spot)"),
     (r"node (?:has )?died|node .{0,80}(?:dead|terminated|was removed)|missed too many heartbeats", "its node is gone"),
     (r"SIGTERM", "its process was told to end (SIGTERM: its pod or node is taken away)"),
+    (r"failed to connect to", "its process or its node is gone (it cannot be reached)"),
     (r"SIGKILL|exit(?:ed)? with signal 9|connection error code 2|SYSTEM_ERROR|unexpectedly",
      "its process was killed (by the kernel for memory, by someone, or with its node)"),
 )  # fmt: skip
@@ -165,13 +166,12 @@ def _free(resource: str) -> int:
 
 
 def _fit(config: Config, workers: int) -> None:
-    """One attempt: start the workers, wait for their end. Meanwhile the cluster is asked for room for those missing."""
+    """One attempt: start the workers, wait for their end."""
     storage, path = filesystem(config.run.out)
-    missing, before = config.run.worker_range[1] - workers, set(_held_groups())
-    room = [placement_group([{_resource(config): 1}]) for _ in range(missing)]
+    before = set(_held_groups())
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": dataclasses.asdict(config), "asked": time.time(), "room": room},
+        train_loop_config={"config": dataclasses.asdict(config), "asked": time.time()},
         torch_config=TorchConfig(backend=process_group_backend(config.run.device)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=config.run.device == "cuda"),
         run_config=RunConfig(
@@ -185,14 +185,12 @@ def _fit(config: Config, workers: int) -> None:
     try:
         trainer.fit()
     finally:
-        for group in room:
-            remove_placement_group(group)
         for name in set(_held_groups()) - before:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _held_groups() -> list[str]:
-    """Placement groups of this driver that hold resources.
+    """Placement groups of this driver and its workers that hold resources, or wait for some.
 
     Ray Train 2.60 forgets its own where a worker is lost as it starts the loop: the next attempt would wait in vain.
     """
@@ -220,9 +218,13 @@ def _worker(settings: dict[str, Any]) -> None:
     if isinstance(device, list):
         device = device[0]
 
+    # The cluster is asked for room for the missing workers only now: sooner, this would take what those here need.
+    missing = config.run.worker_range[1] - world.size if world.is_leader else 0
+    room = [placement_group([{_resource(config): 1}]) for _ in range(missing)]
+
     def at_checkpoint(step: int) -> None:
         ray.train.report({"step": step})  # a barrier
-        if world.is_leader and any(group.wait(timeout_seconds=0.01) for group in settings["room"]):
+        if any(group.wait(timeout_seconds=0.01) for group in room):
             raise _MoreWorkers
 
     publish = _gauges(urls.redacted(config.run.out))

@@ -93,6 +93,11 @@ class RayNodes:
         """Start one more node without waiting for it."""
         return self._start(f"--address={self.env['RAY_ADDRESS']}")
 
+    def wait_for_node(self, node: "subprocess.Popen[bytes]") -> None:
+        """Wait until it has joined."""
+        log = self.folder / f"node{self.nodes.index(node)}.log"
+        wait_for("the node", lambda: "Ray runtime started" in log.read_text())
+
     def _start(self, *flags: str) -> "subprocess.Popen[bytes]":
         # --block: the node's processes are all below this one, so that killing it kills a machine.
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=1",

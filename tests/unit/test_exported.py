@@ -100,6 +100,10 @@ DIED = (
          "code: 1. The process receives a SIGTERM.", "10.0.0.6 was lost: its process was told to end (SIGTERM"),
         (DIED + "\tip: 10.0.0.9\nTask was killed due to the node running low on memory: memory usage threshold 0.95",
          "10.0.0.9 was lost: killed for memory"),
+        ("The actor 63ac is unavailable: The actor is temporarily unavailable: RpcError: RPC error: failed to connect "
+         "to all addresses; last error: UNKNOWN: ipv4:10.0.0.5:13026: Failed to connect to remote host: Connection "
+         "refused rpc_code: 14. The task may or may not have been executed on the actor.",
+         "10.0.0.5 was lost: its process or its node is gone"),
         ("The node was preempted.", "on an unknown node was lost: its node was taken back"),
     ],
 )  # fmt: skip
