@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.distributed.world import World
+from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import compare_turned, symmetry_operations
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.rotation import geodesic_angle
@@ -23,11 +24,13 @@ class RelatedRotations:
         similar: all that are found.
         equivalent: those under which the halves agree with each other as they do without: nothing tells S R from R.
         agreement: of the halves under the equivalent rotation that they agree with least, as a share of their own.
+        moves: how the map lies on itself by those that are similar, about their own axes.
     """
 
     similar: Float[Tensor, "s 3 3"]
     equivalent: Float[Tensor, "e 3 3"]
     agreement: float = 1.0
+    moves: tuple[Alignment, ...] = ()
 
     @classmethod
     def of(cls, references: ReferenceSet, class_index: int = 0, group: PointGroup | None = None) -> "RelatedRotations":
@@ -50,7 +53,7 @@ class RelatedRotations:
         equivalent = similar[alike].to(device)
         if group is not None:
             equivalent = torch.cat([group.others, *(group.rotations @ one for one in equivalent)])
-        return cls(similar.to(device), equivalent, agreement)
+        return cls(similar.to(device), equivalent, agreement, tuple(found[1:]))
 
     def told(self, group: PointGroup | None) -> str:
         """What the map's symmetry seems to be, where that is more than the run's point group; else nothing."""

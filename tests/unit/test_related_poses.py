@@ -8,6 +8,7 @@ from scalecryo.physics.fft import fourier_pixels, rfft3_centred
 from scalecryo.physics.fourier_slice import fourier_slice, gridding_correction, padded_box
 from scalecryo.physics.rotation import random_rotations
 from scalecryo.pose.related import RelatedPoses, RelatedRotations
+from scalecryo.train.stages.final_poses import lay_onto
 
 BOX, CENTRE = 48, torch.tensor([3.0, -2.0, 0.0])  # px, (x, y, z): where the two-fold about z has its axis
 TWO_FOLD = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
@@ -44,6 +45,22 @@ def test_halves_agree_under_an_axis_beside_the_centre() -> None:
     assert torch.allclose(related.equivalent[0], TWO_FOLD, atol=0.01)
     assert related.agreement > 0.99
     assert related.told(None).endswith("try --symmetry C2")
+
+
+def test_one_half_is_laid_onto_the_other_by_a_turn_about_an_axis_beside_the_centre() -> None:
+    """One of the dimer's chains has a part that the other lacks, and the halves took different chains for it."""
+    line = torch.arange(BOX) - BOX // 2
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    voxel = torch.stack([x, y, z], -1).float()
+    part, mate = torch.tensor([9.0, 3.0, 5.0]), TWO_FOLD @ (torch.tensor([9.0, 3.0, 5.0]) - CENTRE) + CENTRE
+    fixed, moving = (_dimer() + (-(voxel - at).square().sum(-1) / 8).exp() for at in (part, mate))
+    references = ReferenceSet.of_maps(
+        torch.stack([fixed, moving])[None], 2.0, noise=torch.ones(BOX // 2 + 1), radius=float(BOX // 2)
+    )
+    found = lay_onto(moving, fixed, RelatedRotations.of(references).moves, None)
+    assert torch.allclose(found.rotation, TWO_FOLD, atol=0.01)
+    # V(S (x − u)) is turned about the axis: u = c − S c.
+    assert torch.allclose(found.shift_px, CENTRE - TWO_FOLD @ CENTRE, atol=0.1)
 
 
 def test_images_at_related_poses_are_the_same() -> None:

@@ -1,9 +1,10 @@
 """Who poses the particles in the final pass: references, or the auto-encoder itself."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from scalecryo.errors import TrainingError
@@ -107,7 +108,7 @@ class ReferencePoses:
         self._estimator = PoseEstimator(prepared, plan, source, context.world.timer)
         self._pixel_size = references.pixel_size
         self._onto_first = [
-            _lay_onto(second, first, own.similar, group)
+            lay_onto(second, first, own.moves, group)
             for (first, second), own in zip(references.maps, related, strict=True)
         ]
 
@@ -155,16 +156,23 @@ def _related(references: ReferenceSet, number: int, group: PointGroup | None) ->
     return RelatedRotations.of(references, number, group)
 
 
-def _lay_onto(moving: Tensor, fixed: Tensor, similar: Tensor, group: PointGroup | None) -> Alignment:
+def lay_onto(
+    moving: Float[Tensor, "n n n"], fixed: Float[Tensor, "n n n"], moves: Sequence[Alignment], group: PointGroup | None
+) -> Alignment:
     """How one half-map turns and moves onto the other: a little, or by one of its pseudo-symmetries as well.
 
     Both have the axes of the point group: of what turns and moves little, only what keeps them is left.
+
+    Args:
+        moving: the map that is turned.
+        fixed: the other one.
+        moves: how the map nearly lies on itself.
+        group: of the run; None: C1.
     """
+    centred = Alignment(torch.eye(3), False, torch.zeros(3), 0.0)
     if not bool(moving.any()) or not bool(fixed.any()):  # a class that holds nothing
-        return Alignment(torch.eye(3), False, torch.zeros(3), 0.0)
-    turns = (torch.eye(3), *similar.cpu())
-    starts = [Alignment(turn, False, torch.zeros(3), 0.0) for turn in turns]
-    found = align_maps(moving.cpu(), fixed.cpu(), starts, search=False)
+        return centred
+    found = align_maps(moving.cpu(), fixed.cpu(), [centred, *moves], search=False)
     return found if group is None else on_the_axes(found, group)
 
 
