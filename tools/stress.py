@@ -28,7 +28,7 @@ from scalecryo.commands import convert, evaluate, train
 from scalecryo.config import SETTINGS
 from scalecryo.data.formats.relion import read_particles, read_poses, write_with_poses
 from scalecryo.data.storage.store import ParticleStore
-from scalecryo.errors import ScalecryoError
+from scalecryo.errors import ScalecryoError, Stopped
 
 ROOT = Path(__file__).resolve().parents[1]
 STRUCTURES = ROOT.parent / "shared" / "data" / "structures"
@@ -84,6 +84,8 @@ def run_one(wanted: StressSet, store: str, data: Path, run: Path, settings: dict
         row["seconds"] = round(time.monotonic() - begun, 1)
         with contextlib.redirect_stdout(io.StringIO()):
             row |= evaluate.run(str(run), truth=str(data))
+    except Stopped:  # by someone: no result
+        raise
     except ScalecryoError as error:
         row |= {"seconds": round(time.monotonic() - begun, 1), "error": str(error)}
     kept.write_text(json.dumps(row))
