@@ -67,7 +67,9 @@ class ComponentModel:
         resolution: shell that the mean is resolved to.
         at_last_level: whether components are made at the level that the mean is resolved at.
         settled: whether another pass brings nothing.
-        rounds: how often poses were refined with the components.
+        rounds: how often the components were learnt on from poses refined with them.
+        pose_rounds: how often poses were refined so.
+        poses_at_rest: whether the last of these hardly turned them.
     """
 
     def __init__(self, means: Float[Tensor, "2 n n n"], mask: Float[Tensor, "n n n"], count: int) -> None:
@@ -78,7 +80,8 @@ class ComponentModel:
         self.agreement: Float[Tensor, " q"] | None = None
         self.spread, self.resolution = 0.0, float(means.shape[-1] // 2 - 1)
         self.at_last_level = self.settled = False
-        self.rounds = 0
+        self.rounds = self.pose_rounds = 0
+        self.poses_at_rest = False
         self._transforms: dict[int, Tensor] = {}
         self.begin_moments()
 
@@ -214,14 +217,15 @@ class ComponentModel:
         shells = min(len(self.noise), len(before.noise))
         self.noise[:shells], self.noise[shells:] = before.noise[:shells], before.noise[shells - 1]
         self.spread, self.at_last_level, self.rounds = before.spread, True, before.rounds + 1
+        self.pose_rounds, self.poses_at_rest = before.pose_rounds, before.poses_at_rest
 
     def to_bytes(self, identity: str, passes: int) -> bytes:
         """The model as a file, with what it was made of and how many passes made it."""
         arrays = {name: getattr(self, name) for name in ARRAYS if name != "spread"}
         held = {name: value.cpu().numpy() for name, value in arrays.items() if value is not None}
         buffer = io.BytesIO()
-        where = passes, self.count, self.spread, self.resolution, self.at_last_level, self.settled, self.rounds
-        numbers = np.array(where)
+        where = passes, self.count, self.spread, self.resolution, self.at_last_level, self.settled
+        numbers = np.array((*where, self.rounds, self.poses_at_rest))
         np.savez(buffer, allow_pickle=False, identity=np.array(identity), numbers=numbers, **held)
         return buffer.getvalue()
 
@@ -241,7 +245,9 @@ class ComponentModel:
             setattr(model, key, value)
         model.spread, model.resolution = spread, resolution
         model.at_last_level, model.settled = bool(last), bool(settled)
-        model.rounds = int(more[0]) if more else 0  # older runs have none
+        if more:  # the oldest runs have none
+            model.rounds = model.pose_rounds = int(more[0])
+            model.poses_at_rest = len(more) == 1 or bool(more[1])
         return model, int(passes)
 
     def _by_half(self, posed: PosedImages) -> Iterator[tuple[int, Tensor]]:

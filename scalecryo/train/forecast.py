@@ -20,7 +20,8 @@ SOLVE_SECONDS = 2.0  # of an iteration's maps at 128 px
 RESULT_SECONDS = 10.0  # maps, curves and pictures at 128 px
 LEARNT = 8000.0  # images a second and component of a pass that learns components, at 64 px
 COMPONENT_PASSES, COMPONENT_PARTICLES, COMPONENT_LEVEL = 10, 200_000, 128
-POSE_ROUNDS, ROUND_PASSES, POSED_AS, ENCODED_SECONDS = 2, 4, 8, 30.0
+POSE_ROUNDS, SEARCHED_ROUNDS, ROUNDS_EXPECTED, ROUND_PASSES, ENCODED_SECONDS = 6, 2, 4, 4, 30.0
+SEARCHED_AS, TURNED_AS = 8, 3  # a pass that refines poses with the components, over one that places particles
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
 CLASS_ROUNDS, FRESH_ROUNDS = 7, 2  # of the start of several classes, and of them with fresh maps; both FRESH at first
 FRESH = 2
@@ -84,8 +85,10 @@ def _variety(config: Config, particles: int, full: int) -> list[Part]:
     placed = particles / (4 * LEARNT / count * (64 / min(full, COMPONENT_LEVEL)) ** 1.3)
     rounds = []
     for number in range(1, (POSE_ROUNDS if config.recipe in ("guided", "poses") else 0) + 1):
-        rounds += [Part(f"poses of states, round {number}", POSED_AS * placed),
-                   Part(f"components, round {number}", ROUND_PASSES * one, 0, ROUND_PASSES)]  # fmt: skip
+        made = float(number <= ROUNDS_EXPECTED)
+        posed = SEARCHED_AS if config.guided.start == "nothing" and number <= SEARCHED_ROUNDS else TURNED_AS
+        rounds += [Part(f"poses of states, round {number}", made * posed * placed),
+                   Part(f"components, round {number}", made * ROUND_PASSES * one, 0, ROUND_PASSES)]  # fmt: skip
     return [
         Part("components", COMPONENT_PASSES * one, 0, COMPONENT_PASSES), *rounds, Part("coordinates", placed),
         Part("latent encoder", ENCODED_SECONDS, 0, 2),

@@ -24,7 +24,7 @@ from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.recipes import stages_of
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages import classification, latent_encoding, state_maps
+from scalecryo.train.stages import classification, latent_encoding, state_maps, state_poses
 from scalecryo.train.stages import components as stage
 from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
@@ -180,23 +180,31 @@ def test_an_assignment_places_particles_of_another_store(
 def test_poses_are_refined_with_the_components(
     particles: tuple[str, torch.Tensor, torch.Tensor, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From a refinement's poses; the table gets them, and a run that goes on after a kill finds the same."""
-    monkeypatch.setattr(recipes, "ROUNDS", 1)
+    """From a refinement's poses; the table gets them, and a run that goes on after a kill finds the same.
+
+    Poses that came to rest in one round are not refined in a second.
+    """
+    monkeypatch.setattr(recipes, "ROUNDS", 2)
+    monkeypatch.setattr(state_poses, "SAME", 1e6)
     monkeypatch.setattr(stage, "PASSES", 6)
     data, _, _, sign = particles
     given = {"pose.source": "guided", "guided.start": "poses", "guided.iterations": "1", "guided.encoder_steps": "0"}
     settings = {"run.data": data, "run.out": str(tmp_path / "run"), "train.components": "2", **given}
     found = []
-    for killed_before in (6, 9):  # the second round of components; the end
+    for killed_before in (6, 11):  # the second round; the end
         config, run = load_config(None, settings), RunFolder(str(tmp_path / "run"))
         run.create(config, resume=True)
         context = RunContext.of(config, ParticleStore.open(data), run, World(), torch.device("cpu"))
         made, learned = stages_of(context)
-        assert [one.name for one in made[3:6]] == ["components", "poses of states, round 1", "components, round 1"]
+        assert [one.name for one in made[3:7]] == [
+            "components", "poses of states, round 1", "components, round 1", "poses of states, round 2"
+        ]  # fmt: skip
         if found:  # the start and the refinement stand in a checkpoint; the final pass, in parts
             learned.references = found[0].references
         run_stages(made[2 if found else 0 : killed_before], context)
         found.append(learned)
+        assert learned.components is not None
+        assert learned.components.rounds == 1
     first, again = found
     assert again.coordinates is not None
     assert abs(np.corrcoef(again.coordinates.z[:, 0], sign)[0, 1]) > 0.8

@@ -133,7 +133,10 @@ class Components:
         """Go on where a run that was killed stood, or behind the round before."""
         known = self._learned.components
         if known is not None and known.rounds < self._rounds:
-            self._before = known
+            if known.pose_rounds < self._rounds:  # they had come to rest: nothing is new
+                self._model = known
+            else:
+                self._before = known
             return
         found = ComponentModel.load(self._context, STATE_FILE, self._identity())
         if found is not None:
