@@ -21,6 +21,7 @@ RESULT_SECONDS = 10.0  # maps, curves and pictures at 128 px
 LEARNT = 8000.0  # images a second and component of a pass that learns components, at 64 px
 COMPONENT_PASSES, COMPONENT_PARTICLES, COMPONENT_LEVEL = 10, 200_000, 128
 POSE_ROUNDS, SEARCHED_ROUNDS, ROUNDS_EXPECTED, ROUND_PASSES, ENCODED_SECONDS = 6, 2, 4, 4, 30.0
+ROUND = ", round "  # in the name of a stage that is one of several
 SEARCHED_AS, TURNED_AS = 8, 3  # a pass that refines poses with the components, over one that places particles
 ROUNDS = 3  # of the start; assumption, as is the number of iterations
 CLASS_ROUNDS, FRESH_ROUNDS = 7, 2  # of the start of several classes, and of them with fresh maps; both FRESH at first
@@ -87,8 +88,8 @@ def _variety(config: Config, particles: int, full: int) -> list[Part]:
     for number in range(1, (POSE_ROUNDS if config.recipe in ("guided", "poses") else 0) + 1):
         made = float(number <= ROUNDS_EXPECTED)
         posed = SEARCHED_AS if config.guided.start == "nothing" and number <= SEARCHED_ROUNDS else TURNED_AS
-        rounds += [Part(f"poses of states, round {number}", made * posed * placed),
-                   Part(f"components, round {number}", made * ROUND_PASSES * one, 0, ROUND_PASSES)]  # fmt: skip
+        rounds += [Part(f"poses of states{ROUND}{number}", made * posed * placed),
+                   Part(f"components{ROUND}{number}", made * ROUND_PASSES * one, 0, ROUND_PASSES)]  # fmt: skip
     return [
         Part("components", COMPONENT_PASSES * one, 0, COMPONENT_PASSES), *rounds, Part("coordinates", placed),
         Part("latent encoder", ENCODED_SECONDS, 0, 2),
@@ -210,7 +211,11 @@ class Forecast:
         self._first: tuple[float, float] | None = None  # share and time from which the present stage is timed
 
     def __str__(self) -> str:
-        return ", ".join(f"{part.name} {about(part.seconds + part.tail)}" for part in self._parts)
+        told: dict[str, float] = {}
+        for part in self._parts:
+            name = "rounds of poses and components" if ROUND in part.name else part.name
+            told[name] = told.get(name, 0.0) + part.seconds + part.tail
+        return ", ".join(f"{name} {about(seconds)}" for name, seconds in told.items())
 
     @property
     def total(self) -> float:

@@ -12,6 +12,7 @@ from scalecryo.settings import RECIPES
 from scalecryo.train import progress
 from scalecryo.train.forecast import PRIOR_SHARE, Forecast, Part, about, parts_of
 from scalecryo.train.progress import RunProgress
+from scalecryo.train.stages.state_poses import ROUNDS
 
 PARTS = (Part("first", 10.0), Part("second", 60.0), Part("last", 10.0, tail=20.0))
 CHOICE: dict[str, dict[str, Any]] = {
@@ -63,6 +64,18 @@ def test_every_recipe_is_foreseen(recipe: str) -> None:
     assert "final pass ~" in str(many)
     spread = config_from_dict(CHOICE[recipe] | {"run": {"workers": "32"}})
     assert Forecast(parts_of(spread, 30_000, (128, 64, 32))).total < many.total
+
+
+def test_rounds_are_foreseen_and_told_as_one() -> None:
+    config = config_from_dict({"train": {"components": 4}})
+    foreseen, ahead = Forecast(parts_of(config, 30_000, (64, 32))), []
+    assert str(foreseen).count("round") == 1
+    names = [f"{what}, round {number + 1}" for number in range(ROUNDS) for what in ("poses of states", "components")]
+    for name in ("components", *names, "coordinates"):  # what is left becomes less with each
+        foreseen.begin(name, 0.0)
+        ahead.append(foreseen.left(0.0))
+    assert ahead == sorted(ahead, reverse=True)
+    assert ahead[-1] < ahead[0]
 
 
 def test_times_are_round() -> None:
