@@ -4,8 +4,8 @@
 
 For each set: simulate and convert (once), train from nothing with the classes that the set asks for, compare with the
 truth, and print a table. Goals: share of right labels; pose error of each class at most 1.5 times that of the same
-particles alone (`--alone`: with one class); area under the curve of 0.99 that tells junk from
-particles. With more classes than structures, purity stands for labels: a structure that is split is not mixed up.
+particles alone (`--alone`: with one class); area under the curve of 0.99 that tells junk from particles. With more
+classes than structures, purity stands for labels: a structure that is split is not mixed up.
 """
 
 import argparse
@@ -170,8 +170,9 @@ def single(several: StressSet, number: int, folder: Path, data: Path, settings: 
         np.save(place / "rows.npy", np.flatnonzero(keep))
         for name in ("particles.star", "truth.star"):
             select.run(str(data / name), str(place / name), index=str(place / "rows.npy"))
-        (place / "particles.mrcs").symlink_to(data / "particles.mrcs")
-        (place / "truth.mrc").symlink_to(data / (f"truth_{number + 1}.mrc" if number else "truth.mrc"))
+        truth = f"truth_{number + 1}.mrc" if number else "truth.mrc"
+        for name, other in (("particles.mrcs", "particles.mrcs"), ("truth.mrc", truth)):
+            (place / name).symlink_to((data / other).resolve())
     converted(place / "particles.star", store, dark=False)
     return run_one(replace(several, n=int(np.load(place / "rows.npy").size)), str(store), place, place / "run",
                    settings, False)  # fmt: skip

@@ -9,10 +9,11 @@ import pytest
 from scalecryo.config import config_from_dict
 from scalecryo.runs.log import LiveLine
 from scalecryo.settings import RECIPES
+from scalecryo.train import forecast as foreseeing
 from scalecryo.train import progress
 from scalecryo.train.forecast import PRIOR_SHARE, Forecast, Part, about, parts_of
 from scalecryo.train.progress import RunProgress
-from scalecryo.train.stages.state_poses import ROUNDS
+from scalecryo.train.stages.state_poses import ROUNDS, SEARCHED_ROUNDS
 
 PARTS = (Part("first", 10.0), Part("second", 60.0), Part("last", 10.0, tail=20.0))
 CHOICE: dict[str, dict[str, Any]] = {
@@ -69,6 +70,7 @@ def test_every_recipe_is_foreseen(recipe: str) -> None:
 def test_rounds_are_foreseen_and_told_as_one() -> None:
     config = config_from_dict({"train": {"components": 4}})
     foreseen, ahead = Forecast(parts_of(config, 30_000, (64, 32))), []
+    assert (foreseeing.POSE_ROUNDS, foreseeing.SEARCHED_ROUNDS) == (ROUNDS, SEARCHED_ROUNDS)
     assert str(foreseen).count("round") == 1
     names = [f"{what}, round {number + 1}" for number in range(ROUNDS) for what in ("poses of states", "components")]
     for name in ("components", *names, "coordinates"):  # what is left becomes less with each

@@ -18,7 +18,15 @@ def _dimer() -> torch.Tensor:
     """Twelve Gaussians and their partners: x → S (x − c) + c."""
     generator = torch.Generator().manual_seed(3)
     place = 20 * (torch.rand(12, 3, generator=generator) - 0.5) + CENTRE
-    place = torch.cat([place, (place - CENTRE) @ TWO_FOLD.T + CENTRE])
+    return _gaussians(torch.cat([place, _turned(place)]))
+
+
+def _turned(place: torch.Tensor) -> torch.Tensor:
+    """About the two-fold axis."""
+    return (place - CENTRE) @ TWO_FOLD.T + CENTRE
+
+
+def _gaussians(place: torch.Tensor) -> torch.Tensor:
     line = torch.arange(BOX) - BOX // 2
     z, y, x = torch.meshgrid(line, line, line, indexing="ij")
     voxel = torch.stack([x, y, z], -1).float()
@@ -49,11 +57,8 @@ def test_halves_agree_under_an_axis_beside_the_centre() -> None:
 
 def test_one_half_is_laid_onto_the_other_by_a_turn_about_an_axis_beside_the_centre() -> None:
     """One of the dimer's chains has a part that the other lacks, and the halves took different chains for it."""
-    line = torch.arange(BOX) - BOX // 2
-    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
-    voxel = torch.stack([x, y, z], -1).float()
-    part, mate = torch.tensor([9.0, 3.0, 5.0]), TWO_FOLD @ (torch.tensor([9.0, 3.0, 5.0]) - CENTRE) + CENTRE
-    fixed, moving = (_dimer() + (-(voxel - at).square().sum(-1) / 8).exp() for at in (part, mate))
+    part = torch.tensor([[9.0, 3.0, 5.0]])
+    fixed, moving = (_dimer() + _gaussians(place) for place in (part, _turned(part)))
     references = ReferenceSet.of_maps(
         torch.stack([fixed, moving])[None], 2.0, noise=torch.ones(BOX // 2 + 1), radius=float(BOX // 2)
     )
