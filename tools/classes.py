@@ -35,6 +35,7 @@ SUBUNITS: Structure = ("1mnf.pdb.gz", "A,B,C,D")
 FOUR = ((SPIKE,), (PROTOMER,), (GROEL,), (COMPLEX,))
 EIGHT = ((LARGE_RNA,), (SMALL_RNA,), (COMPLEX,), (DIMER,), (PROTOMER,), (SUBUNITS,), (HEAD,), (EXIT,))
 TWO = ((DIMER,), CUT_DIMER)
+ORIGIN = (0.0, 0.0, 0.0)  # of unrelated structures, each by itself
 OTHER_FOUR = ((DIMER,), (SUBUNITS,), (HEAD,), (EXIT,))
 CUT_COMPLEX: Structure = ("6zu5.cif.gz", ",".join(name for name in COMPLEX[1].split(",") if name not in ("SE0", "SG0")))
 CUT_SPIKE: Structure = ("6vxx.pdb", "A,B,C/300-2000")
@@ -60,13 +61,13 @@ class ClassSet:
 DOCKED = {"train.class_mode": "docked"}
 _two = StressSet("two chains of 6VXX, a third of one missing", TWO, 5000, 64, 4.0, -8.0)
 _kinases = StressSet("adenylate kinase, open and closed", ((OPEN,), (CLOSED,)), 5000, 64, 1.6, 0.0)
-_four = StressSet("6VXX, its chain, GroEL, 20 proteins of 6ZU5", FOUR, 10_000, 64, 4.0, -10.0, apart=True)
+_four = StressSet("6VXX, its chain, GroEL, 20 proteins of 6ZU5", FOUR, 10_000, 64, 4.0, -10.0, centre=ORIGIN)
 _proteins = StressSet("20 proteins of 6ZU5, two of them missing", ((COMPLEX,), (CUT_COMPLEX,)), 5000, 64, 4.0, -8.0)
-_other = StressSet("6VXX's A and B, GroEL's quarter, parts of 6ZU5", OTHER_FOUR, 10_000, 64, 4.0, -10.0, apart=True)
+_other = StressSet("6VXX's A and B, GroEL's quarter, parts of 6ZU5", OTHER_FOUR, 10_000, 64, 4.0, -10.0, centre=ORIGIN)
 _spikes = StressSet("6VXX, with and without its N-terminal domains", ((SPIKE,), (CUT_SPIKE,)), 5000, 64, 4.0, -8.0)
 _groel = StressSet("GroEL, 30 % junk", ((GROEL,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
 _junk = StressSet("two chains of 6VXX, 30 % junk", ((DIMER,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
-_eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0, apart=True)
+_eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0, centre=ORIGIN)
 SETS = {
     "two": ClassSet(_two, "2", 0.95, DOCKED),
     "two-80": ClassSet(replace(_two, added={"shares": (80, 20)}), "2", 0.95, DOCKED),

@@ -69,8 +69,16 @@ def settings_for(start: str, seed: int, given: Mapping[str, str]) -> dict[str, s
     return own | read
 
 
-def run_one(wanted: StressSet, store: str, data: Path, run: Path, settings: dict[str, str], again: bool) -> Row:
-    """Train and judge, unless that was done before with the same settings."""
+def run_one(
+    wanted: StressSet,
+    store: str,
+    data: Path,
+    run: Path,
+    settings: dict[str, str],
+    again: bool,
+    symmetry: str | None = None,
+) -> Row:
+    """Train and judge (modulo a point group if it is given), unless that was done before with the same settings."""
     kept = run.with_suffix(".json")
     if kept.exists() and not again:
         row: Row = json.loads(kept.read_text())
@@ -78,16 +86,23 @@ def run_one(wanted: StressSet, store: str, data: Path, run: Path, settings: dict
             return row
     shutil.rmtree(run, ignore_errors=True)
     row = {"settings": settings, "n": wanted.n}
-    begun = time.monotonic()
+    begun = time.monotonic(), time.process_time()
+
+    def taken() -> Row:
+        return {
+            "seconds": round(time.monotonic() - begun[0], 1),
+            "processor_seconds": round(time.process_time() - begun[1], 1),
+        }
+
     try:
         train.run(None, data=store, out=str(run), workers="0", device="cpu", resume=False, overrides=settings)
-        row["seconds"] = round(time.monotonic() - begun, 1)
+        row |= taken()
         with contextlib.redirect_stdout(io.StringIO()):
-            row |= evaluate.run(str(run), truth=str(data))
+            row |= evaluate.run(str(run), truth=str(data), symmetry=symmetry)
     except Stopped:  # by someone: no result
         raise
     except ScalecryoError as error:
-        row |= {"seconds": round(time.monotonic() - begun, 1), "error": str(error)}
+        row |= taken() | {"error": str(error)}
     kept.write_text(json.dumps(row))
     return row
 
@@ -117,7 +132,7 @@ def missed(scratch: Row, known: Row) -> list[str]:
 def table(rows: Sequence[tuple[str, int, Row, Row]]) -> str:
     """Markdown: (set, seed, run from nothing, run from true poses); each figure from nothing / from true poses."""
     head = ("set", "seed", "pose error median (mean), °", "shift, px", "FSC 0.5, Å", "mean FSC", "share", "junk AUC",
-            "s", "images/s", "goals")  # fmt: skip
+            "s", "processor ms per image", "goals")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
 
     def pair(scratch: Row, known: Row, text: Any) -> str:
@@ -139,7 +154,7 @@ def table(rows: Sequence[tuple[str, int, Row, Row]]) -> str:
             share,
             pair(*both, lambda row: "-" if row["junk_auc"] is None else f"{row['junk_auc']:.4f}"),
             f"{scratch['seconds']:.0f} / {known['seconds']:.0f}",
-            f"{scratch['n'] / max(scratch['seconds'], 0.1):.0f}",
+            f"{1000 * scratch['processor_seconds'] / scratch['n']:.0f}",
             "met" if not failed else "missed: " + ", ".join(failed),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -16,6 +16,7 @@ import numpy as np
 from scalecryo.commands import simulate
 
 Structure = tuple[str, str]  # file, gemmi selection ("" for all)
+Position = tuple[float, float, float]
 SPIKE: Structure = ("6vxx.pdb", "")
 DIMER: Structure = ("6vxx.pdb", "A,B")
 CUT_DIMER: tuple[Structure, ...] = (("6vxx.pdb", "A"), ("6vxx.pdb", "B/300-2000"))
@@ -37,7 +38,7 @@ class StressSet:
         n, box, pixel_size, snr_db: particles, px, Å, dB.
         defocus_um, shift_a: µm; Å, standard deviation.
         added: further settings of `simulate`.
-        apart: the specimens are unrelated: each is centred by itself.
+        centre: Å, where the centre of mass of each specimen is put; None: where its file has it.
         dark: the particles are dark.
         second: what a second optics group of as many particles has otherwise; None: there is one.
         quick: what a short form changes.
@@ -52,7 +53,7 @@ class StressSet:
     defocus_um: tuple[float, float] = (0.8, 2.0)
     shift_a: float = 4.0
     added: dict[str, Any] = field(default_factory=dict)
-    apart: bool = False
+    centre: Position | None = None
     dark: bool = False
     second: dict[str, Any] | None = None
     quick: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class StressSet:
             return
         folder.mkdir(parents=True, exist_ok=True)
         paths = [
-            structure_file(parts, structures, folder / f"specimen{i + 1}", centred=self.apart)
+            structure_file(parts, structures, folder / f"specimen{i + 1}", centre=self.centre)
             for i, parts in enumerate(self.specimens)
         ]
         simulate.run(paths[0], str(folder), mix=paths[1:], n=self.n, box=self.box, pixel_size=self.pixel_size,
@@ -103,18 +104,21 @@ def _append(folder: Path, second: Path, count: int) -> None:
         (folder / name).write_text("\n".join(lines) + "\n")
 
 
-def structure_file(parts: tuple[Structure, ...], structures: Path, stem: Path, *, centred: bool = False) -> str:
-    """The file of a specimen; parts of structures are written as one, its centre of mass at the origin if asked."""
+def structure_file(
+    parts: tuple[Structure, ...], structures: Path, stem: Path, *, centre: Position | None = None
+) -> str:
+    """The file of a specimen; parts of structures are written as one, its centre of mass where it is asked for."""
     (name, selection), *others = parts
-    if not selection and not others and not centred:
+    if not selection and not others and centre is None:
         return str(structures / name)
     whole = gemmi.Model(1)
     for name, selection in parts:
         model = gemmi.read_structure(str(structures / name))[0]
         for chain in gemmi.Selection(selection).copy_model_selection(model) if selection else model:
             whole.add_chain(chain)
-    if centred:
-        whole.transform_pos_and_adp(gemmi.Transform(gemmi.Mat33(), -whole.calculate_center_of_mass()))
+    if centre is not None:
+        move = gemmi.Vec3(*centre) - gemmi.Vec3(*whole.calculate_center_of_mass().tolist())
+        whole.transform_pos_and_adp(gemmi.Transform(gemmi.Mat33(), move))
     made = gemmi.Structure()
     made.add_model(whole)
     made.setup_entities()
