@@ -1,7 +1,8 @@
 """Workers that are processes of this machine, joined by gloo: those of Ray Train without Ray."""
 
+import atexit
+import shutil
 import tempfile
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ def by_workers(work: Callable[..., None], *arguments: Any, size: int = 2, join: 
     Returns:
         What waits for them, unless they are waited for here.
     """
-    # They meet at a file, which the last one removes: a port that was free may be taken by the time they ask for it.
-    meeting = Path(tempfile.gettempdir()) / f"gloo-{uuid.uuid4().hex}"
+    # They meet at a file: a port that was free may be taken by the time they ask for it.
+    folder = tempfile.mkdtemp(prefix="gloo-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # workers that are killed leave it
+    meeting = Path(folder) / "meeting"
     return mp.spawn(_worker, args=(size, meeting.as_uri(), work, arguments), nprocs=size, join=join)
 
 
