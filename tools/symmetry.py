@@ -56,6 +56,7 @@ def _assembled(part: Structure, group: str, distance: float, n: int, pixel_size:
 SETS = {
     "groel": SymmetricSet(STRESS_SETS["groel"], "D7", "D6", GROEL),
     "spike": SymmetricSet(STRESS_SETS["small_spike"], "C3", "C4", SPIKE),
+    "spike-128": SymmetricSet(STRESS_SETS["sp128"], "C3", "C6", SPIKE),
     "tetrahedral": SymmetricSet(_assembled(UBIQUITIN, "T", 40.0, 2500, 2.0), "T", "O"),
     "d2": SymmetricSet(_assembled(KINASE, "D2", 40.0, 2500, 3.0), "D2", "D4"),
     "octahedral": SymmetricSet(_assembled(UBIQUITIN, "O", 50.0, 2500, 2.5), "O", "I"),
