@@ -11,6 +11,7 @@ NYQUIST_SHARE = 0.93
 # A particle's shape is decided by some shells within its diameter; below so many its map is a blob with any poses.
 LEAST_SHELLS_ACROSS = 6.0
 UNCERTAIN, JUNK = 0.5, 0.5
+UNFIT = 0.15  # share of images that do not fit, above which it is worth a word
 # Of the signal that right poses of even views would add up: as if four of five particles were not there. Right runs had
 # 0.9 to 1.2 of it, and 0.22 to 0.6 where a symmetric particle's poses gathered in a part of the sphere; runs in a local
 # optimum of the poses 0.07 to 0.18 (docs/measured.md).
@@ -52,6 +53,7 @@ class Evidence:
         coherent: half-maps' share of the signal that right poses of even views would add up; None: not known.
         coverage: what the views leave of that signal.
         noticed: whether the page tells of anything else that was found on the way.
+        classes: maps that the images were compared with.
     """
 
     angstrom: float
@@ -65,6 +67,7 @@ class Evidence:
     coherent: float | None = None
     coverage: float = 1.0
     noticed: bool = False
+    classes: int = 1
 
 
 HAND = "The hand cannot be known from images: compare with a known structure, or look at helices from about 7 Å on."
@@ -79,6 +82,7 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
     """
     nyquist, angstrom = 2 * evidence.pixel_size, evidence.angstrom
     doubts = _doubts(evidence)
+    told = (*evidence.warnings, *_unfit(evidence))
     if doubts:
         return Verdict(
             "doubtful", f"Doubtful: the half-maps agree to {angstrom:.2f} Å, but",
@@ -88,16 +92,16 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
         return Verdict(
             "limited", f"Good, and limited by the pixel size: {angstrom:.2f} Å at a Nyquist limit of {nyquist:.2f} Å",
             f"The half-maps agree up to what {evidence.pixel_size:g} Å per pixel can hold: extract the particles with "
-            "smaller pixels to see more. " + HAND, tuple(evidence.warnings), figures,
+            "smaller pixels to see more. " + HAND, told, figures,
         )  # fmt: skip
     certain = "" if evidence.confidence is None else "most poses are certain, "
     checks = "and no check found anything against the map"
-    if evidence.warnings or evidence.noticed:
+    if told or evidence.noticed:
         checks = "but read what was noticed on the way"
     return Verdict(
         "good", f"Good: the half-maps agree to {angstrom:.2f} Å", "The halves agree within the mask after correction "
         f"for it, {certain}{checks}. " + HAND,
-        tuple(evidence.warnings), figures,
+        told, figures,
     )  # fmt: skip
 
 
@@ -120,6 +124,19 @@ def incoherent(share: float | None, coverage: float) -> str:
     return (
         f"{held}power above their noise: many poses are likely to be wrong, alike in both halves. Try another "
         "train.seed, or pose.source guided"
+    )
+
+
+def _unfit(evidence: Evidence) -> tuple[str, ...]:
+    """What to say of many images that are unlike the map: a map of one conformation looks as good as one of all."""
+    if not UNFIT < evidence.junk <= JUNK:
+        return ()
+    where, more = "this map", "--classes 4 or --components 4"
+    if evidence.classes > 1:
+        where, more = "any of the maps", "more classes"
+    return (
+        f"{evidence.junk:.0%} of the images do not fit {where}: they show no particle, or another composition or "
+        f"conformation, which {more} would show",
     )
 
 
@@ -146,7 +163,7 @@ def _doubts(evidence: Evidence) -> list[str]:
         )
     if evidence.junk > JUNK:
         found.append(
-            f"{evidence.junk:.0%} of the images seem to show no particle, or are too noisy to tell: look at the least "
-            "sure ones; if they show none, clean the set and train again"
+            f"{evidence.junk:.0%} of the images seem to show no particle, or another one, or are too noisy to tell: "
+            "look at the least sure ones; if they show none, clean the set and train again, else try --classes 4"
         )
     return found + [f"{warning[0].upper()}{warning[1:]}" for warning in evidence.warnings] if found else found

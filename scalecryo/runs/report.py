@@ -163,7 +163,7 @@ def verdict_of(results: FinalResults) -> Verdict:
         independent=results.config.recipe in (*INDEPENDENT, "known"),
         warnings=(told,) if told and not results.cones.uneven else (), uneven=told if results.cones.uneven else "",
         coherent=results.coherent_share, coverage=results.coverage,
-        noticed=any(results.particles.notes),
+        noticed=any(results.particles.notes), classes=max(len(results.classes), 1),
     )  # fmt: skip
     figures = {
         "resolution (FSC 0.143)": f"{results.angstrom():.2f} Å", "Nyquist": f"{2 * results.pixel_size:.2f} Å",

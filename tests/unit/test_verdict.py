@@ -59,3 +59,17 @@ def test_what_was_noticed_on_the_way_is_not_denied() -> None:
 @pytest.mark.parametrize("coherent", [None, 0.3, 1.0, 8.0])
 def test_half_maps_that_hold_the_images_signal_are_no_doubt(coherent: float | None) -> None:
     assert judge(replace(GOOD, coherent=coherent), {}).grade == "good"
+
+
+def test_images_that_do_not_fit_are_told_and_what_would_show_them() -> None:
+    """A map of some conformations looks as good as one of all: 45 % of a set whose chain turned at random were left."""
+    verdict = judge(replace(GOOD, junk=0.45), {})
+    assert verdict.grade == "good"
+    (told,) = verdict.reasons
+    assert told.startswith("45% of the images do not fit this map")
+    assert "--classes 4" in told
+    assert "no check found anything" not in verdict.text
+    (told,) = judge(replace(GOOD, junk=0.45, angstrom=2.1, classes=6), {}).reasons
+    assert "any of the maps" in told
+    assert "more classes" in told
+    assert judge(replace(GOOD, junk=0.12), {}).reasons == ()
