@@ -82,7 +82,7 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
     """
     nyquist, angstrom = 2 * evidence.pixel_size, evidence.angstrom
     doubts = _doubts(evidence)
-    told = (*evidence.warnings, *_unfit(evidence))
+    told = (*evidence.warnings, *filter(None, [unfit(evidence.junk, evidence.classes)]))
     if doubts:
         return Verdict(
             "doubtful", f"Doubtful: the half-maps agree to {angstrom:.2f} Å, but",
@@ -127,16 +127,20 @@ def incoherent(share: float | None, coverage: float) -> str:
     )
 
 
-def _unfit(evidence: Evidence) -> tuple[str, ...]:
-    """What to say of many images that are unlike the map: a map of one conformation looks as good as one of all."""
-    if not UNFIT < evidence.junk <= JUNK:
-        return ()
-    where, more = "this map", "--classes 4 or --components 4"
-    if evidence.classes > 1:
-        where, more = "any of the maps", "more classes"
+def unfit(share: float, classes: int = 1) -> str:
+    """What to say of many images that are unlike the map, else nothing: a map of one conformation looks as good as one
+    of all.
+
+    Args:
+        share: of the images.
+        classes: maps that they were compared with.
+    """
+    if not UNFIT < share <= JUNK:
+        return ""
+    where, more = ("any of the maps", "more classes") if classes > 1 else ("the map", "--classes 4 or --components 4")
     return (
-        f"{evidence.junk:.0%} of the images do not fit {where}: they show no particle, or another composition or "
-        f"conformation, which {more} would show",
+        f"{share:.0%} of the images do not fit {where}: they show no particle, or another composition or conformation, "
+        f"which {more} would show"
     )
 
 

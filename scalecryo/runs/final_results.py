@@ -25,6 +25,7 @@ from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.pictures import Examples
 
 SIGNAL, HALF = 0.143, 0.5
+INDEPENDENT = ("guided", "poses", "autoencoder")  # recipes that pose each half against its own map
 SHOWN = 0.5  # probability that an image shows the particle, from which it counts as kept
 
 
@@ -131,8 +132,15 @@ class FinalResults:
         return int((self.particles.poses.particle_probability >= SHOWN).sum())  # host sync
 
     @property
+    def has_probability(self) -> bool:
+        """Whether the recipe tells how probable a pose is; a model's confidence is a correlation."""
+        return self.config.recipe in INDEPENDENT
+
+    @property
     def junk(self) -> float:
-        """Share of the images that seem to show no particle."""
+        """Share of the images that seem to show no particle; 0 where the recipe does not tell."""
+        if not self.has_probability:
+            return 0.0
         return 1 - self.kept / max(len(self.particles.poses), 1)
 
     @property

@@ -24,13 +24,12 @@ from scalecryo.evaluate.report import (
 from scalecryo.evaluate.verdict import Evidence, Verdict, judge
 from scalecryo.physics.symmetry import PointGroup
 from scalecryo.runs.class_results import structures, told_of
-from scalecryo.runs.final_results import SHOWN, FinalResults, as_numpy
+from scalecryo.runs.final_results import INDEPENDENT, SHOWN, FinalResults, as_numpy
 from scalecryo.runs.report_parts import next_steps_section, run_section, training_sections
 from scalecryo.settings import POSED
 
 MOST_VIEWS = 200_000  # related poses that the picture of orientations counts
 CLASS_GRID, CLASS_VIEWERS = 56, 8  # voxels across the viewer's grid of a class, and how many classes get one
-INDEPENDENT = ("guided", "poses", "autoencoder")  # recipes that pose each half against its own map
 
 SectionMaker = Callable[[FinalResults], Iterable[Section]]
 
@@ -91,7 +90,7 @@ def particles_section(results: FinalResults) -> Iterable[Section]:
         f"{results.mean_confidence:.0%}."
     )
     yield Section(
-        "Best and worst particles", name="projections", body=paragraphs_html(text if _has_probability(results) else ""),
+        "Best and worst particles", name="projections", body=paragraphs_html(text if results.has_probability else ""),
         png=projections_figure(as_numpy(examples.pairs[0]), as_numpy(examples.pairs[1]), labels),
         caption="By confidence, the surest on the left. An image that is nothing like its projection shows no particle "
         "or has a wrong pose.",
@@ -155,11 +154,11 @@ def write_report(results: FinalResults, makers: Sequence[SectionMaker] = SECTION
 
 def verdict_of(results: FinalResults) -> Verdict:
     """What a run came to, in words."""
-    certain = _has_probability(results)
+    certain = results.has_probability
     told = results.cones.warning or ""
     evidence = Evidence(
         angstrom=results.angstrom(), pixel_size=results.pixel_size, diameter=results.diameter,
-        confidence=results.mean_confidence if certain else None, junk=results.junk if certain else 0.0,
+        confidence=results.mean_confidence if certain else None, junk=results.junk,
         independent=results.config.recipe in (*INDEPENDENT, "known"),
         warnings=(told,) if told and not results.cones.uneven else (), uneven=told if results.cones.uneven else "",
         coherent=results.coherent_share, coverage=results.coverage,
@@ -180,11 +179,6 @@ def verdict_of(results: FinalResults) -> Verdict:
         figures["classes"] = str(len(results.classes))
         figures["structures"] = str(len(structures(results.classes)))
     return judge(evidence, MappingProxyType(figures))
-
-
-def _has_probability(results: FinalResults) -> bool:
-    """Whether the recipe tells how probable a pose is; a model's confidence is a correlation."""
-    return results.config.recipe in INDEPENDENT
 
 
 def _group_name(results: FinalResults) -> str:

@@ -1,6 +1,7 @@
 """The guided method given particles that it cannot use, or only partly: one clear word, never a wrong structure."""
 
 import json
+import re
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -113,6 +114,9 @@ def test_junk_gets_low_confidence_and_does_not_ruin_the_map(
     run = run_on(
         changed(good, tmp_path / "data", images=images), tmp_path, guided__bootstrap_rounds="2", guided__iterations="4"
     )
+    # Told at the end and at the top of the page.
+    for told in (capsys.readouterr().err, (run / "report.html").read_text()):
+        assert re.search(r"(19|20|21|22)% of the images do not fit the map", told)
     confidence = read_poses(str(run / "particles.star")).confidence
     assert confidence is not None
     assert (confidence[junk] < 0.1).mean() > 0.95

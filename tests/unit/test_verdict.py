@@ -66,7 +66,7 @@ def test_images_that_do_not_fit_are_told_and_what_would_show_them() -> None:
     verdict = judge(replace(GOOD, junk=0.45), {})
     assert verdict.grade == "good"
     (told,) = verdict.reasons
-    assert told.startswith("45% of the images do not fit this map")
+    assert told.startswith("45% of the images do not fit the map")
     assert "--classes 4" in told
     assert "no check found anything" not in verdict.text
     (told,) = judge(replace(GOOD, junk=0.45, angstrom=2.1, classes=6), {}).reasons

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.errors import CheckpointError
-from scalecryo.evaluate.verdict import incoherent
+from scalecryo.evaluate.verdict import incoherent, unfit
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.image_formation import CtfWeightedImages, ctf_weighted, ctf_weighted_on_padded_box
@@ -132,7 +132,8 @@ class FinalPass:
             followed = self._out is context.run and self._remember and context.config.train.components > 0
             if not followed:  # components go on from them
                 self._found.remove_pass(self._pass)
-            for warning in (*notes, cones.warning, incoherent(results.coherent_share, results.coverage)):
+            unlike = unfit(results.junk, len(results.classes))
+            for warning in (*notes, cones.warning, incoherent(results.coherent_share, results.coverage), unlike):
                 if warning:
                     logger.warning("%s", warning)
             message += f", map to {cones.angstrom:.2f} Å (FSC 0.143), {cones.summary}"
