@@ -12,12 +12,11 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from stress import AUC, POSE_SHARE, STRUCTURES, Row, converted, pose_error, run_one, setting, simulated
+from stress import AUC, POSE_SHARE, Row, chosen, converted, parser_of, pose_error, run_one, simulated, written
 from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, SPIKE, StressSet, Structure
 
 from scalecryo.commands import select
@@ -180,27 +179,16 @@ def single(several: StressSet, number: int, folder: Path, data: Path, settings: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help=f"{', '.join(SETS)}; * and ? will do")
-    parser.add_argument("--seeds", type=int, default=1, help="runs from nothing, of one draw of the data")
-    parser.add_argument("--draw", type=int, default=0, help="seed of the simulation")
+    parser = parser_of(__doc__, SETS)
     parser.add_argument("--alone", action="store_true", help="each structure alone, too")
-    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="settings of training")
     parser.add_argument("--tag", default="", help="of the runs' folders")
-    parser.add_argument("--structures", type=Path, default=STRUCTURES, help="folder of the structures")
     arguments = parser.parse_args()
     arguments.set = dict(arguments.set)
-    names = [name for name in SETS if any(fnmatch(name, pattern) for pattern in arguments.only)]
+    names = chosen(SETS, arguments.only)
     if not names:
         parser.error(f"no set is called {', '.join(arguments.only)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in names:
-        for seed in range(arguments.seeds):
-            rows.append((name, seed, *sorted_set(name, seed, arguments)))
-            (arguments.out / "classes.md").write_text(table(rows) + "\n")
-            print(table(rows), flush=True)
+    each = ((name, seed, *sorted_set(name, seed, arguments)) for name in names for seed in range(arguments.seeds))
+    written(each, table, arguments.out / "classes.md")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from stress_sets import SETS, StressSet
@@ -35,6 +35,7 @@ STRUCTURES = ROOT.parent / "shared" / "data" / "structures"
 POSE_SHARE, POSE_DEG, FSC_SHARE, AUC = 1.5, 0.3, 0.97, 0.99
 SCRATCH, KNOWN = "nothing", "poses"  # guided.start
 Row = dict[str, Any]
+R = TypeVar("R")
 
 
 def simulated(wanted: StressSet, folder: Path, structures: Path, draw: int) -> Path:
@@ -185,31 +186,48 @@ def setting(text: str) -> tuple[str, str]:
     return key, value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str, sets: Iterable[str], only: Sequence[str] = ("*",)) -> argparse.ArgumentParser:
+    """What every script of sets asks for."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"{', '.join(SETS)}; * and ? will do")
+    parser.add_argument("--only", nargs="+", default=only, metavar="NAME", help=f"{', '.join(sets)}; * and ? will do")
     parser.add_argument("--seeds", type=int, default=1, help="runs from nothing, of one draw of the data")
     parser.add_argument("--draw", type=int, default=0, help="seed of the simulation")
-    parser.add_argument("--quick", action="store_true", help="short forms: fewer, smaller images")
     parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="settings of training")
+    parser.add_argument("--structures", type=Path, default=STRUCTURES, help="folder of the structures")
+    return parser
+
+
+def chosen(sets: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The sets that are asked for, in their own order."""
+    return [name for name in sets if any(fnmatch(name, pattern) for pattern in patterns)]
+
+
+def written(rows: Iterable[R], table: Callable[[list[R]], str], path: Path) -> list[R]:
+    """All rows; their table is written and printed after each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done: list[R] = []
+    for row in rows:
+        done.append(row)
+        path.write_text(table(done) + "\n")
+        print(table(done), flush=True)
+    return done
+
+
+def main() -> None:
+    parser = parser_of(__doc__, SETS, only=())
+    parser.add_argument("--quick", action="store_true", help="short forms: fewer, smaller images")
     parser.add_argument("--tag", default="", help="of the runs' folders")
     parser.add_argument("--again", action="store_true", help="run again what is finished")
-    parser.add_argument("--structures", type=Path, default=STRUCTURES, help="folder of the structures")
     arguments = parser.parse_args()
     arguments.set = dict(arguments.set)
     plain = [name for name in SETS if name != "toy" and not name.startswith("m-")]
-    names = [name for name in SETS if any(fnmatch(name, pattern) for pattern in arguments.only)] or plain
-    unknown = [pattern for pattern in arguments.only if not any(fnmatch(name, pattern) for name in SETS)]
+    unknown = [pattern for pattern in arguments.only if not chosen(SETS, [pattern])]
     if unknown:
         parser.error(f"no set is called {', '.join(unknown)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in names:
-        for row in stress(name, arguments):
-            rows.append(row)
-            (arguments.out / "stress.md").write_text(table(rows) + "\n")
-            print(table(rows), flush=True)
+    names = chosen(SETS, arguments.only) or plain
+    each = (row for name in names for row in stress(name, arguments))
+    rows = written(each, table, arguments.out / "stress.md")
     met = sum(not missed(scratch, known) for _, _, scratch, known in rows)
     print(f"{met} of {len(rows)} met their goals", flush=True)
 

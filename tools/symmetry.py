@@ -11,7 +11,6 @@ most 1.1 times as much, the wrong group refused.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 import gemmi
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from scipy.optimize import least_squares
 from scipy.spatial.transform import Rotation
-from stress import STRUCTURES, Row, converted, run_one, setting, simulated
+from stress import Row, chosen, converted, parser_of, run_one, simulated, written
 from stress_sets import GROEL, HALF, SPIKE, Position, StressSet, Structure
 from stress_sets import SETS as STRESS_SETS
 
@@ -171,25 +170,14 @@ def symmetric_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help=f"{', '.join(SETS)}; * and ? will do")
-    parser.add_argument("--seeds", type=int, default=1, help="runs from nothing, of one draw of the data")
-    parser.add_argument("--draw", type=int, default=0, help="seed of the simulation")
-    parser.add_argument("--set", nargs="+", type=setting, default=[], metavar="KEY=VALUE", help="settings of training")
-    parser.add_argument("--structures", type=Path, default=STRUCTURES, help="folder of the structures")
+    parser = parser_of(__doc__, SETS)
     arguments = parser.parse_args()
     arguments.set = dict(arguments.set)
-    names = [name for name in SETS if any(fnmatch(name, pattern) for pattern in arguments.only)]
+    names = chosen(SETS, arguments.only)
     if not names:
         parser.error(f"no set is called {', '.join(arguments.only)}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in names:
-        for seed in range(arguments.seeds):
-            rows.append((name, seed, *symmetric_set(name, seed, arguments)))
-            (arguments.out / "symmetry.md").write_text(table(rows) + "\n")
-            print(table(rows), flush=True)
+    each = ((name, seed, *symmetric_set(name, seed, arguments)) for name in names for seed in range(arguments.seeds))
+    written(each, table, arguments.out / "symmetry.md")
 
 
 if __name__ == "__main__":

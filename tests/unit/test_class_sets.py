@@ -1,26 +1,16 @@
 """tools/classes.py: which goals a run misses, and the table."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+from tests.support.tools import tool
 
 
 @pytest.fixture
 def classes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location("class_sets", TOOLS / "classes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "class_sets", module)
-    spec.loader.exec_module(module)
-    return module
+    return tool("classes", monkeypatch)
 
 
 def a_run(**changed: Any) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """tools/symmetry.py: where the true axes lie, how far a run's are from RELION's, which goals a set misses."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,20 +12,12 @@ from scipy.spatial.transform import Rotation
 from scalecryo.commands import simulate
 from scalecryo.data.formats.relion import read_particles, write_particles
 from scalecryo.physics.symmetry import PointGroup
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+from tests.support.tools import tool
 
 
 @pytest.fixture
 def symmetry(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location("symmetric_sets", TOOLS / "symmetry.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "symmetric_sets", module)
-    spec.loader.exec_module(module)
-    return module
+    return tool("symmetry", monkeypatch)
 
 
 def angles_deg(rotations: torch.Tensor) -> np.ndarray:
