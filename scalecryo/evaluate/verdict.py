@@ -81,8 +81,8 @@ def judge(evidence: Evidence, figures: Mapping[str, str]) -> Verdict:
         figures: to be shown beside it.
     """
     nyquist, angstrom = 2 * evidence.pixel_size, evidence.angstrom
-    doubts = _doubts(evidence)
-    told = (*evidence.warnings, *filter(None, [unfit(evidence.junk, evidence.classes)]))
+    told = tuple(filter(None, (*evidence.warnings, unfit(evidence.junk, evidence.classes))))
+    doubts = _doubts(evidence, told)
     if doubts:
         return Verdict(
             "doubtful", f"Doubtful: the half-maps agree to {angstrom:.2f} Å, but",
@@ -144,8 +144,8 @@ def unfit(share: float, classes: int = 1) -> str:
     )
 
 
-def _doubts(evidence: Evidence) -> list[str]:
-    """What speaks against the map."""
+def _doubts(evidence: Evidence, warnings: Sequence[str]) -> list[str]:
+    """What speaks against the map, and then the warnings; nothing where nothing speaks against it."""
     found = []
     if evidence.diameter < LEAST_SHELLS_ACROSS * evidence.angstrom:
         found.append(
@@ -170,4 +170,4 @@ def _doubts(evidence: Evidence) -> list[str]:
             f"{evidence.junk:.0%} of the images seem to show no particle, or another one, or are too noisy to tell: "
             "look at the least sure ones; if they show none, clean the set and train again, else try --classes 4"
         )
-    return found + [f"{warning[0].upper()}{warning[1:]}" for warning in evidence.warnings] if found else found
+    return found + [f"{warning[0].upper()}{warning[1:]}" for warning in warnings] if found else found

@@ -73,3 +73,6 @@ def test_images_that_do_not_fit_are_told_and_what_would_show_them() -> None:
     assert "any of the maps" in told
     assert "more classes" in told
     assert judge(replace(GOOD, junk=0.12), {}).reasons == ()
+    doubtful = judge(replace(GOOD, junk=0.45, confidence=0.3), {})
+    assert doubtful.grade == "doubtful"
+    assert any("do not fit the map" in said for said in doubtful.reasons)
