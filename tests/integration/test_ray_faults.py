@@ -199,7 +199,7 @@ def test_an_elastic_run_shrinks_and_grows(cluster: RayNodes, simulated: Simulate
 
     The global batches stay the same all along.
     """
-    out, long = folder / "elastic", 600
+    out, long = folder / "elastic", 240
     run = started(cluster, out, simulated.store, ENCODER | {"train.steps": str(long)}, workers="1:2")
     run.reaches(KILL_AFTER)
     assert len(cluster.training()) == 2
@@ -210,9 +210,11 @@ def test_an_elastic_run_shrinks_and_grows(cluster: RayNodes, simulated: Simulate
     wait_for("the start of one worker", lambda: "starting 1 workers on 1 nodes" in run.log.read_text())
     wait_for("its first step", lambda: leader(out) != before)
     alone = psutil.Process(leader(out))
-    alone.suspend()  # a node takes as long to join as it likes: the run must not end before
+    alone.suspend()  # a node takes as long to join, and Ray to find the place on it, as they like: the run waits
     try:
+        assert sorted(cluster.places()) == ["CREATED", "PENDING"]  # the worker's own, and the one that it asks for
         cluster.wait_for_node(cluster.add_node())
+        wait_for("the place on the new node", lambda: cluster.places() == ["CREATED"] * 2, pause=0.2)
     finally:
         alone.resume()
     run.ends()

@@ -160,6 +160,12 @@ class RayNodes:
         rows = json.loads(self.ask("/api/jobs/") or "[]")
         return {row["submission_id"]: row["status"] for row in rows if row.get("submission_id")}
 
+    def places(self) -> list[str]:
+        """The state of each placement group that holds resources, or waits for some."""
+        answer = json.loads(self.ask("/api/v0/placement_groups") or "{}")
+        rows = answer.get("data", {}).get("result", {}).get("result", [])
+        return [row["state"] for row in rows if row["state"] != "REMOVED"]
+
     def stop(self) -> None:
         """End all clients and nodes, newest first, and remove what they wrote."""
         self.end_clients()
