@@ -1,17 +1,21 @@
 """Several structures at once: how many particles get the right label, and what each class reaches.
 
-    python tools/classes.py OUT [--only two 'four-*'] [--seeds 1] [--draw 0] [--alone] [--set guided.starts=4 …]
+    python tools/classes.py OUT [--only two 'four-*'] [--seeds 1] [--draw 0] [--alone] [--cost] [--set …=…]
 
 For each set: simulate and convert (once), train from nothing with the classes that the set asks for, compare with the
 truth, and print a table. Goals: share of right labels; pose error of each class at most 1.5 times that of the same
 particles alone (`--alone`: with one class); area under the curve of 0.99 that tells junk from particles. With more
-classes than structures, purity stands for labels: a structure that is split is not mixed up.
+classes than structures, purity stands for labels: a structure that is split is not mixed up. `--cost` runs the same
+images with one class, too: K classes are to take at most K times the processor time, and 0.2 GB a class more memory at
+128 px.
 """
 
 import argparse
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ SUBUNITS: Structure = ("1mnf.pdb.gz", "A,B,C,D")
 FOUR = ((SPIKE,), (PROTOMER,), (GROEL,), (COMPLEX,))
 EIGHT = ((LARGE_RNA,), (SMALL_RNA,), (COMPLEX,), (DIMER,), (PROTOMER,), (SUBUNITS,), (HEAD,), (EXIT,))
 TWO = ((DIMER,), CUT_DIMER)
+GIB_A_CLASS, GIB_BOX = 0.2, 128  # memory of one class more, at this box
 ORIGIN = (0.0, 0.0, 0.0)  # of unrelated structures, each by itself
 OTHER_FOUR = ((DIMER,), (SUBUNITS,), (HEAD,), (EXIT,))
 CUT_COMPLEX: Structure = ("6zu5.cif.gz", ",".join(name for name in COMPLEX[1].split(",") if name not in ("SE0", "SG0")))
@@ -84,8 +89,8 @@ SETS = {
 }
 
 
-def missed(wanted: ClassSet, row: Row, alone: Sequence[Row]) -> list[str]:
-    """Which goals a run misses."""
+def missed(wanted: ClassSet, row: Row, alone: Sequence[Row], one: Row | None = None) -> list[str]:
+    """Which goals a run misses, beside the runs of each structure alone and of the same images with one class."""
     if "error" in row:
         return ["refused"]
     found = []
@@ -97,16 +102,26 @@ def missed(wanted: ClassSet, row: Row, alone: Sequence[Row]) -> list[str]:
     for error, single in zip(row.get("class_rotation_error_median_deg", ()), alone, strict=False):
         if error is None or error > POSE_SHARE * pose_error(single):
             found.append("pose")
+    if one is not None:
+        if row["processor_seconds"] > int(wanted.classes) * one["processor_seconds"]:
+            found.append("time")
+        if gib_a_class(wanted, row, one) > GIB_A_CLASS * max(1.0, (wanted.data.box / GIB_BOX) ** 3):
+            found.append("memory")
     return found
 
 
-def table(rows: Sequence[tuple[str, int, Row, Sequence[Row]]]) -> str:
-    """Markdown: (set, seed, run, the run of each of its structures alone)."""
+def gib_a_class(wanted: ClassSet, row: Row, one: Row) -> float:
+    """Peak memory that one class more takes."""
+    return float(row["peak_gib"] - one["peak_gib"]) / (int(wanted.classes) - 1)
+
+
+def table(rows: Sequence[tuple[str, int, Row, Sequence[Row], Row | None]]) -> str:
+    """Markdown: (set, seed, run, the run of each of its structures alone, that of the same images with one class)."""
     head = ("set", "seed", "labels", "purity", "confusion (true × found)", "pose error of each class (alone), °",
-            "FSC 0.5, Å", "junk AUC", "s", "goals")  # fmt: skip
+            "FSC 0.5, Å", "junk AUC", "processor seconds (one class)", "GiB a class", "goals")  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for name, seed, row, alone in rows:
-        failed = ", ".join(missed(SETS[name], row, alone))
+    for name, seed, row, alone, one in rows:
+        failed = ", ".join(missed(SETS[name], row, alone, one))
         cells = [name, str(seed)]
         if "error" in row:
             cells += [row["error"], *"-----"]
@@ -121,7 +136,10 @@ def table(rows: Sequence[tuple[str, int, Row, Sequence[Row]]]) -> str:
                 ", ".join(errors) + beside,
                 ", ".join(_text(reached, 2) for reached in row["class_fsc_0.5_angstrom"]), _text(row["junk_auc"], 4),
             ]  # fmt: skip
-        cells += [f"{row['seconds']:.0f}", f"missed: {failed}" if failed else "met"]
+        single, memory = "", "-"
+        if one is not None:
+            single, memory = f" ({one['processor_seconds']:.0f})", f"{gib_a_class(SETS[name], row, one):.2f}"
+        cells += [f"{row['processor_seconds']:.0f}{single}", memory, f"missed: {failed}" if failed else "met"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -130,8 +148,8 @@ def _text(value: Any, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row, list[Row]]:
-    """The run of a set, and that of each of its structures alone if they are asked for."""
+def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row, list[Row], Row | None]:
+    """The run of a set; those of each of its structures alone, and of the same images with one class, if asked for."""
     wanted = SETS[name]
     shared = next(key for key, other in SETS.items() if other.data == wanted.data)  # sets of the same particles
     folder = arguments.out / shared / f"draw{arguments.draw}"
@@ -140,12 +158,20 @@ def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row
     tag = f"-{arguments.tag}" if arguments.tag else ""
     settings = {"train.classes": wanted.classes, "train.seed": str(seed)} | wanted.settings | arguments.set
     run = arguments.out / f"{name}-{arguments.draw}-{seed}{tag}"
-    row = run_one(wanted.data, store, data, run, settings, False)
+    own = {"train.seed": str(seed)} | {key: value for key, value in wanted.settings.items() if key == "train.symmetry"}
+    row, one = by_itself(wanted.data, store, data, run, settings), None
+    if arguments.cost:
+        one = by_itself(wanted.data, store, data, run.with_name(f"{run.name}-one"), own)
     if row.get("junk_auc") is not None:
         row["junk_auc"] = junk_told(run, data)
     numbers = range(len(wanted.data.specimens)) if arguments.alone else ()
-    own = {"train.seed": str(seed)} | {key: value for key, value in wanted.settings.items() if key == "train.symmetry"}
-    return row, [single(wanted.data, number, folder, data, own) for number in numbers]
+    return row, [single(wanted.data, number, folder, data, own) for number in numbers], one
+
+
+def by_itself(data: StressSet, store: str, folder: Path, run: Path, settings: dict[str, str]) -> Row:
+    """A run in a process of its own, for the peak of its memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run_one, data, store, folder, run, settings, False).result()
 
 
 def junk_told(run: Path, data: Path) -> float:
@@ -174,8 +200,8 @@ def single(several: StressSet, number: int, folder: Path, data: Path, settings: 
         for name, other in (("particles.mrcs", "particles.mrcs"), ("truth.mrc", truth)):
             (place / name).symlink_to((data / other).resolve())
     converted(place / "particles.star", store, dark=False)
-    return run_one(replace(several, n=int(np.load(place / "rows.npy").size)), str(store), place, place / "run",
-                   settings, False)  # fmt: skip
+    own = replace(several, n=int(np.load(place / "rows.npy").size))
+    return by_itself(own, str(store), place, place / "run", settings)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,6 +94,7 @@ def run_one(
         return {
             "seconds": round(time.monotonic() - begun[0], 1),
             "processor_seconds": round(time.process_time() - begun[1], 1),
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # of the process so far
         }
 
     try:
