@@ -207,6 +207,7 @@ def single(several: StressSet, number: int, folder: Path, data: Path, settings: 
 def main() -> None:
     parser = parser_of(__doc__, SETS)
     parser.add_argument("--alone", action="store_true", help="each structure alone, too")
+    parser.add_argument("--cost", action="store_true", help="the same images with one class, too")
     parser.add_argument("--tag", default="", help="of the runs' folders")
     arguments = parser.parse_args()
     arguments.set = dict(arguments.set)

@@ -12,7 +12,7 @@ true map (x = shell / box from 0 to ½, so at most 0.5): of the map within its o
 within a mask around the true density. `--pose.source=guided` begins from nothing instead of the true poses: then also
 with each map laid onto its truth by itself, as that benchmark does, for a frame that turns with the state is no error.
 `unlike` is a hinge without like halves: a quarter of twenty proteins of a ribosome turns by a full circle;
-`random-unlike`: it turns at random. `spike`: one of three like chains turns by 90°.
+`random-unlike`: it turns at random. `spike`: one of three like chains turns by 90°; `random-spike`: at random.
 The sets `hinge-…` are the first one with one thing worse: −14 dB, contrast of micrographs that varies (σ of its
 logarithm 0.3), 70 % of the views within 25° of an axis, 30 % junk.
 """
@@ -76,9 +76,10 @@ def make(name: str, folder: Path, count: int) -> str:
             protein = structure_file((COMPLEX,), STRUCTURES, folder / name)
             turn = f"random:180:{STEPS}" if name.startswith("random") else f"0,1,1:360:{STEPS}"
             how |= {"pixel_size": 4.8, "hinge": f"LDD,LP0,LU0,LV0,LW0:{turn}"}
-        elif name == "spike":
+        elif name in ("spike", "random-spike"):
             protein = str(STRUCTURES / "6vxx.pdb")
-            how |= {"pixel_size": 4.0, "hinge": f"C:1,0,0:90:{STEPS}"}
+            turn = f"random:180:{STEPS}" if name.startswith("random") else f"1,0,0:90:{STEPS}"
+            how |= {"pixel_size": 4.0, "hinge": f"C:{turn}"}
         elif name == "random":
             how["hinge"] = f"B:random:180:{STEPS}"
         elif name == "assemblies":
