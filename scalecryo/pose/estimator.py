@@ -38,7 +38,7 @@ class EStepPlan:
         fit_shift: False leaves shifts as they are.
         probability_radius: Fourier pixels that tell whether an image shows a particle; 0: every image does.
         shift_radius: of the disc of possible shifts, Å.
-        equivalent: rotations that nothing tells apart: related poses are no rivals; None: none.
+        equivalent: rotations of each class that nothing tells apart: related poses are no rivals; empty: none.
         class_radius: Fourier pixels at most by which a class is chosen, where an image has its share in a map.
         modes: poses of each particle that `estimate_modes` tells.
         shift_sigma: of the Gaussian prior of shifts that it goes by, Å; None: all are equally likely.
@@ -52,7 +52,7 @@ class EStepPlan:
     fit_shift: bool = True
     probability_radius: float = 0.0
     shift_radius: float = 0.0
-    equivalent: Float[Tensor, "e 3 3"] | None = None
+    equivalent: Sequence[Float[Tensor, "e 3 3"]] = ()
     class_radius: float = 24.0
     modes: int = 1
     shift_sigma: float | None = None
@@ -90,7 +90,7 @@ class PoseEstimator:
             if len(at):
                 own = images.select(at), known.select(at), seen[at]
                 if self._classes == 1:
-                    found = found.put(at, self._estimate(*own, self._references[0, half]))
+                    found = found.put(at, self._estimate(*own, (0, half)))
                 else:
                     found = found.put(at, self._over_classes(*own, half, all_classes))
         return found
@@ -113,7 +113,7 @@ class PoseEstimator:
             with self._timer.part("local_refinement"):
                 modes = refined_modes(
                     own, candidates, reference, plan.steps, plan.modes, fit_shift=plan.fit_shift,
-                    prune_fraction=plan.prune_fraction, equivalent=plan.equivalent, shift_sigma=plan.shift_sigma,
+                    prune_fraction=plan.prune_fraction, equivalent=self._equivalent(0), shift_sigma=plan.shift_sigma,
                 )  # fmt: skip
             modes[0] = self._told(own, modes[0], reference)
             found = [whole.put(at, mode) for whole, mode in zip(found, modes, strict=True)]
@@ -143,7 +143,7 @@ class PoseEstimator:
                     rows = at - number * len(images)
                     some, poses = images.select(rows), known.select(rows)
                     # Of another class: as one never seen, but at the known shift, and its pose is a candidate.
-                    estimate = self._estimate(some, poses, seen[rows], reference, search=not here)
+                    estimate = self._estimate(some, poses, seen[rows], (number, half), search=not here)
                     found = found.put(rows, estimate)
                     score[rows, number] = pose_gain(some, estimate, reference, radius)
             by_class.append(found)
@@ -154,19 +154,19 @@ class PoseEstimator:
         images: ParticleImages,
         known: PoseEstimates,
         seen: Bool[Tensor, " b"],
-        reference: Reference,
+        which: tuple[int, int],
         *,
         search: bool | None = None,
     ) -> PoseEstimates:
-        """Poses against one reference: all searched, or none, or those (None) without a remembered pose."""
-        plan, found = self._plan, known
+        """Poses against a class's half: all searched, or none, or those (None) without a remembered pose."""
+        plan, found, reference = self._plan, known, self._references[which]
         if search or plan.search_known:
-            found = self._search(images, known, seen, reference)
+            found = self._search(images, known, seen, which)
         elif search is None:
             wanted = seen.logical_not().nonzero()[:, 0]  # host sync
             if len(wanted):
                 found = known.put(
-                    wanted, self._search(images.select(wanted), known.select(wanted), seen[wanted], reference)
+                    wanted, self._search(images.select(wanted), known.select(wanted), seen[wanted], which)
                 )
         if plan.passes:
             start = PoseCandidates(found.rotation[:, None], found.shift[:, None], found.confidence[:, None] * 0)
@@ -176,6 +176,10 @@ class PoseEstimator:
                 )
             found = replace(refined, confidence=found.confidence)
         return self._told(images, found, reference)
+
+    def _equivalent(self, number: int) -> Float[Tensor, "e 3 3"] | None:
+        """Rotations of a class that nothing tells apart."""
+        return self._plan.equivalent[number] if self._plan.equivalent else None
 
     def _told(self, images: ParticleImages, found: PoseEstimates, reference: Reference) -> PoseEstimates:
         """Whether the images show the particle at these poses."""
@@ -196,9 +200,9 @@ class PoseEstimator:
             return self._source.candidates(images, reference, known, seen)
 
     def _search(
-        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], reference: Reference
+        self, images: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"], which: tuple[int, int]
     ) -> PoseEstimates:
-        plan = self._plan
+        plan, reference = self._plan, self._references[which]
         candidates = self._candidates(images, known, seen, reference)
         with self._timer.part("local_refinement"):
             return refine_candidates(
@@ -208,7 +212,7 @@ class PoseEstimator:
                 plan.steps,
                 fit_shift=plan.fit_shift,
                 prune_fraction=plan.prune_fraction,
-                equivalent=plan.equivalent,
+                equivalent=self._equivalent(which[0]),
             )
 
     def predictions(

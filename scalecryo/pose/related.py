@@ -33,6 +33,13 @@ class RelatedRotations:
     moves: tuple[Alignment, ...] = ()
 
     @classmethod
+    def of_classes(cls, references: ReferenceSet, group: PointGroup | None = None) -> "list[RelatedRotations]":
+        """Of every class's map; none of a class that holds nothing."""
+        none = torch.zeros(0, 3, 3, device=references.maps.device)
+        held = [references.classes == 1 or bool(references.mean(n).amax() > 0) for n in range(references.classes)]
+        return [cls.of(references, number, group) if here else cls(none, none) for number, here in enumerate(held)]
+
+    @classmethod
     def of(cls, references: ReferenceSet, class_index: int = 0, group: PointGroup | None = None) -> "RelatedRotations":
         """Of a class's map, to the shell that its halves agree to.
 

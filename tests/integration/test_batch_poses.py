@@ -71,10 +71,10 @@ def test_only_images_that_say_little_have_several_modes(
     pixels = batch.pixels
     parts = [references] * PARTS
     seen = torch.ones(len(batch), dtype=torch.bool)
-    known = BatchPoses(PLAN, 1, context, learned, references, parts, pixels, None)
+    known = BatchPoses(PLAN, 1, context, learned, references, parts, pixels, ())
     gain = known.whole.known_gain(batch, truth)
     monkeypatch.setattr(batch_poses, "THIN", float(gain.median()))
-    posed = BatchPoses(PLAN, 1, context, learned, references, parts, pixels, None).estimate(batch, truth, seen)
+    posed = BatchPoses(PLAN, 1, context, learned, references, parts, pixels, ()).estimate(batch, truth, seen)
     little = gain < gain.median()
     assert posed.share is not None
     assert (posed.share[~little] == 1).all()
@@ -96,7 +96,7 @@ def test_modes_enter_the_sums_with_the_weight_of_one_image(simulated: Path, tmp_
     denominators = []
     for thin in (False, True):
         plan = IterationPlan(12.0, BOX, True, 3, 10.0, thin=thin, thin_radius=12.0)
-        iteration = Iteration(plan, 0, context, learned, references, None, None, None, None, None)
+        iteration = Iteration(plan, 0, context, learned, references, None, None, (), None, None)
         iteration.step(batch)
         denominators.append(iteration._sums.denominator.double().sum((0, 2, 3, 4)))
     # The weight of an image is its CTF's power, whichever poses it is inserted at: but for what interpolation puts on

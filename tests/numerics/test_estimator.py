@@ -65,11 +65,12 @@ def estimator(
     everywhere: bool = False,
     modes: int = 1,
     shift_sigma: float | None = None,
+    equivalent: tuple[Tensor, ...] = (),
 ) -> PoseEstimator:
     shifts, turns = shift_grid(2.0, 1.0), torch.Generator().manual_seed(0)
     source = SearchSource(so3_grid(1152), 10.0, shifts, 3, turns, everywhere=everywhere, shift_sigma=shift_sigma)
     plan = EStepPlan(12.0, 2, search_known, ((8.0, 3), (12.0, 2)), probability_radius=10.0, shift_radius=6.0,
-                     modes=modes, shift_sigma=shift_sigma)  # fmt: skip
+                     modes=modes, shift_sigma=shift_sigma, equivalent=equivalent)  # fmt: skip
     return PoseEstimator(known.at(BOX, pixels), plan, source, Timer())
 
 
@@ -227,3 +228,24 @@ def test_a_wrong_class_is_left_unless_it_was_sure() -> None:
     assert torch.equal(sure.class_index, mixed)
     again = posed.estimate(images, replace(unsure, class_probability=torch.ones(COUNT)), seen, all_classes=True)
     assert torch.equal(again.class_index, found.class_index)
+
+
+def test_poses_that_a_class_does_not_tell_apart_are_no_rivals() -> None:
+    # The second class has a two-fold axis along z: each of its particles has two poses, equally likely. Reference: the
+    # confidence, a pose's share of the probability, is then one half, and one where the two count as the same.
+    pixels, known = fourier_pixels(BOX, 13.0), references(2)
+    half_turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0]))
+    maps = known.maps.clone()
+    maps[1] += maps[1].flip(-1, -2).roll((1, 1), (-1, -2))  # about the centre, box / 2
+    known = ReferenceSet.of_maps(maps, PIXEL_SIZE, noise=known.noise, radius=12.0)
+    images, truth = particles(known, pixels)
+    nothing, seen = PoseEstimates.unknown(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    confidence = {}
+    for equivalent in ((), (torch.zeros(0, 3, 3), half_turn[None])):
+        posed = estimator(known, pixels, search_known=True, equivalent=equivalent)
+        found = posed.estimate(images, nothing, seen)
+        assert torch.equal(found.class_index, truth.class_index)
+        confidence[len(equivalent)] = [found.confidence[truth.class_index == number] for number in (0, 1)]
+    assert torch.equal(confidence[0][0], confidence[2][0])
+    assert float(confidence[0][1].median()) == pytest.approx(0.5, abs=0.15)  # by what is left of the noise
+    assert float(confidence[2][1].min()) > 0.99

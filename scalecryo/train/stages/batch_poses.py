@@ -5,6 +5,7 @@ compete enter the maps, each by its share of the probability: what one pose alon
 often it is the right one, and the noise stays.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +52,7 @@ class BatchPoses:
     Attributes:
         prepared: the references of whole halves.
         whole: poses against them.
+        equivalent: rotations of each class that nothing tells apart; empty: not known.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class BatchPoses:
         references: ReferenceSet,
         parts: Parts | None,
         pixels: FourierPixels,
-        related: RelatedRotations | None,
+        related: Sequence[RelatedRotations],
     ) -> None:
         """
         Args:
@@ -74,15 +76,14 @@ class BatchPoses:
             parts: maps of each half without one of its parts; None: those who are searched are posed against whole
                 halves.
             pixels: of the iteration.
-            related: poses that the map's symmetry or pseudo-symmetry relates; None: not known.
+            related: poses that each class's symmetry or pseudo-symmetry relates; empty: not known.
         """
         self._plan, self._number, self._context, self._pixels = plan, number, context, pixels
         self._shift_radius = learned.shift_radius or context.shift_radius
         self._shift_sigma = learned.shift_sigma
         self._related, self._group = related, context.point_group
-        self._equivalent = None if self._group is None else self._group.others
-        if related is not None:
-            self._equivalent = related.equivalent
+        of_group = () if self._group is None else (self._group.others,) * references.classes
+        self.equivalent = tuple(own.equivalent for own in related) or of_group
         self._one_class = references.classes == 1
         sources = [self._search(thin=thin) for thin in (False, True)]
         source: CandidateSource = sources[plan.thin]
@@ -159,7 +160,7 @@ class BatchPoses:
         return SearchSource(
             grid, plan.search_radius_of(thin), context.shift_grid_px(plan.level, reach),
             plan.modes_of(thin), torch.Generator().manual_seed(context.config.train.seed * 1000 + self._number),
-            None if self._related is None else self._related.similar, {}, self._group, everywhere=thin,
+            self._related[0].similar if self._related and self._one_class else None, {}, self._group, everywhere=thin,
             shift_sigma=sigma,
         )  # fmt: skip
 
@@ -173,7 +174,7 @@ class BatchPoses:
             fit_shift=self._context.fit_shift,
             shift_radius=self._shift_radius,
             shift_sigma=self._shift_sigma,
-            equivalent=self._equivalent,
+            equivalent=self.equivalent,
         )
         return PoseEstimator(prepared, e_step, source, self._context.world.timer)
 

@@ -81,7 +81,7 @@ class ReferencePoses:
         self._generator = torch.Generator()
         radius = min(references.radius, level / 2 - 1)
         group = context.point_group
-        related = [_related(references, number, group) for number in range(references.classes)]
+        related = RelatedRotations.of_classes(references, group)
         told = related[0].told(group) if references.classes == 1 else ""
         self.notes: tuple[str, ...] = (told,) if told else ()
         steps = tuple((at, passes) for at, passes in FIRST_STEPS if at < radius)
@@ -94,7 +94,7 @@ class ReferencePoses:
             fit_shift=context.fit_shift,
             probability_radius=min(PROBABILITY_RADIUS, radius),
             shift_radius=shift_radius or context.shift_radius,
-            equivalent=related[0].equivalent if references.classes == 1 else None,  # each class has its own
+            equivalent=tuple(own.equivalent for own in related),
         )
         self._encoder, self._references = encoder, references
         source: CandidateSource
@@ -146,14 +146,6 @@ class ReferencePoses:
         if self._encoder is None:
             raise TrainingError("this run has no encoder: train it with guided.encoder_steps >= 1")
         return self._encoder.own_poses(images, self._references).rotation
-
-
-def _related(references: ReferenceSet, number: int, group: PointGroup | None) -> RelatedRotations:
-    """Poses that a class's map relates; none of a class that holds nothing."""
-    if references.classes > 1 and float(references.mean(number).amax()) <= 0:  # host sync
-        none = torch.zeros(0, 3, 3, device=references.maps.device)
-        return RelatedRotations(none, none)
-    return RelatedRotations.of(references, number, group)
 
 
 def lay_onto(

@@ -1,5 +1,6 @@
 """One iteration of the refinement: a streamed pass that poses particles and sums up the next half-maps."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from scalecryo.physics.rotation import geodesic_angle
 from scalecryo.pose.candidate_refinement import SAME
 from scalecryo.pose.estimator import map_weight
 from scalecryo.pose.exchange import MOST, RelatedExchange
-from scalecryo.pose.related import RelatedPoses, RelatedRotations
+from scalecryo.pose.related import RelatedPoses, RelatedRotations, angle_modulo
 from scalecryo.pose.shift_spread import ShiftSpread
 from scalecryo.pose.strain import StrainFit, strained_poses
 from scalecryo.pose.view_balance import ViewCounts, ViewWeights
@@ -53,7 +54,7 @@ class Iteration:
         references: ReferenceSet,
         parts: Parts | None,
         strain: Tensor | None,
-        related: RelatedRotations | None,
+        related: Sequence[RelatedRotations],
         balance: ViewWeights | None,
         offer: RelatedOffer | None,
     ) -> None:
@@ -65,7 +66,7 @@ class Iteration:
             learned: remembered poses and encoder.
             references: that poses are refined against.
             strain: of each half's map since its poses were found, or None.
-            related: poses that the map's symmetry or pseudo-symmetry relates; None: not known.
+            related: poses that each class's symmetry or pseudo-symmetry relates; empty: not known.
             balance: weights of crowded views in the sums; None: all views weigh alike.
             offer: poses that particles of one half are offered before they are refined; None: none.
             parts: maps of each half without one of its parts; None: those who are searched are posed against whole
@@ -208,6 +209,9 @@ class Iteration:
     def _measure(self, batch: ParticleImages, found: PoseEstimates, known: PoseEstimates, seen: Tensor) -> None:
         """Residuals of a few particles, for the noise spectrum, and what the others tell the monitor."""
         turned = geodesic_angle(known.rotation, found.rotation)
+        for number, own in enumerate(self._posing.equivalent):  # nothing tells these poses apart
+            modulo = angle_modulo(known.rotation, found.rotation, own)
+            turned = torch.where(found.class_index == number, modulo, turned)
         gain = self._posing.whole.likelihood_gain(batch, found)
         restless = (turned > SAME / self.plan.radius) & seen
         jumped = (turned > MOVED_DEG) & seen

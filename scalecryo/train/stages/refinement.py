@@ -63,7 +63,7 @@ class Refinement:
         self._creep = StrainSteps()
         self._strain: Tensor | None = None  # to be applied to maps and poses of each half
         self._parts: Parts | None = None
-        self._related: RelatedRotations | None = None
+        self._related: list[RelatedRotations] = []  # of each class
         self._offers = RelatedOffers()
         self._offer: RelatedOffer | None = None  # of the next iteration
         self._iteration: Iteration | None = None
@@ -82,11 +82,12 @@ class Refinement:
             schedule.thin = self._learned.start_gain < THIN_START
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
-        if plan.searched and schedule.number == RELATED_ITERATION and references.classes == 1:
-            self._related = RelatedRotations.of(references, group=context.point_group)
-            self._offers.look_at(self._related, context.world)
-            if told := self._related.told(context.point_group):
-                logger.info("%s", told)
+        if plan.searched and schedule.number == RELATED_ITERATION:
+            self._related = RelatedRotations.of_classes(references, context.point_group)
+            if references.classes == 1:
+                self._offers.look_at(self._related[0], context.world)
+                if told := self._related[0].told(context.point_group):
+                    logger.info("%s", told)
         offer = self._offer
         if self._strain is not None:
             references = _strained_maps(references, self._strain)
@@ -224,7 +225,7 @@ class Refinement:
             "views": self._views,
             "shift_radius": self._learned.shift_radius,
             "shift_sigma": self._learned.shift_sigma,
-            "related": None if self._related is None else (self._related.similar, self._related.equivalent),
+            "related": [(own.similar, own.equivalent) for own in self._related],
             "offers": self._offers.state_dict(self._offer),
             "schedule": self._schedule.state_dict(),
             "count": self._context.store.count,
@@ -256,8 +257,10 @@ class Refinement:
         self._views = None if views is None else views.to(device)
         learned.shift_radius = state.get("shift_radius")  # older checkpoints have none
         learned.shift_sigma = state.get("shift_sigma")  # older checkpoints have none
-        if state["related"] is not None:
-            self._related = RelatedRotations(*(turns.to(device) for turns in state["related"]))
+        related = state["related"] or []
+        if isinstance(related, tuple):  # older checkpoints have that of one class
+            related = [related]
+        self._related = [RelatedRotations(*(turns.to(device) for turns in own)) for own in related]
         if "offers" in state:  # older checkpoints have none
             self._offer = self._offers.load_state_dict(state["offers"], device)
         self._schedule.load_state_dict(state["schedule"])

@@ -4,7 +4,7 @@ The radius goes where the halves' correlation says that there is signal, at once
 jump between modes; then they are refined locally against their whole half until neither poses nor maps change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -84,7 +84,7 @@ class IterationPlan:
         fit_shift: bool,
         shift_radius: float = 0.0,
         shift_sigma: float | None = None,
-        equivalent: Float[Tensor, "e 3 3"] | None = None,
+        equivalent: Sequence[Float[Tensor, "e 3 3"]] = (),
     ) -> EStepPlan:
         """Candidates refined up to a middling radius; the choice, or the remembered pose, at the iteration's.
 
@@ -93,7 +93,7 @@ class IterationPlan:
             fit_shift: whether shifts are unknown.
             shift_radius: of the disc of possible shifts, Å.
             shift_sigma: of the prior of shifts of images that say little, Å; None: not known.
-            equivalent: rotations that nothing tells apart.
+            equivalent: rotations of each class that nothing tells apart.
         """
         highest = min(self.radius, CHOICE_RADIUS)
         radii = [radius for radius in (FIRST_STEP_RADIUS, CHOICE_RADIUS) if radius < 0.8 * highest]
