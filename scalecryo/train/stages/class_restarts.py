@@ -1,9 +1,10 @@
 """Classes whose labels have settled are split where others are empty, then given fresh random starts of their own.
 
 Two structures may share a class for good while another class, whose images they took, is empty: nothing in the mixture
-parts them. So where a class is empty, each of the others gets a pair of maps from random poses that compete for its
-images, as the start of two classes would. Held-out images of the class tell whether the pair explains them better than
-its one map does; where it does so beyond the error, the empty class takes one of the two.
+parts them. So where a class is empty, each of the others gets a pair of maps that compete for its images: its own, and
+one from random poses, which for some rounds gets half of the images, those that the other explains least well. Held-out
+images of the class tell whether the pair explains them better than its one map does; where it does so beyond the error,
+the empty class takes the second.
 
 Labels can be right while the poses of a class are caught in a local optimum, and nothing in the mixture leads out of
 it: its map explains its own images better than any other class does. So once classes have settled, each gets maps from
@@ -122,7 +123,7 @@ class ClassRestarts(ClassStart):
                 own, weight, learnt = some.select(counted), weights[counted], self._learnt[place]
                 if not len(own):
                     continue
-                if self._step == self._begun:
+                if self._step == self._begun and not (self._paired and place == places[0]):
                     rotation, shift = self._random_poses(len(own), SEED + 2 * place + half)
                     weighted = ctf_weighted(own.transforms, own.ctf)
                     fresh.insert(weighted, rotation, shift, weight, near, class_index=place, half=half)
@@ -134,7 +135,7 @@ class ClassRestarts(ClassStart):
     def _weights(
         self, number: int, images: ParticleImages, share: Float[Tensor, " b"], grid: Float[Tensor, "h 3 3"]
     ) -> Float[Tensor, "b places"]:
-        """How much each image of a class counts for each of its fresh maps: alike, or as a pair shares them."""
+        """How much each image of a class counts for each of its fresh maps: wholly, or as a pair shares them."""
         places = self._fresh[number]
         if not self._paired:
             return share[:, None].expand(-1, len(places))
@@ -142,7 +143,7 @@ class ClassRestarts(ClassStart):
             part = torch.arange(len(images), device=share.device)[:, None] % len(places)
             weights = share[:, None] * (part == torch.arange(len(places), device=share.device))
         else:
-            evidence = [self._fresh_evidence(place, images, grid, self._noises[place]) for place in places]
+            evidence = [self._fresh_evidence(place, images, grid) for place in places]
             weights = share[:, None] * (torch.stack(evidence, 1) + self._pairs.log_prior[number].float()).softmax(1)
         self._pair_mass[number] += weights.sum(0)
         return weights
@@ -159,7 +160,7 @@ class ClassRestarts(ClassStart):
             own, part = images.select(counted), share[counted, number].double()
             if not len(own):
                 continue
-            each = [self._fresh_evidence(place, own, grid, self._noise).double() for place in places]
+            each = [self._fresh_evidence(place, own, grid).double() for place in places]
             if self._paired:  # judged as one
                 each = [(torch.stack(each, 1) + self._pairs.log_prior[number].log_softmax(0)).logsumexp(1)]
             for place, evidence_of_place in zip(places, each, strict=False):
@@ -173,11 +174,9 @@ class ClassRestarts(ClassStart):
                     ]
                 )
 
-    def _fresh_evidence(
-        self, place: int, images: ParticleImages, grid: Float[Tensor, "h 3 3"], noise: NoiseSpectrum
-    ) -> Float[Tensor, " b"]:
-        """Of images for a fresh map, up to each image's constant."""
-        bank, weight = self._fresh_bank(place, grid), noise.pixel_weight(self._near)
+    def _fresh_evidence(self, place: int, images: ParticleImages, grid: Float[Tensor, "h 3 3"]) -> Float[Tensor, " b"]:
+        """Of images for a fresh map, up to each image's constant: by the noise that all maps share, to be compared."""
+        bank, weight = self._fresh_bank(place, grid), self._noise.pixel_weight(self._near)
         found = grid_posterior(images.transforms, images.ctf, weight, bank, self._shifts, self._near, keep=1)
         return found.log_evidence
 
@@ -212,9 +211,15 @@ class ClassRestarts(ClassStart):
         others = [number for number in range(len(self._gains)) if number != going][:FRESH]
         held = [number for number in range(self._classes) if number not in empty]
         self._fresh = {number: [other * self._classes + number for other in others] for number in held}
-        for place in (place for places in self._fresh.values() for place in places):
-            for tensor in self._sums.tensors():
-                tensor[place] = 0
+        for number, places in self._fresh.items():
+            for place in places:
+                self._noises[place] = NoiseSpectrum(len(self._noise.power), self._context.device)
+                for tensor in self._sums.tensors():
+                    tensor[place] = 0
+            if paired:
+                self._put(going * self._classes + number, places[0])
+                for own, common in zip(self._noises[places[0]].tensors(), self._noise.tensors(), strict=True):
+                    own.copy_(common)
         for tensor in self._pairs.tensors():
             tensor.zero_()
         self._gained = dict.fromkeys(held, 0.0)
