@@ -20,23 +20,25 @@ all no more than K starts of one class with as many images.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
+from scalecryo.evaluate.likeness import alike
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import reference_transform
+from scalecryo.physics.fsc import fsc
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.search import grid_posterior, templates, turned_grid
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_shares import Balance
-from scalecryo.train.stages.class_start import COUNTED, ClassStart
+from scalecryo.train.stages.class_start import ALIKE, COUNTED, SHELLS, ClassStart
 from scalecryo.train.stages.start_rounds import DECAY
 
 logger = logging.getLogger(__name__)
@@ -227,56 +229,93 @@ class ClassRestarts(ClassStart):
 
     def _compare(self, world: World) -> bool:
         """After a round of fresh maps: whether any is to be taken, or to go on; the end where none is. Collective."""
-        world.all_reduce_(self._duels)
-        count, total, squares, present = self._duels.T.clone()
-        mean = total / count.clamp_min(1e-12)
-        error = ((squares / count.clamp_min(1e-12) - mean.square()).clamp_min(0) / count.clamp_min(1e-12)).sqrt()
-        gained = mean + present / count.clamp_min(1e-12)
-        rounds = len(self._earlier)
+        duels, rounds = self._judged_duels(world), len(self._earlier)
         young, last = rounds < self._since + LEAST_ROUNDS, rounds >= min(2 * self._since, self._most)
-        told, taken, paired = [], [], self._paired
+        told, growing = [], False
         for number, places in list(self._fresh.items()):
-            best = places[0] if paired else max(places, key=lambda place: float(mean[place]))  # host sync
-            better = float(mean[best]) > BETTER * float(error[best])
-            grown = young or float(gained[best]) > GROWS * self._gained[number]
-            self._fresh[number], self._gained[number] = (places if paired else [best]), float(gained[best])
-            told.append(f"class {number + 1}: {mean[best]:+.2f} ± {error[best]:.2f}{', better' if better else ''}")
-            if better:
-                taken.append((float(total[best]), number, self._fresh[number]))
-            if better or last or not grown:
+            best = places[0] if self._paired else max(places, key=lambda place: duels[place].mean)
+            duel = duels[best]
+            grown = not last and (young or duel.gained > GROWS * self._gained[number])
+            self._fresh[number], self._gained[number] = (places if self._paired else [best]), duel.gained
+            told.append(f"class {number + 1}: {duel.mean:+.2f} ± {duel.error:.2f}{', better' if duel.better else ''}")
+            if self._paired:  # those that are better are compared when none grows any more
+                over = not grown and not duel.better
+            else:
+                over = duel.better or not grown
+                if duel.better:
+                    self._put(best, self._going[0] * self._classes + number)
+                    self._taken += 1
+            if over:
                 del self._fresh[number]
-        what = "two maps" if paired else "a fresh map"
+            growing = growing or (grown and not over)
         logger.info("start: held-out log-likelihood of images in %s of their class over its present one: %s",
-                    what, "; ".join(told))  # fmt: skip
-        self._duels.zero_()
-        self._fresh_banks.clear()
-        self._take(sorted(taken, reverse=True), paired)
-        if self._fresh:
+                    "two maps" if self._paired else "a fresh map", "; ".join(told))  # fmt: skip
+        if growing:
             return False
+        if self._paired:
+            self._split({number: duels[places[0]] for number, places in self._fresh.items()}, world)
         self._since, changed, self._taken = len(self._earlier), self._taken > 0, 0
-        self._splits += paired if changed else MOST_SPLITS * paired
-        if paired and not changed and not self._over:
+        if not self._paired:
+            self._over = True
+            return not changed
+        self._splits = self._splits + 1 if changed else MOST_SPLITS
+        if not changed and not self._over:
             self._begin_fresh(paired=False)
             return not self._fresh
-        self._over = self._over or not paired
         return not changed
 
-    def _take(self, better: Sequence[tuple[float, int, Sequence[int]]], paired: bool) -> None:
-        """Put fresh maps in the place of a class's own; the second of a pair takes an empty class, if any."""
-        going, empty = self._going[0], self._empty() if paired else []
-        for _, number, places in better:
-            if paired and not empty:
-                break
-            self._put(places[0], going * self._classes + number)
-            if paired:
-                slot = empty.pop(0)
-                self._put(places[1], going * self._classes + slot)
-                self._balance.split(going, number, slot, self._pairs.share[number])
+    def _judged_duels(self, world: World) -> "list[_Duel]":
+        """What held-out images say of each fresh map. Collective."""
+        world.all_reduce_(self._duels)
+        count, total, squares, present = self._duels.T
+        count = count.clamp_min(1e-12)
+        mean = total / count
+        error = ((squares / count - mean.square()).clamp_min(0) / count).sqrt()
+        each = torch.stack([mean, error, mean + present / count, total], 1).tolist()  # host sync
+        self._duels.zero_()
+        self._fresh_banks.clear()
+        return [_Duel(*values) for values in each]
+
+    def _split(self, duels: "Mapping[int, _Duel]", world: World) -> None:
+        """Put pairs that are better in the places of their class and of an empty one, the best first. Collective.
+
+        Two maps of one structure may be a little better than one: they are left.
+        """
+        going, empty = self._going[0], self._empty()
+        for number in sorted(duels, key=lambda number: -duels[number].total):
+            places, share = self._fresh.pop(number), self._pairs.share[number]
+            if not empty or not duels[number].better or self._alike(places, share.tolist(), world):  # host sync
+                continue
+            for place, slot in zip(places, (number, empty[0]), strict=True):
+                self._put(place, going * self._classes + slot)
+            self._balance.split(going, number, empty.pop(0), share)
             self._taken += 1
-        if paired and not empty:  # no room for more
-            self._fresh.clear()
+
+    def _alike(self, places: Sequence[int], shares: Sequence[float], world: World) -> bool:
+        """Whether maps at two places of the sums show the same. Collective."""
+        same = torch.zeros(1, device=self._grid.device)
+        if world.is_leader:
+            maps = [self._joint_map(place).cpu() for place in places]
+            halves = [fsc(*self._halves(place)).cpu() for place in places]
+            same += any(other is not None for other in alike(maps, halves, shares, SHELLS, ALIKE))
+        world.all_reduce_(same)
+        return bool(same)  # host sync
 
     def _put(self, source: int, place: int) -> None:
         """A fresh map's sums in another place."""
         for tensor in self._sums.tensors():
             tensor[place] = tensor[source]
+
+
+class _Duel(NamedTuple):
+    """What held-out images of a class say of a fresh map, or of a pair: their mean gain over its present map, the
+    standard error, their mean gain over an empty map, and their summed gain over the present one."""
+
+    mean: float
+    error: float
+    gained: float
+    total: float
+
+    @property
+    def better(self) -> bool:
+        return self.mean > BETTER * self.error
