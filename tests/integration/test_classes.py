@@ -28,7 +28,7 @@ from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_maps import ClassMaps
-from scalecryo.train.stages.class_restarts import ClassRestarts
+from scalecryo.train.stages.class_restarts import ClassRestarts, Duel
 from tests.support.blobs import blobs
 from tests.support.mixtures import BOX, COUNT, PIXEL_SIZE, START, run_train, scores, simulated
 from tests.support.thread_world import ThreadWorld
@@ -270,3 +270,19 @@ def test_two_structures_in_one_class_are_parted_where_another_is_empty(
     reader.close()
     share = float(torch.cat(right).float().mean())
     assert max(share, 1 - share) > 0.95
+
+
+def test_a_class_of_one_structure_is_not_split(species: tuple[Path, str], tmp_path: Path) -> None:
+    """Two maps of the same are a little better than one at times: whatever held-out images say, they are left."""
+    start, batches = start_of(species[1], tmp_path)
+    for images in batches[:4]:
+        start.step(images)
+    start._balance.give_up(0, torch.tensor([1]))
+    start._begin_fresh(paired=True)
+    first, second = start._fresh[0]
+    start._put(first, second)
+    before = start._sums.numerator.clone()
+    start._split({0: Duel(mean=5.0, error=1.0, gained=50.0, total=500.0)}, World())
+    assert start._taken == 0
+    assert torch.equal(start._sums.numerator, before)
+    assert start._balance.gone[0].tolist() == [0, 1]

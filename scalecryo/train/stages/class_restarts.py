@@ -264,7 +264,7 @@ class ClassRestarts(ClassStart):
             return not self._fresh
         return not changed
 
-    def _judged_duels(self, world: World) -> "list[_Duel]":
+    def _judged_duels(self, world: World) -> "list[Duel]":
         """What held-out images say of each fresh map. Collective."""
         world.all_reduce_(self._duels)
         count, total, squares, present = self._duels.T
@@ -274,9 +274,9 @@ class ClassRestarts(ClassStart):
         each = torch.stack([mean, error, mean + present / count, total], 1).tolist()  # host sync
         self._duels.zero_()
         self._fresh_banks.clear()
-        return [_Duel(*values) for values in each]
+        return [Duel(*values) for values in each]
 
-    def _split(self, duels: "Mapping[int, _Duel]", world: World) -> None:
+    def _split(self, duels: "Mapping[int, Duel]", world: World) -> None:
         """Put pairs that are better in the places of their class and of an empty one, the best first. Collective.
 
         Two maps of one structure may be a little better than one: they are left.
@@ -307,7 +307,7 @@ class ClassRestarts(ClassStart):
             tensor[place] = tensor[source]
 
 
-class _Duel(NamedTuple):
+class Duel(NamedTuple):
     """What held-out images of a class say of a fresh map, or of a pair: their mean gain over its present map, the
     standard error, their mean gain over an empty map, and their summed gain over the present one."""
 
@@ -318,4 +318,5 @@ class _Duel(NamedTuple):
 
     @property
     def better(self) -> bool:
+        """Whether beyond the error."""
         return self.mean > BETTER * self.error
