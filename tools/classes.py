@@ -160,7 +160,7 @@ def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row
     run = arguments.out / f"{name}-{arguments.draw}-{seed}{tag}"
     own = {"train.seed": str(seed)} | {key: value for key, value in wanted.settings.items() if key == "train.symmetry"}
     row, one = by_itself(wanted.data, store, data, run, settings), None
-    if arguments.cost:
+    if arguments.cost and wanted.classes != "auto":
         one = by_itself(wanted.data, store, data, run.with_name(f"{run.name}-one"), own)
     if row.get("junk_auc") is not None:
         row["junk_auc"] = junk_told(run, data)

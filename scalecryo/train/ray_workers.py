@@ -224,7 +224,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     def at_checkpoint(step: int) -> None:
         ray.train.report({"step": step})  # a barrier
-        # Not `group.wait`: Ray 2.60 counts its seconds in whole numbers, and one of none is a matter of luck.
+        # Not `group.wait`: Ray 2.60 cuts its timeout to whole seconds, and whether none at all suffices is luck.
         if any(placement_group_table(group)["state"] == "CREATED" for group in room):
             raise _MoreWorkers
 
