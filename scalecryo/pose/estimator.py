@@ -52,7 +52,7 @@ class EStepPlan:
     fit_shift: bool = True
     probability_radius: float = 0.0
     shift_radius: float = 0.0
-    equivalent: Sequence[Float[Tensor, "e 3 3"]] = ()
+    equivalent: Sequence[Float[Tensor, "_ 3 3"]] = ()
     class_radius: float = 24.0
     modes: int = 1
     shift_sigma: float | None = None

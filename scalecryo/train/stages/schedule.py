@@ -84,7 +84,7 @@ class IterationPlan:
         fit_shift: bool,
         shift_radius: float = 0.0,
         shift_sigma: float | None = None,
-        equivalent: Sequence[Float[Tensor, "e 3 3"]] = (),
+        equivalent: Sequence[Float[Tensor, "_ 3 3"]] = (),
     ) -> EStepPlan:
         """Candidates refined up to a middling radius; the choice, or the remembered pose, at the iteration's.
 
