@@ -81,6 +81,14 @@ def geodesic_angle(a: Float[Tensor, "... 3 3"], b: Float[Tensor, "... 3 3"]) -> 
     return torch.rad2deg(roma.rotmat_geodesic_distance(a, b))
 
 
+def nearest_turned(
+    turns: Float[Tensor, "g 3 3"], rotation: Float[Tensor, "b 3 3"], to: Float[Tensor, "b 3 3"]
+) -> Float[Tensor, "b 3 3"]:
+    """Of S R, for every turn S, the one nearest to another rotation: of the largest trace."""
+    trace = torch.einsum("gij,bij->bg", turns, to @ rotation.mT)
+    return turns[trace.argmax(1)] @ rotation
+
+
 def flip_hand(rotation: Float[Tensor, "... 3 3"]) -> Float[Tensor, "... 3 3"]:
     """F R F with F = diag(1, 1, -1).
 

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from scalecryo.errors import InputError
-from scalecryo.physics.rotation import geodesic_angle, rotation_from_vector
+from scalecryo.physics.rotation import geodesic_angle, nearest_turned, rotation_from_vector
 
 _PHI = (1 + math.sqrt(5)) / 2
 _Axis = tuple[int, tuple[float, float, float]]
@@ -145,8 +145,7 @@ class PointGroup:
 
     def nearest(self, rotation: Float[Tensor, "b 3 3"], to: Float[Tensor, "b 3 3"]) -> Float[Tensor, "b 3 3"]:
         """Of the poses g R the nearest to another pose of the same image."""
-        trace = torch.einsum("gij,bij->bg", self.rotations, to @ rotation.mT)
-        return self.rotations[trace.argmax(1)] @ rotation
+        return nearest_turned(self.rotations, rotation, to)
 
     def invariant(self, matrix: Float[Tensor, "*b 3 3"]) -> Float[Tensor, "*b 3 3"]:
         """The part of a tensor E of rank two that the group leaves as it is: the mean of g E gᵀ."""

@@ -10,7 +10,7 @@ from scalecryo.distributed.world import World
 from scalecryo.evaluate.align import Alignment
 from scalecryo.evaluate.align_maps import compare_turned, symmetry_operations
 from scalecryo.map.reference import ReferenceSet
-from scalecryo.physics.rotation import geodesic_angle
+from scalecryo.physics.rotation import geodesic_angle, nearest_turned
 from scalecryo.physics.symmetry import PointGroup, generated_group, symmetry_rotations
 
 ALIKE = 0.97  # of the halves' own correlation: a turned half that agrees as well as this is the same map
@@ -158,7 +158,7 @@ def angle_modulo(
     a: Float[Tensor, "b 3 3"], b: Float[Tensor, "b 3 3"], equivalent: Float[Tensor, "e 3 3"] | None
 ) -> Float[Tensor, " b"]:
     """Angle in degrees between rotations, of all that are equivalent to the second the nearest."""
-    angle = geodesic_angle(a, b)
-    for turn in () if equivalent is None else equivalent:
-        angle = torch.minimum(angle, geodesic_angle(a, turn @ b))
-    return angle
+    if equivalent is None:
+        return geodesic_angle(a, b)
+    turns = torch.cat([torch.eye(3).to(equivalent)[None], equivalent])
+    return geodesic_angle(a, nearest_turned(turns, b, a))
