@@ -83,8 +83,8 @@ class Refinement:
         plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
         parts = self._parts if plan.searched else None
         # Of several classes in each search: better maps tell more poses apart, and none is offered to them later.
-        again = references.classes > 1 and schedule.number > RELATED_ITERATION
-        if plan.searched and (schedule.number == RELATED_ITERATION or again):
+        due = references.classes > 1 or not self._related
+        if plan.searched and schedule.number >= RELATED_ITERATION and due:
             self._related = RelatedRotations.of_classes(references, context.point_group)
             if references.classes == 1:
                 self._offers.look_at(self._related[0], context.world)
