@@ -15,7 +15,7 @@ from scalecryo.train.stage import Learned, Stage
 from scalecryo.train.stages.autoencoder import AutoEncoding
 from scalecryo.train.stages.bootstrap import Bootstrap
 from scalecryo.train.stages.class_maps import ClassMaps
-from scalecryo.train.stages.class_restarts import ClassRestarts
+from scalecryo.train.stages.class_splits import ClassSplits
 from scalecryo.train.stages.classification import Classification
 from scalecryo.train.stages.common_map import CommonMap
 from scalecryo.train.stages.components import Components
@@ -47,7 +47,7 @@ RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
 )
 CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     {
-        "independent": (ClassRestarts, Refinement, FinalPass),
+        "independent": (ClassSplits, Refinement, FinalPass),
         "auto": (Ensemble, FoundClassStart, Refinement, FinalPass),
         "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, FinalPass),
         "poses": (ImportedPoses, Classification, Refinement, FinalPass),

@@ -1,6 +1,7 @@
 """Several structures at once, from simulated mixtures to the tables of other packages."""
 
 import copy
+import logging
 import shutil
 import threading
 from contextlib import nullcontext
@@ -27,7 +28,7 @@ from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.particle_state import ParticleState
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_maps import ClassMaps
-from scalecryo.train.stages.class_restarts import ClassRestarts
+from scalecryo.train.stages.class_splits import ClassSplits
 from tests.support.blobs import blobs
 from tests.support.mixtures import BOX, COUNT, PIXEL_SIZE, START, run_train, scores, simulated
 from tests.support.thread_world import ThreadWorld
@@ -168,20 +169,21 @@ def test_compositions_are_told_apart_at_imported_poses(tmp_path: Path, capsys: p
     assert max(found["class_rotation_error_median_deg"]) < 2.5
 
 
-def start_of(data: str, folder: Path) -> tuple[ClassRestarts, list[ParticleImages]]:
+def start_of(data: str, folder: Path) -> tuple[ClassSplits, list[ParticleImages]]:
     """A start, and the batches of its first pass."""
     config = load_config(None, START | {"run.data": data, "run.out": str(folder)})
     store, run = ParticleStore.open(data), RunFolder(str(folder))
     context = RunContext.of(config, store, run, World(), torch.device("cpu"))
-    start = ClassRestarts(context, Learned(ParticleState(run, store.count)))
+    start = ClassSplits(context, Learned(ParticleState(run, store.count)))
     reader = ParticleReader(context)
     batches = [images for (images,) in reader.batches(start.request())]
     reader.close()
     return start, batches
 
 
+@pytest.mark.parametrize("paired", [False, True])
 def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(
-    species: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    species: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paired: bool
 ) -> None:
     # A switch of the whole process: each of two threads would put back what the other had set.
     monkeypatch.setattr("scalecryo.pose.search.tensor_cores", nullcontext)
@@ -189,7 +191,9 @@ def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(
     whole, batches = start_of(species[1], tmp_path / "one")
     for images in batches[:2]:
         whole.step(images)
-    whole._begin_fresh()  # from here on each class has fresh maps beside its own
+    # From here on each class has fresh maps beside its own.
+    begin = ClassSplits._begin_pairs if paired else ClassSplits._begin_fresh
+    begin(whole)
     for images in batches[2:4]:
         whole.step(images)
     state = copy.deepcopy(whole.state_dict())
@@ -242,3 +246,51 @@ def test_a_fresh_map_is_taken_where_it_is_better_beyond_the_error(species: tuple
     assert not start._fresh
     assert torch.equal(start._sums.numerator[1], before[1])
     assert start._over
+
+
+def test_two_structures_in_one_class_are_parted_where_another_is_empty(
+    species: tuple[Path, str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Reference: the simulated labels. Without a second class from the first step on, one map holds both structures.
+    monkeypatch.setattr("scalecryo.train.stages.class_start.SETTLED", 1.05)  # sooner
+    start, _ = start_of(species[1], tmp_path)
+    start._balance.give_up(0, torch.tensor([1]))
+    reader = ParticleReader(start._context)
+    caplog.set_level(logging.INFO)
+    while start._balance.gone[0].any():
+        assert not start.done()
+        for batch in reader.batches(start.request()):
+            start.step(*batch)
+        start.finish_pass(World())
+    assert "in two maps of their class over its one map: class 1: " in caplog.text
+    labels = torch.from_numpy(starfile.read(species[0] / "truth.star")["particles"].rlnClassNumber.to_numpy().copy())
+    right = []
+    for (batch,) in reader.batches(start.request()):
+        images = start._groups.corrected(batch)
+        found = start._shares(images, 0, start._posterior(0)).argmax(1)
+        right.append(found == labels[batch.rows] - 1)
+    reader.close()
+    share = float(torch.cat(right).float().mean())
+    assert max(share, 1 - share) > 0.95
+
+
+def test_a_class_of_one_structure_is_not_split(species: tuple[Path, str], tmp_path: Path) -> None:
+    """Two maps of the same are a little better than one at times: whatever held-out images say, they are left."""
+    start, batches = start_of(species[1], tmp_path)
+    for images in batches[:4]:
+        start.step(images)
+    start._balance.give_up(0, torch.tensor([1]))
+    start._begin_pairs()
+    first, second = start._fresh[0]
+    start._put(first, second)
+    before = start._sums.numerator[0].clone()
+    # Number of held-out images, their gain over the class's map (its sum, and that of its square), and that map's own.
+    start._duels[first] = torch.tensor([10.0, 50.0, 251.0, 500.0])
+    assert not start._compare(World())
+    assert not start._paired
+    assert start._fresh  # what follows
+    assert torch.equal(start._sums.numerator[0], before)
+    assert start._balance.gone[0].tolist() == [0, 1]
+    start._fresh = {}
+    start._begin_next()
+    assert not start._paired  # not tried again

@@ -14,7 +14,7 @@ all no more than K starts of one class with as many images.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float
@@ -48,6 +48,7 @@ class ClassRestarts(ClassStart):
         super().__init__(context, learned, classes=classes, starts=starts, sets=1 + FRESH)
         self._fresh: dict[int, list[int]] = {}  # places of the fresh maps of each class that still learn
         self._gained: dict[int, float] = {}  # by the best of them in the round before
+        self._unposed: set[int] = set()  # of the places, those whose first step is from random poses
         self._begun = 0  # the step at which they began
         self._taken, self._over = 0, False
         self._noises = self._noise_of_each()
@@ -94,20 +95,43 @@ class ClassRestarts(ClassStart):
         grid: Float[Tensor, "h 3 3"],
         fresh: Backprojection,
     ) -> None:
-        near = self._near
         for number, places in self._fresh.items():
-            counted = share[:, number] > COUNTED
-            own, weight = images.select(counted), share[counted, number]
-            for place in places if len(own) else ():
-                learnt = self._learnt[place]
-                if self._step == self._begun:
-                    rotation, shift = self._random_poses(len(own), SEED + 2 * place + half)
-                    weighted = ctf_weighted(own.transforms, own.ctf)
-                    fresh.insert(weighted, rotation, shift, weight, near, class_index=place, half=half)
-                    learnt.add(own.transforms, weight, near)
-                    continue
-                bank, noise = self._fresh_bank(place, grid), self._noises[place]
-                self._insert_of_class(own, weight, place, half, bank, grid, noise, fresh, learnt)
+            at = share[:, number] > COUNTED
+            some = images.select(at)
+            if not len(some):
+                continue
+            weights = self._weights(number, some, share[at, number], grid)
+            for place, weight in zip(places, weights.T, strict=True):
+                counted = weight > COUNTED
+                own = some.select(counted)
+                if len(own):
+                    self._insert_fresh(own, weight[counted], place, half, grid, fresh)
+
+    def _weights(
+        self, number: int, images: ParticleImages, share: Float[Tensor, " b"], grid: Float[Tensor, "h 3 3"]
+    ) -> Float[Tensor, "b places"]:
+        """How much each image of a class counts for each of its fresh maps: as for the class."""
+        return share[:, None].expand(-1, len(self._fresh[number]))
+
+    def _insert_fresh(
+        self,
+        images: ParticleImages,
+        weight: Float[Tensor, " b"],
+        place: int,
+        half: int,
+        grid: Float[Tensor, "h 3 3"],
+        fresh: Backprojection,
+    ) -> None:
+        """Images in a fresh map: in its first step at random poses."""
+        near, learnt = self._near, self._learnt[place]
+        if self._step == self._begun and place in self._unposed:
+            rotation, shift = self._random_poses(len(images), SEED + 2 * place + half)
+            weighted = ctf_weighted(images.transforms, images.ctf)
+            fresh.insert(weighted, rotation, shift, weight, near, class_index=place, half=half)
+            learnt.add(images.transforms, weight, near)
+        else:
+            bank, noise = self._fresh_bank(place, grid), self._noises[place]
+            self._insert_of_class(images, weight, place, half, bank, grid, noise, fresh, learnt)
 
     def _judge_beside(self, images: ParticleImages, evidence: Float[Tensor, "b classes"]) -> None:
         if not self._fresh:
@@ -116,14 +140,13 @@ class ClassRestarts(ClassStart):
         grid = turned_grid(self._grid, self._generator(start))
         present = evidence.double() - self._balance.log_prior[start]
         over = present - math.log(2 * len(self._grid) * len(self._shifts))
-        weight = self._noise.pixel_weight(self._near)
         for number, places in self._fresh.items():
             counted = share[:, number] > COUNTED
             own, part = images.select(counted), share[counted, number].double()
-            for place in places if len(own) else ():
-                bank = self._fresh_bank(place, grid)
-                each = grid_posterior(own.transforms, own.ctf, weight, bank, self._shifts, self._near, keep=1)
-                gain = each.log_evidence.double() - present[counted, number]
+            if not len(own):
+                continue
+            for place, found in zip(places, self._fresh_evidence(number, own, grid).T, strict=False):
+                gain = found - present[counted, number]
                 self._duels[place] += torch.stack(
                     [
                         part.sum(),
@@ -132,6 +155,17 @@ class ClassRestarts(ClassStart):
                         (part * over[counted, number]).sum(),
                     ]
                 )
+
+    def _fresh_evidence(
+        self, number: int, images: ParticleImages, grid: Float[Tensor, "h 3 3"]
+    ) -> Float[Tensor, "b judged"]:
+        """Of images for the fresh maps of a class, up to each image's constant: of each by itself."""
+        weight, found = self._noise.pixel_weight(self._near), []
+        for place in self._fresh[number]:
+            bank = self._fresh_bank(place, grid)
+            each = grid_posterior(images.transforms, images.ctf, weight, bank, self._shifts, self._near, keep=1)
+            found.append(each.log_evidence.double())
+        return torch.stack(found, 1)
 
     def _fresh_bank(self, place: int, grid: Float[Tensor, "h 3 3"]) -> Complex[Tensor, "h p"]:
         """Slices of a fresh map as it stands, from both halves."""
@@ -145,55 +179,100 @@ class ClassRestarts(ClassStart):
             return self._compare(world)
         if not super()._ends(world):
             return False
-        if self._over or len(self._earlier) >= self._most:
-            return True
-        self._begin_fresh()
+        if len(self._earlier) < self._most:
+            self._begin_next()
         return not self._fresh
+
+    def _begin_next(self) -> None:
+        """What follows once classes have settled, if anything."""
+        if not self._over:
+            self._begin_fresh()
+
+    def _held(self) -> list[int]:
+        """Classes that hold particles."""
+        share = self._balance.share[self._going[0]].tolist()  # host sync
+        return [number for number in range(self._classes) if share[number] >= LEAST_SHARE]
 
     def _begin_fresh(self) -> None:
         """Fresh maps of every class that holds particles, from the next step on."""
         going = self._going[0]
-        share = self._balance.share[going].tolist()  # host sync
         others = [number for number in range(len(self._gains)) if number != going][:FRESH]
-        held = [number for number in range(self._classes) if share[number] >= LEAST_SHARE]
-        self._fresh = {number: [other * self._classes + number for other in others] for number in held}
-        for place in (place for places in self._fresh.values() for place in places):
+        self._fresh = {number: [other * self._classes + number for other in others] for number in self._held()}
+        self._unposed = {place for places in self._fresh.values() for place in places}
+        for place in self._unposed:
+            self._noises[place] = NoiseSpectrum(len(self._noise.power), self._context.device)
             for tensor in self._sums.tensors():
                 tensor[place] = 0
-        self._gained = dict.fromkeys(held, 0.0)
+        self._gained = dict.fromkeys(self._fresh, 0.0)
         self._begun, self._since = self._step, len(self._earlier)
 
     def _compare(self, world: World) -> bool:
         """After a round of fresh maps: whether any is to be taken, or to go on; the end where none is. Collective."""
-        world.all_reduce_(self._duels)
-        count, total, squares, present = self._duels.T.clone()
-        mean = total / count.clamp_min(1e-12)
-        error = ((squares / count.clamp_min(1e-12) - mean.square()).clamp_min(0) / count.clamp_min(1e-12)).sqrt()
-        gained = mean + present / count.clamp_min(1e-12)
-        rounds = len(self._earlier)
-        young, last = rounds < self._since + LEAST_ROUNDS, rounds >= min(2 * self._since, self._most)
-        told = []
+        duels, told = self._judged_duels(world), []
         for number, places in list(self._fresh.items()):
-            best = max(places, key=lambda place: float(mean[place]))  # host sync
-            better = float(mean[best]) > BETTER * float(error[best])
-            grown = young or float(gained[best]) > GROWS * self._gained[number]
-            self._fresh[number], self._gained[number] = [best], float(gained[best])
-            told.append(f"class {number + 1}: {mean[best]:+.2f} ± {error[best]:.2f}{', taken' if better else ''}")
-            if better:
+            best = max(places, key=lambda place: duels[place].mean)
+            duel = duels[best]
+            grows = self._grows(number, duel)
+            self._fresh[number] = [best]
+            told.append(f"class {number + 1}: {duel}{', taken' if duel.better else ''}")
+            if duel.better:
                 self._put(best, self._going[0] * self._classes + number)
                 self._taken += 1
-            if better or last or not grown:
+            if duel.better or not grows:
                 del self._fresh[number]
         logger.info("start: held-out log-likelihood of images in a fresh map of their class over its present one: %s",
                     "; ".join(told))  # fmt: skip
-        self._duels.zero_()
-        self._fresh_banks.clear()
         if self._fresh:
             return False
         self._over, self._since = True, len(self._earlier)
         return not self._taken
 
+    def _grows(self, number: int, duel: "Duel") -> bool:
+        """Whether what a class's fresh maps gain still grows, so that they are to go on."""
+        rounds = len(self._earlier)
+        young, last = rounds < self._since + LEAST_ROUNDS, rounds >= min(2 * self._since, self._most)
+        grown = duel.gained > GROWS * self._gained[number]
+        self._gained[number] = duel.gained
+        return not last and (young or grown)
+
+    def _judged_duels(self, world: World) -> "list[Duel]":
+        """What held-out images say of the map at each place. Collective."""
+        world.all_reduce_(self._duels)
+        count, total, squares, present = self._duels.T
+        count = count.clamp_min(1e-12)
+        mean = total / count
+        error = ((squares / count - mean.square()).clamp_min(0) / count).sqrt()
+        each = torch.stack([mean, error, mean + present / count, total], 1).tolist()  # host sync
+        self._duels.zero_()
+        self._fresh_banks.clear()
+        return [Duel(*values) for values in each]
+
     def _put(self, source: int, place: int) -> None:
         """A fresh map's sums in another place."""
         for tensor in self._sums.tensors():
             tensor[place] = tensor[source]
+
+
+class Duel(NamedTuple):
+    """What held-out images of a class say of a fresh map, or of a pair.
+
+    Attributes:
+        mean: gain in log-likelihood over the class's present map.
+        error: of it.
+        gained: gain over an empty map.
+        total: `mean`, summed over the images.
+    """
+
+    mean: float
+    error: float
+    gained: float
+    total: float
+
+    @property
+    def better(self) -> bool:
+        """Whether beyond the error."""
+        return self.mean > BETTER * self.error
+
+    def __str__(self) -> str:
+        """For the log."""
+        return f"{self.mean:+.2f} ± {self.error:.2f}"

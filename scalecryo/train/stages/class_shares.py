@@ -57,6 +57,12 @@ class Balance:
         self.mass[start, classes], self.gone[start, classes] = 0, 1
         self.log_prior[start, classes] = -math.inf
 
+    def split(self, start: int, number: int, other: int, share: Float[Tensor, " two"]) -> None:
+        """A class of a start gives the second part of what it holds to another one, which was empty."""
+        self.mass[start, other], self.gone[start, other] = self.mass[start, number] * share[1], 0
+        self.mass[start, number] *= share[0]
+        self.log_prior[start] = floored(self.mass)[start].log().where(self.gone[start] == 0, -math.inf)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What a checkpoint keeps."""
         return self.mass, self.log_prior, self.gone
