@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.search import grid_posterior, templates
+from scalecryo.pose.search import grid_evidence, templates
 
 LOW, FEW = 2 / 3, 4  # radius of the first look, of the full one; one rotation of so many
 # Nats, and share of the best class's gain, that a class may be behind the best one at the first look. Eight species at
@@ -110,6 +110,4 @@ class ClassPosterior:
     def _of_class(
         self, images: ParticleImages, weight: Float[Tensor, " p"], bank: Complex[Tensor, "h p"], pixels: FourierPixels
     ) -> Float[Tensor, " b"]:
-        return grid_posterior(
-            images.transforms, images.ctf, weight, bank, self._shifts, pixels, keep=1
-        ).log_evidence  # fmt: skip
+        return grid_evidence(images.transforms, images.ctf, weight, bank, self._shifts, pixels)

@@ -5,7 +5,6 @@ best few of them would be fitted to its noise. All of them at once are sums of i
 products (as RELION and cryoSPARC sum; Scheres 2012, equation 5).
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,16 @@ from torch import Tensor
 
 from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.image_formation import CtfWeightedImages, shift_ramp
-from scalecryo.pose.search import check_packed, pair_scores, squared_modulus, tensor_cores, weighted_images
+from scalecryo.pose.pair_scores import (
+    add_images,
+    pair_products,
+    pair_shares,
+    squared_modulus,
+    template_bank,
+    tensor_cores,
+    weighted_images,
+)
+from scalecryo.pose.search import check_packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +68,9 @@ def expected_slices(
     check_packed(pixels, observed=observed, ctf=ctf, pixel_weight=pixel_weight, templates=templates)
     half, shifts = len(templates), len(shift_grid_px)
     each = max(1, min(len(observed), chunk_elements // (2 * half * shifts)))
-    # Memory that is used again stays in the cache; fresh memory costs more than the arithmetic on it.
-    work = observed.real.new_empty(2, 2 * each * shifts * half)
+    work = observed.real.new_empty(2 * each * shifts * half)
     back = shift_ramp(-shift_grid_px, pixels.kx, pixels.ky, pixels.box_size)
-    power = squared_modulus(templates)
-    bank = torch.stack([templates.real, templates.imag, 0.5 * power])
+    bank = template_bank(templates)
     sums = bank.new_zeros(2, half, len(pixels))
     weight, mass, evidence = bank.new_zeros(half, len(pixels)), bank.new_zeros(half), []
     masses = []
@@ -72,18 +78,14 @@ def expected_slices(
         rows = slice(start, start + each)
         some, own = observed[rows], None if ctf is None else ctf[rows]
         weighted, energy = weighted_images(some, own, pixel_weight)
-        moved = weighted[:, None] * back
         with tensor_cores():
-            scores = pair_scores(torch.stack([moved.real, moved.imag]), energy, bank, work)
-        share, found = _posterior_mass(scores)
-        evidence.append(found)
-        if image_weight is not None:
-            share *= image_weight[rows, None, None, None]
-        centred = (some if own is None else some * own)[:, None] * back
-        # The flip's image is the conjugate: its real part adds, its imaginary part subtracts.
-        sums[0].addmm_((share[:, 0] + share[:, 1]).flatten(0, 1).T, centred.real.flatten(0, 1))
-        sums[1].addmm_((share[:, 0] - share[:, 1]).flatten(0, 1).T, centred.imag.flatten(0, 1))
-        by_rotation = share.sum((1, 2))
+            products = pair_products(weighted[:, None] * back, energy, bank, work)
+        share = pair_shares(products)
+        evidence.append(share.log_evidence)
+        counts = share.total.reciprocal() if image_weight is None else image_weight[rows] / share.total
+        centred = (counts[:, None] * (some if own is None else some * own))[:, None] * back
+        add_images(share, centred, sums)
+        by_rotation = share.mass * counts[:, None]
         masses.append(by_rotation)
         mass += by_rotation.sum(0)
         if own is not None:
@@ -93,14 +95,5 @@ def expected_slices(
     values = torch.complex(sums[0], sums[1])
     whole = squared_modulus(observed)
     whole = whole.sum(0) if image_weight is None else image_weight @ whole
-    residual = whole - 2 * (templates.conj() * values).real.sum(0) + (weight * power).sum(0)
+    residual = whole - 2 * (templates.conj() * values).real.sum(0) + (weight * 2 * bank[2]).sum(0)
     return Expectation(CtfWeightedImages(values, weight), torch.cat(evidence), residual, torch.cat(masses))
-
-
-def _posterior_mass(scores: Float[Tensor, "b 2 t h"]) -> tuple[Float[Tensor, "b 2 t h"], Float[Tensor, " b"]]:
-    """Scores turned into posterior mass, in place, and the log-evidence of each image."""
-    top = scores.flatten(1).amax(1)
-    # exp2 is several times faster than exp; results that underflow would be slower still, and add nothing.
-    share = scores.sub_(top[:, None, None, None]).mul_(1 / math.log(2)).clamp_(min=-100).exp2_()
-    total = share.flatten(1).sum(1)
-    return share.div_(total[:, None, None, None]), top + total.log()

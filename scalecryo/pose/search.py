@@ -17,8 +17,6 @@ one that templates are made for, the second half their flips (`with_flips`).
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +29,14 @@ from scalecryo.physics.fourier_slice import extract_slices
 from scalecryo.physics.image_formation import shift_ramp
 from scalecryo.physics.poses import PoseCandidates
 from scalecryo.physics.rotation import random_rotations
+from scalecryo.pose.pair_scores import (
+    pair_evidence,
+    pair_products,
+    pair_scores,
+    template_bank,
+    tensor_cores,
+    weighted_images,
+)
 
 # Rows of a matrix product below which a core no longer works at full speed.
 _ROWS = 128
@@ -148,23 +154,53 @@ def grid_posterior(
     work = torch.empty((2, 2 * images_each * shifts * rotations_each), dtype=pixel_weight.dtype, device=observed.device)
     # The conjugate of the ramp: images are moved back instead of templates forth.
     back = shift_ramp(-shift_grid_px, pixels.kx, pixels.ky, pixels.box_size)
-    bank = torch.stack([templates.real, templates.imag, 0.5 * squared_modulus(templates)])
+    bank = template_bank(templates)
     parts = []
     for start in range(0, len(observed), images_each):
         rows = slice(start, start + images_each)
         weighted, energy = weighted_images(observed[rows], None if ctf is None else ctf[rows], pixel_weight)
         moved = weighted[:, None] * back
-        moved = torch.stack([moved.real, moved.imag])
         best = _Best(len(weighted), keep, work)
         for first in range(0, half, rotations_each):
             with tensor_cores():
-                scores = pair_scores(moved, energy, bank[:, first : first + rotations_each], work)
+                products = pair_products(moved, energy, bank[:, first : first + rotations_each], work[1])
+            scores = pair_scores(products, work[0])
             if shift_log_prior is not None:
                 scores += shift_log_prior[:, None]
             best.add(scores, work[1], first, half)
         parts.append((best.index, best.value, best.evidence))
     index, value, evidence = (torch.cat(part) for part in zip(*parts, strict=True))
     return Posterior(index % (2 * half), index // (2 * half), value, evidence)
+
+
+@torch.no_grad()
+def grid_evidence(
+    observed: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"] | None,
+    pixel_weight: Float[Tensor, " p"],
+    templates: Complex[Tensor, "h p"],
+    shift_grid_px: Float[Tensor, "t 2"],
+    pixels: FourierPixels,
+    *,
+    chunk_elements: int = 2**21,
+) -> Float[Tensor, " b"]:
+    """The log-evidence of `grid_posterior` alone, in less time; arguments as there.
+
+    Raises:
+        InputError: packed lengths differ, or an array is empty.
+    """
+    check_packed(pixels, observed=observed, ctf=ctf, pixel_weight=pixel_weight, templates=templates)
+    each = max(1, min(len(observed), chunk_elements // (2 * len(templates) * len(shift_grid_px))))
+    work = observed.real.new_empty(2 * each * len(shift_grid_px) * len(templates))
+    back = shift_ramp(-shift_grid_px, pixels.kx, pixels.ky, pixels.box_size)
+    bank, found = template_bank(templates), []
+    for start in range(0, len(observed), each):
+        rows = slice(start, start + each)
+        weighted, energy = weighted_images(observed[rows], None if ctf is None else ctf[rows], pixel_weight)
+        with tensor_cores():
+            products = pair_products(weighted[:, None] * back, energy, bank, work)
+        found.append(pair_evidence(products))
+    return torch.cat(found)
 
 
 def check_packed(pixels: FourierPixels, **named: Tensor | None) -> None:
@@ -193,65 +229,6 @@ def _chunks(images: int, shifts: int, half: int, pixels: int, chunk_elements: in
     rotations = math.ceil(half / math.ceil(half / rotations))
     # The moved images, 2 * pixels each, are kept within the limit too.
     return max(1, min(images, pairs // (shifts * max(rotations, pixels)))), rotations
-
-
-def squared_modulus(values: Complex[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """|z|^2."""
-    return values.real.square() + values.imag.square()
-
-
-def weighted_images(
-    observed: Complex[Tensor, "b p"], ctf: Float[Tensor, "b p"] | None, pixel_weight: Float[Tensor, " p"]
-) -> tuple[Complex[Tensor, "b p"], Float[Tensor, "c p"]]:
-    """w CTF Y, and w CTF^2 (one row for all images without a CTF)."""
-    if ctf is None:
-        return observed * pixel_weight, pixel_weight[None]
-    weighted = ctf * pixel_weight
-    return observed * weighted, weighted * ctf
-
-
-@contextmanager
-def tensor_cores() -> Iterator[None]:
-    """TF32 products on CUDA, several times faster; nothing changes on other devices.
-
-    The ranking survives: scores err by 1.4 % at most of what parts the best hypothesis from the second, at 0 dB and at
-    -10 dB (tools/bench/search.py). Rotations elsewhere are products too, so this must not be on for long.
-    """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def pair_scores(
-    moved: Float[Tensor, "2 b t p"],
-    energy: Float[Tensor, "c p"],
-    bank: Float[Tensor, "3 h p"],
-    work: Float[Tensor, "2 n"] | None = None,
-) -> Float[Tensor, "b 2 t h"]:
-    """Log-likelihoods at the templates' rotations and at their flips, up to each image's constant.
-
-    Args:
-        moved: w CTF Y of each image at every shift, brought back to the centre; real and imaginary parts.
-        energy: w CTF² (one row for all images without a CTF).
-        bank: of the templates: real part, imaginary part, half of the squared modulus.
-        work: memory for the result, work[0], and for what it is made of, work[1]; None: fresh memory.
-    """
-    _, images, shifts, pixels = moved.shape
-    real, imaginary, half_square = bank
-    shape = (images, shifts, len(real))
-    count = math.prod(shape)
-    work = moved.new_empty(2, 2 * count) if work is None else work
-    even, odd = work[1, :count].view(shape), work[1, count : 2 * count].view(shape)
-    torch.mm(moved[0].view(-1, pixels), real.T, out=even.view(-1, len(real)))
-    even -= (energy @ half_square.T)[:, None]
-    torch.mm(moved[1].view(-1, pixels), imaginary.T, out=odd.view(-1, len(real)))
-    scores = work[0, : 2 * count].view(images, 2, shifts, len(real))
-    torch.add(even, odd, out=scores[:, 0])
-    torch.sub(even, odd, out=scores[:, 1])
-    return scores
 
 
 class _Best:

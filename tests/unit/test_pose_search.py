@@ -215,13 +215,13 @@ def test_labels_keep_their_sum_in_single_precision():
 
 def test_tf32_is_on_for_the_products_of_the_search_alone(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    products = search.pair_scores
+    products = search.pair_products
 
     def watched(*arguments):
         seen.append(torch.backends.cuda.matmul.allow_tf32)
         return products(*arguments)
 
-    monkeypatch.setattr(search, "pair_scores", watched)
+    monkeypatch.setattr(search, "pair_products", watched)
     pixels = fourier_pixels(16, 5.0)
     bank = torch.randn(7, len(pixels), dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     grid_posterior(bank[:2], None, pixels.weight, bank, torch.zeros(1, 2), pixels, keep=1)

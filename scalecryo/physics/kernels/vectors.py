@@ -160,6 +160,16 @@ def interpolate_pairs_with_slopes(
 
 
 @_vector
+def as_float(_: Any, bits: Any) -> Any:
+    """The single precision number that 32 bits stand for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Sequence[Any]) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@_vector
 def prefetch(_: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of a value that is needed soon."""
 

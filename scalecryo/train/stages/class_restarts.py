@@ -26,7 +26,7 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import reference_transform
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.particle_images import ParticleImages
-from scalecryo.pose.search import grid_posterior, templates, turned_grid
+from scalecryo.pose.search import grid_evidence, templates, turned_grid
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_start import COUNTED, ClassStart
@@ -163,8 +163,8 @@ class ClassRestarts(ClassStart):
         weight, found = self._noise.pixel_weight(self._near), []
         for place in self._fresh[number]:
             bank = self._fresh_bank(place, grid)
-            each = grid_posterior(images.transforms, images.ctf, weight, bank, self._shifts, self._near, keep=1)
-            found.append(each.log_evidence.double())
+            each = grid_evidence(images.transforms, images.ctf, weight, bank, self._shifts, self._near)
+            found.append(each.double())
         return torch.stack(found, 1)
 
     def _fresh_bank(self, place: int, grid: Float[Tensor, "h 3 3"]) -> Complex[Tensor, "h p"]:

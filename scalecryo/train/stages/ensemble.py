@@ -30,7 +30,7 @@ from scalecryo.map.image_groups import ImageGroups
 from scalecryo.map.reference import reference_transform
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.so3_grid import so3_grid
-from scalecryo.pose.search import grid_posterior, templates, turned_grid
+from scalecryo.pose.search import grid_evidence, templates, turned_grid
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.particle_state import RowColumns
@@ -233,10 +233,7 @@ class Ensemble:
         hypotheses, labels = math.log(2 * HALF_GRID * len(self._shifts)), []
         for number, (start, bank) in enumerate(zip(self._learnt, self._banks, strict=True)):
             weight = start.pixel_weight
-            each = [
-                grid_posterior(batch.transforms, batch.ctf, weight, one, self._shifts, self._near, keep=1).log_evidence
-                for one in bank
-            ]
+            each = [grid_evidence(batch.transforms, batch.ctf, weight, one, self._shifts, self._near) for one in bank]
             evidence = torch.stack(each, 1).double() + start.log_prior
             labels.append(evidence.argmax(1) + 1)  # 0: not seen
             gain = evidence.logsumexp(1)[held_out] - hypotheses - start.log_prior.logsumexp(0)
