@@ -43,6 +43,17 @@ ORIGIN = (0.0, 0.0, 0.0)  # of unrelated structures, each by itself
 OTHER_FOUR = ((DIMER,), (SUBUNITS,), (HEAD,), (EXIT,))
 CUT_COMPLEX: Structure = ("6zu5.cif.gz", ",".join(name for name in COMPLEX[1].split(",") if name not in ("SE0", "SG0")))
 CUT_SPIKE: Structure = ("6vxx.pdb", "A,B,C/300-2000")
+PARTS = (  # neighbours in 6ZU5, 100 to 200 kDa each
+    "SDD,SK0,SD0,SU0,SP0,ST0,SS0,SQ0",
+    "LY0,LHH,LLL,LC0,LJJ,LX0,LEE,LP0,LL0",
+    "SG0,LW0,SI0,SY0,SE0,LV0,SL0,LB0",
+    "LM0,LS0,LO0,LFF,LE0,LH0,LF0,LMM,LEE,LI0,LB0",
+    "SBB,SN0,SH0,SW0,LCC,SV0,SA0,SAA,SB0",
+    "LD0,LJ0,LT0,LBB,LOO,LI0,LNN,SS0,LAA",
+    "LII,LN0,LG0,LL0,LOO,LAA,LJJ",
+    "SJ0,SEE,SC0,SX0,SE0,SY0,SW0,SV0,SL0,SD0,SA0",
+)
+EIGHT_OTHER = tuple((("6zu5.cif.gz", chains),) for chains in PARTS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ _spikes = StressSet("6VXX, with and without its N-terminal domains", ((SPIKE,), 
 _groel = StressSet("GroEL, 30 % junk", ((GROEL,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
 _junk = StressSet("two chains of 6VXX, 30 % junk", ((DIMER,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
 _eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0, centre=ORIGIN)
+_eight_other = StressSet("eight groups of proteins of 6ZU5", EIGHT_OTHER, 8000, 128, 3.0, -14.0, centre=ORIGIN)
 SETS = {
     "two": ClassSet(_two, "2", 0.95, DOCKED),
     "two-80": ClassSet(replace(_two, added={"shares": (80, 20)}), "2", 0.95, DOCKED),
@@ -86,6 +98,7 @@ SETS = {
     "spikes": ClassSet(_spikes, "2", 0.95, DOCKED | {"train.symmetry": "C3"}),
     "groel-junk": ClassSet(_groel, "2", None, {"train.symmetry": "D7"}),
     "eight": ClassSet(_eight, "8", 0.95),
+    "eight-other": ClassSet(_eight_other, "8", 0.95),
 }
 
 
