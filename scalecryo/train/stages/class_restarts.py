@@ -48,7 +48,8 @@ class ClassRestarts(ClassStart):
         super().__init__(context, learned, classes=classes, starts=starts, sets=1 + FRESH)
         self._fresh: dict[int, list[int]] = {}  # places of the fresh maps of each class that still learn
         self._gained: dict[int, float] = {}  # by the best of them in the round before
-        self._unposed: set[int] = set()  # of the places, those whose first step is from random poses
+        # Of the places, those whose first step is from random poses; no checkpoint lies before that step.
+        self._unposed: set[int] = set()
         self._begun = 0  # the step at which they began
         self._taken, self._over = 0, False
         self._noises = self._noise_of_each()
