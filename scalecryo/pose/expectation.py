@@ -15,12 +15,10 @@ from scalecryo.physics.fft import FourierPixels
 from scalecryo.physics.image_formation import CtfWeightedImages, shift_ramp
 from scalecryo.pose.pair_scores import (
     add_images,
-    pair_products,
     pair_shares,
+    products_of_images,
     squared_modulus,
     template_bank,
-    tensor_cores,
-    weighted_images,
 )
 from scalecryo.pose.search import check_packed
 
@@ -66,20 +64,14 @@ def expected_slices(
         InputError: packed lengths differ, or an array is empty.
     """
     check_packed(pixels, observed=observed, ctf=ctf, pixel_weight=pixel_weight, templates=templates)
-    half, shifts = len(templates), len(shift_grid_px)
-    each = max(1, min(len(observed), chunk_elements // (2 * half * shifts)))
-    work = observed.real.new_empty(2 * each * shifts * half)
+    half = len(templates)
     back = shift_ramp(-shift_grid_px, pixels.kx, pixels.ky, pixels.box_size)
     bank = template_bank(templates)
     sums = bank.new_zeros(2, half, len(pixels))
     weight, mass, evidence = bank.new_zeros(half, len(pixels)), bank.new_zeros(half), []
     masses = []
-    for start in range(0, len(observed), each):
-        rows = slice(start, start + each)
+    for rows, products in products_of_images(observed, ctf, pixel_weight, bank, back, chunk_elements):
         some, own = observed[rows], None if ctf is None else ctf[rows]
-        weighted, energy = weighted_images(some, own, pixel_weight)
-        with tensor_cores():
-            products = pair_products(weighted[:, None] * back, energy, bank, work)
         share = pair_shares(products)
         evidence.append(share.log_evidence)
         counts = share.total.reciprocal() if image_weight is None else image_weight[rows] / share.total

@@ -112,6 +112,33 @@ def pair_products(
     return PairProducts(even, odd, energy @ half_square.T)
 
 
+def products_of_images(
+    observed: Complex[Tensor, "b p"],
+    ctf: Float[Tensor, "b p"] | None,
+    pixel_weight: Float[Tensor, " p"],
+    bank: Float[Tensor, "3 h p"],
+    back: Complex[Tensor, "t p"],
+    chunk_elements: int,
+) -> Iterator[tuple[slice, PairProducts]]:
+    """Some images at a time: which, and their products with all templates; these stand until the next are asked for.
+
+    Args:
+        observed, ctf, pixel_weight: see `search.grid_posterior`.
+        bank: see `template_bank`.
+        back: ramps that move an image back from each shift.
+        chunk_elements: most scores that live at a time (but at least those of one image).
+    """
+    scores = 2 * bank.shape[1] * len(back)  # of an image
+    each = max(1, min(len(observed), chunk_elements // scores))
+    work = bank.new_empty(each * scores)
+    for start in range(0, len(observed), each):
+        rows = slice(start, start + each)
+        weighted, energy = weighted_images(observed[rows], None if ctf is None else ctf[rows], pixel_weight)
+        with tensor_cores():
+            products = pair_products(weighted[:, None] * back, energy, bank, work)
+        yield rows, products
+
+
 def pair_scores(products: PairProducts, work: Float[Tensor, " n"]) -> Float[Tensor, "b 2 t h"]:
     """Log-likelihoods at the templates' rotations and at their flips, up to each image's constant.
 

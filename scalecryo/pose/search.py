@@ -33,6 +33,7 @@ from scalecryo.pose.pair_scores import (
     pair_evidence,
     pair_products,
     pair_scores,
+    products_of_images,
     template_bank,
     tensor_cores,
     weighted_images,
@@ -190,17 +191,9 @@ def grid_evidence(
         InputError: packed lengths differ, or an array is empty.
     """
     check_packed(pixels, observed=observed, ctf=ctf, pixel_weight=pixel_weight, templates=templates)
-    each = max(1, min(len(observed), chunk_elements // (2 * len(templates) * len(shift_grid_px))))
-    work = observed.real.new_empty(2 * each * len(shift_grid_px) * len(templates))
     back = shift_ramp(-shift_grid_px, pixels.kx, pixels.ky, pixels.box_size)
-    bank, found = template_bank(templates), []
-    for start in range(0, len(observed), each):
-        rows = slice(start, start + each)
-        weighted, energy = weighted_images(observed[rows], None if ctf is None else ctf[rows], pixel_weight)
-        with tensor_cores():
-            products = pair_products(weighted[:, None] * back, energy, bank, work)
-        found.append(pair_evidence(products))
-    return torch.cat(found)
+    chunks = products_of_images(observed, ctf, pixel_weight, template_bank(templates), back, chunk_elements)
+    return torch.cat([pair_evidence(products) for _, products in chunks])
 
 
 def check_packed(pixels: FourierPixels, **named: Tensor | None) -> None:

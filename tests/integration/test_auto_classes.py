@@ -127,7 +127,7 @@ def test_two_workers_find_what_one_does(
 ) -> None:
     # A switch of the whole process: each of two threads would put back what the other had set.
     monkeypatch.setattr("scalecryo.pose.search.tensor_cores", nullcontext)
-    monkeypatch.setattr("scalecryo.pose.expectation.tensor_cores", nullcontext)
+    monkeypatch.setattr("scalecryo.pose.pair_scores.tensor_cores", nullcontext)
     # Starts do not depend on the number of workers; three of them for two workers: one reads along at last.
     workers = [ensemble_of(species[1], tmp_path, world, **FEW) for world in ThreadWorld.of(2)]
     threads = [threading.Thread(target=run_stages, args=([stage], context)) for stage, context, _ in workers]

@@ -187,7 +187,7 @@ def test_two_workers_sum_what_one_does_and_a_saved_start_goes_on(
 ) -> None:
     # A switch of the whole process: each of two threads would put back what the other had set.
     monkeypatch.setattr("scalecryo.pose.search.tensor_cores", nullcontext)
-    monkeypatch.setattr("scalecryo.pose.expectation.tensor_cores", nullcontext)
+    monkeypatch.setattr("scalecryo.pose.pair_scores.tensor_cores", nullcontext)
     whole, batches = start_of(species[1], tmp_path / "one")
     for images in batches[:2]:
         whole.step(images)

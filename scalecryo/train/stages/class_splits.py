@@ -18,7 +18,6 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.likeness import likeness
-from scalecryo.physics.fsc import fsc
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
@@ -154,8 +153,7 @@ class ClassSplits(ClassRestarts):
         """By how much two maps correlate, over what maps of one structure would. Collective."""
         found = torch.zeros(1, device=self._grid.device)
         if world.is_leader:
-            first, second = (self._joint_map(place).cpu() for place in pair)
-            halves = [fsc(*self._halves(place)).cpu() for place in pair]
-            found += likeness(first, second, (halves[0], halves[1]), SHELLS)
+            (first, second), (one, other) = self._to_compare(pair)
+            found += likeness(first, second, (one, other), SHELLS)
         world.all_reduce_(found)
         return float(found)  # host sync

@@ -248,6 +248,11 @@ class ClassStart(StartRounds):
         own = self._sums_at(place)
         return [own.solve_one(0, half, REGULARISATION) for half in (1, 2)]
 
+    def _to_compare(self, places: Sequence[int]) -> tuple[list[Float[Tensor, "n n n"]], list[Float[Tensor, " s"]]]:
+        """The present maps at some places of the sums, and the FSC of the halves of each, on the host."""
+        maps = [self._joint_map(place).cpu() for place in places]
+        return maps, [fsc(*self._halves(place)).cpu() for place in places]
+
     def _sums_at(self, place: int) -> Backprojection:
         """Of one map; symmetric where axes are known."""
         if self._imposed is None:
@@ -312,8 +317,7 @@ class ClassStart(StartRounds):
         start, device = self._going[0], self._grid.device
         gone = torch.zeros(self._classes, device=device)
         if world.is_leader:
-            maps = [volume.cpu() for volume in self._solved(start)]
-            halves = [fsc(*self._halves(start * self._classes + number)).cpu() for number in range(self._classes)]
+            maps, halves = self._to_compare(range(start * self._classes, (start + 1) * self._classes))
             same = alike(maps, halves, self._balance.share[start].tolist(), SHELLS, ALIKE)
             gone += torch.tensor([float(other is not None) for other in same], device=device)
         world.all_reduce_(gone)
