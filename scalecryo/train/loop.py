@@ -70,29 +70,20 @@ def train(
         stopping = Stopping(context, notice, step=0 if checkpoint is None else checkpoint.step)
         if world.is_leader:
             note_start(run)
-            for note in context.partition.notes:
-                logger.warning("%s", note)
             monitor = RunMonitor(config, store, run, start_step=stopping.reached, publish=publish)
-            progress = RunProgress(Forecast(parts_of(config, context.count, store.levels)), line, world.size)
-            progress.resumed = checkpoint is not None
+            progress = _progress(context, line, resumed=checkpoint is not None)
         run_stages(_remaining(stages, checkpoint), context, monitor, at_checkpoint, progress, stopping)
         logger.info("time on worker %d: %s", world.rank, world.timer.summary())
         if world.is_leader:
             run.sync()
             note_end(run, config, context.data_hash)
-    except torch.OutOfMemoryError as error:
-        batch = BATCH_SETTING.get(config.recipe, "train.batch_size")
-        refused = TrainingError(
-            f"out of memory on {device} at box {context.training_level}: lower {batch} or train.box, or use more "
-            f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
-        )
-        if monitor is not None:
+    except (ScalecryoError, torch.OutOfMemoryError) as error:
+        refused = error if isinstance(error, ScalecryoError) else _out_of_memory(error, context)
+        if monitor is not None and not isinstance(refused, Stopped):
             monitor.failed(refused)
+        if refused is error:
+            raise
         raise refused from error
-    except ScalecryoError as error:
-        if monitor is not None and not isinstance(error, Stopped):
-            monitor.failed(error)
-        raise
     finally:
         if line is not None:
             line.hide()
@@ -157,6 +148,25 @@ def run_stages(
                         at_checkpoint(report.step)
     finally:
         reader.close()
+
+
+def _progress(context: RunContext, line: LiveLine | None, *, resumed: bool) -> RunProgress:
+    """What tells how far the run is, once it has said what it makes of the particles."""
+    for note in context.partition.notes:
+        logger.warning("%s", note)
+    progress = RunProgress(
+        Forecast(parts_of(context.config, context.count, context.store.levels)), line, context.world.size
+    )
+    progress.resumed = resumed
+    return progress
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, context: RunContext) -> TrainingError:
+    batch = BATCH_SETTING.get(context.config.recipe, "train.batch_size")
+    return TrainingError(
+        f"out of memory on {context.device} at box {context.training_level}: lower {batch} or train.box, or use more "
+        f"workers for the same batch, then --resume ({str(error).splitlines()[0]})"
+    )
 
 
 def _remaining(stages: Sequence[Stage], checkpoint: Checkpoint | None) -> Sequence[Stage]:

@@ -8,6 +8,57 @@ from scalecryo.physics.kernels.triton_slice import locate, ramp, read_with_slope
 
 
 @triton.jit
+def centred(image_ptr, shift, kx, ky, per_px, p, mask):
+    """An image's pixels without its shift."""
+    pairs = image_ptr + 2 * p[:, None] + tl.arange(0, 2)[None, :]
+    real, imag = tl.split(tl.load(pairs, mask=mask[:, None], other=0.0))
+    cosine, sine = ramp(shift, kx, ky, per_px)
+    return real * cosine - imag * sine, real * sine + imag * cosine
+
+
+@triton.jit
+def along_turns(pose, slope_x, slope_y, slope_z, kx, ky, factor, sign):
+    """A and T (real and imaginary parts) from the transform's slopes; factor: CTF times the samples per cycle and box.
+
+    For a Friedel partner -q the chain rule brings one minus sign, the conjugate another.
+    """
+    xx, xy, nx = tl.load(pose), tl.load(pose + 1), tl.load(pose + 2)
+    yx, yy, ny = tl.load(pose + 3), tl.load(pose + 4), tl.load(pose + 5)
+    zx, zy, nz = tl.load(pose + 6), tl.load(pose + 7), tl.load(pose + 8)
+    tx, ty, tz = kx * xy - ky * xx, kx * yy - ky * yx, kx * zy - ky * zx
+    a_real, a_imag = tl.split(slope_x * nx + slope_y * ny + slope_z * nz)
+    t_real, t_imag = tl.split(slope_x * tx[:, None] + slope_y * ty[:, None] + slope_z * tz[:, None])
+    return a_real * factor * sign, a_imag * factor, t_real * factor * sign, t_imag * factor
+
+
+@triton.jit
+def store_moments(
+    sums, ee, aaxx, aaxy, aayy, uuxx, uuxy, uuyy, auxx, auxy, auyy, atx, aty, tux, tuy, tt, aex, aey, te, uex, uey
+):
+    """Add each up over the block, and store them in the order of `kernels.refine_cpu`."""
+    tl.store(sums, tl.sum(ee))
+    tl.store(sums + 1, tl.sum(aaxx))
+    tl.store(sums + 2, tl.sum(aaxy))
+    tl.store(sums + 3, tl.sum(aayy))
+    tl.store(sums + 4, tl.sum(uuxx))
+    tl.store(sums + 5, tl.sum(uuxy))
+    tl.store(sums + 6, tl.sum(uuyy))
+    tl.store(sums + 7, tl.sum(auxx))
+    tl.store(sums + 8, tl.sum(auxy))
+    tl.store(sums + 9, tl.sum(auyy))
+    tl.store(sums + 10, tl.sum(atx))
+    tl.store(sums + 11, tl.sum(aty))
+    tl.store(sums + 12, tl.sum(tux))
+    tl.store(sums + 13, tl.sum(tuy))
+    tl.store(sums + 14, tl.sum(tt))
+    tl.store(sums + 15, tl.sum(aex))
+    tl.store(sums + 16, tl.sum(aey))
+    tl.store(sums + 17, tl.sum(te))
+    tl.store(sums + 18, tl.sum(uex))
+    tl.store(sums + 19, tl.sum(uey))
+
+
+@triton.jit
 def refinement_sums(
     volume_ptr, observed_ptr, rotation_ptr, shift_ptr, ctf_ptr, kx_ptr, ky_ptr, weight_ptr, sums_ptr,
     scale, per_px, pixels, box, ctf_stride, observed_stride,
@@ -15,18 +66,14 @@ def refinement_sums(
 ):  # fmt: skip
     """Store this program's part of an image's sums: sums_ptr [b, programs, 20], or [b, programs, 1] of |e|^2 alone.
 
-    A, T, U, e and the order of the sums as in `pose.refine_cpu`. per_px: 1 / N. The pose of an image is read once; its
-    normal matrix never leaves the registers before it is complete.
+    A, T, U, e and the order of the sums as in `kernels.refine_cpu`. per_px: 1 / N. The normal matrix of an image never
+    leaves the registers before it is complete.
     """
     image = tl.program_id(1).to(tl.int64)
     pose, shift = rotation_ptr + image * 9, shift_ptr + image * 2
     zero = tl.zeros([BLOCK], tl.float32)
     ee = zero
     if DERIVATIVES:
-        xx, xy = tl.load(pose), tl.load(pose + 1)
-        yx, yy = tl.load(pose + 3), tl.load(pose + 4)
-        zx, zy = tl.load(pose + 6), tl.load(pose + 7)
-        nx, ny, nz = tl.load(pose + 2), tl.load(pose + 5), tl.load(pose + 8)
         aaxx, aaxy, aayy, uuxx, uuxy, uuyy, auxx, auxy, auyy = zero, zero, zero, zero, zero, zero, zero, zero, zero
         atx, aty, tux, tuy, tt, aex, aey, te, uex, uey = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     first = tl.program_id(0) * BLOCKS * BLOCK
@@ -44,23 +91,13 @@ def refinement_sums(
             contrast = tl.load(ctf_ptr + image * ctf_stride + p, mask=mask, other=0.0)
         p_real, p_imag = tl.split(value)
         p_real, p_imag = contrast * p_real, contrast * sign * p_imag
-        given = observed_ptr + image * observed_stride * 2 + 2 * p[:, None] + tl.arange(0, 2)[None, :]
-        o_real, o_imag = tl.split(tl.load(given, mask=mask[:, None], other=0.0))
-        cosine, sine = ramp(shift, kx, ky, per_px)
-        e_real = o_real * cosine - o_imag * sine - p_real
-        e_imag = o_real * sine + o_imag * cosine - p_imag
+        given = observed_ptr + image * observed_stride * 2
+        o_real, o_imag = centred(given, shift, kx, ky, per_px, p, mask)
+        e_real, e_imag = o_real - p_real, o_imag - p_imag
         ee += weight * (e_real * e_real + e_imag * e_imag)
         if DERIVATIVES:
-            # For a Friedel partner -q the chain rule brings one minus sign, the conjugate another.
-            a_real, a_imag = tl.split(slope_x * nx + slope_y * ny + slope_z * nz)
-            tx, ty, tz = kx * xy - ky * xx, kx * yy - ky * yx, kx * zy - ky * zx
-            t_real, t_imag = tl.split(slope_x * tx[:, None] + slope_y * ty[:, None] + slope_z * tz[:, None])
-            factor = contrast * scale
-            a_real, a_imag, t_real, t_imag = (
-                a_real * factor * sign,
-                a_imag * factor,
-                t_real * factor * sign,
-                t_imag * factor,
+            a_real, a_imag, t_real, t_imag = along_turns(
+                pose, slope_x, slope_y, slope_z, kx, ky, contrast * scale, sign
             )
             step = 6.283185307179586 * per_px
             u_real, u_imag = step * p_imag, -step * p_real
@@ -78,26 +115,9 @@ def refinement_sums(
             aex, aey, te = aex + wx * ae, aey + wy * ae, te + weight * (t_real * e_real + t_imag * e_imag)
             uex, uey = uex + wx * ue, uey + wy * ue
     if DERIVATIVES:
-        sums = sums_ptr + (image * tl.num_programs(0) + tl.program_id(0)) * 20
-        tl.store(sums, tl.sum(ee))
-        tl.store(sums + 1, tl.sum(aaxx))
-        tl.store(sums + 2, tl.sum(aaxy))
-        tl.store(sums + 3, tl.sum(aayy))
-        tl.store(sums + 4, tl.sum(uuxx))
-        tl.store(sums + 5, tl.sum(uuxy))
-        tl.store(sums + 6, tl.sum(uuyy))
-        tl.store(sums + 7, tl.sum(auxx))
-        tl.store(sums + 8, tl.sum(auxy))
-        tl.store(sums + 9, tl.sum(auyy))
-        tl.store(sums + 10, tl.sum(atx))
-        tl.store(sums + 11, tl.sum(aty))
-        tl.store(sums + 12, tl.sum(tux))
-        tl.store(sums + 13, tl.sum(tuy))
-        tl.store(sums + 14, tl.sum(tt))
-        tl.store(sums + 15, tl.sum(aex))
-        tl.store(sums + 16, tl.sum(aey))
-        tl.store(sums + 17, tl.sum(te))
-        tl.store(sums + 18, tl.sum(uex))
-        tl.store(sums + 19, tl.sum(uey))
+        store_moments(
+            sums_ptr + (image * tl.num_programs(0) + tl.program_id(0)) * 20,
+            ee, aaxx, aaxy, aayy, uuxx, uuxy, uuyy, auxx, auxy, auyy, atx, aty, tux, tuy, tt, aex, aey, te, uex, uey,
+        )  # fmt: skip
     else:
         tl.store(sums_ptr + image * tl.num_programs(0) + tl.program_id(0), tl.sum(ee))

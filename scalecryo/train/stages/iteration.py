@@ -98,19 +98,20 @@ class Iteration:
         self._poses: BatchPoses | None = BatchPoses(
             plan, number, context, learned, references, parts, self.pixels, related
         )
-        self._exchange: RelatedExchange | None = None
-        if offer is not None and not plan.searched:
-            # Noise beyond must not choose: images chosen by the other half's noise would agree with it. No mask, which
-            # spreads a shell's correlation over the next ones.
-            sure, _ = resolution(references.fsc[0], references.level, references.pixel_size, SURE)  # host sync
-            radius, prepared = min(plan.radius, sure), offer.references.at(plan.level, self.pixels)
-            self._exchange = RelatedExchange(prepared, offer.poses, radius, context.fit_shift)
+        self._exchange = None if offer is None or plan.searched else self._exchange_of(offer, references)
         self._encoder, self._encoder_reference = learned.encoder, None
         if self._encoder is not None:
             self._encoder.begin(number)
             if number >= FIRST_ENCODER_ITERATION:
                 self._encoder_reference = references.mean_at(self._encoder.pixels.box_size, self._encoder.pixels)
         learned.particles.begin(f"iteration_{learned.steps + number + 1:04d}")
+
+    def _exchange_of(self, offer: RelatedOffer, references: ReferenceSet) -> RelatedExchange:
+        """Noise must not choose: images chosen by the other half's noise would agree with it. So up to where the halves
+        agree by themselves: a mask spreads a shell's correlation over the next ones."""
+        sure, _ = resolution(references.fsc[0], references.level, references.pixel_size, SURE)  # host sync
+        radius, prepared = min(self.plan.radius, sure), offer.references.at(self.plan.level, self.pixels)
+        return RelatedExchange(prepared, offer.poses, radius, self._context.fit_shift)
 
     @property
     def _posing(self) -> BatchPoses:
