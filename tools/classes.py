@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from stress import AUC, POSE_SHARE, Row, chosen, converted, parser_of, pose_error, run_one, simulated, written
-from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, SPIKE, StressSet, Structure
+from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, HALF, SCALED, SPIKE, StressSet, Structure
 
 from scalecryo.commands import select
 from scalecryo.data.formats.relion import CLASS, JUNK, OwnColumns, read_poses
@@ -42,6 +42,7 @@ GIB_A_CLASS, GIB_BOX = 0.2, 128  # memory of one class more, at this box
 ORIGIN = (0.0, 0.0, 0.0)  # of unrelated structures, each by itself
 OTHER_FOUR = ((DIMER,), (SUBUNITS,), (HEAD,), (EXIT,))
 CUT_COMPLEX: Structure = ("6zu5.cif.gz", ",".join(name for name in COMPLEX[1].split(",") if name not in ("SE0", "SG0")))
+CUT_OTHER: Structure = ("6zu5.cif.gz", ",".join(name for name in COMPLEX[1].split(",") if name not in ("LH0", "LR0")))
 CUT_SPIKE: Structure = ("6vxx.pdb", "A,B,C/300-2000")
 PARTS = (  # neighbours in 6ZU5, 100 to 200 kDa each
     "SDD,SK0,SD0,SU0,SP0,ST0,SS0,SQ0",
@@ -84,6 +85,10 @@ _groel = StressSet("GroEL, 30 % junk", ((GROEL,),), 5000, 64, 4.0, -8.0, added={
 _junk = StressSet("two chains of 6VXX, 30 % junk", ((DIMER,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
 _eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0, centre=ORIGIN)
 _eight_other = StressSet("eight groups of proteins of 6ZU5", EIGHT_OTHER, 8000, 128, 3.0, -14.0, centre=ORIGIN)
+# As a microscope makes them.
+SCOPE = HALF | SCALED | {"junk": 0.2, "prefer": (0.6, 30.0), "defocus_error_a": 100.0}
+_three = StressSet("20 proteins of 6ZU5, two, two others missing", ((COMPLEX,), (CUT_COMPLEX,), (CUT_OTHER,)), 6000, 64,
+                   4.0, -8.0, added=SCOPE | {"shares": (50, 30, 20)})  # fmt: skip
 SETS = {
     "two": ClassSet(_two, "2", 0.95, DOCKED),
     "two-80": ClassSet(replace(_two, added={"shares": (80, 20)}), "2", 0.95, DOCKED),
@@ -97,6 +102,10 @@ SETS = {
     "junk": ClassSet(_junk, "2", None),
     "spikes": ClassSet(_spikes, "2", 0.95, DOCKED | {"train.symmetry": "C3"}),
     "groel-junk": ClassSet(_groel, "2", None, {"train.symmetry": "D7"}),
+    "two-scope": ClassSet(replace(_two, n=6000, added=SCOPE), "2", 0.95, DOCKED),
+    "kinases-scope": ClassSet(replace(_kinases, n=6000, snr_db=-5.0, added=SCOPE), "2", 0.9, DOCKED),
+    "four-scope": ClassSet(replace(_four, n=12_000, added=SCOPE), "5", 0.98),
+    "three-scope": ClassSet(_three, "3", 0.95, DOCKED),
     "eight": ClassSet(_eight, "8", 0.95),
     "eight-other": ClassSet(_eight_other, "8", 0.95),
 }

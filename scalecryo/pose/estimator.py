@@ -40,6 +40,7 @@ class EStepPlan:
         shift_radius: of the disc of possible shifts, Å.
         equivalent: rotations of each class that nothing tells apart: related poses are no rivals; empty: none.
         class_radius: Fourier pixels at most by which a class is chosen, where an image has its share in a map.
+        labels_stay: whether a known class, and its probability, are kept.
         modes: poses of each particle that `estimate_modes` tells.
         shift_sigma: of the Gaussian prior of shifts that it goes by, Å; None: all are equally likely.
     """
@@ -54,6 +55,7 @@ class EStepPlan:
     shift_radius: float = 0.0
     equivalent: Sequence[Float[Tensor, "_ 3 3"]] = ()
     class_radius: float = 24.0
+    labels_stay: bool = False
     modes: int = 1
     shift_sigma: float | None = None
 
@@ -127,7 +129,7 @@ class PoseEstimator:
         Classes need not share a frame: a known pose is one in its own class, and the others are searched.
         """
         plan, device = self._plan, images.transforms.device
-        sure = seen & (known.class_probability > SURE) & (not all_classes)
+        sure = seen & ((known.class_probability > SURE) | plan.labels_stay) & (not all_classes)
         radius = plan.radius if plan.search_known else min(plan.radius, plan.class_radius)
         score = torch.full((len(images), self._classes), -torch.inf, dtype=torch.float64, device=device)
         each = torch.arange(self._classes, device=device)[:, None]
@@ -147,7 +149,11 @@ class PoseEstimator:
                     found = found.put(rows, estimate)
                     score[rows, number] = pose_gain(some, estimate, reference, radius)
             by_class.append(found)
-        return _best_class(by_class, score)
+        best = _best_class(by_class, score)
+        if not plan.labels_stay:
+            return best
+        share = torch.where(seen, known.class_probability, best.class_probability)
+        return replace(best, class_probability=share, confidence=best.confidence * torch.where(seen, share, 1.0))
 
     def _estimate(
         self,

@@ -169,7 +169,10 @@ def _refinements(config: Config, particles: int, box: int) -> list[Part]:
     local = max(min(LOCAL, settings.iterations - searches), 0)
     search = read / SEARCHED + SOLVE_SECONDS * (min(box, SEARCH_LEVEL) / 128) ** 3 * many
     refine = read / (REFINED * (64 / box) ** 1.3) + SOLVE_SECONDS * (box / 128) ** 3 * many
-    return [Part("refinement", searches * search + local * refine, 0, max(searches + local, 1))]
+    found = [Part("refinement", searches * search + local * refine, 0, max(searches + local, 1))]
+    if config.train.several and (config.train.class_mode == "docked" or config.recipe == "poses"):
+        found.append(Part("class labels", 4 * read * many / SEARCHED, 0, 4))
+    return found
 
 
 def _on_gpus(config: Config, particles: int, box: int) -> list[Part]:

@@ -27,6 +27,7 @@ from scalecryo.train.stages.gradient_descent import GradientDescent
 from scalecryo.train.stages.imported_poses import ImportedPoses
 from scalecryo.train.stages.latent_encoding import LatentEncoding
 from scalecryo.train.stages.refinement import Refinement
+from scalecryo.train.stages.relabelling import Relabelling
 from scalecryo.train.stages.start_rounds import HALF_GRID
 from scalecryo.train.stages.state_maps import StateMaps
 from scalecryo.train.stages.state_poses import ROUNDS, StatePoses
@@ -49,8 +50,8 @@ CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
     {
         "independent": (ClassSplits, Refinement, FinalPass),
         "auto": (Ensemble, FoundClassStart, Refinement, FinalPass),
-        "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, FinalPass),
-        "poses": (ImportedPoses, Classification, Refinement, FinalPass),
+        "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, Relabelling, FinalPass),
+        "poses": (ImportedPoses, Classification, Refinement, Relabelling, FinalPass),
     }
 )
 """With several classes: by `train.class_mode`, or from imported poses; `auto` where their number is sought too."""

@@ -30,6 +30,7 @@ class Learned:
         references: half-maps of every class.
         first_maps: of the classes that an ensemble found, at the store's smallest level, before they have references.
         class_shares: of the particles in each class of one assembly, as its labels were found; empty: they were not.
+        labels_stay: whether the particles' classes are found, and only that of a new one is asked.
         groups: noise of each optics group and scale of each micrograph; None: not sought.
         start_gain: log-likelihood that an image gains by the start's map over an empty one; None: there was no start.
         shift_radius: of a disc that holds nearly all shifts, Å; None: not known.
@@ -49,6 +50,7 @@ class Learned:
     references: ReferenceSet | None = None
     first_maps: Float[Tensor, "k n n n"] | None = None
     class_shares: tuple[float, ...] = ()
+    labels_stay: bool = False
     groups: ImageGroups | None = None
     start_gain: float | None = None
     shift_radius: float | None = None

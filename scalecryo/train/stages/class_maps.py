@@ -76,7 +76,10 @@ class ClassMaps(ClassStart):
         return torch.where(share > COUNTED, share, 0.0)
 
     def _labels(self, batch: ParticleImages) -> Float[Tensor, "b classes"]:
-        """How much each image belongs to each class: by its label, or where it has none by the maps at its pose."""
+        """How much each image belongs to each class: by its label, or where it has none by the maps at its pose.
+
+        Junk belongs to none: it may all have the label of one class.
+        """
         known, seen = self._learned.particles.read(batch.rows)
         references, classes = self._learned.references, self._classes
         assert references is not None, "the classes' maps come first"
@@ -92,7 +95,7 @@ class ClassMaps(ClassStart):
                 gain[at, number] = pose_gain(own, poses, self._prepared[number, half], batch.pixels.radius_limit)
         prior = torch.tensor(self._learned.class_shares or [1.0] * classes, dtype=gain.dtype, device=gain.device).log()
         share = torch.where((known.class_probability < 1)[:, None], share, (gain + prior).softmax(1).float())
-        return share * seen[:, None]
+        return share * (known.particle_probability * seen)[:, None]
 
     def _join_alike(self, world: World) -> bool:
         """None: compositions of one assembly are alike."""

@@ -50,6 +50,10 @@ class Classification:
     """Passes at a low radius from several random labels, then at a higher one with the best; the last one labels."""
 
     name = "classes"
+    starts = STARTS
+    radii: tuple[float, ...] = RADII
+    most_passes: tuple[int, ...] = MOST_PASSES
+    least_passes: tuple[int, ...] = LEAST_PASSES
 
     def __init__(self, context: RunContext, learned: Learned) -> None:
         """
@@ -59,8 +63,8 @@ class Classification:
         """
         self._context, self._learned = context, learned
         self._classes = context.config.train.classes
-        self._going = list(range(STARTS))
-        self._share = torch.full((STARTS, self._classes), 1 / self._classes, device=context.device)
+        self._going = list(range(self.starts))
+        self._share = torch.full((self.starts, self._classes), 1 / self._classes, device=context.device)
         self._maps: dict[Labelling, Float[Tensor, "n n n"]] = {}
         self._references: dict[Labelling, Reference] = {}
         self._gains: list[float] = []  # in log-likelihood over an empty map, of the best labels, at this radius
@@ -69,8 +73,7 @@ class Classification:
 
     def request(self) -> BatchRequest:
         """The same particles in every pass."""
-        context, common = self._context, self._common
-        radius = min(RADII[self._at_radius], max(common.resolution(SIGNAL)[0], RADII[0]))
+        context, common, radius = self._context, self._common, self._radius()
         fits = [level for level in context.levels if level / 2 - 1 >= radius]
         level = min(fits) if fits else max(context.levels)
         self._pixels = context.pixels(level, min(radius, level / 2 - 1))
@@ -87,33 +90,38 @@ class Classification:
         self._images = 0
         self._pass += 1
         if self._last:
-            self._learned.particles.begin(f"classes_{self._learned.steps:04d}")
+            self._learned.particles.begin(self._pass_name())
         epoch = context.order(level, BATCH).steps_per_epoch
-        return BatchRequest((self._pixels,), BATCH, start=0, batches=min(epoch, -(-MOST_PARTICLES // BATCH)))
+        return BatchRequest((self._pixels,), BATCH, start=0, batches=self._batches(epoch))
 
     @torch.no_grad()
     def step(self, *images: ParticleImages) -> None:
         """Share a batch out among the classes, and add it to their sums."""
         (batch,) = images
+        groups = self._learned.groups
+        if groups is not None:
+            batch = groups.corrected(batch)
         known, seen = self._learned.particles.read(batch.rows)
         batch, known = batch.select(seen), known.select(seen)
         if not len(batch):
             return
+        known = self._in_common_frame(known, batch)
         self._images += len(batch)
         part = self._context.partition.part(batch.rows)
         weighted, shift_px = ctf_weighted(batch.transforms, batch.ctf), known.shift_px(batch.pixel_size)
+        fits = map_weight(known)
         for place in range(len(self._going)):
             share = self._shares(batch, known, part, place)
-            self._counts[place] += share.sum(0)
+            self._counts[place] += fits.double() @ share
             for number in range(self._classes):
-                weight = (map_weight(known) * share[:, number]).float()
+                weight = (fits * share[:, number]).float()
                 index = (place * self._classes + number) * PARTS + part
                 self._sums.add(weighted, known.rotation, shift_px, weight, batch.half, self._pixels, index)
             if self._last:
                 probability, best = share.max(1)
                 probability = probability.float().clamp_max(LABELLED)
                 labelled = replace(known, class_index=best, class_probability=probability)
-                self._learned.particles.note(batch.rows, labelled, batch.half)
+                self._learned.particles.note(batch.rows, self._in_class_frame(labelled, batch), batch.half)
 
     def finish_pass(self, world: World) -> PassReport:
         """Solve the maps; choose among the labels and go on to the next radius when nothing gets better. Collective."""
@@ -133,9 +141,9 @@ class Classification:
             gain = (self._gain[:, 0] / self._gain[:, 1]).tolist()  # host sync
             self._gains.append(max(gain))
             report += f", held-out log-likelihood gain per image {max(gain):.2f}, {self._told()}"
-            stalled = len(self._gains) >= LEAST_PASSES[self._at_radius]
+            stalled = len(self._gains) >= self.least_passes[self._at_radius]
             stalled = stalled and self._gains[-1] - self._gains[-OVER] < (OVER - 1) * SETTLED
-            if stalled or len(self._gains) == MOST_PASSES[self._at_radius]:
+            if stalled or len(self._gains) == self.most_passes[self._at_radius]:
                 self._go_on(gain.index(max(gain)))
         return PassReport(report, self._images, checkpoint=False)
 
@@ -150,6 +158,31 @@ class Classification:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to take up."""
 
+    def _radius(self) -> float:
+        """Fourier pixels of the next pass."""
+        return min(self.radii[self._at_radius], max(self._common.resolution(SIGNAL)[0], self.radii[0]))
+
+    def _batches(self, epoch: int) -> int:
+        """How many the next pass reads."""
+        return min(epoch, -(-MOST_PARTICLES // BATCH))
+
+    def _pass_name(self) -> str:
+        """Of the pass that labels."""
+        return f"classes_{self._learned.steps:04d}"
+
+    def _in_common_frame(self, known: PoseEstimates, batch: ParticleImages) -> PoseEstimates:
+        """Poses as a map of all classes has them: as they are."""
+        return known
+
+    def _in_class_frame(self, found: PoseEstimates, batch: ParticleImages) -> PoseEstimates:
+        """Poses as the maps of the classes found have them."""
+        return found
+
+    def _first_shares(self, batch: ParticleImages, known: PoseEstimates, start: int) -> Float[Tensor, "b classes"]:
+        """At random, by a start."""
+        label = self._context.partition.label(batch.rows, start, self._classes)
+        return torch.nn.functional.one_hot(label, self._classes).double()
+
     @property
     def _common(self) -> ReferenceSet:
         assert self._learned.references is not None, "a common map comes first"
@@ -158,11 +191,10 @@ class Classification:
     def _shares(
         self, batch: ParticleImages, known: PoseEstimates, part: Int[Tensor, " b"], place: int
     ) -> Float[Tensor, "b classes"]:
-        """Posterior of each image over the classes, from one start; random labels in the first pass."""
+        """Posterior of each image over the classes, from one start."""
         start = self._going[place]
         if not self._references:
-            label = self._context.partition.label(batch.rows, start, self._classes)
-            return torch.nn.functional.one_hot(label, self._classes).double()
+            return self._first_shares(batch, known, start)
         cost = torch.zeros(len(batch), self._classes, dtype=torch.float64, device=batch.rows.device)
         for own in range(PARTS):
             at = (part == own).nonzero()[:, 0]  # host sync
@@ -181,15 +213,20 @@ class Classification:
     def _solve(self, owned: OwnedSums) -> None:
         """Maps of every start and class without each part: of both halves, within the common map's density."""
         self._maps, self._references = {}, {}
-        common = self._common
-        mean, curve = common.mean(), common.curve()
-        mask = mask_from_map(fourier_resize_3d(mean, self._sums.box_size), 1.0)
+        density = torch.stack([self._common.mean(number) for number in range(self._common.classes)]).amax(0)
+        mask = mask_from_map(fourier_resize_3d(density, self._sums.box_size), 1.0)
         for own in range(PARTS):
-            others = owned.solve_joined(REGULARISATION, without=own).unflatten(0, (-1, self._classes))
-            for start, maps in zip(self._going, others, strict=True):
+            for start, maps in zip(self._going, self._solved_without(own, owned, mask), strict=True):
                 for number, solved in enumerate(maps):
-                    filtered = weight_shells(solved, curve[: solved.shape[-1] // 2].clamp(0, 1))
-                    self._maps[start, number, own] = filtered * mask
+                    self._maps[start, number, own] = solved * mask
+
+    def _solved_without(
+        self, own: int, owned: OwnedSums, mask: Float[Tensor, "n n n"]
+    ) -> Float[Tensor, "starts classes n n n"]:
+        """Maps of the particles of the other parts, filtered by what the halves of the common map share. Collective."""
+        solved = owned.solve_joined(REGULARISATION, without=own).unflatten(0, (-1, self._classes))
+        curve = self._common.curve()[: solved.shape[-1] // 2].clamp(0, 1)
+        return torch.stack([torch.stack([weight_shells(volume, curve) for volume in maps]) for maps in solved])
 
     def _go_on(self, best: int) -> None:
         """The best labels go on, alone; at the next radius, or to the last pass."""
@@ -198,7 +235,8 @@ class Classification:
         self._maps = {which: volume for which, volume in self._maps.items() if which[0] == start}
         self._references, self._gains = {}, []
         self._at_radius += 1
-        further = self._at_radius < len(RADII) and self._common.resolution(SIGNAL)[0] > RADII[self._at_radius - 1] + 2
+        reach = self._common.resolution(SIGNAL)[0]
+        further = self._at_radius < len(self.radii) and reach > self.radii[self._at_radius - 1] + 2
         if not further:
             self._at_radius, self._last = self._at_radius - 1, True
 

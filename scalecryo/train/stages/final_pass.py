@@ -176,7 +176,10 @@ class FinalPass:
         if learned.references is None:
             raise CheckpointError(f"{context.run.url} holds no checkpoint: train it first")
         remembered = learned.particles if self._remember else None
-        return ReferencePoses(context, learned.references, remembered, learned.encoder, learned.shift_radius)
+        return ReferencePoses(
+            context, learned.references, remembered, learned.encoder, learned.shift_radius,
+            labels_stay=learned.labels_stay,
+        )  # fmt: skip
 
     def _classes(self) -> int:
         return 1 if self._learned.references is None else self._learned.references.classes

@@ -66,6 +66,8 @@ class ReferencePoses:
         remembered: ParticleState | None,
         encoder: PoseLearner | None,
         shift_radius: float | None = None,
+        *,
+        labels_stay: bool = False,
     ) -> None:
         """
         Args:
@@ -74,6 +76,7 @@ class ReferencePoses:
             remembered: poses of the particles seen before; None: every particle is new.
             encoder: that finds new particles' modes; None: they are searched.
             shift_radius: largest shift that is searched, Å; None: that of the settings.
+            labels_stay: whether remembered classes are kept.
         """
         level = references.level
         self.pixels = context.pixels(level)
@@ -95,6 +98,7 @@ class ReferencePoses:
             probability_radius=min(PROBABILITY_RADIUS, radius),
             shift_radius=shift_radius or context.shift_radius,
             equivalent=tuple(own.equivalent for own in related),
+            labels_stay=labels_stay,
         )
         self._encoder, self._references = encoder, references
         source: CandidateSource
