@@ -197,14 +197,14 @@ def by_itself(data: StressSet, store: str, folder: Path, run: Path, settings: di
 
 
 def junk_told(run: Path, data: Path) -> float:
-    """Area under the curve that tells junk from particles: by confidence, and by a class that is not that of these."""
+    """Area under the curve that tells junk from particles: by confidence, and by a class that holds more junk."""
     table, truth = run / "particles.star", data / "truth.star"
     own = OwnColumns(table.read_bytes(), str(table)).numbers(CLASS)
     particle = OwnColumns(truth.read_bytes(), str(truth)).numbers(JUNK) == 0
     confidence = read_poses(str(table)).confidence
     assert confidence is not None, "a run writes it"
-    classes, counts = np.unique(own[particle], return_counts=True)
-    return float(junk_auc(np.where(own == classes[counts.argmax()], confidence, 0.0), particle))
+    mostly_junk = [number for number in np.unique(own) if particle[own == number].mean() < 0.5]
+    return float(junk_auc(np.where(np.isin(own, mostly_junk), 0.0, confidence), particle))
 
 
 def single(several: StressSet, number: int, folder: Path, data: Path, settings: dict[str, str]) -> Row:

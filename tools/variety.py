@@ -39,8 +39,8 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.align import Alignment, align_poses
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment
-from scalecryo.map.reference import ReferenceSet, c_ref, weight_shells
-from scalecryo.physics.fsc import fsc
+from scalecryo.map.reference import ReferenceSet, c_ref
+from scalecryo.physics.fsc import fsc, weight_shells
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.monitor import PassReport

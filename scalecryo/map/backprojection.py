@@ -1,10 +1,10 @@
 """From images and poses to maps: weighted insertion of slices, and its Wiener-like solution."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.physics.fft import FourierPixels, irfft3_of_slabs, slabs
@@ -244,6 +244,25 @@ class Backprojection:
             regularisation: share of the mean denominator of each shell that is added to it; keeps voxels that
                 hardly any image covers from blowing up.
         """
+        density = irfft3_of_slabs(self._solution(class_index, half, regularisation), self.padded_box, self.box_size)
+        # The particle lies inside the sphere: what the solution puts into the corners is noise.
+        density = density * soft_sphere(self.box_size, self.box_size / 2 - 2, edge_px=2, device=density.device)
+        if self._copies is not None:
+            return density * copies_correction(self.box_size, self.scale, self._copies)
+        return density * gridding_correction(self.box_size, self.scale, density.device)
+
+    def transform(self, half: int, regularisation: float = REGULARISATION) -> Complex[Tensor, "d d h"]:
+        """Transform of the first class's map on the grid, as `solve_one` has it before it goes back to real space."""
+        return self._solution(0, half, regularisation)(slice(None))
+
+    def less_(self, transform: Complex[Tensor, "d d h"]) -> None:
+        """Take a map's transform from every image that was inserted: what is solved is the difference from it."""
+        self.numerator -= self.denominator * transform
+
+    def _solution(
+        self, class_index: int, half: int, regularisation: float
+    ) -> Callable[[slice], Complex[Tensor, "d y h"]]:
+        """What gives some rows of the second axis of a map's transform; arguments as in `solve_one`."""
         numerator, denominator = (grid[class_index, half - 1] for grid in self.tensors())
         edges = [friedel_pairs(grid) for grid in (numerator, denominator)]
         squared, shells = self._squared_radius(), self._shells()
@@ -256,9 +275,4 @@ class Backprojection:
             weight += floor[squared[:, None, None] + (squared[rows, None] + squared[: self.padded_box // 2 + 1])]
             return made.div_(weight.clamp_min_(1e-20))
 
-        density = irfft3_of_slabs(solved, self.padded_box, self.box_size)
-        # The particle lies inside the sphere: what the solution puts into the corners is noise.
-        density = density * soft_sphere(self.box_size, self.box_size / 2 - 2, edge_px=2, device=density.device)
-        if self._copies is not None:
-            return density * copies_correction(self.box_size, self.scale, self._copies)
-        return density * gridding_correction(self.box_size, self.scale, density.device)
+        return solved

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scalecryo.map.reference import ReferenceSet, c_ref, weight_shells
-from scalecryo.physics.fsc import fsc, phase_randomise, power_spectrum, resolution
+from scalecryo.map.reference import ReferenceSet, c_ref
+from scalecryo.physics.fsc import fsc, phase_randomise, power_spectrum, resolution, weight_shells
 
 RANDOM_FROM = 0.8  # phases are randomised past the shell where the unmasked FSC falls below this
 FIT_FROM_ANGSTROM = 10.0  # below this resolution the fall-off is the molecule's shape, not its B-factor

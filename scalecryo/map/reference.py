@@ -1,6 +1,6 @@
 """The maps that poses are sought against: two independent half-maps for every class, and what they share."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,12 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from scalecryo.map.backprojection import PADDING
+from scalecryo.map.class_differences import tied_classes
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.solvent import SolventMask
-from scalecryo.physics.fft import FourierPixels, fourier_resize_3d, irfft3_centred, rfft3_centred
+from scalecryo.physics.fft import FourierPixels, fourier_resize_3d, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
-from scalecryo.physics.fsc import fsc, resolution, shell_index_3d
+from scalecryo.physics.fsc import fsc, resolution, weight_shells
 from scalecryo.physics.kernels.packed_volume import PackedVolume
 from scalecryo.physics.mask import density_radius, mask_from_map, soft_sphere
 
@@ -58,6 +59,7 @@ class ReferenceSet:
         noise: variance of each shell, in units of unscaled transforms of unit-variance white noise divided by N².
         radius: Fourier pixels up to which poses were refined.
         reference_mask: soft mask that references are cut to, where the user gave one; None: made from the maps.
+        shares: of the particles in each class of one assembly, whose maps have one frame; None: classes are unrelated.
     """
 
     maps: Float[Tensor, "classes 2 n n n"]
@@ -68,6 +70,7 @@ class ReferenceSet:
     noise: Float[Tensor, " noise_shells"]
     radius: float
     reference_mask: Float[Tensor, "n n n"] | None = None
+    shares: Float[Tensor, " classes"] | None = None
 
     @classmethod
     def of_maps(
@@ -79,6 +82,7 @@ class ReferenceSet:
         radius: float,
         mask: Float[Tensor, "classes n n n"] | None = None,
         solvent: SolventMask | None = None,
+        shares: Float[Tensor, " classes"] | None = None,
     ) -> "ReferenceSet":
         """Compare half-maps that were just solved; without a mask it is made from their FSC-weighted mean.
 
@@ -95,12 +99,13 @@ class ReferenceSet:
         if own_mask is None and sphere is not None:
             mask = mask * sphere
         masked = torch.stack([fsc(pair[0] * own, pair[1] * own) for pair, own in zip(maps, mask, strict=True)])
-        return cls(maps, pixel_size, mask, curves, masked, noise, radius, sphere if own_mask is None else own_mask)
+        reference_mask = sphere if own_mask is None else own_mask
+        return cls(maps, pixel_size, mask, curves, masked, noise, radius, reference_mask, shares)
 
     def select(self, order: Int[Tensor, " k"]) -> "ReferenceSet":
         """Some classes, in this order."""
         parts = {name: getattr(self, name)[order] for name in ("maps", "mask", "fsc", "fsc_masked")}
-        return replace(self, **parts)
+        return replace(self, **parts, shares=None if self.shares is None else self.shares[order])
 
     @property
     def level(self) -> int:
@@ -141,19 +146,29 @@ class ReferenceSet:
         """Every map, filtered by what its halves share, at another level, for images packed by some Fourier pixels.
 
         A half-map's Wiener filter is the half-map correlation itself: FSC = signal / (signal + noise of one half).
+        Classes of one assembly are filtered together (`tied_classes`).
         """
         noise, found = self.level_noise(level, pixels), {}
-        for number in range(self.classes):
+        for number, halves in enumerate(self._filtered()):
             mask = self._mask_of_references(self.mean(number))  # one for both halves
-            for half in (1, 2):
-                found[number, half] = self._reference(self.maps[number, half - 1], number, mask, level, noise)
+            for half, volume in enumerate(halves, 1):
+                found[number, half] = self._reference(volume, mask, level, noise)
         return found
+
+    def _filtered(self) -> Iterable[Float[Tensor, "2 n n n"]]:
+        """The half-maps of each class, by what they share."""
+        if self.shares is not None and self.classes > 1:
+            yield from tied_classes(self.maps, self.shares, self.mask.amax(0))
+            return
+        for number, halves in enumerate(self.maps):
+            yield torch.stack([weight_shells(half, self.curve(number).clamp(0, 1)) for half in halves])
 
     def mean_at(self, level: int, pixels: FourierPixels, class_index: int = 0) -> Reference:
         """The mean of a class's half-maps, prepared alike."""
         mean = self.mean(class_index)
         noise = self.level_noise(level, pixels)
-        return self._reference(mean, class_index, self._mask_of_references(mean), level, noise)
+        filtered = weight_shells(mean, self.curve(class_index).clamp(0, 1))
+        return self._reference(filtered, self._mask_of_references(mean), level, noise)
 
     def _mask_of_references(self, mean: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
         return _mask_of_class(mean, 1.0, self.classes) if self.reference_mask is None else self.reference_mask
@@ -161,12 +176,11 @@ class ReferenceSet:
     def _reference(
         self,
         volume: Float[Tensor, "n n n"],
-        number: int,
         mask: Float[Tensor, "n n n"],
         level: int,
         noise: NoiseSpectrum,
     ) -> Reference:
-        filtered = weight_shells(volume, self.curve(number).clamp(0, 1)) * mask
+        filtered = volume * mask
         if self.level != level:
             filtered = fourier_resize_3d(filtered, level)
         diameter = min(2 * density_radius(filtered) / level, 1.0)
@@ -184,8 +198,8 @@ class ReferenceSet:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         tensors = {name: getattr(self, name).cpu() for name in ("maps", "mask", "fsc", "fsc_masked", "noise")}
-        if self.reference_mask is not None:
-            tensors["reference_mask"] = self.reference_mask.cpu()
+        others = {"reference_mask": self.reference_mask, "shares": self.shares}
+        tensors |= {name: value.cpu() for name, value in others.items() if value is not None}
         return tensors | {"pixel_size": self.pixel_size, "radius": self.radius}
 
     @classmethod
@@ -214,11 +228,3 @@ def c_ref(curve: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
     """Expected correlation of the halves' mean with the truth, sqrt(2 FSC / (1 + FSC)) (Rosenthal & Henderson 2003)."""
     positive = curve.clamp(0, 1)
     return (2 * positive / (1 + positive)).sqrt()
-
-
-def weight_shells(volume: Float[Tensor, "n n n"], weight: Float[Tensor, " shells"]) -> Float[Tensor, "n n n"]:
-    """Multiply each Fourier shell of a map by a weight; shells past the last keep none."""
-    box_size = volume.shape[-1]
-    shells = shell_index_3d(box_size, volume.device)
-    padded = torch.cat([weight, weight.new_zeros(int(shells.max()) + 1 - len(weight))])  # host sync: once per map
-    return irfft3_centred(rfft3_centred(volume) * padded[shells], box_size)

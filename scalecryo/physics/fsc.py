@@ -113,3 +113,11 @@ def phase_randomise(
     transform, random = rfft3_centred(volume), rfft3_centred(noise)
     turned = transform.abs() * torch.exp(1j * random.angle())
     return irfft3_centred(torch.where(shell_index_3d(n, volume.device) >= from_shell, turned, transform), n)
+
+
+def weight_shells(volume: Float[Tensor, "n n n"], weight: Float[Tensor, " shells"]) -> Float[Tensor, "n n n"]:
+    """Multiply each Fourier shell of a map by a weight; shells past the last keep none."""
+    box_size = volume.shape[-1]
+    shells = shell_index_3d(box_size, volume.device)
+    padded = torch.cat([weight, weight.new_zeros(int(shells.max()) + 1 - len(weight))])  # host sync: once per map
+    return irfft3_centred(rfft3_centred(volume) * padded[shells], box_size)

@@ -16,9 +16,10 @@ from scalecryo.map.backprojection import PADDING
 from scalecryo.map.component_frame import Frame
 from scalecryo.map.components import Latents, posterior, products
 from scalecryo.map.noise import NoiseSpectrum
-from scalecryo.map.reference import ReferenceSet, reference_transform, weight_shells
+from scalecryo.map.reference import ReferenceSet, reference_transform
 from scalecryo.physics.fft import FourierPixels, fourier_resize_3d
 from scalecryo.physics.fourier_slice import fourier_slice
+from scalecryo.physics.fsc import weight_shells
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.posed_images import PosedImages
 

@@ -12,6 +12,10 @@ from scalecryo.map.components import ComponentSums
 from scalecryo.map.pseudo_symmetry import drawn_to_symmetry, symmetry_centre
 from scalecryo.pose.related import RelatedPoses
 
+# Share of a shell's mean weight that a class's difference lacks. Three compositions of a complex, views crowded, the
+# labels of a third of one wrong: 99.4, 99.3 % right with 0.2, 1 after seven passes, 95.8 % after four with 0.05.
+SHRINKAGE = 0.2
+
 
 class OwnedSums:
     """Who owns which map's sums: half the bytes of an all-reduce, and every worker solves its share.
@@ -71,6 +75,41 @@ class OwnedSums:
             found[number, half - 1] = whole.solve_one(*place, regularisation)
         for owner, maps in owners.items():
             self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
+        return found
+
+    def solve_tied(
+        self, regularisation: float = REGULARISATION, *, without: int | None = None
+    ) -> Float[Tensor, "maps 2 n n n"]:
+        """As `solve`, of the classes of one assembly: each half's common map, and what the images of a class say beyond
+        it. Where a class has few views it is the common map, and not empty. Collective.
+
+        Its images' differences from the common map are solved by themselves; `SHRINKAGE` is what a difference lacks in
+        a voxel with a shell's mean weight.
+        """
+        common, found = self._common(without), self._empty(self.sums.classes // self._parts, 2)
+        owners = self._by_owner()
+        mine = owners.get(self._world.rank, [])
+        for half in (1, 2):
+            if not any(own == half for _, own in mine):
+                continue
+            base, transform = common.solve_one(0, half, regularisation), common.transform(half, regularisation)
+            for number in (number for number, own in mine if own == half):
+                difference = self.sums.merged(self._classes(number, without), half)
+                difference.less_(transform)
+                found[number, half - 1] = base + difference.solve_one(0, 1, SHRINKAGE)
+        for owner, maps in owners.items():
+            self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
+        return found
+
+    def _common(self, without: int | None) -> Backprojection:
+        """The sums of all maps, half by half, on every worker. Collective."""
+        found = self.sums.merged([0])  # as symmetric as they are
+        for grid, total in zip(self.sums.tensors(), found.tensors(), strict=True):
+            total.zero_()
+            for number, half in self._by_owner().get(self._world.rank, []):
+                for part in self._classes(number, without):
+                    total[0, half - 1] += grid[part, half - 1]
+        self._world.all_reduce_(*found.tensors())
         return found
 
     def drawn_to_symmetry(

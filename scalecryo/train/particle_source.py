@@ -144,6 +144,12 @@ class RunContext:
         """Whether shifts are unknown."""
         return not self.config.pose.centred
 
+    @property
+    def one_assembly(self) -> bool:
+        """Whether there are several classes, of one assembly, whose maps share a frame."""
+        train = self.config.train
+        return train.several and (train.class_mode == "docked" or self.config.recipe == "poses")
+
     def pixels(self, level: int, radius: float | None = None) -> FourierPixels:
         """Fourier pixels of a level on the run's device."""
         return fourier_pixels(level, radius).to(self.device)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import starfile
 import torch
-from torch import Tensor
 
 from scalecryo.commands import export, select
 from scalecryo.config import load_config
@@ -30,7 +29,7 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_maps import ClassMaps
 from scalecryo.train.stages.class_splits import ClassSplits
 from tests.support.blobs import blobs
-from tests.support.mixtures import BOX, COUNT, PIXEL_SIZE, START, run_train, scores, simulated
+from tests.support.mixtures import BOX, COUNT, PIXEL_SIZE, START, compositions, run_train, scores, simulated
 from tests.support.thread_world import ThreadWorld
 
 
@@ -105,14 +104,6 @@ def test_a_killed_run_of_several_classes_goes_on(finished: Path, species: tuple[
     assert (finished / "particles.star").read_bytes() == (run / "particles.star").read_bytes()
 
 
-def compositions() -> list[Tensor]:
-    """A fifth of the blobs is missing in one of two."""
-    whole = blobs(BOX, 1)
-    line = torch.arange(BOX) - BOX // 2
-    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
-    return [whole, whole * (1 - torch.exp(-((x - 3) ** 2 + (y + 3) ** 2 + z**2) / (2 * 3.0**2)))]
-
-
 def test_a_rare_composition_is_found_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Reference: the simulated labels. One particle in five lacks some blobs; the rounds over all poses keep the labels.
     data = simulated(tmp_path, compositions(), "particles", (80.0, 20.0))
@@ -125,7 +116,8 @@ def test_a_rare_composition_is_found_from_nothing(tmp_path: Path, capsys: pytest
 
 
 def test_labels_hold_while_poses_are_looked_at_anew(species: tuple[Path, str], tmp_path: Path) -> None:
-    """Labelled particles keep their label, others get one by the maps at their pose; those never posed enter no map."""
+    """Labelled particles keep their label, others get one by the maps at their pose; those never posed, or that show no
+    particle, enter no map."""
     config = load_config(None, START | {"run.data": species[1], "run.out": str(tmp_path), "train.class_mode": "docked"})
     store, run = ParticleStore.open(species[1]), RunFolder(str(tmp_path))
     context = RunContext.of(config, store, run, World(), torch.device("cpu"))
@@ -141,7 +133,9 @@ def test_labels_hold_while_poses_are_looked_at_anew(species: tuple[Path, str], t
     probability = torch.where(given, 0.75, 1.0)  # 1: without a label
     one, rows = torch.ones(COUNT), torch.arange(COUNT)[~never]
     wrong = torch.where(given, 1 - labels, 0)
-    poses = PoseEstimates(rotation, torch.zeros(COUNT, 2), wrong, probability, one, one, one)
+    junk = torch.arange(COUNT) % 5 == 0
+    fits = torch.where(junk, 0.0, 1.0)
+    poses = PoseEstimates(rotation, torch.zeros(COUNT, 2), wrong, probability, one, fits, one)
     learned.particles.begin("labels")
     learned.particles.note(rows, poses.select(rows), 1 + rows % 2)
     learned.particles.commit(World())
@@ -153,7 +147,8 @@ def test_labels_hold_while_poses_are_looked_at_anew(species: tuple[Path, str], t
     reader.close()
     share = stage._labels(batch)
     row = torch.arange(len(batch))
-    kept, blank = given[batch.rows], never[batch.rows]
+    blank = never[batch.rows] | junk[batch.rows]
+    kept = given[batch.rows] & ~blank
     assert (share[blank] == 0).all()
     assert torch.allclose(share[row, 1 - labels[batch.rows]][kept], torch.tensor(0.75))
     assert float(share[row, labels[batch.rows]][~kept & ~blank].mean()) > 0.95

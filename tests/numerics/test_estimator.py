@@ -66,11 +66,12 @@ def estimator(
     modes: int = 1,
     shift_sigma: float | None = None,
     equivalent: tuple[Tensor, ...] = (),
+    labels_stay: bool = False,
 ) -> PoseEstimator:
     shifts, turns = shift_grid(2.0, 1.0), torch.Generator().manual_seed(0)
     source = SearchSource(so3_grid(1152), 10.0, shifts, 3, turns, everywhere=everywhere, shift_sigma=shift_sigma)
     plan = EStepPlan(12.0, 2, search_known, ((8.0, 3), (12.0, 2)), probability_radius=10.0, shift_radius=6.0,
-                     modes=modes, shift_sigma=shift_sigma, equivalent=equivalent)  # fmt: skip
+                     modes=modes, shift_sigma=shift_sigma, equivalent=equivalent, labels_stay=labels_stay)  # fmt: skip
     return PoseEstimator(known.at(BOX, pixels), plan, source, Timer())
 
 
@@ -228,6 +229,21 @@ def test_a_wrong_class_is_left_unless_it_was_sure() -> None:
     assert torch.equal(sure.class_index, mixed)
     again = posed.estimate(images, replace(unsure, class_probability=torch.ones(COUNT)), seen, all_classes=True)
     assert torch.equal(again.class_index, found.class_index)
+
+
+def test_labels_that_stay_are_not_asked_again() -> None:
+    # Wrong classes, of which nobody is sure, stay with their probability; a particle never seen gets the class that it
+    # was made of.
+    pixels, known = fourier_pixels(BOX, 13.0), references(2)
+    images, truth = particles(known, pixels)
+    seen = torch.arange(COUNT) % 2 > 0
+    wrong = replace(truth, class_index=1 - truth.class_index, class_probability=torch.full((COUNT,), 0.6))
+    posed = estimator(known, pixels, search_known=False, labels_stay=True)
+    found = posed.estimate(images, wrong, seen)
+    assert torch.equal(found.class_index[seen], wrong.class_index[seen])
+    assert torch.allclose(found.class_probability[seen], torch.tensor(0.6))
+    assert float(found.confidence[seen].max()) < 0.6 + 1e-6
+    assert float((found.class_index == truth.class_index)[~seen].float().mean()) > 0.95
 
 
 def test_poses_that_a_class_does_not_tell_apart_are_no_rivals() -> None:

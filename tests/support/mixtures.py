@@ -6,9 +6,11 @@ from typing import Any
 
 import mrcfile
 import pytest
+import torch
 from torch import Tensor
 
 from scalecryo.commands import convert, evaluate, simulate, train
+from tests.support.blobs import blobs
 
 COUNT, BOX, PIXEL_SIZE = 500, 32, 4.0
 START = {
@@ -19,6 +21,14 @@ START = {
     "guided.bootstrap_batch": "80",
     "pose.centred": "true",
 }
+
+
+def compositions() -> list[Tensor]:
+    """A fifth of the blobs is missing in one of two."""
+    whole = blobs(BOX, 1)
+    line = torch.arange(BOX) - BOX // 2
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    return [whole, whole * (1 - torch.exp(-((x - 3) ** 2 + (y + 3) ** 2 + z**2) / (2 * 3.0**2)))]
 
 
 def simulated(folder: Path, maps: list[Tensor], table: str, shares: tuple[float, ...] = ()) -> str:

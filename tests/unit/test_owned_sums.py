@@ -11,9 +11,16 @@ from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import Backprojection
 from scalecryo.map.component_frame import ridge_of
 from scalecryo.map.components import ComponentSums
+from scalecryo.map.reference import reference_transform
+from scalecryo.physics.fft import fourier_pixels, fourier_resize_3d
+from scalecryo.physics.fsc import fsc
+from scalecryo.physics.image_formation import ctf_weighted
+from scalecryo.physics.rotation import euler_to_rotation, random_rotations
 from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.related import RelatedPoses
+from scalecryo.pose.search import templates
 from scalecryo.train.owned_sums import OwnedSums, solve_components
+from tests.support.blobs import blobs
 from tests.support.thread_world import ThreadWorld
 
 BOX, RADIUS, PARTS = 12, 4.0, 2
@@ -82,6 +89,70 @@ def test_maps_of_all_workers_sums(size: int, classes: int, symmetric: bool, join
         for maps, reference in zip(found, expected, strict=True):
             # Single precision; three addends may be added in another order.
             torch.testing.assert_close(maps, reference, rtol=1e-5, atol=1e-6 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_tied_maps_of_all_workers_sums(size: int, symmetric: bool) -> None:
+    """Reference: one worker with all sums; sums stay as they are."""
+    others, classes = PointGroup.of("C2").others, 3
+    whole = _sums(0, classes * PARTS)
+    for rank in range(1, size):
+        for total, more in zip(whole.tensors(), _sums(rank, classes * PARTS).tensors(), strict=True):
+            total += more
+    alone = OwnedSums(whole, World(), parts=PARTS)
+    if symmetric:
+        alone.symmetrise(others, RADIUS)
+    before = whole.numerator.clone()
+    expected = [alone.solve_tied(), alone.solve_tied(without=1)]
+    assert torch.equal(whole.numerator, before)
+
+    def work(world: World) -> list[Tensor]:
+        owned = OwnedSums(_sums(world.rank, classes * PARTS), world, parts=PARTS)
+        owned.reduce_(RADIUS)
+        if symmetric:
+            owned.symmetrise(others, RADIUS)
+        return [owned.solve_tied(), owned.solve_tied(without=1)]
+
+    for found in _by_all(size, work):
+        for maps, reference in zip(found, expected, strict=True):
+            torch.testing.assert_close(maps, reference, rtol=1e-4, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_one_class_tied_is_that_class() -> None:
+    # But for what the regularisation, a thousandth of the mean weight, takes from it: that the difference gives back.
+    sums = _sums(0, 1)
+    sums.denominator += (sums.denominator > 0).float()
+    owned = OwnedSums(sums, World())
+    plain = owned.solve()
+    torch.testing.assert_close(owned.solve_tied(), plain, rtol=0, atol=2e-3 * float(plain.abs().max()))
+
+
+def test_a_class_without_side_views_gets_them_from_all() -> None:
+    # Reference: the maps that slices without noise were taken of. The second class lacks a ball, and is seen along z
+    # alone: by itself it is next to nothing along x and y, tied it is nearer to its own map than the common one is.
+    box, pixels = 24, fourier_pixels(24, 10.0)
+    whole = blobs(box, 1)
+    line = torch.arange(box) - box // 2
+    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
+    part = whole * (1 - torch.exp(-((x - 3) ** 2 + (y + 3) ** 2 + z**2) / (2 * 2.5**2)))
+    sums, generator = Backprojection(box, classes=2), torch.Generator().manual_seed(0)
+    anywhere = random_rotations(400, generator)
+    along_z = euler_to_rotation(torch.rand(400, 3, generator=generator) * torch.tensor([360.0, 30.0, 360.0]))
+    for number, (volume, rotation) in enumerate([(whole, anywhere), (part, along_z)]):
+        slices = templates(reference_transform(volume, 2.0), rotation, pixels, 2.0)
+        ones, half = torch.ones(400), 1 + torch.arange(400) % 2
+        sums.add(ctf_weighted(slices, None), rotation, torch.zeros(400, 2), ones, half, pixels, half * 0 + number)
+    owned = OwnedSums(sums, World())
+    tied, plain = owned.solve_tied()[1], owned.solve()[1]
+    common = sums.merged([0, 1]).solve()[0]
+    low = fourier_resize_3d(fourier_resize_3d(part, 20), box)  # as far as slices reach
+
+    def off(maps: Tensor) -> float:
+        return float(sum(1 - fsc(half, low)[1:9].mean() for half in maps))
+
+    assert off(tied) < 0.5 * off(plain)
+    assert off(tied) < 0.9 * off(common)  # what differs is seen between the views alone
 
 
 @pytest.mark.parametrize("size", [2, 3])

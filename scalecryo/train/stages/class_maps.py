@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.distributed.world import World
-from scalecryo.map.reference import References, c_ref, weight_shells
+from scalecryo.map.reference import References, c_ref
 from scalecryo.physics.fft import fourier_resize_3d
+from scalecryo.physics.fsc import weight_shells
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.pose.class_posterior import ClassPosterior
 from scalecryo.pose.particle_probability import pose_gain

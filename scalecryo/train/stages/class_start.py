@@ -347,6 +347,7 @@ class ClassStart(StartRounds):
                 maps[-1] = self._to_centre(maps[-1], volume)
         all_maps, noise = torch.stack(maps), torch.ones(self._sums.box_size // 2 + 1, device=self._grid.device)
         found = ReferenceSet.of_maps(
-            all_maps[:, 1:], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, solvent=context.solvent
-        )
+            all_maps[:, 1:], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, solvent=context.solvent,
+            shares=self._balance.share[start].float() if context.one_assembly else None,
+        )  # fmt: skip
         return replace(found, maps=all_maps[:, :1].expand(-1, 2, -1, -1, -1).clone())

@@ -19,8 +19,9 @@ from torch import Tensor
 from scalecryo.data.selection.partition import PARTS
 from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import PADDING, Backprojection
-from scalecryo.map.reference import Reference, ReferenceSet, reference_transform, weight_shells
+from scalecryo.map.reference import Reference, ReferenceSet, reference_transform
 from scalecryo.physics.fft import fourier_resize_3d
+from scalecryo.physics.fsc import weight_shells
 from scalecryo.physics.image_formation import ctf_weighted
 from scalecryo.physics.mask import mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
@@ -224,7 +225,7 @@ class Classification:
         self, own: int, owned: OwnedSums, mask: Float[Tensor, "n n n"]
     ) -> Float[Tensor, "starts classes n n n"]:
         """Maps of the particles of the other parts, filtered by what the halves of the common map share. Collective."""
-        solved = owned.solve_joined(REGULARISATION, without=own).unflatten(0, (-1, self._classes))
+        solved = owned.solve_tied(REGULARISATION, without=own).mean(1).unflatten(0, (-1, self._classes))
         curve = self._common.curve()[: solved.shape[-1] // 2].clamp(0, 1)
         return torch.stack([torch.stack([weight_shells(volume, curve) for volume in maps]) for maps in solved])
 
@@ -250,8 +251,9 @@ class Classification:
                 half += weight_shells(both - half, low)
         pixel_size = self._context.store.level_pixel_size(self._sums.box_size)
         found = ReferenceSet.of_maps(
-            maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent
-        )
+            maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent,
+            shares=self._share[self._going[0]],
+        )  # fmt: skip
         self._learned.references = found
         self._learned.class_shares = tuple(self._share[self._going[0]].tolist())  # host sync
         self._learned.particles.commit(world)

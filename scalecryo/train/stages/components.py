@@ -16,7 +16,8 @@ from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import PADDING, Backprojection
 from scalecryo.map.component_frame import common_frame, scaled, without_mean
 from scalecryo.map.components import ComponentSums
-from scalecryo.map.reference import ReferenceSet, weight_shells
+from scalecryo.map.reference import ReferenceSet
+from scalecryo.physics.fsc import weight_shells
 from scalecryo.physics.image_formation import CtfWeightedImages
 from scalecryo.physics.mask import density_radius, soft_sphere
 from scalecryo.physics.particle_images import ParticleImages

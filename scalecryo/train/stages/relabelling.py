@@ -2,8 +2,7 @@
 
 The refinement compares each particle with its own half's maps, which hold the particle itself: its own noise keeps it
 in its class, right or wrong. Here it is compared with maps of the particles of other parts, of both halves, in one
-frame for all classes. Compositions differ in a small region and at low frequencies, so that most of what two maps
-differ by is noise: of the difference from the mean over the classes only that counts which both halves show.
+frame for all classes.
 """
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.align import Alignment
-from scalecryo.map.reference import weight_shells
-from scalecryo.physics.fsc import fsc
-from scalecryo.physics.mask import gaussian_low_pass
+from scalecryo.map.class_differences import tied_classes
+from scalecryo.physics.fsc import weight_shells
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.train.owned_sums import OwnedSums
@@ -26,7 +24,6 @@ from scalecryo.train.stages.on_axes import moved_poses
 from scalecryo.train.stages.schedule import SEARCH_LEVEL
 
 RADIUS = 28.0  # Fourier pixels at most; at 64 px the sums of all parts are small
-LOCAL_PX = 16.0  # over which signal and noise of a difference are compared (half-amplitude of a Gaussian filter)
 
 
 class Relabelling(Classification):
@@ -35,7 +32,7 @@ class Relabelling(Classification):
     name = "class labels"
     starts = 1
     radii = (RADIUS,)
-    most_passes, least_passes = (8,), (3,)
+    most_passes, least_passes = (12,), (3,)
 
     def __init__(self, context: RunContext, learned: Learned) -> None:
         """
@@ -101,10 +98,8 @@ class Relabelling(Classification):
         self, own: int, owned: OwnedSums, mask: Float[Tensor, "n n n"]
     ) -> Float[Tensor, "starts classes n n n"]:
         """The mean over the classes and each one's difference from it, both as far as the halves share them."""
-        halves = owned.solve(REGULARISATION, without=own)
-        mean = torch.einsum("k,khzyx->hzyx", self._share[0], halves)
-        whole = _shared(mean, mask)
-        return torch.stack([whole + _shared_locally(own - mean, mask) for own in halves])[None]
+        halves = owned.solve_tied(REGULARISATION, without=own)
+        return tied_classes(halves, self._share[0], mask, joined=True).transpose(0, 1)
 
     def _end(self, owned: OwnedSums, world: World) -> None:
         """Labels, which are kept; the final pass makes the maps."""
@@ -112,21 +107,6 @@ class Relabelling(Classification):
         self._learned.labels_stay = True
         self._learned.particles.commit(world)
         self._finished = True
-
-
-def _shared(halves: Float[Tensor, "2 n n n"], mask: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
-    """The mean of two half-maps, Wiener-filtered: 2 FSC / (1 + FSC) is the share of signal in it."""
-    curve = fsc(halves[0] * mask, halves[1] * mask).float().clamp(0, 1)
-    return weight_shells(halves.mean(0), 2 * curve / (1 + curve))
-
-
-def _shared_locally(halves: Float[Tensor, "2 n n n"], mask: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
-    """The same, and at each place by the share of signal there in the power of the halves' mean."""
-    curve = fsc(halves[0] * mask, halves[1] * mask).float().clamp(0, 1)
-    first, second = (weight_shells(half, 2 * curve / (1 + curve)) for half in halves)
-    mean = (first + second) / 2
-    signal, power = (gaussian_low_pass(volume, 1.0, LOCAL_PX) for volume in (first * second, mean.square()))
-    return mean * (signal / power.clamp_min(1e-20 * float(power.amax()))).clamp(0, 1)
 
 
 def _inverse(alignment: Alignment) -> Alignment:

@@ -1,0 +1,57 @@
+"""Maps of the classes of one assembly as a common map and each one's difference from it.
+
+Compositions differ in a small region and at low frequencies, so that most of what two maps differ by is noise, and the
+map with more particles, the less noisy one, fits every image better: it draws all of them. So of a difference only that
+is kept which both halves show, shell by shell and then place by place; the common map, of all particles, is filtered by
+itself. A class that says little is the common map.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from scalecryo.physics.fsc import fsc, weight_shells
+from scalecryo.physics.mask import gaussian_low_pass
+
+LOCAL_PX = 16.0  # over which signal and noise are compared (half-amplitude of a Gaussian filter)
+
+
+def tied_classes(
+    maps: Float[Tensor, "classes 2 n n n"],
+    shares: Float[Tensor, " classes"],
+    mask: Float[Tensor, "n n n"],
+    *,
+    joined: bool = False,
+) -> Float[Tensor, "classes halves n n n"]:
+    """Wiener-filtered maps of every class, each half's (`joined`: the mean of both alone) by itself.
+
+    A half-map's filter is the correlation of the halves, FSC; that of their mean is 2 FSC / (1 + FSC).
+
+    Args:
+        maps: half-maps of every class, in one frame.
+        shares: of the particles in each class.
+        mask: around all that any class shows.
+        joined: whether one map is made of both halves.
+    """
+    mean = torch.einsum("k,khzyx->hzyx", shares.to(maps), maps)
+    common, _ = _shared(mean, mask, joined)
+    return torch.stack([common + _shared_locally(own - mean, mask, joined) for own in maps])
+
+
+def _shared(
+    halves: Float[Tensor, "2 n n n"], mask: Float[Tensor, "n n n"], joined: bool
+) -> tuple[Float[Tensor, "h n n n"], Float[Tensor, "2 n n n"]]:
+    """What both halves show, shell by shell, and the half-maps filtered alike."""
+    curve = fsc(halves[0] * mask, halves[1] * mask).float().clamp(0, 1)
+    weight = 2 * curve / (1 + curve) if joined else curve
+    filtered = torch.stack([weight_shells(half, weight) for half in halves])
+    return (filtered.mean(0, keepdim=True) if joined else filtered), filtered
+
+
+def _shared_locally(
+    halves: Float[Tensor, "2 n n n"], mask: Float[Tensor, "n n n"], joined: bool
+) -> Float[Tensor, "h n n n"]:
+    """The same, and at each place by the share of signal in the power there."""
+    shown, filtered = _shared(halves, mask, joined)
+    signal, power = (gaussian_low_pass(volume, 1.0, LOCAL_PX) for volume in (filtered.prod(0), shown.square().mean(0)))
+    return shown * (signal / power.clamp_min(1e-20 * float(power.amax()) + 1e-30)).clamp(0, 1)
