@@ -62,6 +62,9 @@ SPOILT: dict[str, dict[str, object]] = {
     "hinge-views": {"prefer": (0.7, 25.0)},
     "hinge-junk": {"junk": 0.3},
 }
+# All that a microscope does at once, for an assembly a quarter of which turns.
+SCOPE: dict[str, object] = {"colour": 0.5, "scale_sd": 0.15, "gain_sd": 0.3, "junk": 0.2, "prefer": (0.6, 30.0),
+                            "defocus_error_a": 100.0}  # fmt: skip
 
 
 def make(name: str, folder: Path, count: int) -> str:
@@ -72,10 +75,11 @@ def make(name: str, folder: Path, count: int) -> str:
         how: dict[str, object] = {"pixel_size": 2.6, "snr_db": SNR_DB}
         if name.startswith("hinge"):
             how |= {"hinge": f"B:0,1,1:360:{STEPS}"} | SPOILT.get(name, {})
-        elif name in ("unlike", "random-unlike"):
+        elif name in ("unlike", "unlike-scope", "random-unlike"):
             protein = structure_file((COMPLEX,), STRUCTURES, folder / name)
             turn = f"random:180:{STEPS}" if name.startswith("random") else f"0,1,1:360:{STEPS}"
             how |= {"pixel_size": 4.8, "hinge": f"LDD,LP0,LU0,LV0,LW0:{turn}"}
+            how |= SCOPE if name.endswith("scope") else {}
         elif name in ("spike", "random-spike"):
             protein = str(STRUCTURES / "6vxx.pdb")
             turn = f"random:180:{STEPS}" if name.startswith("random") else f"1,0,0:90:{STEPS}"
