@@ -3,7 +3,8 @@
 Compositions differ in a small region and at low frequencies, so that most of what two maps differ by is noise, and the
 map with more particles, the less noisy one, fits every image better: it draws all of them. So of a difference only that
 is kept which both halves show, shell by shell and then place by place; the common map, of all particles, is filtered by
-itself. A class that says little is the common map.
+itself. A class that says little is the common map. One that is unlike the others, a conformation far from theirs,
+stands by itself: tied to the common map its particles would keep the poses that they had there.
 """
 
 import torch
@@ -13,7 +14,26 @@ from torch import Tensor
 from scalecryo.physics.fsc import fsc, weight_shells
 from scalecryo.physics.mask import gaussian_low_pass
 
+# Power of a class's difference over that of the common map, over these shells, from which on the class is unlike.
+# Compositions that lack 8 to 16 % of the mass, a fifth of the particles or half of them: 0.02 to 0.09; open and closed
+# adenylate kinase: 0.16 to 0.27.
+UNLIKE, SHELLS = 0.13, slice(2, 9)
 LOCAL_PX = 16.0  # over which signal and noise are compared (half-amplitude of a Gaussian filter)
+
+
+def alike_shares(
+    maps: Float[Tensor, "classes 2 n n n"], shares: Float[Tensor, " classes"]
+) -> Float[Tensor, " classes"]:
+    """Shares of the classes that are to be tied, 0 for the others: those without particles, and those unlike the rest.
+
+    Args:
+        maps: half-maps of every class, in one frame; where a class has few views, the common map's.
+        shares: of the particles in each class.
+    """
+    mean = torch.einsum("k,khzyx->hzyx", shares.to(maps), maps)
+    common = _cross_power(mean)
+    unlike = [float(_cross_power(own - mean) / common) > UNLIKE for own in maps]  # host sync: once per class
+    return shares * (~torch.tensor(unlike, device=shares.device))
 
 
 def tied_classes(
@@ -28,14 +48,25 @@ def tied_classes(
     A half-map's filter is the correlation of the halves, FSC; that of their mean is 2 FSC / (1 + FSC).
 
     Args:
-        maps: half-maps of every class, in one frame.
-        shares: of the particles in each class.
+        maps: half-maps of every class, those that are tied in one frame.
+        shares: of the particles in each class that is tied to the common map; 0: it stands by itself.
         mask: around all that any class shows.
         joined: whether one map is made of both halves.
     """
-    mean = torch.einsum("k,khzyx->hzyx", shares.to(maps), maps)
+    weight = shares.to(maps) / shares.sum().clamp_min(1e-30)
+    mean = torch.einsum("k,khzyx->hzyx", weight, maps)
     common, _ = _shared(mean, mask, joined)
-    return torch.stack([common + _shared_locally(own - mean, mask, joined) for own in maps])
+    return torch.stack([
+        common + _shared_locally(own - mean, mask, joined) if share > 0 else _shared(own, mask, joined)[0]
+        for own, share in zip(maps, shares.tolist(), strict=True)  # host sync
+    ])  # fmt: skip
+
+
+def _cross_power(halves: Float[Tensor, "2 n n n"]) -> Float[Tensor, ""]:
+    """What the half-maps share, over the shells."""
+    low = torch.zeros(halves.shape[-1] // 2 + 1, device=halves.device)
+    low[SHELLS] = 1.0
+    return (weight_shells(halves[0], low) * halves[1]).sum()
 
 
 def _shared(

@@ -59,7 +59,8 @@ class ReferenceSet:
         noise: variance of each shell, in units of unscaled transforms of unit-variance white noise divided by N².
         radius: Fourier pixels up to which poses were refined.
         reference_mask: soft mask that references are cut to, where the user gave one; None: made from the maps.
-        shares: of the particles in each class of one assembly, whose maps have one frame; None: classes are unrelated.
+        shares: of the particles in each class of one assembly, whose maps have one frame, 0 for a class that is unlike
+            the others (`alike_shares`); None: classes are unrelated.
     """
 
     maps: Float[Tensor, "classes 2 n n n"]

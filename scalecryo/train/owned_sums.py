@@ -1,5 +1,7 @@
 """Sums that several workers inserted into: each map's are added on one worker, which solves it for all."""
 
+from collections.abc import Set
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -7,6 +9,7 @@ from torch import Tensor
 from scalecryo.distributed.world import World
 from scalecryo.evaluate.align_maps import linear_map
 from scalecryo.map.backprojection import REGULARISATION, TOGETHER, Backprojection
+from scalecryo.map.class_differences import alike_shares
 from scalecryo.map.component_frame import ridge_of
 from scalecryo.map.components import ComponentSums
 from scalecryo.map.pseudo_symmetry import drawn_to_symmetry, symmetry_centre
@@ -78,36 +81,65 @@ class OwnedSums:
         return found
 
     def solve_tied(
-        self, regularisation: float = REGULARISATION, *, without: int | None = None
-    ) -> Float[Tensor, "maps 2 n n n"]:
+        self,
+        shares: Float[Tensor, "groups classes"],
+        regularisation: float = REGULARISATION,
+        *,
+        without: int | None = None,
+    ) -> tuple[Float[Tensor, "maps 2 n n n"], Float[Tensor, "groups classes"]]:
         """As `solve`, of the classes of one assembly: each half's common map, and what the images of a class say beyond
         it. Where a class has few views it is the common map, and not empty. Collective.
 
         Its images' differences from the common map are solved by themselves; `SHRINKAGE` is what a difference lacks in
-        a voxel with a shell's mean weight.
-        """
-        common, found = self._common(without), self._empty(self.sums.classes // self._parts, 2)
-        owners = self._by_owner()
+        a voxel with a shell's mean weight. A class unlike the others is solved as by `solve`, and is no part of theirs.
+
+        Args:
+            shares: of the particles, in each class of each group of maps that have a common one; 0: an empty class.
+            regularisation, without: as in `solve`.
+
+        Returns:
+            The maps, and the shares with 0 for those that are unlike the others of their group.
+        """  # fmt: skip
+        maps = self._solve_tied(shares, regularisation, without)
+        groups = zip(maps.unflatten(0, tuple(shares.shape)), shares, strict=True)
+        kept = torch.stack([alike_shares(of_group, own) for of_group, own in groups])
+        if not torch.equal(kept, shares):
+            maps = self._solve_tied(kept, regularisation, without)
+        return maps, kept
+
+    def _solve_tied(
+        self, shares: Float[Tensor, "groups classes"], regularisation: float, without: int | None
+    ) -> Float[Tensor, "maps 2 n n n"]:
+        """Maps of those with a share are tied, others are not. Collective."""
+        found, owners = self._empty(self.sums.classes // self._parts, 2), self._by_owner()
         mine = owners.get(self._world.rank, [])
-        for half in (1, 2):
-            if not any(own == half for _, own in mine):
-                continue
-            base, transform = common.solve_one(0, half, regularisation), common.transform(half, regularisation)
-            for number in (number for number, own in mine if own == half):
-                difference = self.sums.merged(self._classes(number, without), half)
-                difference.less_(transform)
-                found[number, half - 1] = base + difference.solve_one(0, 1, SHRINKAGE)
+        for group, own in enumerate((shares > 0).tolist()):
+            first = group * len(own)
+            tied = {first + number for number, is_tied in enumerate(own) if is_tied}
+            common = self._sum_of(tied, without)
+            for half in (1, 2):
+                numbers = [number for number, of in mine if of == half and first <= number < first + len(own)]
+                if not numbers:
+                    continue
+                base, transform = common.solve_one(0, half, regularisation), common.transform(half, regularisation)
+                for number in numbers:
+                    whole = self.sums.merged(self._classes(number, without), half)
+                    if number in tied:
+                        whole.less_(transform)
+                        found[number, half - 1] = base + whole.solve_one(0, 1, SHRINKAGE)
+                    else:
+                        found[number, half - 1] = whole.solve_one(0, 1, regularisation)
         for owner, maps in owners.items():
             self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
         return found
 
-    def _common(self, without: int | None) -> Backprojection:
-        """The sums of all maps, half by half, on every worker. Collective."""
+    def _sum_of(self, numbers: Set[int], without: int | None) -> Backprojection:
+        """The sums of some maps together, half by half, on every worker. Collective."""
         found = self.sums.merged([0])  # as symmetric as they are
         for grid, total in zip(self.sums.tensors(), found.tensors(), strict=True):
             total.zero_()
             for number, half in self._by_owner().get(self._world.rank, []):
-                for part in self._classes(number, without):
+                for part in self._classes(number, without) if number in numbers else ():
                     total[0, half - 1] += grid[part, half - 1]
         self._world.all_reduce_(*found.tensors())
         return found

@@ -51,7 +51,7 @@ CLASS_RECIPES: Mapping[str, tuple[StageMaker, ...]] = MappingProxyType(
         "independent": (ClassSplits, Refinement, FinalPass),
         "auto": (Ensemble, FoundClassStart, Refinement, FinalPass),
         "docked": (Bootstrap, CommonMap, Classification, ClassMaps, Refinement, Relabelling, FinalPass),
-        "poses": (ImportedPoses, Classification, Refinement, Relabelling, FinalPass),
+        "poses": (ImportedPoses, CommonMap, Classification, Refinement, Relabelling, FinalPass),
     }
 )
 """With several classes: by `train.class_mode`, or from imported poses; `auto` where their number is sought too."""

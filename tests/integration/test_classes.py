@@ -116,8 +116,8 @@ def test_a_rare_composition_is_found_from_nothing(tmp_path: Path, capsys: pytest
 
 
 def test_labels_hold_while_poses_are_looked_at_anew(species: tuple[Path, str], tmp_path: Path) -> None:
-    """Labelled particles keep their label, others get one by the maps at their pose; those never posed, or that show no
-    particle, enter no map."""
+    """Labelled particles keep their label, others get one by the maps at their pose; those never posed, and those that
+    do not show the class of their label, enter no map."""
     config = load_config(None, START | {"run.data": species[1], "run.out": str(tmp_path), "train.class_mode": "docked"})
     store, run = ParticleStore.open(species[1]), RunFolder(str(tmp_path))
     context = RunContext.of(config, store, run, World(), torch.device("cpu"))
@@ -147,7 +147,7 @@ def test_labels_hold_while_poses_are_looked_at_anew(species: tuple[Path, str], t
     reader.close()
     share = stage._labels(batch)
     row = torch.arange(len(batch))
-    blank = never[batch.rows] | junk[batch.rows]
+    blank = never[batch.rows] | (junk & given)[batch.rows]
     kept = given[batch.rows] & ~blank
     assert (share[blank] == 0).all()
     assert torch.allclose(share[row, 1 - labels[batch.rows]][kept], torch.tensor(0.75))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scalecryo.map.class_differences import tied_classes
+from scalecryo.map.class_differences import alike_shares, tied_classes
 from scalecryo.physics.fsc import fsc, weight_shells
 from scalecryo.physics.mask import soft_sphere
 from tests.support.blobs import blobs
@@ -84,3 +84,21 @@ def test_an_empty_class_is_allowed() -> None:
     tied = tied_classes(maps, torch.tensor([1.0, 0.0]), MASK)
     assert bool(tied.isfinite().all())
     assert error(tied[0], compositions()[0]) < 0.1 * float(compositions()[0].square().sum())
+
+
+def test_a_class_that_stands_by_itself_is_filtered_by_its_own_halves() -> None:
+    truth = torch.cat([compositions(), blobs(BOX, 3)[None] * MASK])
+    noise = torch.randn(3, 2, BOX, BOX, BOX, generator=torch.Generator().manual_seed(4)) * 0.2
+    maps = truth[:, None] + noise
+    tied = tied_classes(maps, torch.tensor([0.4, 0.4, 0.0]), MASK)
+    torch.testing.assert_close(tied[2], alone(maps)[2])
+    torch.testing.assert_close(tied[:2], tied_classes(maps[:2], EVEN, MASK))
+
+
+def test_compositions_are_alike_and_other_structures_are_not() -> None:
+    truth = torch.cat([compositions(), blobs(BOX, 3)[None] * MASK])
+    noise = torch.randn(3, 2, BOX, BOX, BOX, generator=torch.Generator().manual_seed(4)) * 0.2
+    maps = truth[:, None] + noise
+    assert torch.equal(alike_shares(maps[:2], EVEN), EVEN)
+    shares = torch.tensor([0.45, 0.45, 0.1])
+    assert torch.equal(alike_shares(maps, shares), torch.tensor([0.45, 0.45, 0.0]))

@@ -104,7 +104,8 @@ def test_tied_maps_of_all_workers_sums(size: int, symmetric: bool) -> None:
     if symmetric:
         alone.symmetrise(others, RADIUS)
     before = whole.numerator.clone()
-    expected = [alone.solve_tied(), alone.solve_tied(without=1)]
+    shares = torch.tensor([[0.5, 0.3, 0.2]])  # noise: whether classes are unlike is chance
+    expected = [*alone.solve_tied(shares), alone.solve_tied(shares, without=1)[0]]
     assert torch.equal(whole.numerator, before)
 
     def work(world: World) -> list[Tensor]:
@@ -112,7 +113,7 @@ def test_tied_maps_of_all_workers_sums(size: int, symmetric: bool) -> None:
         owned.reduce_(RADIUS)
         if symmetric:
             owned.symmetrise(others, RADIUS)
-        return [owned.solve_tied(), owned.solve_tied(without=1)]
+        return [*owned.solve_tied(shares), owned.solve_tied(shares, without=1)[0]]
 
     for found in _by_all(size, work):
         for maps, reference in zip(found, expected, strict=True):
@@ -125,7 +126,9 @@ def test_one_class_tied_is_that_class() -> None:
     sums.denominator += (sums.denominator > 0).float()
     owned = OwnedSums(sums, World())
     plain = owned.solve()
-    torch.testing.assert_close(owned.solve_tied(), plain, rtol=0, atol=2e-3 * float(plain.abs().max()))
+    torch.testing.assert_close(
+        owned.solve_tied(torch.ones(1, 1))[0], plain, rtol=0, atol=2e-3 * float(plain.abs().max())
+    )
 
 
 def test_a_class_without_side_views_gets_them_from_all() -> None:
@@ -144,7 +147,9 @@ def test_a_class_without_side_views_gets_them_from_all() -> None:
         ones, half = torch.ones(400), 1 + torch.arange(400) % 2
         sums.add(ctf_weighted(slices, None), rotation, torch.zeros(400, 2), ones, half, pixels, half * 0 + number)
     owned = OwnedSums(sums, World())
-    tied, plain = owned.solve_tied()[1], owned.solve()[1]
+    maps, shares = owned.solve_tied(torch.tensor([[0.5, 0.5]]))
+    assert bool((shares > 0).all())
+    tied, plain = maps[1], owned.solve()[1]
     common = sums.merged([0, 1]).solve()[0]
     low = fourier_resize_3d(fourier_resize_3d(part, 20), box)  # as far as slices reach
 
@@ -153,6 +158,30 @@ def test_a_class_without_side_views_gets_them_from_all() -> None:
 
     assert off(tied) < 0.5 * off(plain)
     assert off(tied) < 0.9 * off(common)  # what differs is seen between the views alone
+
+
+def test_a_class_unlike_the_others_stands_by_itself() -> None:
+    # Two compositions of one map, and another map: reference, the plain maps of the third, and the two alone.
+    box, pixels = 24, fourier_pixels(24, 10.0)
+    sums, pair, generator = (
+        Backprojection(box, classes=3),
+        Backprojection(box, classes=2),
+        torch.Generator().manual_seed(0),
+    )
+    for number, volume in enumerate([blobs(box, 1), blobs(box, 1) * 0.9, blobs(box, 3)]):
+        rotation = random_rotations(400, generator)
+        slices = templates(reference_transform(volume, 2.0), rotation, pixels, 2.0)
+        half = 1 + torch.arange(400) % 2
+        inserted = ctf_weighted(slices, None), rotation, torch.zeros(400, 2), torch.ones(400), half, pixels
+        sums.add(*inserted, half * 0 + number)
+        if number < 2:
+            pair.add(*inserted, half * 0 + number)
+    shares = torch.tensor([[0.4, 0.4, 0.2]])
+    maps, kept = OwnedSums(sums, World()).solve_tied(shares)
+    torch.testing.assert_close(kept, torch.tensor([[0.4, 0.4, 0.0]]))
+    assert torch.equal(maps[2], OwnedSums(sums, World()).solve()[2])
+    alone, _ = OwnedSums(pair, World()).solve_tied(torch.tensor([[0.5, 0.5]]))
+    torch.testing.assert_close(maps[:2], alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize("size", [2, 3])

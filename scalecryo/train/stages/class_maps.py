@@ -95,8 +95,11 @@ class ClassMaps(ClassStart):
             for number in range(classes if len(at) else 0):
                 gain[at, number] = pose_gain(own, poses, self._prepared[number, half], batch.pixels.radius_limit)
         prior = torch.tensor(self._learned.class_shares or [1.0] * classes, dtype=gain.dtype, device=gain.device).log()
-        share = torch.where((known.class_probability < 1)[:, None], share, (gain + prior).softmax(1).float())
-        return share * (known.particle_probability * seen)[:, None]
+        labelled = known.class_probability < 1
+        share = torch.where(labelled[:, None], share, (gain + prior).softmax(1).float())
+        # Of a particle without a label the probability is that of the common map, which it may be unlike.
+        fits = torch.where(labelled, known.particle_probability, 1.0)
+        return share * (fits * seen)[:, None]
 
     def _join_alike(self, world: World) -> bool:
         """None: compositions of one assembly are alike."""

@@ -24,6 +24,7 @@ from scalecryo.distributed.world import World
 from scalecryo.evaluate.classes import effective_classes
 from scalecryo.evaluate.likeness import alike
 from scalecryo.map.backprojection import Backprojection
+from scalecryo.map.class_differences import alike_shares
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import ReferenceSet, reference_transform
 from scalecryo.physics.fsc import fsc
@@ -348,6 +349,6 @@ class ClassStart(StartRounds):
         all_maps, noise = torch.stack(maps), torch.ones(self._sums.box_size // 2 + 1, device=self._grid.device)
         found = ReferenceSet.of_maps(
             all_maps[:, 1:], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, solvent=context.solvent,
-            shares=self._balance.share[start].float() if context.one_assembly else None,
+            shares=alike_shares(all_maps[:, 1:], self._balance.share[start].float()) if context.one_assembly else None,
         )  # fmt: skip
         return replace(found, maps=all_maps[:, :1].expand(-1, 2, -1, -1, -1).clone())

@@ -19,21 +19,23 @@ from torch import Tensor
 from scalecryo.data.selection.partition import PARTS
 from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import PADDING, Backprojection
+from scalecryo.map.class_differences import alike_shares
 from scalecryo.map.reference import Reference, ReferenceSet, reference_transform
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.fsc import weight_shells
 from scalecryo.physics.image_formation import ctf_weighted
-from scalecryo.physics.mask import mask_from_map
+from scalecryo.physics.mask import density_radius, mask_from_map
 from scalecryo.physics.particle_images import ParticleImages
 from scalecryo.physics.poses import PoseEstimates
 from scalecryo.pose.candidate_refinement import empty_cost
 from scalecryo.pose.estimator import map_weight
-from scalecryo.pose.particle_probability import predicted_images
+from scalecryo.pose.particle_probability import ParticleProbability, predicted_images
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_shares import floored
+from scalecryo.train.stages.schedule import PROBABILITY_RADIUS
 
 logger = logging.getLogger(__name__)
 STARTS = 3  # random labels that are tried
@@ -68,6 +70,7 @@ class Classification:
         self._share = torch.full((self.starts, self._classes), 1 / self._classes, device=context.device)
         self._maps: dict[Labelling, Float[Tensor, "n n n"]] = {}
         self._references: dict[Labelling, Reference] = {}
+        self._judges: dict[tuple[int, int], ParticleProbability] = {}  # of a class's maps, in the last pass
         self._gains: list[float] = []  # in log-likelihood over an empty map, of the best labels, at this radius
         self._at_radius, self._pass, self._images = 0, 0, 0
         self._last = False
@@ -82,7 +85,8 @@ class Classification:
         self._pixel_weight = noise.pixel_weight(self._pixels)
         for which, volume in self._maps.items():
             resized = volume if volume.shape[-1] == level else fourier_resize_3d(volume, level)
-            self._references[which] = Reference(reference_transform(resized, PADDING), PADDING, noise)
+            diameter = min(2 * density_radius(resized) / level, 1.0)
+            self._references[which] = Reference(reference_transform(resized, PADDING), PADDING, noise, diameter)
         sums = len(self._going) * self._classes * PARTS
         self._sums = Backprojection(level, device=context.device, classes=sums)
         self._counts = torch.zeros(len(self._going), self._classes, dtype=torch.float64, device=context.device)
@@ -113,15 +117,13 @@ class Classification:
         fits = map_weight(known)
         for place in range(len(self._going)):
             share = self._shares(batch, known, part, place)
-            self._counts[place] += fits.double() @ share
+            self._counts[place] += share.sum(0)
             for number in range(self._classes):
                 weight = (fits * share[:, number]).float()
                 index = (place * self._classes + number) * PARTS + part
                 self._sums.add(weighted, known.rotation, shift_px, weight, batch.half, self._pixels, index)
             if self._last:
-                probability, best = share.max(1)
-                probability = probability.float().clamp_max(LABELLED)
-                labelled = replace(known, class_index=best, class_probability=probability)
+                labelled = self._labelled(batch, known, part, share)
                 self._learned.particles.note(batch.rows, self._in_class_frame(labelled, batch), batch.half)
 
     def finish_pass(self, world: World) -> PassReport:
@@ -179,6 +181,25 @@ class Classification:
         """Poses as the maps of the classes found have them."""
         return found
 
+    def _labelled(
+        self, batch: ParticleImages, known: PoseEstimates, part: Int[Tensor, " b"], share: Float[Tensor, "b classes"]
+    ) -> PoseEstimates:
+        """The likeliest class of each image, and whether it shows that class: one unlike the common map is no junk."""
+        probability, best = share.max(1)
+        fits = known.particle_probability.clone()
+        for (_, number, own), reference in self._references.items():
+            at = ((best == number) & (part == own)).nonzero()[:, 0]  # host sync
+            if len(at):
+                if (number, own) not in self._judges:
+                    pixels = self._pixels.prefix(min(self._pixels.radius_limit, PROBABILITY_RADIUS))
+                    shift_radius = self._context.shift_radius if self._context.fit_shift else 0.0
+                    self._judges[number, own] = ParticleProbability(reference, pixels, shift_radius)
+                fits[at] = self._judges[number, own].of(batch.select(at), known.select(at))
+        return replace(
+            known, class_index=best, class_probability=probability.float().clamp_max(LABELLED),
+            particle_probability=fits,
+        )  # fmt: skip
+
     def _first_shares(self, batch: ParticleImages, known: PoseEstimates, start: int) -> Float[Tensor, "b classes"]:
         """At random, by a start."""
         label = self._context.partition.label(batch.rows, start, self._classes)
@@ -225,7 +246,8 @@ class Classification:
         self, own: int, owned: OwnedSums, mask: Float[Tensor, "n n n"]
     ) -> Float[Tensor, "starts classes n n n"]:
         """Maps of the particles of the other parts, filtered by what the halves of the common map share. Collective."""
-        solved = owned.solve_tied(REGULARISATION, without=own).mean(1).unflatten(0, (-1, self._classes))
+        halves, _ = owned.solve_tied(self._share[self._going], REGULARISATION, without=own)
+        solved = halves.mean(1).unflatten(0, (-1, self._classes))
         curve = self._common.curve()[: solved.shape[-1] // 2].clamp(0, 1)
         return torch.stack([torch.stack([weight_shells(volume, curve) for volume in maps]) for maps in solved])
 
@@ -252,7 +274,7 @@ class Classification:
         pixel_size = self._context.store.level_pixel_size(self._sums.box_size)
         found = ReferenceSet.of_maps(
             maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent,
-            shares=self._share[self._going[0]],
+            shares=alike_shares(maps, self._share[self._going[0]]),
         )  # fmt: skip
         self._learned.references = found
         self._learned.class_shares = tuple(self._share[self._going[0]].tolist())  # host sync

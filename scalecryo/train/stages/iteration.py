@@ -320,13 +320,17 @@ class Iteration:
 
     def _compared(self, without: int | None = None) -> ReferenceSet:
         noise = self._residuals.variance() / self.plan.level**2
-        tied = self._context.one_assembly
+        shares = None
         with self._context.world.timer.part("solve"):
-            solved = self._owned.solve_tied(without=without) if tied else self._owned.solve(without=without)
+            if self._context.one_assembly:
+                own = (self.class_counts / self.class_counts.sum().clamp_min(1)).float()
+                solved, tied = self._owned.solve_tied(own[None], without=without)
+                shares = tied[0]
+            else:
+                solved = self._owned.solve(without=without)
         if not self._keep:  # for `parts_left_out` or `drawn_to_symmetry`
             self._sums.release()
         pixel_size = self._context.store.level_pixel_size(self.plan.level)
-        shares = (self.class_counts / self.class_counts.sum().clamp_min(1)).float() if tied else None
         return ReferenceSet.of_maps(
             solved, pixel_size, noise=noise, radius=self.plan.radius, solvent=self._context.solvent, shares=shares
         )

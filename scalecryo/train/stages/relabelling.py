@@ -98,8 +98,8 @@ class Relabelling(Classification):
         self, own: int, owned: OwnedSums, mask: Float[Tensor, "n n n"]
     ) -> Float[Tensor, "starts classes n n n"]:
         """The mean over the classes and each one's difference from it, both as far as the halves share them."""
-        halves = owned.solve_tied(REGULARISATION, without=own)
-        return tied_classes(halves, self._share[0], mask, joined=True).transpose(0, 1)
+        halves, shares = owned.solve_tied(self._share, REGULARISATION, without=own)
+        return tied_classes(halves, shares[0], mask, joined=True).transpose(0, 1)
 
     def _end(self, owned: OwnedSums, world: World) -> None:
         """Labels, which are kept; the final pass makes the maps."""
