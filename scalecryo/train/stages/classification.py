@@ -135,7 +135,7 @@ class Classification:
             owned.symmetrise(self._context.point_group.others, self._pixels.radius_limit)
         world.all_reduce_(self._counts, self._gain)
         self._share[self._going] = floored(self._counts).float()
-        report = f"classes: pass {self._pass}"
+        report = f"{self.name}: pass {self._pass}"
         if self._last:
             self._end(owned, world)
             return PassReport(f"{report}, {self._told()}", self._images, checkpoint=False)
