@@ -85,4 +85,4 @@ def _shared_locally(
     """The same, and at each place by the share of signal in the power there."""
     shown, filtered = _shared(halves, mask, joined)
     signal, power = (gaussian_low_pass(volume, 1.0, LOCAL_PX) for volume in (filtered.prod(0), shown.square().mean(0)))
-    return shown * (signal / power.clamp_min(1e-20 * float(power.amax()) + 1e-30)).clamp(0, 1)
+    return shown * (signal / power.clamp_min(torch.finfo(power.dtype).tiny)).clamp(0, 1)
