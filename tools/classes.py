@@ -184,7 +184,7 @@ def sorted_set(name: str, seed: int, arguments: argparse.Namespace) -> tuple[Row
     row, one = by_itself(wanted.data, store, data, run, settings), None
     if arguments.cost and wanted.classes != "auto":
         one = by_itself(wanted.data, store, data, run.with_name(f"{run.name}-one"), own)
-    if row.get("junk_auc") is not None:
+    if row.get("junk_auc") is not None and len(wanted.data.specimens) == 1:
         row["junk_auc"] = junk_told(run, data)
     numbers = range(len(wanted.data.specimens)) if arguments.alone else ()
     return row, [single(wanted.data, number, folder, data, own) for number in numbers], one
@@ -197,14 +197,15 @@ def by_itself(data: StressSet, store: str, folder: Path, run: Path, settings: di
 
 
 def junk_told(run: Path, data: Path) -> float:
-    """Area under the curve that tells junk from particles: by confidence, and by a class that holds more junk."""
+    """Area under the curve that tells junk from particles of one structure: by confidence, and by a class that is not
+    that of these."""
     table, truth = run / "particles.star", data / "truth.star"
     own = OwnColumns(table.read_bytes(), str(table)).numbers(CLASS)
     particle = OwnColumns(truth.read_bytes(), str(truth)).numbers(JUNK) == 0
     confidence = read_poses(str(table)).confidence
     assert confidence is not None, "a run writes it"
-    mostly_junk = [number for number in np.unique(own) if particle[own == number].mean() < 0.5]
-    return float(junk_auc(np.where(np.isin(own, mostly_junk), 0.0, confidence), particle))
+    classes, counts = np.unique(own[particle], return_counts=True)
+    return float(junk_auc(np.where(own == classes[counts.argmax()], confidence, 0.0), particle))
 
 
 def single(several: StressSet, number: int, folder: Path, data: Path, settings: dict[str, str]) -> Row:
