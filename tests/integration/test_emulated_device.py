@@ -23,7 +23,8 @@ from scalecryo.train import autoencoder_training, encoder_training, latent_train
 from scalecryo.train.loop import run_stages
 from scalecryo.train.particle_source import ParticleReader, RunContext
 from scalecryo.train.recipes import stages_of
-from scalecryo.train.stages import classification, components
+from scalecryo.train.stages import components
+from scalecryo.train.stages.classification import Classification
 from scalecryo.train.stages.refinement import Refinement
 from scalecryo.train.stages.related_offers import RelatedOffer, RelatedOffers
 from scalecryo.train.stages.schedule import Schedule
@@ -161,7 +162,7 @@ def test_every_recipe_keeps_its_tensors_on_the_device(
 
 def train_on_device(world: World, given: dict[str, Config], folder: str) -> None:
     """Train one run after the other; each leaves how often it called which collective."""
-    components.PASSES, classification.STARTS, classification.MOST_PASSES = 4, 2, (1, 1)
+    components.PASSES, Classification.starts, Classification.most_passes = 4, 2, (1, 1)
     for module in (gradients, autoencoder_training, encoder_training, latent_training):
         vars(module)["replicated"] = averaging
     with EmulatedDevice() as device:
@@ -176,7 +177,7 @@ def train_on_device(world: World, given: dict[str, Config], folder: str) -> None
                 store, run = ParticleStore.open(config.run.data), RunFolder(config.run.out)
                 context = RunContext.of(config, store, run, world, DEVICE)
                 stages, _ = stages_of(context)
-                wanted = {"classes": stages[:2], "components": stages[1:], "symmetry": stages[:1]}[name]
+                wanted = {"classes": stages[:3], "components": stages[1:], "symmetry": stages[:1]}[name]
                 run_stages(wanted, context)
             counts = device.collectives | {"objects": device.objects}
             Path(folder, f"{name}.{world.rank}").write_text(json.dumps(counts))
