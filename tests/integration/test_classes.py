@@ -113,6 +113,14 @@ def test_a_rare_composition_is_found_from_nothing(tmp_path: Path, capsys: pytest
     assert found["class_accuracy"] > 0.95
     shares = np.sort(np.sum(found["class_confusion"], 0)) / COUNT
     assert 0.15 < shares[0] < 0.25
+    # Killed before its end it tells the labels once more, and alike.
+    table = tmp_path / "run" / "particles.star"
+    whole = table.read_bytes()
+    for name in ("particles.star", "map.mrc", "checkpoints/finished.json"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "particles" / "class_labels")
+    run_train(data, tmp_path / "run", resume=True)
+    assert table.read_bytes() == whole
 
 
 def test_labels_hold_while_poses_are_looked_at_anew(species: tuple[Path, str], tmp_path: Path) -> None:
