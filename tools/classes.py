@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from stress import AUC, POSE_SHARE, Row, chosen, converted, parser_of, pose_error, run_one, simulated, written
-from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, HALF, SCALED, SPIKE, StressSet, Structure
+from stress_sets import COMPLEX, CUT_DIMER, DIMER, GROEL, SCOPE, SPIKE, StressSet, Structure
 
 from scalecryo.commands import select
 from scalecryo.data.formats.relion import CLASS, JUNK, OwnColumns, read_poses
@@ -85,8 +85,6 @@ _groel = StressSet("GroEL, 30 % junk", ((GROEL,),), 5000, 64, 4.0, -8.0, added={
 _junk = StressSet("two chains of 6VXX, 30 % junk", ((DIMER,),), 5000, 64, 4.0, -8.0, added={"junk": 0.3})
 _eight = StressSet("eight parts of 6ZU5, 6VXX and GroEL", EIGHT, 8000, 128, 3.0, -14.0, centre=ORIGIN)
 _eight_other = StressSet("eight groups of proteins of 6ZU5", EIGHT_OTHER, 8000, 128, 3.0, -14.0, centre=ORIGIN)
-# As a microscope makes them.
-SCOPE = HALF | SCALED | {"junk": 0.2, "prefer": (0.6, 30.0), "defocus_error_a": 100.0}
 _three = StressSet("20 proteins of 6ZU5, two, two others missing", ((COMPLEX,), (CUT_COMPLEX,), (CUT_OTHER,)), 6000, 64,
                    4.0, -8.0, added=SCOPE | {"shares": (50, 30, 20)})  # fmt: skip
 SETS = {

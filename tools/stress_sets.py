@@ -128,6 +128,8 @@ def structure_file(
 
 HALF = {"colour": 0.5}
 SCALED = {"scale_sd": 0.15, "gain_sd": 0.3}
+# All that a microscope does at once.
+SCOPE = HALF | SCALED | {"junk": 0.2, "prefer": (0.6, 30.0), "defocus_error_a": 100.0}
 SMALL = {"n": 1500, "box": 64}
 
 SETS: dict[str, StressSet] = {
@@ -204,7 +206,7 @@ _VARIED: dict[str, dict[str, Any]] = {
     "junk": {"added": {"junk": 0.3}},
     "scale": {"added": SCALED},
     "few": {"n": 1000},
-    "all": {"added": HALF | SCALED | {"junk": 0.3, "prefer": (0.6, 30.0), "defocus_error_a": 100.0}},
+    "all": {"added": SCOPE | {"junk": 0.3}},
 }
 for _name, (_parts, _pixel_size) in _SPECIMENS.items():
     for _what, _changes in _VARIED.items():

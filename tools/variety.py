@@ -28,7 +28,7 @@ from pathlib import Path
 import gemmi
 import numpy as np
 import torch
-from stress_sets import COMPLEX, structure_file
+from stress_sets import COMPLEX, SCOPE, structure_file
 
 from scalecryo.commands import convert, simulate
 from scalecryo.config import load_config
@@ -62,9 +62,6 @@ SPOILT: dict[str, dict[str, object]] = {
     "hinge-views": {"prefer": (0.7, 25.0)},
     "hinge-junk": {"junk": 0.3},
 }
-# All that a microscope does at once, for an assembly a quarter of which turns.
-SCOPE: dict[str, object] = {"colour": 0.5, "scale_sd": 0.15, "gain_sd": 0.3, "junk": 0.2, "prefer": (0.6, 30.0),
-                            "defocus_error_a": 100.0}  # fmt: skip
 
 
 def make(name: str, folder: Path, count: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from scalecryo.config import Config
 from scalecryo.settings import AutoencoderConfig
+from scalecryo.train.requirements import one_assembly
 
 # Images a second of one CPU core: of one pair of half-maps in the start; searched, and refined locally, at 64 px; in
 # the final pass at 128 px; of the auto-encoder, and of the paper's, at 128 px.
@@ -170,7 +171,7 @@ def _refinements(config: Config, particles: int, box: int) -> list[Part]:
     search = read / SEARCHED + SOLVE_SECONDS * (min(box, SEARCH_LEVEL) / 128) ** 3 * many
     refine = read / (REFINED * (64 / box) ** 1.3) + SOLVE_SECONDS * (box / 128) ** 3 * many
     found = [Part("refinement", searches * search + local * refine, 0, max(searches + local, 1))]
-    if config.train.several and (config.train.class_mode == "docked" or config.recipe == "poses"):
+    if one_assembly(config):
         found.append(Part("class labels", 4 * read * many / SEARCHED, 0, 4))
     return found
 

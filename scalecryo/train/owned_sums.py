@@ -99,7 +99,7 @@ class OwnedSums:
 
         Returns:
             The maps, and the shares with 0 for those that are unlike the others of their group.
-        """  # fmt: skip
+        """
         maps = self._solve_tied(shares, regularisation, without)
         groups = zip(maps.unflatten(0, tuple(shares.shape)), shares, strict=True)
         kept = torch.stack([alike_shares(of_group, own) for of_group, own in groups])

@@ -28,7 +28,7 @@ from scalecryo.physics.symmetry import PointGroup
 from scalecryo.pose.search import shift_grid
 from scalecryo.runs.folder import RunFolder
 from scalecryo.runs.solvent_mask import load_solvent_mask
-from scalecryo.train.requirements import training_level
+from scalecryo.train.requirements import one_assembly, training_level
 
 SHIFT_SHARE, LEAST_SHIFT_RADIUS = 0.05, 12.0  # of the box, and Å: farther, and the start's grid of shifts is too coarse
 MOST_SHIFT_SHARE = 0.2  # of the box: a particle farther off is cut by its edge
@@ -146,9 +146,8 @@ class RunContext:
 
     @property
     def one_assembly(self) -> bool:
-        """Whether there are several classes, of one assembly, whose maps share a frame."""
-        train = self.config.train
-        return train.several and (train.class_mode == "docked" or self.config.recipe == "poses")
+        """See `requirements.one_assembly`."""
+        return one_assembly(self.config)
 
     def pixels(self, level: int, radius: float | None = None) -> FourierPixels:
         """Fourier pixels of a level on the run's device."""

@@ -5,6 +5,11 @@ from scalecryo.data.storage.store import ParticleStore
 from scalecryo.errors import ConfigError, TrainingError
 
 
+def one_assembly(config: Config) -> bool:
+    """Whether there are several classes, of one assembly, whose maps share a frame."""
+    return config.train.several and (config.train.class_mode == "docked" or config.recipe == "poses")
+
+
 def check_particles(config: Config, store: ParticleStore) -> None:
     """Refuse a store that cannot give what the recipe needs.
 

@@ -21,7 +21,7 @@ from scalecryo.pose.particle_probability import pose_gain
 from scalecryo.runs.monitor import PassReport
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
-from scalecryo.train.stages.class_shares import LEAST_SHARE
+from scalecryo.train.stages.class_shares import LEAST_SHARE, shares_of_labels
 from scalecryo.train.stages.class_start import COUNTED, ClassStart
 
 
@@ -84,9 +84,7 @@ class ClassMaps(ClassStart):
         known, seen = self._learned.particles.read(batch.rows)
         references, classes = self._learned.references, self._classes
         assert references is not None, "the classes' maps come first"
-        rest = (1 - known.class_probability) / max(classes - 1, 1)
-        label = torch.nn.functional.one_hot(known.class_index.long(), classes)
-        share = torch.where(label > 0, known.class_probability[:, None], rest[:, None])
+        share = shares_of_labels(known.class_index, known.class_probability, classes)
         self._prepared = self._prepared or references.at(batch.box_size, batch.pixels)
         gain = torch.zeros(len(batch), classes, dtype=torch.float64, device=batch.rows.device)
         for half in (1, 2):

@@ -17,6 +17,14 @@ def floored(mass: Float[Tensor, "starts classes"]) -> Float[Tensor, "starts clas
     return share / share.sum(1, keepdim=True)
 
 
+def shares_of_labels(
+    class_index: Int[Tensor, " b"], class_probability: Float[Tensor, " b"], classes: int
+) -> Float[Tensor, "b classes"]:
+    """How much each image belongs to each class by its label: what is left of its probability is the others' evenly."""
+    own, label = class_probability[:, None], torch.nn.functional.one_hot(class_index.long(), classes)
+    return torch.where(label > 0, own, (1 - own) / max(classes - 1, 1))
+
+
 class Balance:
     """Running posterior mass of the classes of several starts, and their prior.
 

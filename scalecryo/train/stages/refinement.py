@@ -56,8 +56,7 @@ class Refinement:
         self._context, self._learned = context, learned
         learned.groups = learned.groups or ImageGroups(context.store.box_size, context.device)
         searches = settings.search_iterations if settings.start == "nothing" else 0
-        docked = context.config.train.several and context.config.train.class_mode == "docked"
-        self._posed = settings.start == "poses" or docked  # well from the first iteration on
+        self._posed = settings.start == "poses" or context.one_assembly  # well from the first iteration on
         self._most = settings.iterations  # as many more each time that the store has grown
         self._schedule = Schedule(searches, settings.settled_iterations, patient=context.config.train.several)
         self._creep = StrainSteps()

@@ -5,7 +5,6 @@ in its class, right or wrong. Here it is compared with maps of the particles of 
 frame for all classes.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from scalecryo.physics.poses import PoseEstimates
 from scalecryo.train.owned_sums import OwnedSums
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
+from scalecryo.train.stages.class_shares import shares_of_labels
 from scalecryo.train.stages.classification import REGULARISATION, Classification
 from scalecryo.train.stages.final_poses import lay_onto
 from scalecryo.train.stages.on_axes import moved_poses
@@ -61,9 +61,7 @@ class Relabelling(Classification):
 
     def _first_shares(self, batch: ParticleImages, known: PoseEstimates, start: int) -> Float[Tensor, "b classes"]:
         """By the labels that are known."""
-        own = known.class_probability.double()[:, None]
-        label = torch.nn.functional.one_hot(known.class_index.long(), self._classes)
-        return torch.where(label > 0, own, (1 - own) / max(self._classes - 1, 1))
+        return shares_of_labels(known.class_index, known.class_probability.double(), self._classes)
 
     def _in_common_frame(self, known: PoseEstimates, batch: ParticleImages) -> PoseEstimates:
         self._frames = self._frames or self._frames_of_classes()
