@@ -61,6 +61,7 @@ def symmetry_axes(
         radius: Fourier pixels that are compared: up to where the map shows signal.
         centre_px: where the axes are sought first, from the box's centre, (x, y, z): the centre of mass.
     """
+    group = group.to("cpu")  # as the map is: it is small, and what looks for the frame goes step by step
     box = min(volume.shape[-1], 2 * math.ceil(radius + 2))
     scale = volume.shape[-1] / box
     compared = _Compared(fourier_resize_3d(volume, box).cpu(), group, min(radius, box / 2 - 1))
@@ -109,7 +110,7 @@ class _Compared:
     def __init__(self, volume: Float[Tensor, "n n n"], group: PointGroup, radius: float) -> None:
         self._slices = SliceComparison(volume, volume)
         self.radius, self._box, self._group = radius, volume.shape[-1], group
-        self._all = group.others.cpu()
+        self._all = group.others
 
     def search(self, centre_px: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The best frames of a grid about a centre, some degrees apart."""

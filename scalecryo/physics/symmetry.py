@@ -110,6 +110,10 @@ class PointGroup:
         """
         return cls(name.strip().upper(), symmetry_rotations(name).to(device, torch.float32))
 
+    def to(self, device: torch.device | str) -> "PointGroup":
+        """The same group on a device."""
+        return PointGroup(self.name, self.rotations.to(device))
+
     def __len__(self) -> int:
         return len(self.rotations)
 

@@ -103,6 +103,7 @@ class OwnedSums:
         maps = self._solve_tied(shares, regularisation, without)
         groups = zip(maps.unflatten(0, tuple(shares.shape)), shares, strict=True)
         kept = torch.stack([alike_shares(of_group, own) for of_group, own in groups])
+        self._world.broadcast_(0, kept)  # others might round otherwise, and it decides what is solved
         if not torch.equal(kept, shares):
             maps = self._solve_tied(kept, regularisation, without)
         return maps, kept

@@ -112,6 +112,9 @@ class _BeforeDispatch(TorchFunctionMode):
             return format(args[0].cpu(), *args[1:])
         if func is Tensor.tolist and isinstance(args[0], OnDevice):
             return args[0].cpu().tolist()
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list):
+            # Made into a tensor on "meta" without dispatching, which leaves its memory unfilled.
+            return func(args[0], torch.tensor(args[1]).to(args[0].device), *args[2:])
         return func(*args, **kwargs)
 
 
