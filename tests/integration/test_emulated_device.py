@@ -44,6 +44,12 @@ RECIPES = {
 GUIDED = {"guided.iterations": "1", "guided.bootstrap_steps": "3", "guided.starts": "1", "guided.encoder_steps": "0",
           "guided.bootstrap_rounds": "1", "guided.shift_radius_a": "4", "guided.batch_size": "100",
           "train.rows": "200"}  # fmt: skip
+#: What is made of the recipes, to the end.
+WHOLE = {
+    "symmetry": GUIDED | {"guided.encoder_steps": "2", "train.symmetry": "C2"},
+    "classes": GUIDED | {"train.classes": "2", "train.symmetry": "C2"},
+    "components": {"pose.source": "known", "train.steps": "1", "train.components": "2"},
+}
 #: Related poses: the identity, a half turn, which this map tells at once, and a turn of 2°, which it hardly does.
 TURNS = torch.linalg.matrix_exp(torch.tensor([0.0, torch.pi, 0.035])[:, None, None] * torch.tensor(
     [[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -143,12 +149,14 @@ def test_a_batch_that_is_searched_waits_thirteen_times(
     assert parts == [{"_to_copy": 3 + 2 * PARTS + 2}] * 3
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *WHOLE])
 def test_every_recipe_keeps_its_tensors_on_the_device(
-    recipe: str, simulated: SimulatedParticles, tmp_path: Path
+    recipe: str, simulated: SimulatedParticles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(components, "PASSES", 4)
+    monkeypatch.setattr(on_axes, "REFUSED", -1.0)  # the particles have no symmetry: the way is what is tested
     exported = tmp_path / "run.prom"
-    settings = RECIPES[recipe] | {"monitor.prometheus": str(exported)}
+    settings = (RECIPES | WHOLE)[recipe] | {"monitor.prometheus": str(exported)}
     with EmulatedDevice() as device:
         loop.train(made(settings, simulated.posed_store, tmp_path / "run", 0), World(), DEVICE)
     assert (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -161,7 +169,7 @@ def test_every_recipe_keeps_its_tensors_on_the_device(
 def train_on_device(world: World, given: dict[str, Config], folder: str) -> None:
     """Train one run after the other; each leaves how often it called which collective."""
     components.PASSES, Classification.starts, Classification.most_passes = 4, 2, (1, 1)
-    on_axes.REFUSED = -1.0  # the particles have no symmetry: the way is what is tested
+    on_axes.REFUSED = -1.0
     for module in (gradients, autoencoder_training, encoder_training, latent_training):
         vars(module)["replicated"] = averaging
     with EmulatedDevice() as device:
@@ -190,7 +198,7 @@ def by_two(simulated: SimulatedParticles, tmp_path_factory: pytest.TempPathFacto
     chosen = RECIPES | {
         "guided": GUIDED,
         "classes": RECIPES["poses"] | {"train.classes": "2"},
-        "components": {"pose.source": "known", "train.steps": "1", "train.components": "2"},
+        "components": WHOLE["components"],
         "symmetry": RECIPES["poses"] | {"train.symmetry": "C2"},
     }
     given = {

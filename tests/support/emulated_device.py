@@ -9,6 +9,7 @@ import ast
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -138,17 +139,20 @@ class EmulatedDevice(TorchDispatchMode):
         supported = [DEVICE.type, "cpu", "cuda"]
         self._gathered = patch("torch.distributed.all_gather_object", self._gather_objects)
         self._fused = patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: supported)
+        self._narrow = patch("torch.autocast", lambda *_args, **_kwargs: nullcontext())  # asks for a name too
         self._before = _BeforeDispatch()
 
     def __enter__(self) -> "EmulatedDevice":
         super().__enter__()
         self._before.__enter__()
         self._fused.start()
+        self._narrow.start()
         self._gathered.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._gathered.stop()
+        self._narrow.stop()
         self._fused.stop()
         self._before.__exit__(*error)
         super().__exit__(*error)

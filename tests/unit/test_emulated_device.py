@@ -61,4 +61,8 @@ def test_numbers_and_indices_may_come_from_the_host() -> None:
         values = torch.ones(3).to(DEVICE)
         assert (values * torch.tensor(2.0)).sum().item() == 6
         assert values[torch.tensor([True, False, True])].tolist() == [1, 1]
+        values[[0, 2]] = torch.tensor([2.0, 3.0]).to(DEVICE)
+        assert values.tolist() == [2, 1, 3]
+        assert values[[1, 2]].tolist() == [1, 3]
+        values.fill_(1)
         assert torch.zeros(3).copy_(values).tolist() == [1, 1, 1]
