@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.evaluate.align_maps import align_maps, apply_alignment
-from scalecryo.physics.fsc import fsc, power_spectrum
+from scalecryo.physics.fsc import fsc, full_map_fsc, power_spectrum
 
 AS_STRONG = 1.5  # factor in power over the shells beyond which maps need not be aligned to be told apart
 
@@ -29,8 +29,7 @@ def likeness(
         shells: that are compared.
     """
     laid = apply_alignment(first, align_maps(first, second))
-    whole = [2 * curve.clamp(0, 1) / (1 + curve.clamp(0, 1)) for curve in halves]
-    expected = (whole[0] * whole[1]).sqrt()[shells]
+    expected = (full_map_fsc(halves[0]) * full_map_fsc(halves[1])).sqrt()[shells]
     return float(fsc(laid, second)[shells].mean() / expected.double().mean().clamp_min(1e-6))
 
 

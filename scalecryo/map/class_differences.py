@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from scalecryo.physics.fsc import fsc, weight_shells
+from scalecryo.physics.fsc import fsc, full_map_fsc, weight_shells
 from scalecryo.physics.mask import gaussian_low_pass
 
 # Power of a class's difference over that of the common map, over these shells, from which on the class is unlike.
@@ -74,7 +74,7 @@ def _shared(
 ) -> tuple[Float[Tensor, "h n n n"], Float[Tensor, "2 n n n"]]:
     """What both halves show, shell by shell, and the half-maps filtered alike."""
     curve = fsc(halves[0] * mask, halves[1] * mask).float().clamp(0, 1)
-    weight = 2 * curve / (1 + curve) if joined else curve
+    weight = full_map_fsc(curve) if joined else curve
     filtered = torch.stack([weight_shells(half, weight) for half in halves])
     return (filtered.mean(0, keepdim=True) if joined else filtered), filtered
 

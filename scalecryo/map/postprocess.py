@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from scalecryo.map.reference import ReferenceSet, c_ref
-from scalecryo.physics.fsc import fsc, phase_randomise, power_spectrum, resolution, weight_shells
+from scalecryo.physics.fsc import fsc, full_map_fsc, phase_randomise, power_spectrum, resolution, weight_shells
 
 RANDOM_FROM = 0.8  # phases are randomised past the shell where the unmasked FSC falls below this
 FIT_FROM_ANGSTROM = 10.0  # below this resolution the fall-off is the molecule's shape, not its B-factor
@@ -95,7 +95,7 @@ def guinier_b_factor(volume: Float[Tensor, "n n n"], curve: Float[Tensor, " shel
     shells = torch.arange(first, int(last) + 1, device=curve.device)
     known = curve[shells].clamp(1e-3, 1)
     # The mean power of signal and noise, less the noise's share.
-    signal = power_spectrum(volume).to(known)[shells] * (2 * known / (1 + known))
+    signal = power_spectrum(volume).to(known)[shells] * full_map_fsc(known)
     squared = (shells.double() / (box_size * pixel_size)).square()
     design = torch.stack([squared, torch.ones_like(squared)], 1)
     slope = torch.linalg.lstsq(design, 0.5 * signal.clamp_min(1e-30).log().double()[:, None]).solution[0, 0]

@@ -15,7 +15,7 @@ from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.solvent import SolventMask
 from scalecryo.physics.fft import FourierPixels, fourier_resize_3d, rfft3_centred
 from scalecryo.physics.fourier_slice import gridding_correction
-from scalecryo.physics.fsc import fsc, resolution, weight_shells
+from scalecryo.physics.fsc import fsc, full_map_fsc, resolution, weight_shells
 from scalecryo.physics.kernels.packed_volume import PackedVolume
 from scalecryo.physics.mask import density_radius, mask_from_map, soft_sphere
 
@@ -227,5 +227,4 @@ def reference_transform(volume: Float[Tensor, "n n n"], padding: float) -> Compl
 
 def c_ref(curve: Float[Tensor, " shells"]) -> Float[Tensor, " shells"]:
     """Expected correlation of the halves' mean with the truth, sqrt(2 FSC / (1 + FSC)) (Rosenthal & Henderson 2003)."""
-    positive = curve.clamp(0, 1)
-    return (2 * positive / (1 + positive)).sqrt()
+    return full_map_fsc(curve).sqrt()

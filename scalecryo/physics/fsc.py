@@ -89,6 +89,12 @@ def resolution(
     return shell, box_size * pixel_size / max(shell, 1.0)
 
 
+def full_map_fsc(curve: Float[Tensor, " s"]) -> Float[Tensor, " s"]:
+    """FSC of two maps of all images by that of halves, 2 FSC / (1 + FSC), from 0 on (Rosenthal & Henderson 2003)."""
+    positive = curve.clamp(0, 1)
+    return 2 * positive / (1 + positive)
+
+
 def shell_mean(values: Float[Tensor, "n n h"]) -> Float[Tensor, " s"]:
     """Mean over each shell of a real field given on the half-complex grid."""
     box_size = values.shape[0]

@@ -56,8 +56,7 @@ class OwnedSums:
 
     def symmetrise(self, rotations: Float[Tensor, "e 3 3"], radius: float) -> None:
         """`Backprojection.symmetrise` of the sums that this worker owns."""
-        mine = self._by_owner().get(self._world.rank, [])
-        which = [2 * part + half - 1 for number, half in mine for part in self._classes(number)]
+        which = [2 * part + half - 1 for number, half in self._mine() for part in self._classes(number)]
         self.sums.symmetrise(rotations, radius, sorted(which))
 
     def solve(
@@ -70,15 +69,12 @@ class OwnedSums:
             without: part that is left out.
         """
         found = self._empty(self.sums.classes // self._parts, 2)
-        owners = self._by_owner()
-        for number, half in owners.get(self._world.rank, []):
+        for number, half in self._mine():
             # Merged one at a time, and only by those who own it: a copy of all would take as much as a pass's sums.
             whole = self.sums if self._parts == 1 else self.sums.merged(self._classes(number, without), half)
             place = (number, half) if self._parts == 1 else (0, 1)
             found[number, half - 1] = whole.solve_one(*place, regularisation)
-        for owner, maps in owners.items():
-            self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
-        return found
+        return self._to_all(found)
 
     def solve_tied(
         self,
@@ -112,8 +108,7 @@ class OwnedSums:
         self, shares: Float[Tensor, "groups classes"], regularisation: float, without: int | None
     ) -> Float[Tensor, "maps 2 n n n"]:
         """Maps of those with a share are tied, others are not. Collective."""
-        found, owners = self._empty(self.sums.classes // self._parts, 2), self._by_owner()
-        mine = owners.get(self._world.rank, [])
+        found, mine = self._empty(self.sums.classes // self._parts, 2), self._mine()
         for group, own in enumerate((shares > 0).tolist()):
             first = group * len(own)
             tied = {first + number for number, is_tied in enumerate(own) if is_tied}
@@ -130,16 +125,14 @@ class OwnedSums:
                         found[number, half - 1] = base + whole.solve_one(0, 1, SHRINKAGE)
                     else:
                         found[number, half - 1] = whole.solve_one(0, 1, regularisation)
-        for owner, maps in owners.items():
-            self._world.broadcast_(owner, *(found[number, half - 1] for number, half in maps))
-        return found
+        return self._to_all(found)
 
     def _sum_of(self, numbers: Set[int], without: int | None) -> Backprojection:
         """The sums of some maps together, half by half, on every worker. Collective."""
         found = self.sums.merged([0])  # as symmetric as they are
         for grid, total in zip(self.sums.tensors(), found.tensors(), strict=True):
             total.zero_()
-            for number, half in self._by_owner().get(self._world.rank, []):
+            for number, half in self._mine():
                 for part in self._classes(number, without) if number in numbers else ():
                     total[0, half - 1] += grid[part, half - 1]
         self._world.all_reduce_(*found.tensors())
@@ -160,7 +153,7 @@ class OwnedSums:
         copies = self._empty(2)
         weight = maps.new_zeros(2, *maps.shape[1:3], self.sums.box_size // 2 + 1)
         centre, whole_turn = symmetry_centre(related.rotation, related.offset), torch.eye(3).to(mask)
-        for _, half in self._by_owner().get(self._world.rank, []):
+        for _, half in self._mine():
             whole = self.sums.merged(self._classes(0), half)
             weight[half - 1] = whole.weight()
             whole.moved(centre)
@@ -177,14 +170,21 @@ class OwnedSums:
     ) -> Float[Tensor, "maps n n n"]:
         """Every map from both halves together; arguments as in `solve`. Collective."""
         assert self._joined, "one worker needs both halves"
-        found = self._empty(self.sums.classes // self._parts)
-        owners = {owner: maps[::2] for owner, maps in self._by_owner().items()}
-        for number, _ in owners.get(self._world.rank, []):
+        found = self._empty(self.sums.classes // self._parts, 1)
+        for number, _ in self._mine()[::2]:
             both = self.sums.merged(self._classes(number, without)).joined()
-            found[number] = both.solve_one(0, 1, regularisation)
-        for owner, maps in owners.items():
-            self._world.broadcast_(owner, *(found[number] for number, _ in maps))
-        return found
+            found[number, 0] = both.solve_one(0, 1, regularisation)
+        return self._to_all(found)[:, 0]
+
+    def _to_all(self, maps: Float[Tensor, "maps halves n n n"]) -> Float[Tensor, "maps halves n n n"]:
+        """Maps that their owners solved, on every worker; each by its halves, or one of both together. Collective."""
+        for owner, owned in self._by_owner().items():
+            self._world.broadcast_(owner, *(maps[number, half - 1] for number, half in owned if half <= maps.shape[1]))
+        return maps
+
+    def _mine(self) -> list[tuple[int, int]]:
+        """Maps and halves of this worker, in order."""
+        return self._by_owner().get(self._world.rank, [])
 
     def _by_owner(self) -> dict[int, list[tuple[int, int]]]:
         """Maps and halves of each worker that owns any, in order."""
