@@ -1,8 +1,8 @@
 """Simulated sets as a microscope makes them: what `tools/stress.py` runs.
 
-Structures are files of `shared/data/structures`, or parts of them by gemmi's selections. The first sets are each hard
-in a way of their own; those whose names begin with `m-` vary one condition at a time (noise, signal, views, junk,
-scale, count) about a base, for five specimens.
+Structures are files of `shared/data/structures`, parts of them by gemmi's selections, or maps of the folder beside it.
+The first sets are each hard in a way of their own; those whose names begin with `m-` vary one condition at a time
+(noise, signal, views, junk, scale, count) about a base, for five specimens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,6 +26,9 @@ GROEL: Structure = ("1mnf.pdb.gz", "")
 COMPLEX: Structure = (
     "6zu5.cif.gz", "LB0,LDD,LH0,LMM,LP0,LPP,LR0,LU0,LV0,LW0,SE0,SEE,SG0,SI0,SJ0,SL0,SN0,SW0,SX0,SY0"
 )  # fmt: skip
+# Maps of real particles, with their noise: β-galactosidase (D2) and EMD-1832, a helicase.
+GALACTOSIDASE: Structure = ("../maps/betagal_100.mrc", "")
+HELICASE: Structure = ("../maps/emd_1832.map", "")
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,13 @@ SETS: dict[str, StressSet] = {
     "c4": StressSet(
         "four copies of 4AKE about z", ((ADK,),), 4000, 64, 3.0, -8.0, (0.8, 2.0), 4.0, HALF | {"symmetry": "C4"},
         quick={"n": 1500},
+    ),
+    "galactosidase": StressSet(
+        "a map of β-galactosidase (D2), all that a microscope does", ((GALACTOSIDASE,),), 6000, 100, 3.54, -10.0,
+        added=SCOPE, quick={"n": 2000},
+    ),
+    "helicase": StressSet(
+        "EMD-1832, all that a microscope does", ((HELICASE,),), 5000, 64, 5.7, -8.0, added=SCOPE, quick={"n": 1500}
     ),
 }  # fmt: skip
 
