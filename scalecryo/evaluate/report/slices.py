@@ -1,5 +1,6 @@
 """Grey pictures: slices of maps."""
 
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from scalecryo.evaluate.report.figure import png_of
 
+LINE = 72  # characters that fit over a row
 SAMPLED = 300_000  # voxels that the grey scale is judged by, at least
 
 
@@ -28,6 +30,6 @@ def slices_figure(
             axes.imshow(plane, cmap="gray", vmin=low, vmax=max(high, low + 1e-12), extent=extent, origin="lower")
             axes.set(xlabel=f"{labels[0]} (Å)", ylabel=f"{labels[1]} (Å)")
             axes.tick_params(labelsize="small")
-        row[1].set_title(name)
+        row[1].set_title(textwrap.fill(name, LINE))
     figure.suptitle(title)
     return png_of(figure)
