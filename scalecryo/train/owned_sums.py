@@ -98,8 +98,7 @@ class OwnedSums:
         """
         maps = self._solve_tied(shares, regularisation, without)
         groups = zip(maps.unflatten(0, tuple(shares.shape)), shares, strict=True)
-        kept = torch.stack([alike_shares(of_group, own) for of_group, own in groups])
-        self._world.broadcast_(0, kept)  # others might round otherwise, and it decides what is solved
+        kept = torch.stack([tied_shares(of_group, own, self._world) for of_group, own in groups])
         if not torch.equal(kept, shares):
             maps = self._solve_tied(kept, regularisation, without)
         return maps, kept
@@ -159,8 +158,8 @@ class OwnedSums:
             whole.moved(centre)
             whole.symmetrise(related.rotation[1:], radius)
             copies[half - 1] = linear_map(whole.solve_one(), whole_turn, centre * self.sums.box_size)
-        for owner, owned in self._by_owner().items():
-            self._world.broadcast_(owner, *(part[half - 1] for _, half in owned for part in (copies, weight)))
+        self._to_all(copies[None])
+        self._to_all(weight[None])
         drawn, share = drawn_to_symmetry(maps * mask, copies * mask, weight)
         self._world.broadcast_(0, share)  # others might round otherwise, and it decides when the run ends
         return drawn, share
@@ -176,8 +175,8 @@ class OwnedSums:
             found[number, 0] = both.solve_one(0, 1, regularisation)
         return self._to_all(found)[:, 0]
 
-    def _to_all(self, maps: Float[Tensor, "maps halves n n n"]) -> Float[Tensor, "maps halves n n n"]:
-        """Maps that their owners solved, on every worker; each by its halves, or one of both together. Collective."""
+    def _to_all(self, maps: Float[Tensor, "maps halves z y x"]) -> Float[Tensor, "maps halves z y x"]:
+        """What owners made of maps, in place on every worker; of each both halves, or one of both. Collective."""
         for owner, owned in self._by_owner().items():
             self._world.broadcast_(owner, *(maps[number, half - 1] for number, half in owned if half <= maps.shape[1]))
         return maps
@@ -200,6 +199,15 @@ class OwnedSums:
     def _empty(self, *count: int) -> Tensor:
         device = self.sums.denominator.device
         return torch.empty((*count, *[self.sums.box_size] * 3), dtype=torch.float32, device=device)
+
+
+def tied_shares(
+    maps: Float[Tensor, "classes 2 n n n"], shares: Float[Tensor, " classes"], world: World
+) -> Float[Tensor, " classes"]:
+    """`alike_shares` by worker 0, to all: others might round otherwise, and it decides what is tied. Collective."""
+    kept = alike_shares(maps, shares)
+    world.broadcast_(0, kept)
+    return kept
 
 
 def solve_components(

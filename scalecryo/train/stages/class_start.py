@@ -24,7 +24,6 @@ from scalecryo.distributed.world import World
 from scalecryo.evaluate.classes import effective_classes
 from scalecryo.evaluate.likeness import alike
 from scalecryo.map.backprojection import Backprojection
-from scalecryo.map.class_differences import alike_shares
 from scalecryo.map.noise import NoiseSpectrum
 from scalecryo.map.reference import ReferenceSet, reference_transform
 from scalecryo.physics.fsc import fsc
@@ -36,6 +35,7 @@ from scalecryo.pose.class_posterior import FEW, ClassPosterior
 from scalecryo.pose.expectation import expected_slices
 from scalecryo.pose.search import turned_grid
 from scalecryo.runs.monitor import PassReport
+from scalecryo.train.owned_sums import tied_shares
 from scalecryo.train.particle_source import RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_contrast
@@ -336,7 +336,7 @@ class ClassStart(StartRounds):
         return len(at) > 0
 
     def _first_references(self) -> ReferenceSet:
-        """The classes' maps, the same for both halves, filtered by what the halves' own sums share."""
+        """The classes' maps, the same for both halves, filtered by what the halves' own sums share. Collective."""
         start, context = self._going[0], self._context
         pixel_size = context.store.level_pixel_size(self._sums.box_size)
         joint, first = self._solved(start), start * self._classes
@@ -347,8 +347,11 @@ class ClassStart(StartRounds):
             if float(volume.amax()) > 0:
                 maps[-1] = self._to_centre(maps[-1], volume)
         all_maps, noise = torch.stack(maps), torch.ones(self._sums.box_size // 2 + 1, device=self._grid.device)
+        shares = None
+        if context.one_assembly:
+            shares = tied_shares(all_maps[:, 1:], self._balance.share[start].float(), context.world)
         found = ReferenceSet.of_maps(
             all_maps[:, 1:], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, solvent=context.solvent,
-            shares=alike_shares(all_maps[:, 1:], self._balance.share[start].float()) if context.one_assembly else None,
+            shares=shares,
         )  # fmt: skip
         return replace(found, maps=all_maps[:, :1].expand(-1, 2, -1, -1, -1).clone())

@@ -19,7 +19,6 @@ from torch import Tensor
 from scalecryo.data.selection.partition import PARTS
 from scalecryo.distributed.world import World
 from scalecryo.map.backprojection import PADDING, Backprojection
-from scalecryo.map.class_differences import alike_shares
 from scalecryo.map.reference import Reference, ReferenceSet, reference_transform
 from scalecryo.physics.fft import fourier_resize_3d
 from scalecryo.physics.fsc import weight_shells
@@ -31,7 +30,7 @@ from scalecryo.pose.candidate_refinement import empty_cost
 from scalecryo.pose.estimator import map_weight
 from scalecryo.pose.particle_probability import ParticleProbability, predicted_images
 from scalecryo.runs.monitor import PassReport
-from scalecryo.train.owned_sums import OwnedSums
+from scalecryo.train.owned_sums import OwnedSums, tied_shares
 from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.class_shares import floored
@@ -274,7 +273,7 @@ class Classification:
         pixel_size = self._context.store.level_pixel_size(self._sums.box_size)
         found = ReferenceSet.of_maps(
             maps, pixel_size, noise=common.noise, radius=self._pixels.radius_limit, solvent=self._context.solvent,
-            shares=alike_shares(maps, self._share[self._going[0]]),
+            shares=tied_shares(maps, self._share[self._going[0]], world),
         )  # fmt: skip
         self._learned.references = found
         self._learned.class_shares = tuple(self._share[self._going[0]].tolist())  # host sync
