@@ -45,8 +45,9 @@ from scalecryo.train.stages.start_rounds import FIRST_REFERENCE_RADIUS, RADIUS, 
 logger = logging.getLogger(__name__)
 VIEWS_DECAY = 0.98  # of the count of views: of 50 batches, for a density that chance does not make
 # The start may end where the halves' mean correlation over shells 2 to 6, aligned, is at least so much and a round
-# brings less than this factor in likelihood gain. Halves that agree less may share a distortion, which only the start
-# cures, slowly: a map sheared by 9°, crowded views, 800 of 2,000 images junk, agreed by 0.83 and gained 1.6 % still.
+# brings less than this factor in likelihood gain. Halves that agree less may share a distortion, which more rounds
+# lessen and the refinement may keep: halves of a map sheared by 9°, crowded views, 800 of 2,000 images junk, agreed by
+# 0.83 and gained 1.6 % still.
 ENDS = ((0.8, 1.01), (0.9, 1.03))
 WEAK = 0.5  # below which the structure is said to be weak
 STALLED, STALLED_GAIN = 5, 1.01  # rounds in which the likelihood gain grows by less than this factor: no use to go on
