@@ -26,7 +26,8 @@ _SEARCH_RADIUS = 6.0
 # Candidates of the search in each hand; radii of refinement (cycles per box), evaluations, and how many go on after.
 _CANDIDATES = 12
 _RADII = ((10.0, 12, 6), (20.0, 25, 2), (40.0, 25, 1), (math.inf, 25, 1))
-_SYMMETRY_RADIUS, _SYMMETRIC, _SMALLEST_DEG = 16.0, 0.8, 30.0  # of a map's own operations: shells, agreement, turn
+_SYMMETRY_RADIUS, _SMALLEST_DEG = 16.0, 30.0  # of a map's own operations: shells, turn
+SYMMETRIC = 0.8  # agreement with itself of a map that counts as symmetric
 
 
 def mirror(volume: Float[Tensor, "n n n"]) -> Float[Tensor, "n n n"]:
@@ -136,13 +137,13 @@ def rotational_symmetry(volume: Float[Tensor, "n n n"]) -> Float[Tensor, "g 3 3"
 
 
 def symmetry_operations(
-    volume: Float[Tensor, "n n n"], others: Float[Tensor, "e 3 3"] | None = None
+    volume: Float[Tensor, "n n n"], others: Float[Tensor, "e 3 3"] | None = None, *, least: float = SYMMETRIC
 ) -> list[Alignment]:
     """How a map lies on itself, the identity first: with S = Qᵀ, V(S (x − u)) ≈ V(x), its symmetry or pseudo-symmetry.
 
     The shift u, px, is none where the axis goes through the box's centre. An operation counts when the mean shell
-    correlation of the map with its moved self over shells 1 to 16 (or the box's last) reaches 0.8 and its rotation is
-    not within 30° of the identity, or 10° of others that are known already.
+    correlation of the map with its moved self over shells 1 to 16 (or the box's last) reaches `least` and its rotation
+    is not within 30° of the identity, or 10° of others that are known already.
     """
     # A box that holds the shells in question is enough, and quick.
     small = fourier_resize_3d(volume, min(volume.shape[-1], 3 * int(_SYMMETRY_RADIUS)))
@@ -152,11 +153,11 @@ def symmetry_operations(
     starts = [Alignment(turn, False, shift, 0.0) for turn, shift, _ in comparison.search(40, away_deg=_SMALLEST_DEG)]
     known = torch.cat([found[0].rotation[None], beside])
     # A quick look first: most starts end at a rotation that is known already, or at none.
-    for radius, evaluations, least in ((_RADII[0][0], 12, _SYMMETRIC - 0.2), (_SYMMETRY_RADIUS, 25, _SYMMETRIC)):
+    for radius, evaluations, enough in ((_RADII[0][0], 12, least - 0.2), (_SYMMETRY_RADIUS, 25, least)):
         starts = [
             one
             for one in comparison.refine(starts, radius, evaluations)
-            if one.score >= least and _angles(one, known[:1])[0] >= _SMALLEST_DEG
+            if one.score >= enough and _angles(one, known[:1])[0] >= _SMALLEST_DEG
         ]
         starts = _apart(starts, known)
     found += starts

@@ -13,6 +13,9 @@ from scalecryo.map.reference import ReferenceSet
 from scalecryo.physics.rotation import geodesic_angle, nearest_turned
 from scalecryo.physics.symmetry import PointGroup, generated_group, symmetry_rotations
 
+# Agreement of a map with itself that makes poses related. Less than that of a map which is called symmetric: one that a
+# wrong start has strained by 4 % agrees with itself by 0.76, and gets straight by related poses alone.
+SIMILAR = 0.7
 ALIKE = 0.97  # of the halves' own correlation: a turned half that agrees as well as this is the same map
 
 
@@ -47,7 +50,7 @@ class RelatedRotations:
         """
         mean, device = references.mean(class_index) * references.mask[class_index], references.maps.device
         known = None if group is None else group.others.cpu()
-        found = symmetry_operations(mean.cpu(), others=known)
+        found = symmetry_operations(mean.cpu(), others=known, least=SIMILAR)
         similar = torch.stack([one.rotation.mT for one in found])[1:]
         if group is not None:
             similar = _on_cpu(group).beyond(similar)
@@ -107,7 +110,7 @@ class RelatedPoses:
             group: whose own operations are left out; None: C1.
         """
         known = None if group is None else group.others.cpu()
-        found = symmetry_operations(volume.cpu(), others=known)[:most]
+        found = symmetry_operations(volume.cpu(), others=known, least=SIMILAR)[:most]
         offset = torch.stack([one.shift_px for one in found]) / volume.shape[-1]
         rotation = torch.stack([one.rotation.mT for one in found])
         return cls(rotation, torch.zeros_like(offset) if centred else offset)
