@@ -80,7 +80,8 @@ class Iteration:
         )
         self._residuals = NoiseSpectrum(int(self.pixels.shell.max()) + 1, context.device)
         self.counts = torch.zeros(5, dtype=torch.float64, device=context.device)
-        """Particles that changed their mode, that turned visibly, seen before; summed likelihood gain, of how many."""
+        """Of the images that fit: those that changed their mode, that turned visibly, seen before; summed likelihood
+        gain of all images, and how many."""
         self.exchanged = torch.zeros(2, dtype=torch.float64, device=context.device)
         """Particles that took a related pose, that were offered one."""
         self.lost = torch.zeros(2, dtype=torch.float64, device=context.device)
@@ -214,6 +215,7 @@ class Iteration:
             modulo = angle_modulo(known.rotation, found.rotation, own)
             turned = torch.where(found.class_index == number, modulo, turned)
         gain = self._posing.whole.likelihood_gain(batch, found)
+        seen = seen & (found.particle_probability >= FITTING)  # junk jumps for ever
         restless = (turned > SAME / self.plan.radius) & seen
         jumped = (turned > MOVED_DEG) & seen
         if len(self.class_counts) == 1:  # classes share no frame
