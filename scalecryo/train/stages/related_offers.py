@@ -65,8 +65,9 @@ class RelatedOffers:
     def going_on(self) -> bool:
         """Whether one half had no offers yet, or the maps become ever more asymmetric: poses are being told apart."""
         last = self.asymmetry[-3:]
-        growing = len(last) > 1 and last[-1] > max(NOTICED, GROWS ** (len(last) - 1) * last[0])
-        return self.any and (len(self._taken) == 1 or growing)
+        factor = GROWS ** (len(last) - 1)
+        changing = len(last) > 1 and last[-1] > NOTICED and not last[0] / factor <= last[-1] <= factor * last[0]
+        return self.any and (len(self._taken) == 1 or changing)
 
     def at(self, references: ReferenceSet, radius: float, context: RunContext) -> RelatedPoses | None:
         """Poses to offer in an iteration with references of one class; None: none. Collective."""
