@@ -43,6 +43,8 @@ class EStepPlan:
         labels_stay: whether a known class, and its probability, are kept.
         modes: poses of each particle that `estimate_modes` tells.
         shift_sigma: of the Gaussian prior of shifts that it goes by, Å; None: all are equally likely.
+        doubted: confidence, times the probability of showing a particle, below which a known pose is one candidate
+            beside those of a search; in the only class.
     """
 
     radius: float
@@ -58,6 +60,7 @@ class EStepPlan:
     labels_stay: bool = False
     modes: int = 1
     shift_sigma: float | None = None
+    doubted: float = 0.0
 
 
 class PoseEstimator:
@@ -164,12 +167,13 @@ class PoseEstimator:
         *,
         search: bool | None = None,
     ) -> PoseEstimates:
-        """Poses against a class's half: all searched, or none, or those (None) without a remembered pose."""
+        """Poses against a class's half: all searched, or none, or those (None) without a remembered pose to rely on."""
         plan, found, reference = self._plan, known, self._references[which]
         if search or plan.search_known:
             found = self._search(images, known, seen, which)
         elif search is None:
-            wanted = seen.logical_not().nonzero()[:, 0]  # host sync
+            doubted = known.confidence * known.particle_probability < plan.doubted
+            wanted = (seen.logical_not() | doubted).nonzero()[:, 0]  # host sync
             if len(wanted):
                 found = known.put(
                     wanted, self._search(images.select(wanted), known.select(wanted), seen[wanted], which)

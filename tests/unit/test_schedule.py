@@ -97,14 +97,37 @@ def test_those_that_fit_nowhere_are_sought_as_long_as_some_are_found() -> None:
     schedule = Schedule(most_searches=8, most_settled=1)
     update(schedule, moved=None)  # nobody was seen before
     assert plan(schedule).lost_searched
-    update(schedule, moved=0.1, found_again=0.3)
+    update(schedule, moved=0.1, gain=1.3, found_again=0.3)
     assert plan(schedule).lost_searched
-    update(schedule, moved=0.1, found_again=0.01)
+    update(schedule, moved=0.1, gain=1.3, found_again=0.01)
     assert not plan(schedule).lost_searched
     centred = schedule.plan(LEVELS, shifted=False, extent=0.75)
     assert not centred.lost_searched
     imported = Schedule(most_searches=0, most_settled=1)
     assert not plan(imported).lost_searched
+
+
+def test_poses_that_nothing_is_sure_of_are_sought_once_more_after_the_search() -> None:
+    schedule = Schedule(most_searches=8, most_settled=1)
+    update(schedule, moved=None, found_again=0.0)
+    assert plan(schedule).doubted == 0  # all are searched
+    schedule.searched = False
+    assert (plan(schedule).doubted, plan(schedule).lost_searched) == (0.9, True)
+    update(schedule)
+    assert (plan(schedule).doubted, plan(schedule).lost_searched) == (0, False)
+    imported = Schedule(most_searches=0, most_settled=1)
+    assert plan(imported).doubted == 0
+    # Where views are crowded, by maps that creep no more; the run does not end before.
+    crowded = Schedule(most_searches=8, most_settled=1, searched=False, searches=2, crowded=True, radius=30.0)
+    assert plan(crowded).doubted == 0
+    update(crowded, creep=0.01, weighted=True, reach=28.0)
+    assert plan(crowded).doubted == 0
+    last = crowded.plan(LEVELS, shifted=True, extent=0.75, closing=True)
+    assert last.doubted == 0.9  # no more iterations to wait for
+    update(crowded, reach=28.0)
+    assert (plan(crowded).doubted, crowded.ended) == (0.9, False)
+    update(crowded, reach=28.0)
+    assert crowded.ended
 
 
 def test_thin_evidence_is_searched_for_more_modes() -> None:

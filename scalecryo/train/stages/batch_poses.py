@@ -91,6 +91,7 @@ class BatchPoses:
             source = learned.encoder.source(references)
         self.prepared = self._prepare(references)
         self.whole = self._estimator(self.prepared, source, left_out=plan.searched and parts is None)
+        self._thin = self._estimator(self.prepared, sources[1], left_out=False) if plan.doubted else None
         self._parts: list[tuple[PoseEstimator, PoseEstimator]] | None = None
         if parts is not None:
             self._parts = []
@@ -106,6 +107,8 @@ class BatchPoses:
             if plan.thin and self._one_class:
                 everyone = torch.arange(len(batch), device=batch.rows.device)
                 return _together(known, [(everyone, self.whole.estimate_modes(batch, known, seen))])
+            if self._thin is not None and self._one_class:
+                return PosedBatch(self._sought_anew(self._thin, batch, known, seen))
             return PosedBatch(self.whole.estimate(batch, known, seen, all_classes=plan.searched and self._number == 0))
         group = 2 * self._context.partition.part(batch.rows) + batch.half - 1
         if self._one_class:
@@ -127,6 +130,18 @@ class BatchPoses:
                 else:
                     found.append((at, [estimator.estimate(images, poses, seen[at], all_classes=again)]))
         return _together(known, found)
+
+    def _sought_anew(
+        self, thin: PoseEstimator, batch: ParticleImages, known: PoseEstimates, seen: Bool[Tensor, " b"]
+    ) -> PoseEstimates:
+        """Poses that nothing is sure of are sought anew, in images that say little for more modes and at all shifts."""
+        little = seen & (known.particle_probability >= FITTING) & (self.whole.known_gain(batch, known) < THIN)
+        usual, few = rows_by_group(little.long(), 2)
+        found = known
+        for estimator, at in ((self.whole, usual), (thin, few)):
+            if len(at):
+                found = found.put(at, estimator.estimate(batch.select(at), known.select(at), seen[at]))
+        return found
 
     def _says_little(
         self,

@@ -31,7 +31,7 @@ from scalecryo.train.stage import Learned
 from scalecryo.train.stages.batch_poses import Parts
 from scalecryo.train.stages.iteration import Iteration
 from scalecryo.train.stages.related_offers import RelatedOffer, RelatedOffers
-from scalecryo.train.stages.schedule import FIRST_RADIUS, THIN_START, Schedule
+from scalecryo.train.stages.schedule import CLOSING, FIRST_RADIUS, THIN_START, Schedule
 
 logger = logging.getLogger(__name__)
 SIGNAL = 0.143  # correlation of the halves that shows signal (Rosenthal & Henderson 2003)
@@ -79,7 +79,8 @@ class Refinement:
             schedule.radius = max(FIRST_RADIUS, reach)
         if not schedule.number and self._learned.start_gain is not None:
             schedule.thin = self._learned.start_gain < THIN_START
-        plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent())
+        closing = schedule.number + CLOSING >= self._most
+        plan = schedule.plan(context.levels, shifted=context.fit_shift, extent=references.extent(), closing=closing)
         parts = self._parts if plan.searched else None
         # Of several classes in each search: better maps tell more poses apart, and none is offered to them later.
         due = references.classes > 1 or not self._related

@@ -33,6 +33,8 @@ THIN_START, THIN = 20.0, 45.0  # nats that an image gains by a start's map, by a
 THIN_MODES, THIN_REACH, THIN_GRID = 20, 4 / 3, 2  # modes of a search then; radius and rotations, by the usual ones
 MAPPED = 8  # modes of such an image that enter the maps, each by its share of the probability
 THIN_SHIFTS = 3.0  # standard deviations of the shifts, up to which such an image is sought
+DOUBTED = 0.9  # confidence below which a pose is sought anew when the maps are almost what they will be
+CLOSING = 3  # iterations before the last possible one, when that is done at the latest
 RESTLESS = 0.3  # share of poses that still turn by a visible angle, above which it did
 
 
@@ -49,6 +51,7 @@ class IterationPlan:
         modes: that the search offers each particle.
         search_radius: Fourier pixels of the search.
         lost_searched: whether those that fit nowhere are sought anew, at all shifts.
+        doubted: confidence below which a known pose is sought anew; 0: none is.
         thin: whether the images on the whole say so little that many modes of each compete.
         thin_radius: Fourier pixels of the search of such an image. It is sought at all shifts, on a finer grid: with
             6VXX at -18 dB the best three modes of the usual search hold the right pose of 50 % of the images, at the
@@ -61,6 +64,7 @@ class IterationPlan:
     modes: int
     search_radius: float
     lost_searched: bool = False
+    doubted: float = 0.0
     thin: bool = False
     thin_radius: float = 0.0
 
@@ -103,7 +107,7 @@ class IterationPlan:
         return EStepPlan(
             self.radius, passes, left_out, tuple(steps), fit_shift=fit_shift, equivalent=equivalent,
             probability_radius=min(self.radius, PROBABILITY_RADIUS), shift_radius=shift_radius,
-            modes=MAPPED, shift_sigma=shift_sigma,
+            modes=MAPPED, shift_sigma=shift_sigma, doubted=self.doubted,
         )  # fmt: skip
 
 
@@ -155,6 +159,9 @@ class Schedule:
         balanced: whether crowded views count less in the maps: until the poses creep no more.
         crowded: whether there were any.
         lost_searched: whether particles that fit nowhere are sought anew, at all shifts: as long as that finds some.
+        straight: whether the last iteration's maps crept no more, with all views alike.
+        doubted: whether poses that nothing is sure of were sought anew by such maps: those found by poor maps may be
+            wrong, most of all where views are rare.
         thin: whether evidence is (`IterationPlan`): by the start's gain, then by the last iteration's.
         ended: whether nothing more is to be done.
     """
@@ -171,24 +178,30 @@ class Schedule:
     balanced: bool = True
     crowded: bool = False
     lost_searched: bool = True
+    straight: bool = False
+    doubted: bool = False
     thin: bool = False
     ended: bool = False
 
     def __post_init__(self) -> None:
         self.searched = self.searched and self.most_searches > 0
 
-    def plan(self, levels: tuple[int, ...], *, shifted: bool, extent: float) -> IterationPlan:
+    def plan(self, levels: tuple[int, ...], *, shifted: bool, extent: float, closing: bool = False) -> IterationPlan:
         """The next iteration.
 
         Args:
             levels: of the store.
             shifted: whether shifts are unknown.
             extent: diameter of the particle as a share of the box.
+            closing: whether few iterations are left.
         """
         radius = self.radius or FIRST_RADIUS
         plan = plan_iteration(radius, levels, self.number, searched=self.searched, shifted=shifted, extent=extent,
                               thin=self.thin and self.searched)  # fmt: skip
-        return replace(plan, lost_searched=shifted and self.most_searches > 0 and self.lost_searched)
+        due = not self.crowded or self.straight or closing
+        anew = due and self.most_searches > 0 and not self.searched and not self.doubted
+        lost = shifted and self.most_searches > 0 and (self.lost_searched or anew)
+        return replace(plan, lost_searched=lost, doubted=DOUBTED if anew else 0.0)
 
     def update(
         self,
@@ -235,10 +248,12 @@ class Schedule:
         else:
             # Where crowded views have counted less, the creep ended with that: with all alike it would go back.
             straight = creep < CREEPING or (self.crowded and not self.balanced)
-            still = straight and not weighted and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
+            self.straight = straight and not weighted
+            self.doubted = self.doubted or self.most_searches == 0 or plan.doubted > 0
+            still = self.straight and self.radius <= plan.radius + 1 and gain is not None and gain < SETTLED
             calm = not exchanging and (restless is None or restless < RESTLESS)
             self.settled = self.settled + 1 if still and calm else 0
-            self.ended = self.settled >= self.most_settled
+            self.ended = self.settled >= self.most_settled and self.doubted
 
     def share(self, most: int) -> float:
         """Share of the iterations that are done, of those expected, at most `most`: a guess, for the time left."""
@@ -266,6 +281,7 @@ class Schedule:
     def reopen(self) -> None:
         """Go on: there are particles that it has not seen. They start from modes of their own; no other is searched."""
         self.settled, self.ended, self.searched, self.balanced, self.lost_searched = 0, False, False, True, True
+        self.straight = self.doubted = False
 
     def state_dict(self) -> dict[str, Any]:
         """Its fields."""
@@ -277,4 +293,5 @@ class Schedule:
             setattr(self, name, state[name])
         self.lost_searched = state.get("lost_searched", False)  # older ones have none
         self.thin = state.get("thin", False)  # older ones have none
+        self.straight, self.doubted = state.get("straight", False), state.get("doubted", False)  # older ones have none
         self.balanced, self.crowded = state.get("balanced", True), state.get("crowded", False)  # older ones have none
