@@ -92,66 +92,67 @@ class StrainFit:
 
 
 class StrainSteps:
-    """Where the creep would end: the strain at which its velocity is zero, by Broyden's method; each half by itself.
+    """Where the creep would end: the strain at which its velocity is zero, by Broyden's method, for both halves alike.
 
-    After a step the maps need an iteration to become those of the new poses: its velocity says nothing.
+    Halves begin at one map, and their views are crowded alike: they share the strain, and its velocity is the mean of
+    theirs. After a step the maps need an iteration to become those of the new poses: its velocity says nothing.
     """
 
     def __init__(self) -> None:
-        self._velocity: Float[Tensor, "2 5"] | None = None
-        self._moved = torch.zeros(2, 5, dtype=torch.float64)  # since that velocity was measured
-        self._inverse = -(FIRST_STEP + 1) * torch.eye(5, dtype=torch.float64).repeat(2, 1, 1)  # of the Jacobian
-        self._recovering = self._creeping = False
+        self._velocity: Float[Tensor, " 5"] | None = None
+        self._moved = torch.zeros(5, dtype=torch.float64)  # since that velocity was measured
+        self._inverse = -(FIRST_STEP + 1) * torch.eye(5, dtype=torch.float64)  # of the Jacobian
+        self._recovering = self._creeping = self._stepped = False
 
-    def follow(self, strain: Float[Tensor, "2 3 3"]) -> Float[Tensor, "2 3 3"]:
+    def follow(self, strain: Float[Tensor, "2 3 3"]) -> Float[Tensor, "3 3"]:
         """The strain to apply now, zero for none.
 
         Args:
             strain: of each half's map by the iteration that just ended: the velocity.
         """
-        velocity = torch.einsum("hij,mij->hm", strain.cpu().double(), _BASIS)
+        velocity = torch.einsum("hij,mij->hm", strain.cpu().double(), _BASIS).mean(0)
         if self._recovering:
             self._moved += velocity
             self._recovering = False
-            return torch.zeros(2, 3, 3, dtype=torch.float64)
+            return torch.zeros(3, 3, dtype=torch.float64)
         if not self._creeping:
             self._creeping = self._lasts(velocity)
-        steps = torch.zeros_like(velocity)
-        if self._creeping:
-            steps = torch.stack([self._step(number, own) for number, own in enumerate(velocity)])
-        self._velocity, self._moved = velocity, velocity + steps
-        self._recovering = bool(steps.any())
-        return torch.einsum("hm,mij->hij", steps, _BASIS)
+        step = self._step(velocity) if self._creeping else torch.zeros_like(velocity)
+        self._velocity, self._moved = velocity, velocity + step
+        self._recovering = self._stepped = bool(step.any())
+        return torch.einsum("m,mij->ij", step, _BASIS)
 
-    def _lasts(self, velocity: Float[Tensor, "2 5"]) -> bool:
+    def _lasts(self, velocity: Float[Tensor, " 5"]) -> bool:
         """Whether two iterations in a row strained the maps alike."""
         if self._velocity is None:
             return False
-        same, before = (velocity * self._velocity).sum(), self._velocity.square().sum()
-        return float(before.sqrt()) > STILL and float(same) > LASTING * float(before)
+        same, before = float(velocity @ self._velocity), float(self._velocity.square().sum())
+        return before**0.5 > STILL and same > LASTING * before
 
-    def _step(self, number: int, velocity: Float[Tensor, " 5"]) -> Float[Tensor, " 5"]:
+    def _step(self, velocity: Float[Tensor, " 5"]) -> Float[Tensor, " 5"]:
         if float(velocity.norm()) < STILL:
             return torch.zeros_like(velocity)
-        if self._velocity is not None:
-            moved, inverse = self._moved[number], self._inverse[number]
-            change = velocity - self._velocity[number]
+        if self._velocity is not None and self._stepped:  # what one iteration moves by itself is too little to tell
+            moved, inverse = self._moved, self._inverse
+            change = velocity - self._velocity
             predicted = inverse @ change
             scale = float(moved @ predicted)
             # A creep that grows as it goes on has no end that can be told: its pull grew, with the views' weights.
             if float(moved @ change) < 0 and scale > 1e-3 * float(moved.square().sum()):
-                self._inverse[number] = inverse + torch.outer(moved - predicted, moved @ inverse) / scale
-        step = -(self._inverse[number] @ velocity) - velocity  # the iteration itself went one velocity on
+                self._inverse = inverse + torch.outer(moved - predicted, moved @ inverse) / scale
+        step = -(self._inverse @ velocity) - velocity  # the iteration itself went one velocity on
         return step * min(1.0, MOST_STRAIN / max(float(step.norm()), STILL))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {name: getattr(self, f"_{name}") for name in ("velocity", "moved", "inverse", "recovering", "creeping")}
+        names = ("velocity", "moved", "inverse", "recovering", "creeping", "stepped")
+        return {name: getattr(self, f"_{name}") for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What `state_dict` gave."""
-        for name, value in state.items():
-            setattr(self, f"_{name}", value)
+        if "stepped" in state:  # older checkpoints have steps of each half by itself: begun anew
+            for name, value in state.items():
+                setattr(self, f"_{name}", value)
 
 
 def strained_poses(rotation: Float[Tensor, "b 3 3"], strain: Float[Tensor, "3 3"]) -> Float[Tensor, "b 3 3"]:

@@ -119,7 +119,8 @@ class Refinement:
         counts = iteration.counts.tolist()  # host sync
         gain = float(after.fsc_mean() / before.fsc_mean()) if before.level == after.level else None
         velocity = self._velocity(iteration)
-        creep = float(velocity.flatten(1).norm(dim=1).max())  # host sync
+        # What the halves share: noise strains each of them in a way of its own.
+        creep = float((velocity[0] * velocity[1]).sum().clamp_min(0).sqrt())  # host sync
         even = self._views is not None and self._schedule.balanced and not iteration.weighted
         self._views = iteration.views.counts
         related = _share(*iteration.exchanged.tolist())  # host sync
@@ -201,9 +202,9 @@ class Refinement:
         if iteration.plan.searched:
             self._creep = StrainSteps()
         elif iteration.weighted and self._schedule.balanced and self._schedule.number + AFTER_STEP <= self._most:
-            steps = self._creep.follow(velocity)
-            if bool(steps.any()):
-                self._strain = steps.to(velocity.device, torch.float32)
+            step = self._creep.follow(velocity)
+            if bool(step.any()):
+                self._strain = step.to(velocity.device, torch.float32).expand(2, 3, 3)
 
     def done(self) -> bool:
         """Whether all iterations were made, or the last ones brought nothing."""
