@@ -177,7 +177,8 @@ def test_a_worker_and_then_the_driver_are_killed(
     (first, _), (second, again) = attempts(out)
     assert first == victim
     assert second != victim
-    assert again == list(range(kept + 1, last + 1))
+    assert again == list(range(kept + 1, again[-1] + 1))
+    assert again[-1] in (last, last + 1)  # a step's event is written before its row, and the kill may fall between
     shutil.copytree(out, folder / "killed_alone")
     alone = Run(cluster, folder / "killed_alone", "--resume", "--workers", "0")
     run = Run(cluster, out, "--resume")
