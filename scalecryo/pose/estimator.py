@@ -120,7 +120,7 @@ class PoseEstimator:
                     own, candidates, reference, plan.steps, plan.modes, fit_shift=plan.fit_shift,
                     prune_fraction=plan.prune_fraction, equivalent=self._equivalent(0), shift_sigma=plan.shift_sigma,
                 )  # fmt: skip
-            modes[0] = self._told(own, modes[0], reference)
+            modes[0] = self._told(own, modes[0], (0, half))
             found = [whole.put(at, mode) for whole, mode in zip(found, modes, strict=True)]
         return found
 
@@ -185,17 +185,21 @@ class PoseEstimator:
                     images, start, reference, [(plan.radius, plan.passes)], fit_shift=plan.fit_shift
                 )
             found = replace(refined, confidence=found.confidence)
-        return self._told(images, found, reference)
+        return self._told(images, found, which)
 
     def _equivalent(self, number: int) -> Float[Tensor, "e 3 3"] | None:
         """Rotations of a class that nothing tells apart."""
         return self._plan.equivalent[number] if self._plan.equivalent else None
 
-    def _told(self, images: ParticleImages, found: PoseEstimates, reference: Reference) -> PoseEstimates:
-        """Whether the images show the particle at these poses."""
+    def _told(self, images: ParticleImages, found: PoseEstimates, which: tuple[int, int]) -> PoseEstimates:
+        """Whether the images show the particle at these poses, by the other half's map, which holds nothing of them.
+
+        Where a view is rare, an image has a large share in its own half's map, which speaks for any that is there.
+        """
         plan = self._plan
         if not plan.probability_radius:
             return found
+        reference = self._references[which[0], 3 - which[1]]
         judge = self._judges.get(id(reference))
         if judge is None:
             pixels, shift_radius = images.pixels.prefix(plan.probability_radius), plan.shift_radius

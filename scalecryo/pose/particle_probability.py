@@ -83,7 +83,7 @@ class ParticleProbability:
         """
         Args:
             reference: that poses are found against.
-            pixels: that are compared. Low ones: an image's own share in the map would speak for it.
+            pixels: that are compared.
             shift_radius: of the disc of possible shifts, Å; 0 where particles are centred.
         """
         self._reference, self._pixels, self._shift_radius = reference, pixels, shift_radius

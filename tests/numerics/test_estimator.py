@@ -113,6 +113,20 @@ def test_a_known_pose_is_refined_and_kept_in_its_half() -> None:
     assert fell[images.half == 2].mean() > 0.9
 
 
+def test_an_image_is_judged_by_the_other_halfs_map() -> None:
+    # Images of another object that their own half's map shows, as it shows junk where views are rare, and the other
+    # half's does not. Reference: a map that shows it in both halves says that each is a particle.
+    pixels, known = fourier_pixels(BOX, 13.0), references(1)
+    shows = replace(known, maps=torch.stack([blobs(5), blobs(5)])[None])
+    images, truth = particles(shows, pixels)
+    alone = replace(known, maps=torch.stack([blobs(5), blobs(0)])[None])
+    seen, first = torch.ones(COUNT, dtype=torch.bool), images.half == 1
+    both, one = (estimator(own, pixels, search_known=False).estimate(images, truth, seen) for own in (shows, alone))
+    assert both.particle_probability.min() > 0.9
+    assert geodesic_angle(one.rotation, truth.rotation)[first].median() < 1.0
+    assert one.particle_probability[first].max() < 0.1
+
+
 def test_a_pose_far_from_the_known_shift_is_found_by_a_search_everywhere() -> None:
     # Known poses turned by 90°, at shifts 2.5 px off: three candidates at such a shift miss the true pose of many
     # images, three among all shifts do not. Reference: what the images were made with.
