@@ -4,7 +4,8 @@ Each step takes a small batch, forms the posterior over a randomly turned grid o
 centring is unknown), and inserts all images at all poses, weighted, into a sum that decays quickly. Several random
 starts run side by side on the same batches, each with two independent half-maps. From time to time all of these maps
 are judged by the same images, which none of them has learnt from, and the best start of each half goes on until both
-are the same structure. The best map is where both halves' refinement begins.
+are the same structure. The best map is where both halves' refinement begins. Where few images say little, a half may be
+too small to be found at all: halves that stay unlike go on from all images, until one of them finds the structure.
 
 Three things make it converge from noise where each image tells little (measured on ten simulated sets, 0 to -18 dB):
 the whole posterior, not its best few hypotheses; all of the frequencies from the first step on, since what is first
@@ -14,8 +15,8 @@ optima.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -40,17 +41,12 @@ from scalecryo.train.particle_source import BatchRequest, RunContext
 from scalecryo.train.stage import Learned
 from scalecryo.train.stages.checks import check_contrast
 from scalecryo.train.stages.on_axes import put_on_axes
+from scalecryo.train.stages.start_course import KEPT, Choice, StartCourse
 from scalecryo.train.stages.start_rounds import FIRST_REFERENCE_RADIUS, RADIUS, REGULARISATION, StartRounds
 
 logger = logging.getLogger(__name__)
 VIEWS_DECAY = 0.98  # of the count of views: of 50 batches, for a density that chance does not make
-# The start may end where the halves' mean correlation over shells 2 to 6, aligned, is at least so much and a round
-# brings less than this factor in likelihood gain. Halves that agree less may share a distortion, which more rounds
-# lessen and the refinement may keep: halves of a map sheared by 9°, crowded views, 800 of 2,000 images junk, agreed by
-# 0.83 and gained 1.6 % still.
-ENDS = ((0.8, 1.01), (0.9, 1.03))
 WEAK = 0.5  # below which the structure is said to be weak
-STALLED, STALLED_GAIN = 5, 1.01  # rounds in which the likelihood gain grows by less than this factor: no use to go on
 ROUNDS_EXPECTED = 3  # of most runs, for the time left
 Slot = tuple[int, int]  # start and half
 
@@ -76,6 +72,7 @@ class Bootstrap(StartRounds):
         self._views = torch.zeros(2 * self._starts, DIRECTIONS, device=context.device)  # of each slot
         self._step_views = ViewCounts(2 * self._starts, context.device)
         self._view_weights: ViewWeights | None = None
+        self._course = StartCourse()
 
     def request(self) -> BatchRequest:
         """As every start's; its batches weigh views by how crowded they are by now."""
@@ -94,22 +91,42 @@ class Bootstrap(StartRounds):
             message = f"start, round {len(self._earlier) + 1}: {here} of {total} batches"
         judged = self._judged > 0
         if judged:
-            pair, agreement, told = self._choose(world)
-            self._ended = settled(self._earlier, agreement) or len(self._earlier) == self._most_rounds
+            choice = self._choose(world)
+            self._go_on(choice)
             if self._ended:
-                if agreement < WEAK:
-                    note = f"the first map is weak: {told}: look at the result with care"
-                    self._learned.notes += (note,)
-                    logger.warning("%s", note)
-                self._learned.references = first_references(
-                    "start", self._to_centre(pair, pair.mean(0)), self._context, common=True
-                )
-                put_on_axes(self._context, self._learned)
+                self._conclude(choice)
             else:
-                message += f"; the halves' maps correlate by {agreement:.2f}: on"
+                message += f"; the halves' maps correlate by {choice.agreement:.2f}: on"
             self._judged = 0
         share = 1.0 if self._ended else self._share()
         return PassReport(message, self._images, checkpoint=not judged, progress=share)
+
+    def _go_on(self, choice: Choice) -> None:
+        """Learn from all images, from each half's own, or no more."""
+        course, before = self._course, self._course.pooled
+        course.update(self._earlier, choice)
+        self._ended = course.ended or len(self._earlier) == self._most_rounds
+        if course.taken_over:
+            self._take_over(*self._going)
+        if course.pooled and not before:
+            logger.info("start: the halves' maps stay unlike: each learns from the images of both")
+
+    def _take_over(self, best: Slot, other: Slot) -> None:
+        """Let the other half go on from the best map."""
+        (number, half), (to, other_half) = best, other
+        for grid in self._sums.tensors():
+            grid[to, other_half - 1] = grid[number, half - 1]
+        self._views[2 * to + other_half - 1] = self._views[2 * number + half - 1]
+
+    def _conclude(self, choice: Choice) -> None:
+        """Hand on what was found."""
+        if choice.agreement < WEAK or choice.reach < KEPT:
+            note = f"the first map is weak: {choice.told}: look at the result with care"
+            self._learned.notes += (note,)
+            logger.warning("%s", note)
+        maps = self._to_centre(choice.maps, choice.maps.mean(0))
+        self._learned.references = first_references("start", maps, self._context, common=True)
+        put_on_axes(self._context, self._learned)
 
     def _share(self) -> float:
         """Share of the steps that are done, of those expected; one of the first round learns for every start."""
@@ -119,11 +136,12 @@ class Bootstrap(StartRounds):
         return done / (rounds * self._steps + more)
 
     def _standing(self) -> dict[str, Any]:
-        return super()._standing() | {"going": list(self._going)}
+        return super()._standing() | {"going": list(self._going), "course": asdict(self._course)}
 
     def _take_up(self, standing: Mapping[str, Any]) -> None:
         super()._take_up(standing)
         self._going = [(int(number), int(half)) for number, half in standing["going"]]
+        self._course = StartCourse(**standing["course"])
         self._learned.start_gain = self._earlier[-1] if self._earlier else None
 
     def _tensors(self) -> list[Tensor]:
@@ -135,7 +153,7 @@ class Bootstrap(StartRounds):
         views = self._step_views
         views.counts.zero_()
         for slot in self._going:
-            images = batch.select(batch.half == slot[1]).within(RADIUS)
+            images = (batch if self._course.pooled else batch.select(batch.half == slot[1])).within(RADIUS)
             if len(images):  # a worker that holds none of a half still takes part in the reduction
                 self._insert(images, slot, fresh, residuals, views)
         self._end_step(world, fresh, residuals, views.counts)
@@ -187,24 +205,22 @@ class Bootstrap(StartRounds):
                 gain = self._searches[slot].posterior(batch, self._shifts).log_evidence - hypotheses
                 self._gains.setdefault(slot, []).extend(gain.tolist())  # host sync
 
-    def _choose(self, world: World) -> tuple[Float[Tensor, "2 n n n"], float, str]:
-        """The map that held-out particles like best, the other half's best laid onto it, and how well they agree.
-
-        Third, both in words. These two go on, if any.
+    def _choose(self, world: World) -> Choice:
+        """The map that held-out particles like best, and the other half's best laid onto it. These two go on, if any.
 
         Raises:
             TrainingError: see `finish_pass`.
         """
         slots = self._going
-        gains = [torch.tensor(self._gains.get(slot, []), dtype=torch.float64) for slot in slots]
-        sums = torch.stack([torch.stack([v.sum(), v.square().sum(), v.new_tensor(len(v))]) for v in gains])
-        sums = sums.to(self._context.device)  # NCCL reduces no tensor of the CPU
-        world.all_reduce_(sums)
-        mean = sums[:, 0] / sums[:, 2]
-        error = (sums[:, 1] / sums[:, 2] - mean.square()).clamp_min(0).sqrt() / sums[:, 2].sqrt()
+        gains = torch.tensor([self._gains.get(slot, []) for slot in slots], dtype=torch.float64)
+        every = torch.cat([gains, torch.ones(1, gains.shape[1], dtype=torch.float64)])
+        products = (every @ every.T).to(self._context.device)  # NCCL reduces no tensor of the CPU
+        world.all_reduce_(products)
+        mean = products[-1, :-1] / products[-1, -1]
         best = int(mean.argmax())  # host sync
         half = slots[best][1]
         other = max((n for n, slot in enumerate(slots) if slot[1] != half), key=lambda n: float(mean[n]))
+        error, lead = standing_errors(products, best, other)
         self._gains.clear()
         self._going = [slots[best], slots[other]]
         logger.info("start: held-out log-likelihood gain per image of each random start and half: %s",
@@ -215,24 +231,30 @@ class Bootstrap(StartRounds):
         self._earlier.append(float(mean[best]))
         self._learned.start_gain = self._earlier[-1]
         told = (
-            f"held-out images gain {mean[best]:.2f} ± {error[best]:.2f} in log-likelihood over an empty map, and the "
+            f"held-out images gain {mean[best]:.2f} ± {error:.2f} in log-likelihood over an empty map, and the "
             f"two halves' maps correlate by {agreement:.2f}"
         )
-        self._refuse_noise(float(mean[best]), float(error[best]), told)  # host sync
+        self._refuse_noise(float(mean[best]), error, told)  # host sync
         check_contrast(pair.mean(0), self._context.config.run.data)
-        return pair, agreement, told
+        reach, _ = of_halves(pair, self._context).resolution(0.5)
+        return Choice(pair, agreement, reach / self._near.radius_limit, lead, told)
 
 
-def settled(gains: Sequence[float], agreement: float) -> bool:
-    """Whether another round would bring nothing: the halves agree and stay, or nothing has moved for long.
+def standing_errors(products: Float[Tensor, "k k"], best: int, other: int) -> tuple[float, float]:
+    """Standard error of the best map's mean gain, and the other's distance in those of their difference. Host sync.
 
     Args:
-        gains: likelihood gain of the best map in each round.
-        agreement: of the halves after the last one.
+        products: of the gains of all maps, and of ones in the last place, summed over images.
+        best, other: places of the maps.
     """
-    gain, before = gains[-1], [0.0, *gains[:-1]]
-    stalled = len(before) > STALLED and gain < STALLED_GAIN * before[-STALLED]
-    return stalled or any(agreement >= least and gain < factor * before[-1] for least, factor in ENDS)
+    count = products[-1, -1]
+    mean = products[-1] / count
+    second = products / count
+    variance = (second[best, best] - mean[best].square()).clamp_min(0)
+    apart = mean[best] - mean[other]
+    spread = (second[best, best] - 2 * second[best, other] + second[other, other] - apart.square()).clamp_min(0)
+    tiny = torch.finfo(products.dtype).tiny
+    return float((variance / count).sqrt()), float(apart / (spread / count).sqrt().clamp_min(tiny))
 
 
 def _laid_onto_first(maps: Float[Tensor, "2 n n n"], world: World) -> Float[Tensor, "2 n n n"]:
@@ -258,12 +280,17 @@ def first_references(
         common: whether both halves begin at the first map. What they share ends where its signal does, and the FSC
             beyond is theirs.
     """
-    pixel_size = context.store.level_pixel_size(maps.shape[-1])
-    mask = mask_from_map(maps.mean(0), pixel_size)
-    noise = torch.ones(maps.shape[-1] // 2 + 1, device=maps.device)
-    found = ReferenceSet.of_maps(
-        maps[None], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, mask=mask[None], solvent=context.solvent
-    )
+    found = of_halves(maps, context)
     shell, angstrom = found.resolution(0.5)
     logger.info("%s: half-maps agree (FSC 0.5) to shell %.1f, %.1f Å", what, shell, angstrom)
     return replace(found, maps=maps[:1].expand(2, -1, -1, -1)[None].clone()) if common else found
+
+
+def of_halves(maps: Float[Tensor, "2 n n n"], context: RunContext) -> ReferenceSet:
+    """Two half-maps of one class that no iteration made."""
+    pixel_size = context.store.level_pixel_size(maps.shape[-1])
+    mask = mask_from_map(maps.mean(0), pixel_size)
+    noise = torch.ones(maps.shape[-1] // 2 + 1, device=maps.device)
+    return ReferenceSet.of_maps(
+        maps[None], pixel_size, noise=noise, radius=FIRST_REFERENCE_RADIUS, mask=mask[None], solvent=context.solvent
+    )

@@ -148,7 +148,7 @@ class StartRounds(ABC):
     def _settings(self) -> str:
         """What the random starts depend on; the last number, on what they do."""
         config = self._context.config
-        return f"{config.train.rows} {config.train.seed} {config.train.classes} {config.guided} {config.pose.centred} 3"
+        return f"{config.train.rows} {config.train.seed} {config.train.classes} {config.guided} {config.pose.centred} 4"
 
     def _tensors(self) -> list[Tensor]:
         return [*self._noise.tensors(), *self._sums.tensors()]
